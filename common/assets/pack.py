@@ -1,0 +1,83 @@
+"""Make the bundled assets again, from image archives sorted by class and an FP32 checkpoint.
+
+    python common/assets/pack.py images cifar10_jpeg_train.tar.xz --count 2000
+    python common/assets/pack.py weights resnet18_cifar10.pth
+
+JPEG files are copied byte for byte. Convolution and linear weights are stored as FP16, biases and
+batch-norm tensors as FP32: variances can lie below FP16's range, and they weigh next to nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import lzma
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import cli
+from common.checkpoint import BUNDLED_WEIGHTS, read_checkpoint
+from common.data import CLASSES, balanced_subset
+from common.output import replace_file
+from common.sources import ASSETS
+
+SUBSET_SEED = 0
+
+
+def pack_images(archive: Path, count: int) -> Path:
+    """Write a class-balanced subset of ``archive``'s images beside this script, as a tar.xz."""
+    source = tarfile.open(fileobj=io.BytesIO(lzma.decompress(archive.read_bytes())))
+    members = sorted((m for m in source if m.isfile()), key=lambda member: member.name)
+    labels = np.array([CLASSES.index(member.name.split("/")[1]) for member in members])
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for index in balanced_subset(labels, count, SUBSET_SEED):
+            content = source.extractfile(members[index]).read()
+            entry = tarfile.TarInfo(members[index].name)  # no owner, no time: the same bytes again
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    path = ASSETS / archive.name.replace(".tar.xz", f"_{count}.tar.xz")
+    compressed = lzma.compress(packed.getvalue(), preset=9 | lzma.PRESET_EXTREME)
+    replace_file(path, lambda file: file.write(compressed))
+    return path
+
+
+def pack_weights(checkpoint: Path) -> Path:
+    """Write ``checkpoint``'s weights as the bundled ones."""
+    state = read_checkpoint(checkpoint)
+    half = {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
+    replace_file(BUNDLED_WEIGHTS, lambda file: torch.save(half, file))
+    return BUNDLED_WEIGHTS
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    images = commands.add_parser("images", help="pack a class-balanced subset of an archive")
+    images.add_argument("archive", type=Path)
+    images.add_argument("--count", type=cli.positive_int, default=2000)
+    weights = commands.add_parser("weights", help="pack a checkpoint")
+    weights.add_argument("checkpoint", type=Path)
+    return parser
+
+
+@cli.exit_codes
+def main(argv: list[str] | None = None) -> int:
+    """Pack what is asked for and print where it went."""
+    args = build_parser().parse_args(argv)
+    if args.command == "images":
+        path = pack_images(args.archive, args.count)
+    else:
+        path = pack_weights(args.checkpoint)
+    print(f"{path}: {path.stat().st_size:,} bytes")
+    return cli.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

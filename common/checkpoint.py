@@ -1,0 +1,219 @@
+"""Checkpoints: finding one, reading every layout in use into the canonical state dict.
+
+Reading never runs code that a file brings (``weights_only=True``, always), and ends in weights that
+fit the network, or in one line that says why not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from common.cli import REPOSITORY, UserError, log
+from common.model import CLASS_COUNT, ResNet18
+from common.sources import ASSETS
+
+WEIGHTS_NAME = "resnet18_cifar10.pth"
+BUNDLED_WEIGHTS = ASSETS / "resnet18_cifar10_fp16.pth"
+MAX_UNPACKED_BYTES = 1 << 30  # a ResNet18 in FP64 with its optimizer is 0.3 GB
+NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
+# torchvision's names, and what wrappers put before them.
+RENAMES = (
+    (re.compile(r"^(module\.|_orig_mod\.)+"), ""),
+    (re.compile(r"\.downsample\."), ".shortcut."),
+    (re.compile(r"^fc\."), "linear."),
+)
+
+StateDict = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A checkpoint's path and where it was found, in words."""
+
+    path: Path
+    found: str
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the file's bytes."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_weights(chosen: Path | None, script_dir: Path) -> WeightsFile:
+    """Find the checkpoint: ``chosen``; else the usual places; else the bundled weights.
+
+    Raises:
+        UserError: ``chosen`` is not a readable file.
+    """
+    if chosen is not None:
+        return WeightsFile(chosen, f"--weights {chosen}")
+    places = {
+        "the working directory": Path.cwd(),
+        "the script's folder": script_dir,
+        "the repository root": REPOSITORY,
+    }
+    for name, folder in places.items():
+        if (folder / WEIGHTS_NAME).is_file():
+            return WeightsFile(folder / WEIGHTS_NAME, f"{WEIGHTS_NAME} in {name}")
+    return WeightsFile(BUNDLED_WEIGHTS, "the bundled weights")
+
+
+def load_model(path: Path) -> ResNet18:
+    """Return the network with the checkpoint's weights, in eval mode, FP32, on the CPU.
+
+    Raises:
+        UserError: See :func:`read_checkpoint`.
+    """
+    model = ResNet18()
+    model.load_state_dict(read_checkpoint(path))
+    return model.eval()
+
+
+def read_checkpoint(path: Path) -> StateDict:
+    """Read a checkpoint in any accepted layout into the canonical state dict (FP32).
+
+    Accepted: the course's names or torchvision's with a CIFAR stem, ``module.`` prefixes, nesting
+    under one of ``NESTING_KEYS``, any floating-point dtype, ``.pth`` and ``.safetensors``.
+
+    Raises:
+        UserError: The file is missing, no checkpoint, unsafe, damaged, or of another network.
+    """
+    tensors = _rename(_unnest(path, _read_file(path)))
+    _check_architecture(path, tensors)
+    expected = ResNet18().state_dict()
+    for name, value in expected.items():  # old checkpoints lack this counter, which eval ignores
+        if name.endswith("num_batches_tracked"):
+            tensors.setdefault(name, torch.zeros_like(value))
+    _check_names_and_shapes(path, tensors, expected)
+    _check_values(path, tensors)
+    dtypes = {
+        str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()
+    }
+    if dtypes != {"float32"}:
+        log.info("%s: %s weights, converted to float32", path, " and ".join(sorted(dtypes)))
+    return {name: tensors[name].to(value.dtype).contiguous() for name, value in expected.items()}
+
+
+def _read_file(path: Path) -> object:
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file")
+    size_bytes = path.stat().st_size
+    if size_bytes == 0:
+        raise UserError(f"{path}: empty file")
+    if size_bytes > MAX_UNPACKED_BYTES:
+        raise UserError(f"{path}: {size_bytes:,} bytes is too large for a ResNet18")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.lstrip()[:1] == b"<":
+        raise UserError(f"{path}: an HTML page, not weights; download it with a browser")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged or no safetensors file ({error})") from None
+    if head[:4] == b"PK\x03\x04":
+        _check_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: damaged, or holds Python objects other than tensors, which are never run"
+        ) from None
+    except Exception as error:
+        # A hostile or cut file makes torch's reader fail in too many ways to list.
+        reason = str(error).split("\n")[0][:120] or type(error).__name__
+        raise UserError(f"{path}: damaged or no checkpoint ({reason})") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Check a zip checkpoint before torch reads it: torch looks at neither sizes nor CRCs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
+            if unpacked_bytes > MAX_UNPACKED_BYTES:
+                raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a ResNet18")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError,
+            NotImplementedError, EOFError) as error:  # fmt: skip
+        raise UserError(f"{path}: truncated or damaged ({error})") from None
+    if damaged is not None:
+        raise UserError(f"{path}: damaged (checksum of {damaged} differs)")
+
+
+def _unnest(path: Path, content: object) -> Mapping[str, object]:
+    for key in NESTING_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    if not content:
+        raise UserError(f"{path}: an empty state dict")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: entry {name!r} is no tensor, so this is no state dict")
+        if value.is_quantized:
+            raise UserError(f"{path}: already quantized ({name}); FP32 weights are needed")
+    return content
+
+
+def _rename(tensors: Mapping[str, torch.Tensor]) -> StateDict:
+    renamed = {}
+    for name, value in tensors.items():
+        for pattern, replacement in RENAMES:
+            name = pattern.sub(replacement, name)
+        renamed[name] = value
+    return renamed
+
+
+def _check_architecture(path: Path, tensors: StateDict) -> None:
+    """Name the two commonest mismatches in the user's terms."""
+    stem, head = tensors.get("conv1.weight"), tensors.get("linear.weight")
+    if stem is not None and stem.shape[-2:] == (7, 7):
+        raise UserError(f"{path}: an ImageNet ResNet (7×7 stem); CIFAR-10's has a 3×3 stem")
+    if head is not None and head.ndim == 2 and head.shape[0] != CLASS_COUNT:
+        raise UserError(f"{path}: a network of {head.shape[0]} classes; CIFAR-10 has 10")
+
+
+def _check_names_and_shapes(path: Path, tensors: StateDict, expected: StateDict) -> None:
+    def shorten(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    problems = []
+    if missing := [name for name in expected if name not in tensors]:
+        problems.append(f"missing {shorten(missing)}")
+    if unexpected := [name for name in tensors if name not in expected]:
+        problems.append(f"unexpected {shorten(unexpected)}")
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ][:1]
+    if problems:
+        raise UserError(f"{path}: not a ResNet18 for CIFAR-10: {'; '.join(problems)}")
+
+
+def _check_values(path: Path, tensors: StateDict) -> None:
+    for name, value in tensors.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if not value.is_floating_point():
+            raise UserError(f"{path}: {name} is {value.dtype}, not floating point")
+        # In FP32, what will be computed with: an FP64 value may be finite there only.
+        if not torch.isfinite(value.float()).all():
+            raise UserError(f"{path}: {name} holds NaN or infinite values")
+        if name.endswith("running_var") and (value < 0).any():
+            raise UserError(f"{path}: {name} holds negative variances")

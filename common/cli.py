@@ -1,0 +1,253 @@
+"""What every script's command line shares: flags, messages, user errors and exit codes.
+
+Nothing here imports torch, so that ``--help`` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_OVER_BUDGET = 3
+EXIT_INTERRUPTED = 130
+
+Item = TypeVar("Item")
+log = logging.getLogger("compression")
+
+
+class UserError(Exception):
+    """A failure that the user can mend, told in one line: no traceback, exit code 1."""
+
+
+# --- validating argument types -------------------------------------------------------------------
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if (value := _integer(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if (value := _integer(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
+    return value
+
+
+def seed_int(text: str) -> int:
+    """Parse a seed: an integer that numpy and torch both take (0 to 2^32 - 1)."""
+    if (value := non_negative_int(text)) > 2**32 - 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is larger than 2^32 - 1")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction between 0 and 1")
+    return value
+
+
+def image_count(text: str) -> int | None:
+    """Parse a number of images, or ``all`` (returned as None)."""
+    if text == "all":
+        return None
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a positive integer nor 'all'"
+        ) from None
+
+
+def list_of(parse: Callable[[str], Item]) -> Callable[[str], list[Item]]:
+    """Make a type for comma-separated values, each parsed by ``parse``; repeats are dropped."""
+
+    def parse_list(text: str) -> list[Item]:
+        return list(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
+
+    return parse_list
+
+
+def _integer(text: str) -> int:
+    # Plain ASCII digits only: int() would also take "1_000", " 7 " and other scripts' digits.
+    if not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < 19):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
+    return int(text)
+
+
+# --- shared flags --------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and keep the line breaks of the examples."""
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> None:
+    """Add the flags that all scripts share.
+
+    Args:
+        parser: Changed in place.
+        output_dir: The script's default for ``--output-dir``.
+    """
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint; by default resnet18_cifar10.pth in the working directory, beside the "
+        "script or in the repository root, else the bundled weights",
+    )
+    inputs.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        default=REPOSITORY / "data",
+        help="folder with cifar-10-batches-py/ (downloaded there when missing) or with image "
+        "folders train/<class>/* and test/<class>/*",
+    )
+    fallback = inputs.add_mutually_exclusive_group()
+    fallback.add_argument(
+        "--bundled", action="store_true", help="use the bundled images; touch no network"
+    )
+    fallback.add_argument(
+        "--no-bundled",
+        action="store_true",
+        help="fail when CIFAR-10 cannot be had, rather than use the bundled images",
+    )
+    inputs.add_argument(
+        "--test-images",
+        type=image_count,
+        metavar="N|all",
+        default=2000,
+        help="test images to measure accuracy on: a class-balanced, seeded subset, or all",
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument("--batch-size", type=positive_int, metavar="N", default=64)
+    running.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="where FP32 work runs; auto takes a GPU where there is one",
+    )
+    running.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="CPU threads; by default what torch chooses, one a physical core",
+    )
+    running.add_argument("--seed", type=seed_int, metavar="N", default=0)
+    outputs = parser.add_argument_group("outputs")
+    outputs.add_argument("--output-dir", type=Path, metavar="DIR", default=output_dir, help=" ")
+    outputs.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the results of an earlier run; by default they are moved to earlier/",
+    )
+    outputs.add_argument(
+        "--json", action="store_true", help="print results.json to stdout, and nothing else"
+    )
+    outputs.add_argument("--quiet", action="store_true", help="no progress and no notes")
+
+
+# --- messages: all of them on stderr -------------------------------------------------------------
+
+
+class _StderrHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+
+
+def set_up_messages(quiet: bool) -> None:
+    """Send notes and warnings to stderr, below any progress bar; ``quiet`` keeps warnings only."""
+    log.handlers[:] = [_StderrHandler()]
+    log.propagate = False
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def progress(
+    items: Iterable[Item], description: str, total: int | None = None, unit: str = "batch"
+) -> tqdm:
+    """Wrap ``items`` in a progress bar with the time left; silent under ``--quiet``.
+
+    Where stderr is no terminal the bar is refreshed seldom, so that logs stay readable.
+    """
+    return tqdm(
+        items,
+        desc=description,
+        total=total,
+        unit=unit,
+        file=sys.stderr,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 15.0,
+        disable=not log.isEnabledFor(logging.INFO),
+    )
+
+
+# --- exit codes ----------------------------------------------------------------------------------
+
+
+def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorate a script's ``main(argv) -> int`` so that it keeps the exit-code contract.
+
+    0 done, 1 an expected failure (``error: …`` in one line), 2 wrong usage (argparse),
+    3 a budget that could not be met, 130 interrupted by Ctrl-C or SIGTERM. Any other exception is
+    a bug and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def guarded(argv: list[str] | None = None) -> int:
+        try:
+            previous = signal.signal(signal.SIGTERM, _interrupt)
+        except ValueError:  # not the main thread: no signals to handle
+            previous = None
+        try:
+            return main(argv)
+        except UserError as error:
+            return _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted: earlier results are as they were", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:
+            # The reader of stdout went away (`| head`); nothing is left to be told.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_FAILED
+        except OSError as error:
+            return _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+
+    return guarded
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return EXIT_FAILED

@@ -1,0 +1,158 @@
+"""CIFAR-10 in memory: whole splits as uint8 tensors, subsets of them, and normalised batches.
+
+32×32 images belong in one tensor, not in worker processes: 10,000 of them are 31 MB. A batch is
+one slice of that tensor, normalised at once; :mod:`common.sources` says where the pixels come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from common.cli import UserError
+from common.sources import CLASSES, Source
+
+# What the course's checkpoint was trained with.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2023, 0.1994, 0.2010)
+
+
+@dataclass(frozen=True)
+class Cifar10(Dataset):
+    """Images and their classes, held in memory once.
+
+    Attributes:
+        images: uint8, shape (N, 3, 32, 32), RGB.
+        labels: int64, shape (N,), indices into ``CLASSES``.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fetch a whole batch in one slice (DataLoader calls this where it exists)."""
+        first, last = indices[0], indices[-1]
+        if indices == list(range(first, last + 1)):  # the usual, sequential case: no copy
+            return self.images[first : last + 1], self.labels[first : last + 1]
+        return self.images[indices], self.labels[indices]
+
+    def to(self, device: torch.device) -> Cifar10:
+        """Return the dataset on ``device``, so that batches are made there."""
+        return Cifar10(self.images.to(device), self.labels.to(device))
+
+    def split_halves(self, seed: int) -> tuple[Cifar10, Cifar10]:
+        """Return two disjoint, class-balanced halves: one to choose on, one to confirm on."""
+        labels = self.labels.cpu().numpy()
+        order = np.random.default_rng(seed).permutation(len(self))
+        order = order[np.argsort(labels[order], kind="stable")]  # shuffled within each class
+        halves = (np.sort(order[start::2]) for start in (0, 1))
+        return tuple(Cifar10(self.images[h], self.labels[h]) for h in halves)
+
+
+def load_images(source: Source, split: str, count: int | None, seed: int) -> Cifar10:
+    """Read ``count`` images of a split into memory.
+
+    Args:
+        source: Where images come from, from :func:`common.sources.open_source`.
+        split: ``train`` or ``test``.
+        count: Size of the class-balanced subset; None for the whole split.
+        seed: Chooses the subset; the same seed chooses the same images.
+
+    Raises:
+        UserError: The split is missing, unreadable, or has too few images.
+    """
+    available = source.open_split(split)
+    if count is not None and count > len(available.labels):
+        raise UserError(
+            f"{count} {split} images asked for, but {source.description} has only "
+            f"{len(available.labels)}"
+        )
+    if count is None:
+        indices = np.arange(len(available.labels))
+    else:
+        indices = balanced_subset(available.labels, count, seed)
+    pixels = available.read(indices)
+    return Cifar10(torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]))
+
+
+def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Choose ``count`` indices, the same number of each class, at random.
+
+    Where ``count`` is no multiple of the number of classes, or a class has too few images, other
+    classes chosen at random give one more.
+
+    Args:
+        labels: int64, shape (N,).
+        count: At most N.
+        seed: Of the choice.
+
+    Returns:
+        Sorted indices, int64, shape (count,).
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(labels))
+    # Deal the images like cards: the k-th image of every class before the (k+1)-th of any.
+    rank_in_class = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        rank_in_class[members] = np.arange(len(members))
+    order = shuffled[np.argsort(rank_in_class[shuffled], kind="stable")]
+    return np.sort(order[:count])
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """Turn uint8 images (N, 3, H, W) into the network's float32 input, laid out channels_last.
+
+    The same arithmetic, in the same order, as torchvision's ``ToTensor`` and ``Normalize``.
+    """
+    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    pixels = images.to(torch.float32, memory_format=torch.channels_last)
+    return pixels.div_(255).sub_(mean).div_(std)
+
+
+def batches(
+    dataset: Cifar10, batch_size: int, shuffle_seed: int | None = None
+) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+    """Return a loader of normalised batches: images float32 (n, 3, 32, 32), labels int64 (n,).
+
+    Test and calibration images are read in order; ``shuffle_seed`` shuffles them.
+    """
+    generator = None
+    if shuffle_seed is not None:
+        generator = torch.Generator().manual_seed(shuffle_seed)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle_seed is not None,
+        generator=generator,
+        collate_fn=_normalize_batch,
+    )
+
+
+def _normalize_batch(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = batch
+    return normalize(images), labels
+
+
+__all__ = [
+    "CLASSES",
+    "MEAN",
+    "STD",
+    "Cifar10",
+    "balanced_subset",
+    "batches",
+    "load_images",
+    "normalize",
+]

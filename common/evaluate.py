@@ -1,0 +1,137 @@
+"""Accuracy and comparison, all of it on per-image correctness.
+
+Two models are compared on the same images, so their errors are paired: the interval and the test
+use only the images on which the two disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
+from torch import nn
+
+from common import cli
+from common.data import Cifar10, batches
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy: ``correct`` of ``total`` images."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The accuracy as a fraction."""
+        return self.correct / self.total
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Wilson's 95 % score interval (Wilson, 1927, doi:10.2307/2276774)."""
+        interval = binomtest(self.correct, self.total).proportion_ci(CONFIDENCE, method="wilson")
+        return float(interval.low), float(interval.high)
+
+    def as_dict(self) -> dict:
+        """Return the ``accuracy`` object of results.json."""
+        return {
+            "correct": self.correct,
+            "total": self.total,
+            "value": self.value,
+            "ci95": list(self.ci95),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Model a against model b on the same images; a positive ``drop`` means that b is worse."""
+
+    drop: float
+    ci95: tuple[float, float]
+    mcnemar_p: float
+    only_a_correct: int
+    only_b_correct: int
+
+    def as_dict(self) -> dict:
+        """Return the ``comparison`` object of results.json."""
+        return asdict(self) | {"ci95": list(self.ci95)}
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, dataset: Cifar10, batch_size: int = 128, description: str = "evaluate"
+) -> torch.Tensor:
+    """Return the predicted class of every image: int64, shape (N,), on the CPU.
+
+    The model runs as it is, in its own train/eval mode, on the device where ``dataset`` lies.
+    Images are fed channels_last, which every CPU and GPU convolution of torch prefers.
+    """
+    predictions = torch.empty(len(dataset), dtype=torch.int64, device=dataset.images.device)
+    start = 0
+    for images, _ in cli.progress(batches(dataset, batch_size), description):
+        stop = start + len(images)
+        predictions[start:stop] = model(images).argmax(dim=1)
+        start = stop
+    return predictions.cpu()
+
+
+def measure_accuracy(correct: torch.Tensor) -> Accuracy:
+    """Count per-image correctness (bool, shape (N,)) into an accuracy."""
+    return Accuracy(int(correct.sum()), correct.numel())
+
+
+def compare(correct_a: torch.Tensor, correct_b: torch.Tensor) -> Comparison:
+    """Compare two models by their per-image correctness (bool, shape (N,)) on the same images."""
+    if correct_a.shape != correct_b.shape:
+        raise ValueError(f"not the same images: {correct_a.shape} and {correct_b.shape}")
+    only_a = int((correct_a & ~correct_b).sum())
+    only_b = int((~correct_a & correct_b).sum())
+    total = correct_a.numel()
+    return Comparison(
+        drop=(only_a - only_b) / total,
+        ci95=paired_difference_interval(only_a, only_b, total),
+        mcnemar_p=mcnemar_exact(only_a, only_b),
+        only_a_correct=only_a,
+        only_b_correct=only_b,
+    )
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Return McNemar's exact two-sided p-value from the two counts of discordant images."""
+    discordant = only_a + only_b
+    return float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
+
+
+def paired_difference_interval(only_a: int, only_b: int, total: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a difference of paired proportions.
+
+    Inverts the score test with the constrained maximum-likelihood estimate (Tango, 1998,
+    doi:10.1002/(SICI)1097-0258(19980430)17:8<891::AID-SIM780>3.0.CO;2-B). Unlike Wald's it does not
+    collapse to a point when two models agree on every image.
+
+    Args:
+        only_a: Images that only model a gets right.
+        only_b: Images that only model b gets right.
+        total: Images in all.
+    """
+    z = norm.ppf((1 + CONFIDENCE) / 2)
+    estimate = (only_a - only_b) / total
+
+    def score(difference: float) -> float:
+        # The roots of score ± z are the limits. q: the constrained estimate of P(only b).
+        a = 2 * total
+        b = -only_a - only_b + (2 * total - only_a + only_b) * difference
+        c = -only_b * difference * (1 - difference)
+        q = (max(b * b - 4 * a * c, 0.0) ** 0.5 - b) / (2 * a)
+        variance = total * (2 * q + difference * (1 - difference))
+        return (only_a - only_b - total * difference) / max(variance, 1e-300) ** 0.5
+
+    edge = 1 - 1e-12
+    low = -1.0 if score(-edge) < z else brentq(lambda d: score(d) - z, -edge, estimate)
+    high = 1.0 if score(edge) > -z else brentq(lambda d: score(d) + z, estimate, edge)
+    return float(low), float(high)

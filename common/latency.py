@@ -1,0 +1,128 @@
+"""Fair timing: several models on the same inputs, interleaved round by round, at equal threads.
+
+A shared machine drifts: its clock and its neighbours change within seconds. Models that take turns
+meet the same drift, so the *ratio* of their medians can be trusted where a lone time cannot.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from common import cli
+
+WARM_UP_CALLS = 3
+MIN_ROUNDS, MAX_ROUNDS = 7, 200
+# Interquartile range over median above which a ratio of medians means little.
+NOISY_SPREAD = 0.20
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to time: ``run`` maps a float32 batch (N, 3, 32, 32) in ``memory_format`` to logits.
+
+    ``run`` must return when the result is there: on a GPU it synchronises.
+    """
+
+    name: str
+    run: Callable[[torch.Tensor], object]
+    memory_format: torch.memory_format = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model at one batch size; times are of one call on the whole batch."""
+
+    batch_size: int
+    median_ms: float
+    iqr_ms: float
+    images_per_second: float
+    rounds: int
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the spread is so large that ratios with this timing mean little."""
+        return self.iqr_ms > NOISY_SPREAD * self.median_ms
+
+    def as_dict(self) -> dict:
+        """Return the entry of results.json's ``latency``."""
+        return asdict(self)
+
+
+def time_interleaved(
+    contenders: Sequence[Contender],
+    images: torch.Tensor,
+    batch_sizes: Sequence[int] = (1, 32, 128),
+    seconds_per_batch_size: float = 5.0,
+) -> dict[str, list[Timing]]:
+    """Time every contender at every batch size; warns where the spread is large.
+
+    Args:
+        contenders: Timed in turns; which goes first rotates from round to round.
+        images: Normalised float32 images (N, 3, 32, 32), repeated where a batch needs more.
+        batch_sizes: In images.
+        seconds_per_batch_size: Time to aim for; at least ``MIN_ROUNDS`` rounds are run.
+
+    Returns:
+        For each contender's name its timings, one a batch size.
+    """
+    timings = {contender.name: [] for contender in contenders}
+    for batch_size in batch_sizes:
+        samples_ms = _sample(contenders, images, batch_size, seconds_per_batch_size)
+        for name, values in samples_ms.items():
+            timing = _summarize(batch_size, values)
+            timings[name].append(timing)
+            if timing.is_noisy:
+                cli.log.warning(
+                    "%s at batch %d: the middle half of its times spans %.0f %% of the median; "
+                    "the machine is too busy for a ratio to mean much",
+                    name, batch_size, 100 * timing.iqr_ms / timing.median_ms,
+                )  # fmt: skip
+    return timings
+
+
+@torch.inference_mode()
+def _sample(
+    contenders: Sequence[Contender], images: torch.Tensor, batch_size: int, seconds: float
+) -> dict[str, list[float]]:
+    repeats = -(-batch_size // len(images))
+    batch = images.repeat(repeats, 1, 1, 1)[:batch_size]
+    inputs = {c.name: _laid_out(batch, c.memory_format) for c in contenders}
+    for contender in contenders:
+        for _ in range(WARM_UP_CALLS):
+            contender.run(inputs[contender.name])
+    round_seconds = sum(_call_ms(c, inputs[c.name]) for c in contenders) / 1000
+    rounds = int(np.clip(seconds / round_seconds, MIN_ROUNDS, MAX_ROUNDS))
+    samples_ms = {c.name: [] for c in contenders}
+    for index in cli.progress(range(rounds), f"time batch {batch_size}", unit="round"):
+        first = index % len(contenders)
+        for contender in [*contenders[first:], *contenders[:first]]:
+            samples_ms[contender.name].append(_call_ms(contender, inputs[contender.name]))
+    return samples_ms
+
+
+def _laid_out(batch: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    return torch.empty_like(batch, memory_format=memory_format).copy_(batch)
+
+
+def _call_ms(contender: Contender, batch: torch.Tensor) -> float:
+    start = time.perf_counter_ns()
+    contender.run(batch)
+    return (time.perf_counter_ns() - start) / 1e6
+
+
+def _summarize(batch_size: int, samples_ms: list[float]) -> Timing:
+    low, _, high = statistics.quantiles(samples_ms, n=4, method="inclusive")
+    median_ms = statistics.median(samples_ms)
+    return Timing(
+        batch_size=batch_size,
+        median_ms=median_ms,
+        iqr_ms=high - low,
+        images_per_second=1000 * batch_size / median_ms,
+        rounds=len(samples_ms),
+    )

@@ -1,0 +1,142 @@
+"""What a run tells: results.json, tables for the console, and the look of the plots."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.output import replace_file
+
+if TYPE_CHECKING:
+    import argparse
+
+    from matplotlib.figure import Figure
+
+SCHEMA = 1
+# Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+
+
+# --- results.json --------------------------------------------------------------------------------
+
+
+def environment(device: str) -> dict:
+    """Describe the machine for results.json; ``device`` is where FP32 ran."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "vnni": has_vnni(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def has_vnni() -> bool:
+    """Return whether the CPU multiplies INT8 with 32-bit sums (AVX-512 VNNI, Arm dot product).
+
+    Without it the x86 kernels add pairs of products in 16 bits, which saturate.
+    """
+    flags = torch.cpu.get_capabilities()
+    return bool(flags.get("avx512_vnni") or flags.get("neon_dot") or flags.get("dot"))
+
+
+def arguments_dict(args: argparse.Namespace) -> dict:
+    """Return the parsed arguments as JSON values."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in sorted(vars(args).items())
+    }
+
+
+def write_json(path: Path, results: dict) -> None:
+    """Write results.json atomically; NaN and infinity are refused, for JSON has neither."""
+    text = to_json(results)
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def to_json(results: dict) -> str:
+    """Format results as the text of results.json."""
+    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# --- console -------------------------------------------------------------------------------------
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table in columns: the first to the left, the others to the right."""
+    table = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """Format a fraction as a percentage."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def points(value: float, digits: int = 2) -> str:
+    """Format a difference of fractions in percentage points, with its sign."""
+    return f"{100 * value:+.{digits}f}"
+
+
+def megabytes(size_bytes: float) -> str:
+    """Format bytes as megabytes (10^6 bytes)."""
+    return f"{size_bytes / 1e6:.2f} MB"
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: object):
+    """Return ``(figure, axes)`` in the house style; sizes in inches.
+
+    The figure belongs to no window system, so that no display is needed.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams.update(
+        {
+            "font.size": 9.5,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#E4E4E4",
+            "legend.frameon": False,
+        }
+    )
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG; the same data gives the same bytes."""
+    figure.savefig(path, metadata={"Software": None})

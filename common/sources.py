@@ -1,0 +1,244 @@
+"""Where CIFAR-10's pixels come from: torchvision's archive, image folders, or the bundled images.
+
+All three answer in the same form, a :class:`Split` that knows its labels at once and reads only the
+pixels that are asked for: 512 calibration images of a folder cost 512 JPEGs, not 50,000.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import lzma
+import re
+import socket
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from common.cli import UserError, log
+
+CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+IMAGE_SIZE = 32
+BATCHES_FOLDER = "cifar-10-batches-py"
+ASSETS = Path(__file__).resolve().parent / "assets"
+BUNDLED_ARCHIVES = {
+    "train": ASSETS / "cifar10_jpeg_train_2000.tar.xz",
+    "test": ASSETS / "cifar10_jpeg_test.tar.xz",
+}
+# Of each socket operation, so that a stalled download ends and a slow one does not.
+DOWNLOAD_TIMEOUT_SECONDS = 20.0
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: labels (int64, shape (N,)) and a reader from indices to pixels.
+
+    ``read`` takes int64 indices of shape (n,) and returns uint8 pixels of shape (n, 3, 32, 32).
+    """
+
+    labels: np.ndarray
+    read: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place with a train and a test split.
+
+    Attributes:
+        name: ``cifar10``, ``folder`` or ``bundled``, as in results.json.
+        description: The place in words, for messages.
+        open_split: Opens ``train`` or ``test``; raises UserError where it cannot be read.
+    """
+
+    name: str
+    description: str
+    open_split: Callable[[str], Split]
+
+
+def open_source(data_dir: Path, bundled: bool = False, allow_bundled: bool = True) -> Source:
+    """Find CIFAR-10: in ``data_dir``, by downloading it there, or among the bundled images.
+
+    Args:
+        data_dir: Holds ``cifar-10-batches-py/`` (downloaded when missing) or image folders.
+        bundled: Use the bundled images at once.
+        allow_bundled: Fall back on the bundled images, with a warning, where CIFAR-10 is neither
+            there nor downloadable.
+
+    Raises:
+        UserError: What is in ``data_dir`` is damaged, or nothing was found and no fallback allowed.
+    """
+    if bundled:
+        return bundled_source()
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UserError(f"{data_dir}: not a folder")
+    if (data_dir / BATCHES_FOLDER).exists():
+        return torchvision_source(data_dir)
+    if any((data_dir / split).exists() for split in ("train", "test")):
+        return folder_source(data_dir)
+    try:
+        download(data_dir)
+    except (OSError, RuntimeError) as error:
+        reason = f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error})"
+        if not allow_bundled:
+            raise UserError(reason) from error
+        log.warning("%s: going on with the bundled JPEG images", " ".join(reason.split()))
+        return bundled_source()
+    return torchvision_source(data_dir)
+
+
+# --- torchvision's archive -----------------------------------------------------------------------
+
+
+def download(data_dir: Path) -> None:
+    """Download CIFAR-10 into ``data_dir``; it appears there complete or not at all.
+
+    Raises:
+        OSError: The network or the disk failed.
+        RuntimeError: What came is not CIFAR-10 (torchvision checks the MD5).
+    """
+    from torchvision.datasets import CIFAR10
+
+    log.info("downloading CIFAR-10 (170 MB) to %s", data_dir)
+    created = not data_dir.exists()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as staging:
+            # torchvision prints to stdout, which belongs to the results.
+            with contextlib.redirect_stdout(io.StringIO()):
+                CIFAR10(staging, download=True)
+            (Path(staging) / BATCHES_FOLDER).rename(data_dir / BATCHES_FOLDER)
+    except BaseException:
+        if created:
+            with contextlib.suppress(OSError):
+                data_dir.rmdir()
+        raise
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def torchvision_source(data_dir: Path) -> Source:
+    """Read torchvision's ``cifar-10-batches-py/``; its files are pickles, so their MD5 is checked.
+
+    Raises (when a split is opened):
+        UserError: A file is missing or is not the one that CIFAR-10's authors published.
+    """
+
+    def open_split(split: str) -> Split:
+        from torchvision.datasets import CIFAR10
+
+        try:
+            dataset = CIFAR10(data_dir, train=split == "train")
+        except RuntimeError:
+            raise UserError(
+                f"{data_dir / BATCHES_FOLDER}: incomplete or damaged (MD5 differs); delete that "
+                "folder to have it downloaded again"
+            ) from None
+        pixels = dataset.data.transpose(0, 3, 1, 2)
+        labels = np.asarray(dataset.targets, dtype=np.int64)
+        return Split(labels, lambda indices: np.ascontiguousarray(pixels[indices]))
+
+    return Source("cifar10", f"CIFAR-10 in {data_dir}", open_split)
+
+
+# --- image folders -------------------------------------------------------------------------------
+
+
+def folder_source(data_dir: Path) -> Source:
+    """Read image folders ``train/<class>/*`` and ``test/<class>/*``.
+
+    Classes are CIFAR-10's ten names, or 0 to 9.
+
+    Raises (when a split is opened or read):
+        UserError: A class is missing, unknown or empty, or a file is no 32×32 8-bit image.
+    """
+
+    def open_split(split: str) -> Split:
+        folder = data_dir / split
+        if not folder.is_dir():
+            raise UserError(f"{data_dir}: has no folder {split}/ with images by class")
+        paths, labels = [], []
+        for label, class_folder in enumerate(_class_folders(folder)):
+            images = sorted(p for p in class_folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not images:
+                raise UserError(f"{class_folder}: no images")
+            paths += images
+            labels += [label] * len(images)
+
+        def read(indices: np.ndarray) -> np.ndarray:
+            return _decode_all((str(paths[i]), paths[i].read_bytes) for i in indices)
+
+        return Split(np.asarray(labels, dtype=np.int64), read)
+
+    return Source("folder", f"the image folders in {data_dir}", open_split)
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    names = {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    for classes in (CLASSES, tuple("0123456789")):
+        if names == set(classes):
+            return [folder / name for name in classes]
+    if not names:
+        raise UserError(f"{folder}: no class folders with images")
+    missing = [name for name in CLASSES if name not in names]
+    unknown = sorted(names - set(CLASSES))
+    problem = f"class {missing[0]} is missing" if missing else f"{unknown[0]} is no CIFAR-10 class"
+    raise UserError(f"{folder}: {problem}; expected folders {', '.join(CLASSES)}")
+
+
+# --- bundled images ------------------------------------------------------------------------------
+
+
+def bundled_source() -> Source:
+    """Read the bundled JPEG re-encodings: 10,000 test and 2,000 training images."""
+
+    def open_split(split: str) -> Split:
+        archive = BUNDLED_ARCHIVES[split]
+        try:
+            unpacked = io.BytesIO(lzma.decompress(archive.read_bytes()))
+            tar = tarfile.open(fileobj=unpacked)  # stays open for read()
+            members = sorted((m for m in tar if m.isfile()), key=lambda member: member.name)
+        except (OSError, lzma.LZMAError, tarfile.TarError) as error:
+            raise UserError(f"{archive}: bundled images are missing or damaged ({error})") from None
+        labels = [CLASSES.index(member.name.split("/")[1]) for member in members]
+
+        def read(indices: np.ndarray) -> np.ndarray:
+            chosen = (members[i] for i in indices)
+            return _decode_all((m.name, tar.extractfile(m).read) for m in chosen)
+
+        return Split(np.asarray(labels, dtype=np.int64), read)
+
+    return Source("bundled", "the bundled JPEG images", open_split)
+
+
+# --- decoding ------------------------------------------------------------------------------------
+
+
+def _decode_all(files: Iterator[tuple[str, Callable[[], bytes]]]) -> np.ndarray:
+    pixels = [_decode(name, read) for name, read in files]
+    return np.stack(pixels).transpose(0, 3, 1, 2).copy()
+
+
+def _decode(name: str, read: Callable[[], bytes]) -> np.ndarray:
+    """Decode one image to uint8 (32, 32, 3); grey-scale, palette and CMYK become RGB."""
+    try:
+        with Image.open(io.BytesIO(read())) as image:
+            if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+                width, height = image.size
+                raise UserError(f"{name}: {width}×{height} pixels; CIFAR-10 images are 32×32")
+            if re.match(r"[IF]", image.mode):
+                raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode})")
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{name}: not a readable image ({error})") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{name}: far too large for a CIFAR-10 image") from None
