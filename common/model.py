@@ -7,8 +7,11 @@ of the course's ``resnet18_cifar10.pth``.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 CLASS_COUNT = 10
 STAGE_CHANNELS = (64, 128, 256, 512)
@@ -88,3 +91,20 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     }
+
+
+def fold_batch_norm(model: ResNet18) -> ResNet18:
+    """Return a copy whose convolutions compute their batch-norm too; ``model`` is in eval mode.
+
+    The function is the same up to FP32 rounding; the copy is for inference, not for saving.
+    """
+    folded = copy.deepcopy(model)
+    for module in (folded, *(m for m in folded.modules() if isinstance(m, BasicBlock))):
+        for conv, bn in (("conv1", "bn1"), ("conv2", "bn2")):
+            if hasattr(module, conv):
+                fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn))
+                setattr(module, conv, fused)
+                setattr(module, bn, nn.Identity())
+        if isinstance(module, BasicBlock) and len(module.shortcut):
+            module.shortcut = nn.Sequential(fuse_conv_bn_eval(*module.shortcut))
+    return folded

@@ -17,12 +17,43 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from common.checkpoint import WeightsFile
+
 SCHEMA = 1
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 
 
 # --- results.json --------------------------------------------------------------------------------
+
+
+def common_results(
+    script: str,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    data: dict,
+    weights: WeightsFile,
+) -> dict:
+    """Return the part of results.json that all scripts share, but for what is known at the end.
+
+    Args:
+        script: ``quantization`` or ``pruning``.
+        arguments: As parsed.
+        device: Where FP32 ran.
+        data: The source's name, and how many images were used for what.
+        weights: The checkpoint.
+    """
+    return {
+        "schema": SCHEMA,
+        "script": script,
+        "arguments": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in sorted(vars(arguments).items())
+        },
+        "environment": environment(device.type),
+        "data": data,
+        "weights": {"source": weights.found, "sha256": weights.sha256()},
+    }
 
 
 def environment(device: str) -> dict:
@@ -55,14 +86,6 @@ def has_vnni() -> bool:
     """
     flags = torch.cpu.get_capabilities()
     return bool(flags.get("avx512_vnni") or flags.get("neon_dot") or flags.get("dot"))
-
-
-def arguments_dict(args: argparse.Namespace) -> dict:
-    """Return the parsed arguments as JSON values."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in sorted(vars(args).items())
-    }
 
 
 def write_json(path: Path, results: dict) -> None:

@@ -1,0 +1,217 @@
+"""INT8 post-training static quantization: the one module that knows ``torch.ao``.
+
+``torch.ao.quantization`` is deprecated but still the only way in torch to a real, saved and
+reloadable INT8 model for the CPU. The names it needs, the warnings it prints and the private
+corners of it are all here, so that its successor can take its place in one file.
+
+The steps are those of Jacob et al. (2018, https://arxiv.org/abs/1712.05877): fuse batch-norm into
+the convolutions, observe the range of every activation on calibration images, then replace each
+operation by its INT8 kernel with those ranges fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import platform
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from common import cli, report
+from common.cli import UserError
+from common.model import ResNet18
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.ao.nn.quantized import Conv2d as QuantizedConv2d
+    from torch.ao.nn.quantized import Linear as QuantizedLinear
+    from torch.ao.quantization import (
+        HistogramObserver,
+        QConfig,
+        QConfigMapping,
+        default_per_channel_weight_observer,
+    )
+    from torch.ao.quantization.observer import ObserverBase
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
+# Those of the x86 engines' kernels that add pairs of 8-bit products in 16 bits without VNNI.
+SATURATING_ENGINES = ("fbgemm", "x86")
+TORCH_WARNINGS = (
+    "torch.ao.quantization is deprecated",
+    "Please use quant_min and quant_max",
+    "torch.quantize_per_tensor, torch.quantize_per_channel",
+    "TypedStorage is deprecated",
+    "must run observer before calling calculate_qparams",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is quantized; kept in the artefact, for loading needs the same again.
+
+    Attributes:
+        engine: One of ``ENGINES``.
+        reduce_range: Use 7 of the 8 bits of activations, which x86 CPUs without VNNI need: there
+            the sum of two full products does not fit the 16 bits that it is added in.
+    """
+
+    engine: str = "fbgemm"
+    reduce_range: bool = False
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """The range of one observed activation, and what the observer chose to keep of it."""
+
+    name: str
+    seen_min: float
+    seen_max: float
+    kept_min: float
+    kept_max: float
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a converted model: its name, what it is, and whether it runs in INT8."""
+
+    name: str
+    kind: str
+    is_int8: bool
+
+
+def choose_settings(engine: str) -> Settings:
+    """Choose the range that suits the CPU at hand.
+
+    Raises:
+        UserError: torch has no such engine on this CPU.
+    """
+    if engine not in torch.backends.quantized.supported_engines:
+        available = ", ".join(sorted(set(torch.backends.quantized.supported_engines) - {"none"}))
+        raise UserError(
+            f"torch has no {engine} engine on this {platform.machine()} CPU; it has: {available}"
+        )
+    return Settings(engine, engine in SATURATING_ENGINES and not report.has_vnni())
+
+
+def calibrate(
+    model: ResNet18,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    settings: Settings,
+) -> GraphModule:
+    """Return a copy of ``model`` that has observed its activations on the calibration images.
+
+    Args:
+        model: FP32, in eval mode, on the CPU; left as it is.
+        batches: Normalised images (N, 3, 32, 32) and labels, which are not used.
+        settings: Of the quantization.
+    """
+    with engine_context(settings.engine):
+        observed = _prepare(model, settings)
+        with torch.inference_mode():
+            for images, _ in cli.progress(batches, "calibrate"):
+                observed(images)
+        return observed
+
+
+def convert(observed: GraphModule, settings: Settings) -> GraphModule:
+    """Return the INT8 model of a calibrated one, which is left as it is.
+
+    Raises:
+        RuntimeError: A convolution or linear layer would not run in INT8.
+    """
+    with engine_context(settings.engine):
+        converted = convert_fx(copy.deepcopy(observed))
+    floating = [op.name for op in list_operations(converted) if not op.is_int8]
+    if floating:
+        raise RuntimeError(f"not INT8 after conversion: {', '.join(floating)}")
+    return converted
+
+
+def build_skeleton(settings: Settings) -> GraphModule:
+    """Return an INT8 model of the right structure with meaningless weights, to load a state into.
+
+    Raises:
+        UserError: torch has no such engine on this CPU.
+    """
+    choose_settings(settings.engine)
+    with engine_context(settings.engine):
+        return convert_fx(_prepare(ResNet18().eval(), settings))
+
+
+def list_operations(converted: GraphModule) -> list[Operation]:
+    """List what a converted model runs between its first quantize and its last dequantize.
+
+    An operation is INT8 if its kernel reads and writes INT8; this is told by the class of a module
+    and by the overload of a function, so a layer that was left in FP32 shows.
+    """
+    modules = dict(converted.named_modules())
+    operations = []
+    for node in converted.graph.nodes:
+        if node.op == "call_module":
+            module = modules[node.target]
+            int8 = isinstance(module, QuantizedConv2d | QuantizedLinear | nn.AdaptiveAvgPool2d)
+            operations.append(Operation(node.target, type(module).__name__, int8))
+        elif node.op == "call_function" and node.target not in (torch.quantize_per_tensor,):
+            name = getattr(node.target, "__name__", str(node.target))
+            int8 = "quantized" in str(node.target) or node.target is torch.flatten
+            operations.append(Operation(node.name, name, int8))
+    return operations
+
+
+def activation_ranges(observed: GraphModule) -> list[ActivationRange]:
+    """Return the range of every activation that calibration observed, in network order."""
+    ranges = []
+    for node in observed.graph.nodes:
+        observer = observed.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(observer, ObserverBase):
+            continue
+        with engine_context(torch.backends.quantized.engine):
+            scale, zero_point = observer.calculate_qparams()
+        ranges.append(
+            ActivationRange(
+                name=_producer_name(node.args[0]),
+                seen_min=float(observer.min_val),
+                seen_max=float(observer.max_val),
+                kept_min=float((observer.quant_min - zero_point) * scale),
+                kept_max=float((observer.quant_max - zero_point) * scale),
+            )
+        )
+    return ranges
+
+
+def _producer_name(node: torch.fx.Node) -> str:
+    if node.op == "placeholder":
+        return "input"
+    return node.target if node.op == "call_module" else node.name
+
+
+def _prepare(model: ResNet18, settings: Settings) -> GraphModule:
+    quant_max = 127 if settings.reduce_range else 255
+    activation = HistogramObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=quant_max)
+    qconfig = QConfig(activation=activation, weight=default_per_channel_weight_observer)
+    example = torch.zeros(1, 3, 32, 32)
+    return prepare_fx(
+        copy.deepcopy(model).to(memory_format=torch.channels_last),
+        QConfigMapping().set_global(qconfig),
+        (example,),
+    )
+
+
+@contextlib.contextmanager
+def engine_context(engine: str) -> Iterator[None]:
+    """Choose the engine that packs weights, and silence the named warnings of ``torch.ao``."""
+    previous = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        with warnings.catch_warnings():
+            for message in TORCH_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        torch.backends.quantized.engine = previous
