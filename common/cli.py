@@ -201,6 +201,7 @@ def progress(
         unit=unit,
         file=sys.stderr,
         leave=False,
+        delay=1.0,
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 15.0,
         disable=not log.isEnabledFor(logging.INFO),

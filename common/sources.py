@@ -205,7 +205,7 @@ def bundled_source() -> Source:
         archive = BUNDLED_ARCHIVES[split]
         try:
             unpacked = io.BytesIO(lzma.decompress(archive.read_bytes()))
-            tar = tarfile.open(fileobj=unpacked)  # stays open for read()
+            tar = tarfile.open(fileobj=unpacked)  # noqa: SIM115  (read() below needs it)
             members = sorted((m for m in tar if m.isfile()), key=lambda member: member.name)
         except (OSError, lzma.LZMAError, tarfile.TarError) as error:
             raise UserError(f"{archive}: bundled images are missing or damaged ({error})") from None

@@ -33,7 +33,7 @@ def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
     content = {
         "format": FORMAT,
         "settings": asdict(settings),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "state_dict": model.state_dict(),
     }
     replace_file(path, lambda file: torch.save(content, file))
@@ -52,7 +52,8 @@ def load_int8(path: str | Path) -> GraphModule:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with engines.quiet_torch():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0][:120]
         raise UserError(f"{path}: damaged or no INT8 model ({reason})") from None
@@ -67,7 +68,7 @@ def load_int8(path: str | Path) -> GraphModule:
             path,
         )
     model = engines.build_skeleton(settings)
-    with engines.engine_context(settings.engine):
+    with engines.quiet_torch(settings.engine):
         model.load_state_dict(content["state_dict"])
     return model
 

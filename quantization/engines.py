@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 
 from common import cli, report
 from common.cli import UserError
-from common.model import ResNet18
+from common.model import ResNet18, prunable_layers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -32,6 +32,8 @@ with warnings.catch_warnings():
     from torch.ao.nn.quantized import Linear as QuantizedLinear
     from torch.ao.quantization import (
         HistogramObserver,
+        MinMaxObserver,
+        MovingAverageMinMaxObserver,
         QConfig,
         QConfigMapping,
         default_per_channel_weight_observer,
@@ -40,6 +42,11 @@ with warnings.catch_warnings():
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
+OBSERVERS = {
+    "histogram": HistogramObserver,  # clips where the expected squared error is least
+    "minmax": MinMaxObserver,
+    "moving-average": MovingAverageMinMaxObserver,
+}
 # Those of the x86 engines' kernels that add pairs of 8-bit products in 16 bits without VNNI.
 SATURATING_ENGINES = ("fbgemm", "x86")
 TORCH_WARNINGS = (
@@ -57,12 +64,16 @@ class Settings:
 
     Attributes:
         engine: One of ``ENGINES``.
+        observer: How activations' ranges follow from what was seen, one of ``OBSERVERS``.
+        fp32_layers: Convolution and linear layers that stay in FP32.
         reduce_range: Use 7 of the 8 bits of activations, which x86 CPUs without VNNI need: there
             the sum of two full products does not fit the 16 bits that it is added in.
     """
 
     engine: str = "fbgemm"
     reduce_range: bool = False
+    observer: str = "histogram"
+    fp32_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,16 @@ class ActivationRange:
     seen_max: float
     kept_min: float
     kept_max: float
+
+
+@dataclass(frozen=True)
+class ChannelRanges:
+    """The largest weight magnitude of each output channel of a layer: its spread over channels."""
+
+    layer: str
+    low: float
+    median: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,7 @@ def calibrate(
         batches: Normalised images (N, 3, 32, 32) and labels, which are not used.
         settings: Of the quantization.
     """
-    with engine_context(settings.engine):
+    with quiet_torch(settings.engine):
         observed = _prepare(model, settings)
         with torch.inference_mode():
             for images, _ in cli.progress(batches, "calibrate"):
@@ -123,13 +144,13 @@ def convert(observed: GraphModule, settings: Settings) -> GraphModule:
     """Return the INT8 model of a calibrated one, which is left as it is.
 
     Raises:
-        RuntimeError: A convolution or linear layer would not run in INT8.
+        RuntimeError: An operation would not run in INT8, though no setting keeps it in FP32.
     """
-    with engine_context(settings.engine):
+    with quiet_torch(settings.engine):
         converted = convert_fx(copy.deepcopy(observed))
-    floating = [op.name for op in list_operations(converted) if not op.is_int8]
-    if floating:
-        raise RuntimeError(f"not INT8 after conversion: {', '.join(floating)}")
+    refused = {op.name for op in list_operations(converted) if not op.is_int8}
+    if refused := sorted(refused - set(settings.fp32_layers)):
+        raise RuntimeError(f"not INT8 after conversion: {', '.join(refused)}")
     return converted
 
 
@@ -140,7 +161,7 @@ def build_skeleton(settings: Settings) -> GraphModule:
         UserError: torch has no such engine on this CPU.
     """
     choose_settings(settings.engine)
-    with engine_context(settings.engine):
+    with quiet_torch(settings.engine):
         return convert_fx(_prepare(ResNet18().eval(), settings))
 
 
@@ -166,12 +187,14 @@ def list_operations(converted: GraphModule) -> list[Operation]:
 
 def activation_ranges(observed: GraphModule) -> list[ActivationRange]:
     """Return the range of every activation that calibration observed, in network order."""
-    ranges = []
+    ranges, shared = [], set()
     for node in observed.graph.nodes:
         observer = observed.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(observer, ObserverBase):
+        # Pooling and flattening share the observer of what they read.
+        if not isinstance(observer, ObserverBase) or observer in shared:
             continue
-        with engine_context(torch.backends.quantized.engine):
+        shared.add(observer)
+        with quiet_torch():
             scale, zero_point = observer.calculate_qparams()
         ranges.append(
             ActivationRange(
@@ -185,6 +208,20 @@ def activation_ranges(observed: GraphModule) -> list[ActivationRange]:
     return ranges
 
 
+def weight_ranges(model: ResNet18) -> list[ChannelRanges]:
+    """Return the spread of weight ranges over channels, by layer, as INT8 sees it.
+
+    Args:
+        model: FP32 with batch-norm folded in.
+    """
+    ranges = []
+    for name, module in prunable_layers(model).items():
+        largest = module.weight.detach().abs().flatten(1).amax(dim=1)
+        spread = (float(value) for value in (largest.min(), largest.median(), largest.max()))
+        ranges.append(ChannelRanges(name, *spread))
+    return ranges
+
+
 def _producer_name(node: torch.fx.Node) -> str:
     if node.op == "placeholder":
         return "input"
@@ -193,21 +230,26 @@ def _producer_name(node: torch.fx.Node) -> str:
 
 def _prepare(model: ResNet18, settings: Settings) -> GraphModule:
     quant_max = 127 if settings.reduce_range else 255
-    activation = HistogramObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=quant_max)
+    activation = OBSERVERS[settings.observer].with_args(
+        dtype=torch.quint8, quant_min=0, quant_max=quant_max
+    )
     qconfig = QConfig(activation=activation, weight=default_per_channel_weight_observer)
+    mapping = QConfigMapping().set_global(qconfig)
+    for layer in settings.fp32_layers:
+        mapping.set_module_name(layer, None)
     example = torch.zeros(1, 3, 32, 32)
     return prepare_fx(
         copy.deepcopy(model).to(memory_format=torch.channels_last),
-        QConfigMapping().set_global(qconfig),
+        mapping,
         (example,),
     )
 
 
 @contextlib.contextmanager
-def engine_context(engine: str) -> Iterator[None]:
-    """Choose the engine that packs weights, and silence the named warnings of ``torch.ao``."""
+def quiet_torch(engine: str | None = None) -> Iterator[None]:
+    """Silence the named warnings of ``torch.ao`` and, if given, choose the engine."""
     previous = torch.backends.quantized.engine
-    torch.backends.quantized.engine = engine
+    torch.backends.quantized.engine = engine or previous
     try:
         with warnings.catch_warnings():
             for message in TORCH_WARNINGS:

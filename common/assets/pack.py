@@ -31,7 +31,8 @@ SUBSET_SEED = 0
 
 def pack_images(archive: Path, count: int) -> Path:
     """Write a class-balanced subset of ``archive``'s images beside this script, as a tar.xz."""
-    source = tarfile.open(fileobj=io.BytesIO(lzma.decompress(archive.read_bytes())))
+    unpacked = io.BytesIO(lzma.decompress(archive.read_bytes()))
+    source = tarfile.open(fileobj=unpacked)  # noqa: SIM115  (in memory)
     members = sorted((m for m in source if m.isfile()), key=lambda member: member.name)
     labels = np.array([CLASSES.index(member.name.split("/")[1]) for member in members])
     packed = io.BytesIO()

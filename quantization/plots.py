@@ -1,0 +1,117 @@
+"""The plots of quantization.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common import report
+from quantization.engines import ActivationRange, ChannelRanges
+
+COLORS = ("#C4C4C4", "#777777", report.ORANGE, report.BLUE, report.GREEN, report.RED)
+
+
+def plot_overview(models: Sequence[dict], path: Path) -> None:
+    """Plot size, accuracy with its interval, and throughput by batch size.
+
+    Args:
+        models: The ``models`` of results.json.
+        path: PNG to write.
+    """
+    figure, axes = report.new_figure(11, 3.8, columns=3, width_ratios=(1, 1.15, 2))
+    size_axis, accuracy_axis, speed_axis = axes
+    # The layout in memory changes neither size nor accuracy.
+    distinct = [model for model in models if model["name"] != "fp32-nchw"]
+    colors = {label(model): COLORS[index] for index, model in enumerate(models)}
+    names = [label(model, short=True) for model in distinct]
+    fill = [colors[label(model)] for model in distinct]
+
+    sizes_mb = [model["size_bytes"] / 1e6 for model in distinct]
+    bars = size_axis.bar(names, sizes_mb, color=fill, width=0.6)
+    size_axis.bar_label(bars, [f"{size:.1f}" for size in sizes_mb], padding=2)
+    size_axis.set(title="Size on disk", ylabel="MB")
+
+    values = np.array([model["accuracy"]["value"] for model in distinct]) * 100
+    intervals = np.array([model["accuracy"]["ci95"] for model in distinct]) * 100
+    errors = np.abs(intervals.T - values)
+    for index, color in enumerate(fill):
+        accuracy_axis.errorbar(
+            index, values[index], errors[:, [index]], fmt="o", color=color, capsize=5, lw=2, ms=7
+        )
+        accuracy_axis.annotate(
+            f"{values[index]:.2f}", (index, values[index]), xytext=(9, 0),
+            textcoords="offset points", va="center",
+        )  # fmt: skip
+    accuracy_axis.set_xticks(range(len(names)), names)
+    accuracy_axis.set_xlim(-0.5, len(names) - 0.2)
+    total = distinct[0]["accuracy"]["total"]
+    accuracy_axis.set(title="Accuracy, 95 % interval", ylabel=f"top-1 on {total:,} images, %")
+
+    batch_sizes = [entry["batch_size"] for entry in models[0]["latency"]]
+    width = 0.8 / len(models)
+    for index, model in enumerate(models):
+        speeds = [entry["images_per_second"] for entry in model["latency"]]
+        positions = np.arange(len(batch_sizes)) + (index - (len(models) - 1) / 2) * width
+        bars = speed_axis.bar(
+            positions, speeds, width * 0.95, color=colors[label(model)], label=label(model)
+        )
+        speed_axis.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=2, fontsize=8)
+    speed_axis.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
+    speed_axis.set(title="Throughput on the CPU", ylabel="images a second")
+    speed_axis.margins(y=0.22)
+    speed_axis.legend(loc="upper left", ncols=2, fontsize=8)
+    report.save_figure(figure, path)
+
+
+def plot_ranges(
+    weights: Sequence[ChannelRanges], activations: Sequence[ActivationRange], path: Path
+) -> None:
+    """Plot the ranges that INT8 has to cover: of weights by channel, of activations by layer.
+
+    Args:
+        weights: Of the convolutions (batch-norm folded in) and the linear layer.
+        activations: As calibration observed them.
+        path: PNG to write.
+    """
+    figure, (weight_axis, activation_axis) = report.new_figure(
+        11, 6.2, columns=2, width_ratios=(1, 1.25)
+    )
+    rows = np.arange(len(weights))
+    weight_axis.hlines(
+        rows, [w.low for w in weights], [w.high for w in weights], color=report.BLUE, lw=5,
+        alpha=0.35, label="all channels",
+    )  # fmt: skip
+    weight_axis.plot([w.median for w in weights], rows, "o", color=report.BLUE, label="median")
+    weight_axis.set_yticks(rows, [w.layer for w in weights])
+    weight_axis.set(
+        title="Weights: largest magnitude by channel",
+        xlabel="with batch-norm folded in; log scale",
+        xscale="log",
+    )
+    rows = np.arange(len(activations))
+    activation_axis.hlines(
+        rows, [a.seen_min for a in activations], [a.seen_max for a in activations],
+        color=report.GREY, lw=2, label="seen in calibration",
+    )  # fmt: skip
+    activation_axis.hlines(
+        rows, [a.kept_min for a in activations], [a.kept_max for a in activations],
+        color=report.ORANGE, lw=6, alpha=0.8, label="kept by INT8 (clipped beyond)",
+    )  # fmt: skip
+    activation_axis.set_yticks(rows, [a.name for a in activations])
+    activation_axis.set(title="Activations: range by layer", xlabel="value")
+    for axis in (weight_axis, activation_axis):
+        axis.invert_yaxis()
+        axis.tick_params(axis="y", labelsize=8)
+        axis.legend(loc="lower right", fontsize=8)
+    report.save_figure(figure, path)
+
+
+def label(model: dict, short: bool = False) -> str:
+    """Name an entry of results.json's ``models`` for people; ``short`` for a narrow axis."""
+    if model["name"] == "fp32":
+        return "FP32" if short else "FP32 at its best"
+    if model["name"] == "fp32-nchw":
+        return "FP32 as usually written"
+    return "INT8\n" * short + model["engine"] if short else f"INT8 {model['engine']}"
