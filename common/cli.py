@@ -58,6 +58,17 @@ def seed_int(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def fraction(text: str) -> float:
     """Parse a number from 0 to 1."""
     try:

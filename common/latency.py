@@ -75,14 +75,19 @@ def time_interleaved(
     for batch_size in batch_sizes:
         samples_ms = _sample(contenders, images, batch_size, seconds_per_batch_size)
         for name, values in samples_ms.items():
-            timing = _summarize(batch_size, values)
-            timings[name].append(timing)
-            if timing.is_noisy:
-                cli.log.warning(
-                    "%s at batch %d: the middle half of its times spans %.0f %% of the median; "
-                    "the machine is too busy for a ratio to mean much",
-                    name, batch_size, 100 * timing.iqr_ms / timing.median_ms,
-                )  # fmt: skip
+            timings[name].append(_summarize(batch_size, values))
+    noisy = [
+        f"{name} at batch {timing.batch_size}"
+        for name, entries in timings.items()
+        for timing in entries
+        if timing.is_noisy
+    ]
+    if noisy:
+        cli.log.warning(
+            "the middle half of the times spans over %.0f %% of the median for %s: the machine is "
+            "too busy for their ratios to mean much",
+            100 * NOISY_SPREAD, ", ".join(noisy),
+        )  # fmt: skip
     return timings
 
 

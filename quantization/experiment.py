@@ -79,9 +79,20 @@ def save_and_verify(quantized: Quantized, path: Path, test: Cifar10) -> None:
 
 
 def time_models(
-    model: ResNet18, quantized: Sequence[Quantized], test: Cifar10, batch_sizes: Sequence[int]
+    model: ResNet18,
+    quantized: Sequence[Quantized],
+    test: Cifar10,
+    batch_sizes: Sequence[int],
+    seconds: float,
 ) -> dict[str, list[Timing]]:
     """Time FP32 as usually written, FP32 at its best and each INT8 model, interleaved.
+
+    Args:
+        model: FP32.
+        quantized: The INT8 models.
+        test: Images to feed.
+        batch_sizes: In images.
+        seconds: To spend on each batch size.
 
     Returns:
         Timings by ``fp32-nchw``, ``fp32`` and each engine's name.
@@ -93,7 +104,7 @@ def time_models(
         *(Contender(candidate.settings.engine, candidate.model) for candidate in quantized),
     ]
     images = normalize(test.images[: max(batch_sizes)])
-    return time_interleaved(contenders, images, batch_sizes)
+    return time_interleaved(contenders, images, batch_sizes, seconds)
 
 
 def fp32_entry(

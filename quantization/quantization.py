@@ -56,6 +56,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=[1, 32, 128],
         help="batch sizes to time",
     )
+    timing.add_argument(
+        "--timing-seconds",
+        type=cli.positive_float,
+        metavar="S",
+        default=5.0,
+        help="time to spend on each batch size",
+    )
     return parser
 
 
@@ -99,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
         paths = [folder.file(artifact_name(engine)) for engine in args.engines]
         for candidate, path in zip(quantized, paths, strict=True):
             experiment.save_and_verify(candidate, path, test)
-        timings = experiment.time_models(model, quantized, test, args.batch_sizes)
+        timings = experiment.time_models(
+            model, quantized, test, args.batch_sizes, args.timing_seconds
+        )
 
         fp32, nchw = (
             experiment.fp32_entry(name, model, correct, timings[name])

@@ -1,0 +1,45 @@
+# make run    set up .venv and run the scripts: results in results/
+# make test   lint-free check of the code: the test suite
+# make lint   ruff
+# make bench  compare with other runtimes (installs them into .venv)
+#
+# PYTHON chooses the interpreter, ARGS adds flags: make run ARGS='--test-images all'
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ARGS ?=
+
+.PHONY: run test lint bench clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/.runtime
+	$(BIN)/python quantization/quantization.py $(ARGS)
+	$(BIN)/python pruning/pruning.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/int8_runtimes.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) results
+
+# The stamps are touched last: an interrupted installation is taken up again.
+$(VENV)/.runtime: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.bench: requirements-bench.txt $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	touch $@

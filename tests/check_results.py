@@ -1,0 +1,103 @@
+"""Check results.json files against their contract: python tests/check_results.py FILE...
+
+The contract is written as a JSON schema would be, but as plain Python that also checks what a
+schema cannot: that intervals hold their values and that counts add up.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+COMMON = {
+    "schema", "script", "arguments", "environment", "data", "weights", "wall_seconds", "artifacts",
+}  # fmt: skip
+ENVIRONMENT = {"torch", "python", "cpu", "threads", "vnni", "device"}
+
+
+def check_results(results: dict, folder: Path) -> None:
+    """Raise AssertionError where ``results`` breaks the contract.
+
+    Args:
+        results: The parsed results.json.
+        folder: Where it lies, with the artefacts that it names.
+    """
+    assert results.keys() >= COMMON, COMMON - results.keys()
+    assert results["schema"] == 1
+    assert results["environment"].keys() >= ENVIRONMENT
+    assert results["data"]["source"] in ("cifar10", "folder", "bundled")
+    assert len(results["weights"]["sha256"]) == 64
+    assert results["wall_seconds"] > 0
+    artifacts = results["artifacts"]
+    for name in [artifacts["model"], *artifacts["plots"]]:
+        assert (folder / name).stat().st_size > 0, name
+    {"quantization": check_quantization, "pruning": check_pruning}[results["script"]](results)
+
+
+def check_quantization(results: dict) -> None:
+    """Check quantization.py's own part."""
+    total = results["data"]["test_images"]
+    for model in results["models"]:
+        check_accuracy(model["accuracy"], total)
+        assert model["size_bytes"] > 1_000_000
+        for entry in model["latency"]:
+            assert entry["median_ms"] > 0
+            assert entry["iqr_ms"] >= 0
+            speed = 1000 * entry["batch_size"] / entry["median_ms"]
+            assert abs(entry["images_per_second"] / speed - 1) < 1e-9
+    assert {"fp32", "int8"} <= {model["name"] for model in results["models"]}
+    comparison = results["comparison"]
+    assert 0.2 < comparison["size_ratio"] < 0.3
+    check_comparison(comparison["accuracy"], total)
+    sizes = [entry["batch_size"] for entry in results["models"][0]["latency"]]
+    assert [entry["batch_size"] for entry in comparison["speedup"]] == sizes
+
+
+def check_pruning(results: dict) -> None:
+    """Check pruning.py's own part."""
+    total = results["data"]["test_images"]
+    check_accuracy(results["baseline"], total)
+    assert len(results["layers"]) == 21
+    assert sum(layer["weights"] for layer in results["layers"]) == 11_164_352
+    for entry in results["sensitivity"]:
+        check_accuracy(entry["accuracy"], total)
+        check_comparison(entry["comparison"], total)
+        assert abs(entry["achieved"] - entry["amount"]) < 1e-3
+        lost = results["baseline"]["correct"] - entry["accuracy"]["correct"]
+        assert abs(entry["comparison"]["drop"] - lost / total) < 1e-12
+    search = results["linear_search"]
+    assert search["steps"]
+    assert 0 <= search["max_amount"] <= search["exhaustive_max_amount"] <= 1
+    assert search["curve"]
+    assert isinstance(search["monotone"], bool)
+
+
+def check_accuracy(accuracy: dict, total: int) -> None:
+    """Check an ``accuracy`` object of ``total`` images."""
+    low, high = accuracy["ci95"]
+    assert accuracy["total"] == total
+    assert accuracy["value"] == accuracy["correct"] / total
+    assert 0 <= low <= accuracy["value"] <= high <= 1
+
+
+def check_comparison(comparison: dict, total: int) -> None:
+    """Check a ``comparison`` object of ``total`` images."""
+    low, high = comparison["ci95"]
+    net = comparison["only_a_correct"] - comparison["only_b_correct"]
+    assert abs(comparison["drop"] - net / total) < 1e-12
+    assert -1 <= low <= comparison["drop"] <= high <= 1
+    assert 0 <= comparison["mcnemar_p"] <= 1
+
+
+def main() -> int:
+    """Check every file named on the command line."""
+    for name in sys.argv[1:]:
+        path = Path(name)
+        check_results(json.loads(path.read_text()), path.parent)
+        print(f"{path}: as the contract says")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""End to end: quantization.py as a user runs it, on the bundled weights and images."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from check_results import check_results
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = REPOSITORY / "quantization" / "quantization.py"
+QUICK = [
+    "--bundled", "--test-images", "100", "--calibration-images", "32",
+    "--batch-sizes", "1,4", "--timing-seconds", "0.1",
+]  # fmt: skip
+
+
+def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:__main__", str(script), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def without_times(results):
+    """Drop what differs between two runs: times, and where results went."""
+    if isinstance(results, dict):
+        timed = {"latency", "speedup", "speedup_over_nchw", "wall_seconds", "output_dir"}
+        return {k: without_times(v) for k, v in results.items() if k not in timed}
+    return [without_times(v) for v in results] if isinstance(results, list) else results
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    return run(*QUICK, "--output-dir", folder), folder
+
+
+def test_run_keeps_the_contract_and_tells_its_story(finished):
+    process, folder = finished
+    assert process.returncode == 0, process.stderr
+    results = json.loads((folder / "results.json").read_text())
+    check_results(results, folder)
+    int8 = next(model for model in results["models"] if model["name"] == "int8")
+    assert f"{100 * int8['accuracy']['value']:.2f} %" in process.stdout
+    assert f"{int8['size_bytes'] / 1e6:.2f} MB" in process.stdout
+    assert max(map(len, process.stdout.splitlines())) <= 80
+    assert "bundled weights" in process.stderr
+    assert "bundled JPEG images" in process.stderr
+    assert "Warning" not in process.stderr
+    assert {p.name for p in folder.iterdir()} == {
+        "overview.png", "ranges.png", "resnet18_cifar10_int8.pth", "results.json",
+    }  # fmt: skip
+
+
+def test_every_layer_is_int8(finished):
+    results = json.loads((finished[1] / "results.json").read_text())
+    operations = results["models"][-1]["int8_operations"]
+    layers = [name for name in operations if "conv" in name or "shortcut" in name]
+    assert len(layers) == 20
+    assert "linear" in operations
+
+
+def test_same_seed_same_results_from_another_folder_with_json(finished, tmp_path):
+    first = json.loads((finished[1] / "results.json").read_text())
+    process = run("--json", "--quiet", *QUICK, "--output-dir", finished[1].parent / "b",
+                  cwd=SCRIPT.parent, script="quantization.py")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    second = json.loads(process.stdout)
+    first["arguments"] |= {"json": True, "quiet": True}
+    assert without_times(first) == without_times(second)
+    assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
+    written = (finished[1].parent / "b" / "results.json").read_text()
+    assert written == process.stdout
+
+
+def test_earlier_results_are_kept_and_a_failure_changes_nothing(finished, tmp_path):
+    before = {p.name: p.read_bytes() for p in finished[1].iterdir()}
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"PK\x03\x04 not a checkpoint")
+    process = run(*QUICK, "--weights", broken, "--output-dir", finished[1], cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith(f"error: {broken}: ")
+    assert "Traceback" not in process.stderr
+    assert process.stdout == ""
+    assert {p.name: p.read_bytes() for p in finished[1].iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--engines", "nope"],
+        ["--test-images", "0"],
+        ["--calibration-images", "x"],
+        ["--bundled", "--no-bundled"],
+        ["--batch-sizes", ""],
+        ["--seed", "-1"],
+        ["--threads", "0"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, tmp_path):
+    process = run(*arguments, "--output-dir", tmp_path / "out", cwd=tmp_path)
+    assert process.returncode == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_needs_no_torch():
+    code = "import runpy, sys; sys.argv = ['quantization.py', '--help']\n"
+    code += f"try:\n    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    code += "except SystemExit:\n    pass\nprint('torch' in sys.modules)"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"COLUMNS": "80"},
+    )  # fmt: skip
+    assert process.stdout.splitlines()[-1] == "False"
+    assert "default: 512" in process.stdout
+
+
+@pytest.mark.shared
+def test_targets_on_the_full_size_weights_and_images(tmp_path):
+    shared = REPOSITORY.parent / "shared"
+    weights = shared / "weights" / "resnet18_cifar10.pth"
+    if not weights.exists():
+        pytest.skip("no ../shared")
+    process = run("--weights", weights, "--bundled", "--test-images", "2000", "--batch-sizes", "1",
+                  "--timing-seconds", "1", "--output-dir", tmp_path / "out",
+                  "--json", "--quiet")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    comparison = json.loads(process.stdout)["comparison"]
+    assert comparison["size_ratio"] <= 0.26
+    assert comparison["accuracy"]["drop"] <= 0.003
