@@ -28,8 +28,6 @@ from common.model import ResNet18, prunable_layers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    from torch.ao.nn.quantized import Conv2d as QuantizedConv2d
-    from torch.ao.nn.quantized import Linear as QuantizedLinear
     from torch.ao.quantization import (
         HistogramObserver,
         MinMaxObserver,
@@ -42,10 +40,27 @@ with warnings.catch_warnings():
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
+
+
+class PercentileObserver(HistogramObserver):
+    """Keeps the values between two percentiles of all that was seen, and clips the rest."""
+
+    CLIPPED_FRACTION = 1e-4  # at each end
+
+    def _non_linear_param_search(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # The one method of the base class that chooses the range from the histogram.
+        shares = self.histogram.cumsum(0) / self.histogram.sum()
+        edges = torch.linspace(float(self.min_val), float(self.max_val), self.bins + 1)
+        low = edges[int((shares <= self.CLIPPED_FRACTION).sum())]
+        high = edges[int((shares < 1 - self.CLIPPED_FRACTION).sum()) + 1]
+        return low, high
+
+
 OBSERVERS = {
     "histogram": HistogramObserver,  # clips where the expected squared error is least
     "minmax": MinMaxObserver,
     "moving-average": MovingAverageMinMaxObserver,
+    "percentile": PercentileObserver,
 }
 # Those of the x86 engines' kernels that add pairs of 8-bit products in 16 bits without VNNI.
 SATURATING_ENGINES = ("fbgemm", "x86")
@@ -168,21 +183,32 @@ def build_skeleton(settings: Settings) -> GraphModule:
 def list_operations(converted: GraphModule) -> list[Operation]:
     """List what a converted model runs between its first quantize and its last dequantize.
 
-    An operation is INT8 if its kernel reads and writes INT8; this is told by the class of a module
-    and by the overload of a function, so a layer that was left in FP32 shows.
+    The model is run on a blank image, and an operation is INT8 if what it returned is: the proof
+    does not rest on the names of classes.
     """
-    modules = dict(converted.named_modules())
-    operations = []
-    for node in converted.graph.nodes:
-        if node.op == "call_module":
-            module = modules[node.target]
-            int8 = isinstance(module, QuantizedConv2d | QuantizedLinear | nn.AdaptiveAvgPool2d)
-            operations.append(Operation(node.target, type(module).__name__, int8))
-        elif node.op == "call_function" and node.target not in (torch.quantize_per_tensor,):
-            name = getattr(node.target, "__name__", str(node.target))
-            int8 = "quantized" in str(node.target) or node.target is torch.flatten
-            operations.append(Operation(node.name, name, int8))
-    return operations
+    recorder = _Recorder(converted)
+    with torch.inference_mode():
+        recorder.run(torch.zeros(1, 3, 32, 32))
+    return recorder.operations
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Runs a graph node by node and notes which nodes computed on INT8."""
+
+    def __init__(self, module: GraphModule):
+        super().__init__(module)
+        self.operations: list[Operation] = []
+
+    def run_node(self, node: torch.fx.Node) -> object:
+        result = super().run_node(node)
+        is_boundary = node.target in (torch.quantize_per_tensor, "dequantize")
+        if node.op.startswith("call_") and not is_boundary:
+            kind = getattr(node.target, "__name__", str(node.target))
+            if node.op == "call_module":
+                kind = type(self.fetch_attr(node.target)).__name__
+            name = node.target if node.op == "call_module" else node.name
+            self.operations.append(Operation(name, kind, result.is_quantized))
+        return result
 
 
 def activation_ranges(observed: GraphModule) -> list[ActivationRange]:
@@ -243,6 +269,60 @@ def _prepare(model: ResNet18, settings: Settings) -> GraphModule:
         mapping,
         (example,),
     )
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Rounds an activation to its 8-bit grid, in FP32: what INT8 makes of it."""
+
+    scale: float
+    zero_point: int
+    quant_min: int
+    quant_max: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` rounded; same shape, FP32."""
+        return torch.fake_quantize_per_tensor_affine(
+            x, self.scale, self.zero_point, self.quant_min, self.quant_max
+        )
+
+
+def layer_quantizers(observed: GraphModule) -> dict[str, tuple[Quantizer, Quantizer]]:
+    """Return the quantizers of every layer's input and output, from a calibrated model."""
+
+    def quantizer_of(node: torch.fx.Node) -> Quantizer | None:
+        observer = observed.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(observer, ObserverBase):
+            return None
+        with quiet_torch():
+            scale, zero_point = observer.calculate_qparams()
+        return Quantizer(float(scale), int(zero_point), observer.quant_min, observer.quant_max)
+
+    found = {}
+    for node in observed.graph.nodes:
+        if node.op != "call_module" or not _is_layer(observed.get_submodule(node.target)):
+            continue
+        inputs = [quantizer_of(source) for source in node.all_input_nodes]
+        outputs = [quantizer_of(user) for user in node.users]
+        if inputs[0] and outputs[0]:
+            found[node.target] = (inputs[0], outputs[0])
+    return found
+
+
+def quantize_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Return ``weight`` (out, ...) rounded to its INT8 grid, one scale an output channel; FP32."""
+    observer = default_per_channel_weight_observer()
+    observer(weight)
+    scale, zero_point = observer.calculate_qparams()
+    return torch.fake_quantize_per_channel_affine(
+        weight, scale, zero_point.int(), 0, observer.quant_min, observer.quant_max
+    )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    # A fused convolution is a Sequential of the convolution and its ReLU.
+    first = module[0] if isinstance(module, nn.Sequential) and len(module) else module
+    return isinstance(first, nn.Conv2d | nn.Linear)
 
 
 @contextlib.contextmanager
