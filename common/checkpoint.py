@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -27,12 +28,15 @@ WEIGHTS_NAME = "resnet18_cifar10.pth"
 BUNDLED_WEIGHTS = ASSETS / "resnet18_cifar10_fp16.pth"
 MAX_UNPACKED_BYTES = 1 << 30  # a ResNet18 in FP64 with its optimizer is 0.3 GB
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # torchvision's names, and what wrappers put before them.
 RENAMES = (
     (re.compile(r"^(module\.|_orig_mod\.)+"), ""),
     (re.compile(r"\.downsample\."), ".shortcut."),
     (re.compile(r"^fc\."), "linear."),
 )
+
+NO_CHECKPOINT = "truncated, damaged or no PyTorch checkpoint"
 
 StateDict = dict[str, torch.Tensor]
 
@@ -84,12 +88,12 @@ def read_checkpoint(path: Path) -> StateDict:
     """Read a checkpoint in any accepted layout into the canonical state dict (FP32).
 
     Accepted: the course's names or torchvision's with a CIFAR stem, ``module.`` prefixes, nesting
-    under one of ``NESTING_KEYS``, any floating-point dtype, ``.pth`` and ``.safetensors``.
+    under one of ``NESTING_KEYS``, any of ``WEIGHT_DTYPES``, ``.pth`` and ``.safetensors``.
 
     Raises:
         UserError: The file is missing, no checkpoint, unsafe, damaged, or of another network.
     """
-    tensors = _rename(_unnest(path, _read_file(path)))
+    tensors = _rename(path, _unnest(path, _read_file(path)))
     _check_architecture(path, tensors)
     expected = ResNet18().state_dict()
     for name, value in expected.items():  # old checkpoints lack this counter, which eval ignores
@@ -117,9 +121,11 @@ def _read_file(path: Path) -> object:
         raise UserError(f"{path}: {size_bytes:,} bytes is too large for a ResNet18")
     with path.open("rb") as file:
         head = file.read(512)
-    if head.lstrip()[:1] == b"<":
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
         raise UserError(f"{path}: an HTML page, not weights; download it with a browser")
-    if path.suffix == ".safetensors":
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a Git LFS pointer, not weights; fetch them with `git lfs pull`")
+    if path.suffix.lower() == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -127,15 +133,18 @@ def _read_file(path: Path) -> object:
     if head[:4] == b"PK\x03\x04":
         _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: damaged, or holds Python objects other than tensors, which are never run"
-        ) from None
-    except Exception as error:
-        # A hostile or cut file makes torch's reader fail in too many ways to list.
-        reason = str(error).split("\n")[0][:120] or type(error).__name__
-        raise UserError(f"{path}: damaged or no checkpoint ({reason})") from None
+        with warnings.catch_warnings():  # torch's remarks on odd pickles; what counts is said here
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path}: holds a Python object ({found[1]}), which is never loaded; save the "
+                "model's state_dict() alone"
+            ) from None
+        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
+    except Exception:  # a hostile or cut file makes torch's reader fail in too many ways to list
+        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
 
 
 def _check_archive(path: Path) -> None:
@@ -146,11 +155,16 @@ def _check_archive(path: Path) -> None:
             if unpacked_bytes > MAX_UNPACKED_BYTES:
                 raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a ResNet18")
             damaged = archive.testzip()
+            members = {name.partition("/")[2] for name in archive.namelist()}
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError,
-            NotImplementedError, EOFError) as error:  # fmt: skip
-        raise UserError(f"{path}: truncated or damaged ({error})") from None
+            NotImplementedError, EOFError):  # fmt: skip
+        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
     if damaged is not None:
         raise UserError(f"{path}: damaged (checksum of {damaged} differs)")
+    if "constants.pkl" in members:
+        raise UserError(f"{path}: a TorchScript archive; save the model's state_dict() instead")
+    if "data.pkl" not in members:
+        raise UserError(f"{path}: a zip archive, but no PyTorch checkpoint")
 
 
 def _unnest(path: Path, content: object) -> Mapping[str, object]:
@@ -159,23 +173,32 @@ def _unnest(path: Path, content: object) -> Mapping[str, object]:
             content = content[key]
             break
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
+        raise UserError(f"{path}: not a state dict but a {type(content).__name__}")
     if not content:
         raise UserError(f"{path}: an empty state dict")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: entry {name!r} is no tensor, so this is no state dict")
+        if not isinstance(name, str):
+            raise UserError(f"{path}: not a state dict: its keys are not names")
+        if not isinstance(value, torch.Tensor):
+            kind = type(value).__name__
+            raise UserError(f"{path}: not a state dict: {_shorten([name])} is a {kind}")
         if value.is_quantized:
-            raise UserError(f"{path}: already quantized ({name}); FP32 weights are needed")
+            raise UserError(
+                f"{path}: already quantized ({_shorten([name])}); FP32 weights are needed"
+            )
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise UserError(f"{path}: {_shorten([name])} is no dense tensor with values")
     return content
 
 
-def _rename(tensors: Mapping[str, torch.Tensor]) -> StateDict:
+def _rename(path: Path, tensors: Mapping[str, torch.Tensor]) -> StateDict:
     renamed = {}
     for name, value in tensors.items():
         for pattern, replacement in RENAMES:
             name = pattern.sub(replacement, name)
-        renamed[name] = value
+        if name in renamed:
+            raise UserError(f"{path}: holds {_shorten([name])} twice, under two names")
+        renamed[name] = value.detach()
     return renamed
 
 
@@ -189,14 +212,11 @@ def _check_architecture(path: Path, tensors: StateDict) -> None:
 
 
 def _check_names_and_shapes(path: Path, tensors: StateDict, expected: StateDict) -> None:
-    def shorten(names: list[str]) -> str:
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
     problems = []
     if missing := [name for name in expected if name not in tensors]:
-        problems.append(f"missing {shorten(missing)}")
+        problems.append(f"missing {_shorten(missing)}")
     if unexpected := [name for name in tensors if name not in expected]:
-        problems.append(f"unexpected {shorten(unexpected)}")
+        problems.append(f"unexpected {_shorten(unexpected)}")
     problems += [
         f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()
@@ -206,12 +226,19 @@ def _check_names_and_shapes(path: Path, tensors: StateDict, expected: StateDict)
         raise UserError(f"{path}: not a ResNet18 for CIFAR-10: {'; '.join(problems)}")
 
 
+def _shorten(names: list[str]) -> str:
+    shown = ", ".join(name[:60] for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _check_values(path: Path, tensors: StateDict) -> None:
     for name, value in tensors.items():
         if name.endswith("num_batches_tracked"):
             continue
-        if not value.is_floating_point():
-            raise UserError(f"{path}: {name} is {value.dtype}, not floating point")
+        if value.dtype not in WEIGHT_DTYPES:
+            raise UserError(
+                f"{path}: {name} is {value.dtype}; 16-, 32- or 64-bit floating point is needed"
+            )
         # In FP32, what will be computed with: an FP64 value may be finite there only.
         if not torch.isfinite(value.float()).all():
             raise UserError(f"{path}: {name} holds NaN or infinite values")

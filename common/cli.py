@@ -6,7 +6,9 @@ Nothing here imports torch, so that ``--help`` and a wrong flag answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
 import logging
 import math
 import os
@@ -25,6 +27,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_OVER_BUDGET = 3
 EXIT_INTERRUPTED = 130
+
+MAX_THREADS = 1024  # far more of them crash the OpenMP runtime
 
 Item = TypeVar("Item")
 log = logging.getLogger("compression")
@@ -55,6 +59,13 @@ def seed_int(text: str) -> int:
     """Parse a seed: an integer that numpy and torch both take (0 to 2^32 - 1)."""
     if (value := non_negative_int(text)) > 2**32 - 1:
         raise argparse.ArgumentTypeError(f"{text!r} is larger than 2^32 - 1")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """Parse a number of CPU threads."""
+    if (value := positive_int(text)) > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_THREADS} threads")
     return value
 
 
@@ -164,7 +175,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> N
     )
     running.add_argument(
         "--threads",
-        type=positive_int,
+        type=thread_count,
         metavar="N",
         help="CPU threads; by default what torch chooses, one a physical core",
     )
@@ -227,29 +238,37 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
 
     0 done, 1 an expected failure (``error: …`` in one line), 2 wrong usage (argparse),
     3 a budget that could not be met, 130 interrupted by Ctrl-C or SIGTERM. Any other exception is
-    a bug and keeps its traceback.
+    a bug and keeps its traceback. stdout is flushed here, while a closed pipe or a full disk can
+    still be told.
     """
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
+        _make_printing_safe()
         try:
             previous = signal.signal(signal.SIGTERM, _interrupt)
         except ValueError:  # not the main thread: no signals to handle
             previous = None
         try:
-            return main(argv)
+            code = main(argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
         except UserError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
-            print("interrupted: earlier results are as they were", file=sys.stderr)
+            print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
-        except BrokenPipeError:
-            # The reader of stdout went away (`| head`); nothing is left to be told.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # the reader went away (`| head`): nobody is left to be told
             return EXIT_FAILED
         except OSError as error:
             return _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return _fail("out of memory; a smaller --batch-size needs less")
         finally:
+            _release_stdout()
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
 
@@ -261,5 +280,36 @@ def _interrupt(signum: int, frame: object) -> None:
 
 
 def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    # File and tensor names come from outside: no line breaks, no escape sequences.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr)
     return EXIT_FAILED
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch raises a RuntimeError: of a class of its own on a GPU, of its allocator on a CPU.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _make_printing_safe() -> None:
+    """Let neither a narrow encoding (``×`` in Latin-9) nor a closed stderr end a run."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _release_stdout() -> None:
+    """Flush stdout, or drop what cannot be written, which would fail again when Python ends."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

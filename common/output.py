@@ -7,12 +7,15 @@ at the end; a failed, interrupted or killed run leaves the folder as it was.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -58,7 +61,8 @@ class OutputFolder:
 
     Args:
         path: Created when missing.
-        overwrite: Replace an earlier run's files; otherwise they are moved to ``earlier/``.
+        overwrite: Replace an earlier run's files; otherwise they are moved to ``earlier/``. Files
+            that no run wrote stay where they are.
         keep: Names of files that outlive a run that fails (a journal to resume from).
     """
 
@@ -68,12 +72,32 @@ class OutputFolder:
         self._keep = keep
         self._staging: Path | None = None
         self._lock: int | None = None
-        self._created = False
+        self._created: list[Path] = []
 
     def __enter__(self) -> OutputFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: not a folder")
-        self._created = not self.path.exists()
+        self._created = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        try:
+            self._open()
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, OSError):
+                raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with _interruptions_deferred():
+            if self._staging is not None:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            for folder in self._created:  # and left empty by a run that failed
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(self.path).free
         if free_bytes < MIN_FREE_BYTES:
@@ -82,57 +106,107 @@ class OutputFolder:
                 f"{MIN_FREE_BYTES / 1e6:.0f} MB are needed"
             )
         self._take_lock()
-        for leftover in self.path.glob(f"{STAGING_PREFIX}*"):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        self._staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.path))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)
-        if self._created:  # and left empty by a run that failed
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
         if self._lock is not None:
-            os.close(self._lock)
+            for leftover in self.path.glob(f"{STAGING_PREFIX}*"):  # of a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+        self._staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.path))
 
     def file(self, name: str) -> Path:
         """Return the path to write ``name`` to; it takes its place at :meth:`commit`."""
         return self._staging / name
 
     def commit(self) -> None:
-        """Move everything that was written into place, results.json last."""
-        names = sorted(p.name for p in self._staging.iterdir())
-        names.sort(key=lambda name: name == RESULTS_NAME)
-        self._set_earlier_aside()
-        for name in names:
-            (self._staging / name).chmod(0o666 & ~_umask())
-            (self._staging / name).replace(self.path / name)
+        """Move everything that was written into place.
 
-    def _set_earlier_aside(self) -> None:
-        results = self.path / RESULTS_NAME
-        if self._overwrite or not results.exists():
-            return
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(results.stat().st_mtime))
+        results.json goes last: where it lies, the run's other files lie. Ctrl-C and SIGTERM wait
+        until all is done.
+        """
+        names = _results_last(p.name for p in self._staging.iterdir())
+        with _interruptions_deferred():
+            self._clear_away(_artifacts(self.path / RESULTS_NAME).union(names))
+            for name in names:
+                (self._staging / name).chmod(0o666 & ~_umask())
+                (self._staging / name).replace(self.path / name)
+
+    def _clear_away(self, names: set[str]) -> None:
+        """Remove an earlier run's files, or move them to a folder of their own in ``earlier/``."""
+        earlier = [
+            self.path / name
+            for name in _results_last(names)
+            if (self.path / name).is_file() and name not in self._keep
+        ]
+        if self._overwrite:
+            for path in reversed(earlier):  # results.json first: it must not vouch for new files
+                path.unlink()
+        elif earlier:
+            self._move_to_archive(earlier)
+
+    def _move_to_archive(self, earlier: list[Path]) -> None:
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(earlier[-1].stat().st_mtime))
         archive = self.path / EARLIER_NAME
         archive.mkdir(exist_ok=True)
         used = sum(bool(re.fullmatch(rf"{stamp}(_\d+)?", p.name)) for p in archive.iterdir())
         target = archive / (f"{stamp}_{used}" if used else stamp)
         target.mkdir()
         log.info("earlier results moved to %s", target)
-        for item in self.path.iterdir():
-            if item.is_file() and item.name not in self._keep:
-                item.rename(target / item.name)
+        for path in earlier:
+            path.rename(target / path.name)
 
     def _take_lock(self) -> None:
         """Lock the folder itself; the lock goes with the process, however that ends."""
         if fcntl is None:
             return
-        self._lock = os.open(self.path, os.O_RDONLY)
+        handle = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
+            os.close(handle)
             raise UserError(f"{self.path}: in use by another run; choose another folder") from None
+        except OSError as error:  # NFS locks no folders
+            os.close(handle)
+            log.warning("%s: cannot be locked (%s); start no second run", self.path, error.strerror)
+        else:
+            self._lock = handle
+
+
+def _artifacts(results: Path) -> set[str]:
+    """Return the names of files that an earlier results.json lists under ``artifacts``."""
+    try:
+        pending = [json.loads(results.read_bytes())["artifacts"]]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or not one of ours
+        return set()
+    names = set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict | list):
+            pending += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and Path(value).name == value:
+            names.add(value)
+    return names
+
+
+def _results_last(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (name == RESULTS_NAME, name))
+
+
+@contextlib.contextmanager
+def _interruptions_deferred() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM take effect after the block, not in it."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    waiting = []
+    previous = {
+        number: signal.signal(number, lambda number, frame: waiting.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in waiting:
+            signal.raise_signal(number)
 
 
 def _umask() -> int:

@@ -95,8 +95,8 @@ def write_json(path: Path, results: dict) -> None:
 
 
 def to_json(results: dict) -> str:
-    """Format results as the text of results.json."""
-    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Format results as the text of results.json: ASCII, so that any file name can be in it."""
+    return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
 # --- console -------------------------------------------------------------------------------------

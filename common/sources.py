@@ -7,12 +7,15 @@ pixels that are asked for: 512 calibration images of a folder cost 512 JPEGs, no
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
+import logging
 import lzma
-import re
+import os
 import socket
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,8 @@ BUNDLED_ARCHIVES = {
 }
 # Of each socket operation, so that a stalled download ends and a slow one does not.
 DOWNLOAD_TIMEOUT_SECONDS = 20.0
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow would also hand EPS to ghostscript
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,9 @@ def open_source(data_dir: Path, bundled: bool = False, allow_bundled: bool = Tru
         return folder_source(data_dir)
     try:
         download(data_dir)
-    except (OSError, RuntimeError) as error:
-        reason = f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error})"
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        cause = getattr(error, "reason", None) or error or type(error).__name__
+        reason = f"CIFAR-10 is not in {data_dir} and could not be downloaded ({cause})"
         if not allow_bundled:
             raise UserError(reason) from error
         log.warning("%s: going on with the bundled JPEG images", " ".join(reason.split()))
@@ -101,26 +106,30 @@ def download(data_dir: Path) -> None:
     """Download CIFAR-10 into ``data_dir``; it appears there complete or not at all.
 
     Raises:
-        OSError: The network or the disk failed.
+        OSError, http.client.HTTPException: The network or the disk failed.
         RuntimeError: What came is not CIFAR-10 (torchvision checks the MD5).
     """
     from torchvision.datasets import CIFAR10
 
     log.info("downloading CIFAR-10 (170 MB) to %s", data_dir)
-    created = not data_dir.exists()
+    created = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
     data_dir.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as staging:
-            # torchvision prints to stdout, which belongs to the results.
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.ExitStack() as muted:
+                # torchvision prints to stdout, which belongs to the results.
+                muted.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                if not log.isEnabledFor(logging.INFO):  # --quiet: no progress bar either
+                    muted.enter_context(contextlib.redirect_stderr(io.StringIO()))
                 CIFAR10(staging, download=True)
-            (Path(staging) / BATCHES_FOLDER).rename(data_dir / BATCHES_FOLDER)
+            if not (data_dir / BATCHES_FOLDER).exists():  # another run may have been faster
+                (Path(staging) / BATCHES_FOLDER).rename(data_dir / BATCHES_FOLDER)
     except BaseException:
-        if created:
+        for folder in created:
             with contextlib.suppress(OSError):
-                data_dir.rmdir()
+                folder.rmdir()
         raise
     finally:
         socket.setdefaulttimeout(timeout)
@@ -168,7 +177,7 @@ def folder_source(data_dir: Path) -> Source:
             raise UserError(f"{data_dir}: has no folder {split}/ with images by class")
         paths, labels = [], []
         for label, class_folder in enumerate(_class_folders(folder)):
-            images = sorted(p for p in class_folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            images = _image_files(class_folder)
             if not images:
                 raise UserError(f"{class_folder}: no images")
             paths += images
@@ -184,15 +193,22 @@ def folder_source(data_dir: Path) -> Source:
 
 def _class_folders(folder: Path) -> list[Path]:
     names = {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    for classes in (CLASSES, tuple("0123456789")):
-        if names == set(classes):
-            return [folder / name for name in classes]
     if not names:
         raise UserError(f"{folder}: no class folders with images")
-    missing = [name for name in CLASSES if name not in names]
-    unknown = sorted(names - set(CLASSES))
+    classes = max(CLASSES, tuple("0123456789"), key=lambda classes: len(names & set(classes)))
+    if names == set(classes):
+        return [folder / name for name in classes]
+    missing = [name for name in classes if name not in names]
+    unknown = sorted(names - set(classes))
     problem = f"class {missing[0]} is missing" if missing else f"{unknown[0]} is no CIFAR-10 class"
-    raise UserError(f"{folder}: {problem}; expected folders {', '.join(CLASSES)}")
+    raise UserError(f"{folder}: {problem}; expected folders {', '.join(classes)}")
+
+
+def _image_files(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:  # knows what is a file without asking for each
+        names = [entry.name for entry in entries if entry.is_file()]
+    paths = (folder / name for name in sorted(names) if not name.startswith("."))
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 # --- bundled images ------------------------------------------------------------------------------
@@ -224,21 +240,28 @@ def bundled_source() -> Source:
 
 
 def _decode_all(files: Iterator[tuple[str, Callable[[], bytes]]]) -> np.ndarray:
-    pixels = [_decode(name, read) for name, read in files]
+    with warnings.catch_warnings():  # Pillow's remarks on odd files that it reads all the same
+        warnings.simplefilter("ignore")
+        pixels = [_decode(name, read) for name, read in files]
     return np.stack(pixels).transpose(0, 3, 1, 2).copy()
 
 
 def _decode(name: str, read: Callable[[], bytes]) -> np.ndarray:
     """Decode one image to uint8 (32, 32, 3); grey-scale, palette and CMYK become RGB."""
     try:
-        with Image.open(io.BytesIO(read())) as image:
+        with Image.open(io.BytesIO(read()), formats=IMAGE_FORMATS) as image:
             if image.size != (IMAGE_SIZE, IMAGE_SIZE):
                 width, height = image.size
                 raise UserError(f"{name}: {width}×{height} pixels; CIFAR-10 images are 32×32")
-            if re.match(r"[IF]", image.mode):
-                raise UserError(f"{name}: more than 8 bits a channel (mode {image.mode})")
+            # Pillow cuts 16-bit colours to 8 bits unasked; only the decoder's argument tells.
+            if any("16" in str(tile[3]) for tile in image.tile):
+                raise UserError(f"{name}: more than 8 bits a channel")
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{name}: not a readable image ({error})") from None
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: no JPEG, PNG, BMP or WebP image") from None
     except Image.DecompressionBombError:
         raise UserError(f"{name}: far too large for a CIFAR-10 image") from None
+    except Exception as error:  # damaged files make Pillow fail in too many ways to list
+        raise UserError(f"{name}: a damaged image ({error})") from None
