@@ -124,12 +124,12 @@ def _read_file(path: Path) -> object:
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
         raise UserError(f"{path}: an HTML page, not weights; download it with a browser")
     if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a Git LFS pointer, not weights; fetch them with `git lfs pull`")
+        raise UserError(f"{path}: a Git LFS pointer, not weights; run 'git lfs pull'")
     if path.suffix.lower() == ".safetensors":
         try:
             return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged or no safetensors file ({error})") from None
+        except SafetensorError:
+            raise UserError(f"{path}: truncated, damaged or no safetensors file") from None
     if head[:4] == b"PK\x03\x04":
         _check_archive(path)
     try:
@@ -181,7 +181,7 @@ def _unnest(path: Path, content: object) -> Mapping[str, object]:
             raise UserError(f"{path}: not a state dict: its keys are not names")
         if not isinstance(value, torch.Tensor):
             kind = type(value).__name__
-            raise UserError(f"{path}: not a state dict: {_shorten([name])} is a {kind}")
+            raise UserError(f"{path}: not a state dict: {_shorten([name])} is no tensor ({kind})")
         if value.is_quantized:
             raise UserError(
                 f"{path}: already quantized ({_shorten([name])}); FP32 weights are needed"

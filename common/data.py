@@ -73,8 +73,8 @@ def load_images(source: Source, split: str, count: int | None, seed: int) -> Cif
     available = source.open_split(split)
     if count is not None and count > len(available.labels):
         raise UserError(
-            f"{count} {split} images asked for, but {source.description} has only "
-            f"{len(available.labels)}"
+            f"{count} {split} images asked for, only {len(available.labels)} in "
+            f"{source.description}"
         )
     if count is None:
         indices = np.arange(len(available.labels))

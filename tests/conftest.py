@@ -1,0 +1,117 @@
+"""Fixtures that several test files share: tiny models, random images, image folders."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import cli
+from common.data import Cifar10, normalize
+from common.model import ResNet18
+from common.sources import CLASSES
+
+TINY = (4, 8, 8, 8)
+NOBODY = 65534
+
+# Tiny networks gain nothing from threads, and lose a lot where other work shares the cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_log() -> Iterator[None]:
+    """Start and leave every test with the log as importing leaves it."""
+    yield
+    cli.log.handlers.clear()
+    cli.log.setLevel(logging.NOTSET)
+    cli.log.propagate = True
+
+
+@pytest.fixture
+def random_images() -> Callable[..., Cifar10]:
+    """Make a dataset of random pixels, its classes in turns."""
+
+    def make(count: int, seed: int = 0) -> Cifar10:
+        generator = torch.Generator().manual_seed(seed)
+        # A colour for each image and noise over it, so that a network tells them apart.
+        colours = torch.randint(0, 192, (count, 3, 1, 1), dtype=torch.uint8, generator=generator)
+        noise = torch.randint(0, 64, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        images = colours + noise
+        return Cifar10(images, torch.arange(count) % 10)
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(random_images) -> ResNet18:
+    """A narrow network whose batch-norms fit its activations, so that its classes vary."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ResNet18(stage_channels=TINY)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            model(normalize(random_images(32).images))
+    return model.eval()
+
+
+@pytest.fixture
+def blank_state() -> dict[str, torch.Tensor]:
+    """A full-size state dict of zeros; each tensor repeats one number, so its file is small."""
+    return {
+        name: value.new_zeros(()).expand(value.shape)
+        for name, value in ResNet18().state_dict().items()
+    }
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty folder that any user may write to (pytest's own is closed to others)."""
+    path = Path(tempfile.mkdtemp(prefix="test-"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def without_privileges() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return a context in which permissions bind, even where the tests run as root."""
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(NOBODY)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+    return context
+
+
+@pytest.fixture
+def image_folders() -> Callable[..., Path]:
+    """Write image folders of random PNGs, ``per_class`` in each class of both splits."""
+
+    def write(root: Path, per_class: int = 1, classes: tuple[str, ...] = CLASSES) -> Path:
+        rng = np.random.default_rng(0)
+        for split in ("train", "test"):
+            for name in classes:
+                (root / split / name).mkdir(parents=True)
+                for index in range(per_class):
+                    pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+        return root
+
+    return write

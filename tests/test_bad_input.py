@@ -1,0 +1,379 @@
+"""The table in docs/bad_input.md: each row is made here, run, and answered as the table says."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from common import cli
+from common.checkpoint import find_weights, load_model
+from common.data import load_images
+from common.device import set_threads
+from common.model import ResNet18
+from common.output import OutputFolder
+from common.sources import BATCHES_FOLDER, CLASSES, open_source
+
+State = dict[str, torch.Tensor]
+TABLE = Path(__file__).resolve().parents[1] / "docs" / "bad_input.md"
+ROWS = re.findall(r"^\| (.+?) \| `(.+?)` \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@cli.exit_codes
+def main(argv: list[str] | None = None) -> int:
+    """Do what both scripts do with their shared flags."""
+    parser = argparse.ArgumentParser(prog="script")
+    cli.add_shared_arguments(parser, Path("results"))
+    args = parser.parse_args(argv)
+    cli.set_up_messages(args.quiet)
+    set_threads(args.threads)
+    with OutputFolder(args.output_dir, args.overwrite):
+        if args.weights:
+            load_model(find_weights(args.weights, Path()).path)
+        source = open_source(args.data_dir, args.bundled, not args.no_bundled)
+        load_images(source, "test", args.test_images, args.seed)
+    return cli.EXIT_DONE
+
+
+# --- checkpoints: each writes the file, given a full-size state dict -----------------------------
+
+
+def cut_in_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def cut_zip(path: Path, state: State) -> None:
+    torch.save(state, path)
+    cut_in_half(path)
+
+
+def cut_legacy(path: Path, state: State) -> None:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    cut_in_half(path)
+
+
+def cut_safetensors(path: Path, state: State) -> Path:
+    from safetensors.torch import save_file
+
+    path = path.with_suffix(".safetensors")
+    save_file({"conv1.weight": torch.zeros(64, 3, 3, 3)}, path)
+    cut_in_half(path)
+    return path
+
+
+def flip_bit(path: Path, state: State) -> None:
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"layer3.0.conv1.weight")] ^= 1
+    path.write_bytes(content)
+
+
+class RunsCode:
+    """Unpickles to a call of ``exec``."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return exec, (f"open({str(self.marker)!r}, 'w').close()",)
+
+
+def hostile(path: Path, state: State) -> None:
+    torch.save({"state_dict": state, "extra": RunsCode(path.parent / "code-has-run")}, path)
+
+
+def torchscript(path: Path, state: State) -> None:
+    class Identity(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    torch.jit.save(torch.jit.trace(Identity(), torch.ones(1)), path)
+
+
+def zip_bomb(path: Path, state: State) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("weights/data.pkl", bytes(1 << 20))
+        archive.infolist()[0].file_size = 1 << 40  # into the directory, written on closing
+
+
+def npz(path: Path, state: State) -> None:
+    with path.open("wb") as file:
+        np.savez(file, weight=np.zeros(3))
+
+
+def sized(path: Path, state: State) -> None:
+    with path.open("wb") as file:
+        file.truncate((1 << 30) + 1)  # a hole: takes no space
+
+
+def saved(change: Callable[[State], object]) -> Callable[[Path, State], None]:
+    return lambda path, state: torch.save(change(state), path)
+
+
+def with_tensor(name: str, value: torch.Tensor) -> Callable[[Path, State], None]:
+    return saved(lambda state: state | {name: value})
+
+
+def quantized_stem() -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.zeros(64, 3, 3, 3), 0.1, 0, torch.qint8)
+
+
+def of_torchvision(name: str, **options: object) -> Callable[[Path, State], None]:
+    def write(path: Path, state: State) -> None:
+        with torch.device("meta"):
+            model = getattr(torchvision.models, name)(**options)
+        zeros = {k: torch.zeros(()).expand(v.shape) for k, v in model.state_dict().items()}
+        torch.save(zeros, path)
+
+    return write
+
+
+STEM = torch.zeros(64, 3, 3, 3)
+CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
+    "nothing at that path": lambda path, state: None,
+    "an empty file": lambda path, state: path.touch(),
+    "a folder": lambda path, state: path.mkdir(),
+    "a named pipe": lambda path, state: os.mkfifo(path),
+    "a file without read permission": lambda path, state: (path.write_bytes(b"?"), path.chmod(0)),
+    "a file of more than 1 GiB": sized,
+    "an HTML page saved as `.pth`": lambda path, state: path.write_text("\n<!doctype html>"),
+    "a Git LFS pointer": lambda path, state: path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 44776525\n"
+    ),
+    "a text file": lambda path, state: path.write_text("Not found"),
+    "cut off half-way": cut_zip,
+    "cut off half-way, torch's older format": cut_legacy,
+    "cut off half-way, safetensors": cut_safetensors,
+    "one bit flipped": flip_bit,
+    "a pickle that runs code": hostile,
+    "a whole model, from `torch.save(model)`": saved(lambda state: ResNet18((4, 4, 4, 4))),
+    "a TorchScript archive": torchscript,
+    "a NumPy `.npz`": npz,
+    "a zip bomb": zip_bomb,
+    "a list": saved(lambda state: list(state.values())),
+    "an empty state dict": saved(lambda state: {}),
+    "keys that are not names": saved(lambda state: dict(enumerate(state.values()))),
+    "an entry that is no tensor": saved(lambda state: state | {"epoch": 3}),
+    "an INT8 model": with_tensor("conv1.weight", quantized_stem()),
+    "a sparse tensor": with_tensor("conv1.weight", STEM.to_sparse()),
+    "a tensor on the meta device": with_tensor("conv1.weight", STEM.to("meta")),
+    "one tensor under two names": with_tensor("module.conv1.weight", STEM),
+    "integer weights": with_tensor("conv1.weight", STEM.int()),
+    "NaN weights": with_tensor("conv1.weight", STEM + float("nan")),
+    "infinite weights": with_tensor("conv1.weight", STEM + float("inf")),
+    "FP64 weights beyond FP32's range": with_tensor("conv1.weight", STEM.double() + 1e300),
+    "a negative variance": with_tensor("bn1.running_var", torch.full((64,), -1.0)),
+    "a missing tensor": saved(lambda s: {k: v for k, v in s.items() if k != "linear.bias"}),
+    "an extra tensor": with_tensor("linear2.bias", torch.zeros(10)),
+    "a wrong shape": with_tensor("conv1.weight", torch.zeros(32, 3, 3, 3)),
+    "a shape of more numbers than any memory holds": with_tensor(
+        "conv1.weight", torch.zeros(()).expand(10**5, 10**5, 10**5)
+    ),
+    "100 classes": with_tensor("linear.weight", torch.zeros(100, 512)),
+    "torchvision's `resnet18` (7×7 stem)": of_torchvision("resnet18", num_classes=10),
+    "torchvision's `mobilenet_v2`": of_torchvision("mobilenet_v2", num_classes=10),
+}
+
+
+# --- data folders: each changes a folder with one image in each class ----------------------------
+
+
+def bare(root: Path) -> None:
+    for class_folder in (root / "test").iterdir():
+        (class_folder / "0.png").unlink()
+        class_folder.rmdir()
+
+
+def remove_split(root: Path) -> None:
+    (root / "test").rename(root / "validation")
+
+
+def empty_class(root: Path) -> None:
+    (root / "test" / "cat" / "0.png").rename(root / "test" / "cat" / "notes.txt")
+
+
+def picture(image: Image.Image, name: str = "0.png", **options: object) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        (root / "test" / "cat" / "0.png").unlink()
+        image.save(root / "test" / "cat" / name, **options)
+
+    return write
+
+
+def raw_picture(content: bytes) -> Callable[[Path], None]:
+    return lambda root: (root / "test" / "cat" / "0.png").write_bytes(content)
+
+
+def cut_jpeg(root: Path) -> None:
+    path = root / "test" / "cat" / "0.png"
+    Image.open(path).save(path, "JPEG")
+    cut_in_half(path)
+
+
+def batches(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        folder = root / BATCHES_FOLDER
+        folder.mkdir()
+        for name, _ in CIFAR10.train_list + CIFAR10.test_list:
+            (folder / name).write_bytes(b"\x80\x04.")
+        change(folder)
+
+    return write
+
+
+def empty_png(width: int, height: int) -> bytes:
+    content = b"\x89PNG\r\n\x1a\n"
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for chunk in (b"IHDR" + size, b"IDAT" + zlib.compress(b"")):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content
+
+
+SQUARE = Image.new("RGB", (32, 32))
+DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
+    "`test/` without class folders": bare,
+    "no `test/`": remove_split,
+    "a class without images": empty_class,
+    "a class missing": lambda root: (root / "test" / "cat").rename(root / "test" / ".cat"),
+    "an eleventh class": lambda root: (root / "test" / "zebra").mkdir(),
+    "folders `0` to `8` only": lambda root: [
+        (root / "test" / name).rename(root / "test" / str(label))
+        if label < 9
+        else (root / "test" / name).rename(root / name)
+        for label, name in enumerate(CLASSES)
+    ],
+    "a class folder without permission": lambda root: (root / "test" / "cat").chmod(0),
+    "a file that is no image": raw_picture(b"GIF? no."),
+    "an empty image file": raw_picture(b""),
+    "a JPEG cut off half-way": cut_jpeg,
+    "a PostScript file named `.png`": raw_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+    "a 16-bit PNG": picture(Image.fromarray(np.zeros((32, 32), dtype=np.uint16))),
+    "a 64×64 image": picture(SQUARE.resize((64, 64))),
+    "a PNG of 60000×60000 pixels": raw_picture(empty_png(60_000, 60_000)),
+    "fewer images than `--test-images`": lambda root: None,
+    "`cifar-10-batches-py/` with a wrong checksum": batches(lambda folder: None),
+    "`cifar-10-batches-py/` with a file missing": batches(
+        lambda folder: (folder / "test_batch").unlink()
+    ),
+    "`--data-dir` is a file": lambda root: (root.rename(root.parent / "aside"), root.touch()),
+    "`--no-bundled`, CIFAR-10 absent, and no network": lambda root: root.rename(
+        root.parent / "aside"
+    ),
+}
+OUTPUT_FOLDERS: dict[str, Callable[[Path], object]] = {
+    "`--output-dir` is a file": lambda path: path.touch(),
+    "`--output-dir` lies below a file": lambda path: path.parent.touch(),
+    "`--output-dir` may not be written": lambda path: path.mkdir(mode=0o555, parents=True),
+    "another run is using `--output-dir`": lambda path: path.mkdir(parents=True),
+}
+FLAGS = {
+    row: row.strip("`").split()
+    for row, _ in ROWS
+    if row.startswith("`--") and row not in DATA_FOLDERS and row not in OUTPUT_FOLDERS
+}
+
+
+def expected_line(row: str, **paths: Path) -> re.Pattern[str]:
+    """Return the row's message as a pattern: FILE and DIR are paths, … is anything."""
+    pattern = re.escape(dict(ROWS)[row]).replace("…", ".*")
+    for placeholder, path in paths.items():
+        pattern = re.sub(rf"\b{placeholder}\b", lambda _, path=path: re.escape(str(path)), pattern)
+    return re.compile(pattern)
+
+
+def tree(root: Path) -> set[Path]:
+    return {path for path in root.rglob("*") if "code-has-run" not in path.name}
+
+
+def check(argv: list[object], line: re.Pattern[str], root: Path, capsys) -> None:
+    """Run, and expect one line, exit code 1, and a file system as it was."""
+    before = tree(root)
+    code = main([str(argument) for argument in argv])
+    out, err = capsys.readouterr()
+    assert line.fullmatch(err.removeprefix("error: ").removesuffix("\n")), err
+    assert err.startswith("error: ")
+    assert (code, out) == (cli.EXIT_FAILED, "")
+    assert tree(root) == before
+
+
+def test_every_row_is_tested():
+    assert len(dict(ROWS)) == len(ROWS)
+    tested = CHECKPOINTS.keys() | DATA_FOLDERS.keys() | OUTPUT_FOLDERS.keys() | FLAGS.keys()
+    assert tested == dict(ROWS).keys()
+
+
+@pytest.mark.parametrize("row", CHECKPOINTS)
+def test_checkpoint(row, folder, blank_state, without_privileges, capsys):
+    path = CHECKPOINTS[row](folder / "weights.pth", blank_state)
+    path = path if isinstance(path, Path) else folder / "weights.pth"
+    argv = ["--bundled", "--output-dir", folder / "results", "--weights", path]
+    with without_privileges() if "permission" in row else contextlib.nullcontext():
+        check(argv, expected_line(row, FILE=path), folder, capsys)
+    assert not (folder / "code-has-run").exists()
+
+
+def test_the_hostile_pickle_would_run(folder, blank_state):
+    """The case above is worth something only where an unsafe reader does run the code."""
+    hostile(folder / "weights.pth", blank_state)
+    torch.load(folder / "weights.pth", weights_only=False)
+    assert (folder / "code-has-run").exists()
+
+
+@pytest.mark.parametrize("row", DATA_FOLDERS)
+def test_data_folder(row, folder, image_folders, without_privileges, monkeypatch, capsys):
+    root = image_folders(folder / "data")
+    DATA_FOLDERS[row](root)
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    count = 100 if "fewer" in row else 10
+    argv = ["--data-dir", root, "--no-bundled", "--quiet", "--test-images", count]
+    argv += ["--output-dir", folder / "results"]
+    image = next((root / "test" / "cat").glob("0.*"), root) if "permission" not in row else root
+    with without_privileges() if "permission" in row else contextlib.nullcontext():
+        check(argv, expected_line(row, FILE=image, DIR=root), folder, capsys)
+
+
+@pytest.mark.parametrize("row", OUTPUT_FOLDERS)
+def test_output_folder(row, folder, without_privileges, capsys):
+    path = folder / "outer" / "results" if "below" in row else folder / "results"
+    OUTPUT_FOLDERS[row](path)
+    argv = ["--bundled", "--test-images", 1, "--output-dir", path]
+    if "another" in row:
+        with OutputFolder(path):
+            check(argv, expected_line(row, DIR=path), folder, capsys)
+    else:
+        with without_privileges():
+            check(argv, expected_line(row, DIR=path), folder, capsys)
+
+
+@pytest.mark.parametrize("row", FLAGS)
+def test_flag(row, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(FLAGS[row])
+    usage, _, line = capsys.readouterr().err.rpartition("script: error: ")
+    assert usage.startswith("usage: script")
+    assert expected_line(row).fullmatch(line.removesuffix("\n")), line
+    assert exit_.value.code == cli.EXIT_USAGE
+
+
+def test_without_bad_input_all_is_well(folder, image_folders, blank_state, capsys):
+    """The harness itself is no cause of errors."""
+    torch.save(blank_state, folder / "weights.pth")
+    argv = ["--data-dir", image_folders(folder / "data"), "--test-images", "10"]
+    argv += ["--weights", folder / "weights.pth", "--output-dir", folder / "results"]
+    assert main([str(argument) for argument in argv]) == cli.EXIT_DONE
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,117 @@
+"""Images in memory: normalisation, subsets, halves and batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torchvision import transforms
+
+from common.cli import UserError
+from common.data import MEAN, STD, Cifar10, balanced_subset, batches, load_images, normalize
+from common.sources import Source, Split
+
+label_arrays = arrays(np.int64, st.integers(1, 200), elements=st.integers(0, 9))
+
+
+def test_normalize_equals_torchvision_bit_for_bit():
+    every_value = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 3, 32, 32)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+    reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    for images in (every_value, noise):
+        expected = torch.stack([reference(image.transpose(1, 2, 0)) for image in images])
+        given_images = torch.from_numpy(images)
+        before = given_images.clone()
+        assert torch.equal(normalize(given_images), expected)
+        assert torch.equal(given_images, before)
+
+
+def test_normalize_lays_out_channels_last():
+    batch = normalize(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert batch.dtype == torch.float32
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+@given(label_arrays, st.data(), st.integers(0, 2**32 - 1))
+def test_balanced_subset(labels, data, seed):
+    count = data.draw(st.integers(0, len(labels)))
+    chosen = balanced_subset(labels, count, seed)
+    assert len(chosen) == count
+    assert np.all(np.diff(chosen) > 0)  # sorted, none twice
+    assert np.array_equal(chosen, balanced_subset(labels, count, seed))
+    available = np.bincount(labels, minlength=10)
+    taken = np.bincount(labels[chosen], minlength=10)
+    # No class gives fewer than another by more than one, unless it has no more to give.
+    assert all(taken[i] == available[i] or taken[i] >= taken.max() - 1 for i in range(10))
+
+
+def test_balanced_subset_depends_on_the_seed():
+    labels = np.arange(1000) % 10
+    assert not np.array_equal(balanced_subset(labels, 100, 0), balanced_subset(labels, 100, 1))
+
+
+@given(label_arrays, st.integers(0, 2**32 - 1))
+def test_split_halves(labels, seed):
+    # Pixels that tell which image it is.
+    images = torch.arange(len(labels))[:, None, None, None].expand(-1, 3, 1, 1)
+    first, second = Cifar10(images, torch.from_numpy(labels)).split_halves(seed)
+    ids = [half.images[:, 0, 0, 0].tolist() for half in (first, second)]
+    assert sorted(ids[0] + ids[1]) == list(range(len(labels)))
+    for half, members in zip((first, second), ids, strict=True):
+        assert half.labels.tolist() == labels[members].tolist()
+    counts = [np.bincount(half.labels, minlength=10) for half in (first, second)]
+    assert np.all(np.abs(counts[0] - counts[1]) <= 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10, 64])
+def test_batches_yield_each_image_once_in_order(random_images, batch_size):
+    dataset = random_images(20)
+    images, labels = zip(*batches(dataset, batch_size), strict=True)
+    assert max(map(len, labels)) == min(batch_size, 20)
+    assert torch.equal(torch.cat(images), normalize(dataset.images))
+    assert torch.equal(torch.cat(labels), dataset.labels)
+
+
+def test_batches_shuffle_by_seed(random_images):
+    dataset = Cifar10(random_images(40).images, torch.arange(40))
+
+    def order(seed: int) -> list[int]:
+        shuffled = list(batches(dataset, 7, shuffle_seed=seed))
+        labels = torch.cat([labels for _, labels in shuffled])
+        assert torch.equal(
+            torch.cat([images for images, _ in shuffled]), normalize(dataset.images[labels])
+        )
+        return labels.tolist()
+
+    assert sorted(order(0)) == list(range(40))
+    assert order(0) == order(0) != order(1)
+
+
+def counted_source(count: int, asked: list[np.ndarray]) -> Source:
+    def read(indices: np.ndarray) -> np.ndarray:
+        asked.append(indices)
+        return indices.astype(np.uint8)[:, None, None, None] * np.ones((1, 3, 32, 32), np.uint8)
+
+    return Source("folder", "a test", lambda split: Split(np.arange(count) % 10, read))
+
+
+def test_load_images_reads_only_what_is_asked_for():
+    asked = []
+    dataset = load_images(counted_source(100, asked), "test", 20, seed=3)
+    (indices,) = asked
+    assert len(indices) == len(dataset) == 20
+    assert torch.bincount(dataset.labels).tolist() == [2] * 10
+    assert dataset.images[:, 0, 0, 0].tolist() == indices.tolist()
+    assert (dataset.images[:, 0, 0, 0] % 10).tolist() == dataset.labels.tolist()
+
+
+def test_load_images_reads_the_whole_split():
+    assert len(load_images(counted_source(37, []), "test", None, seed=0)) == 37
+
+
+def test_load_images_needs_enough_of_them():
+    with pytest.raises(UserError, match="38 test images asked for, only 37 in a test"):
+        load_images(counted_source(37, []), "test", 38, seed=0)

@@ -1,0 +1,107 @@
+"""Interleaved timing, on a clock that moves only when a contender says so."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from common import cli
+from common.latency import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    WARM_UP_CALLS,
+    Contender,
+    Timing,
+    time_interleaved,
+)
+
+
+class Clock:
+    """Stand in for ``time.perf_counter_ns``; each call of a contender takes the time it is told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now_ns = 0
+        self.calls: list[tuple[str, torch.Tensor]] = []
+        monkeypatch.setattr(time, "perf_counter_ns", lambda: self.now_ns)
+
+    def contender(self, name: str, *durations_ms: float, **options: object) -> Contender:
+        """Make a contender whose calls after the warm-up take the durations in turns."""
+        count = 0
+
+        def run(batch: torch.Tensor) -> None:
+            nonlocal count
+            timed = count - WARM_UP_CALLS - 1  # one more call estimates the length of a round
+            self.now_ns += int(1e6 * durations_ms[max(timed, 0) % len(durations_ms)])
+            self.calls.append((name, batch))
+            count += 1
+
+        return Contender(name, run, **options)
+
+    def timed_order(self, contenders: int) -> list[str]:
+        return [name for name, _ in self.calls[contenders * (WARM_UP_CALLS + 1) :]]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+IMAGES = torch.arange(4 * 3 * 4, dtype=torch.float32).view(4, 3, 2, 2)
+
+
+def test_contenders_take_turns_and_the_first_rotates(clock):
+    contenders = [clock.contender(name, 10) for name in "abc"]
+    time_interleaved(contenders, IMAGES, batch_sizes=[1], seconds_per_batch_size=0.27)
+    order = "".join(clock.timed_order(3))
+    assert order == "abcbcacab" * 3
+
+
+def test_every_call_before_timing_is_warm_up(clock):
+    time_interleaved([clock.contender(name, 10) for name in "ab"], IMAGES, [1], 0)
+    assert [name for name, _ in clock.calls[: 2 * WARM_UP_CALLS + 2]] == (
+        ["a"] * WARM_UP_CALLS + ["b"] * WARM_UP_CALLS + ["a", "b"]
+    )
+
+
+def test_median_and_interquartile_range(clock):
+    # Seven rounds: median 4, quartiles 2.5 and 5.5 (linear between neighbours).
+    slow = clock.contender("slow", 7, 1, 6, 2, 5, 3, 4)
+    steady = clock.contender("steady", 2)
+    timings = time_interleaved([slow, steady], IMAGES, [2], seconds_per_batch_size=0)
+    assert timings["slow"] == [Timing(2, 4.0, 3.0, 500.0, 7)]
+    assert timings["steady"] == [Timing(2, 2.0, 0.0, 1000.0, 7)]
+    assert timings["slow"][0].as_dict() == {
+        "batch_size": 2, "median_ms": 4.0, "iqr_ms": 3.0, "images_per_second": 500.0, "rounds": 7,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, MIN_ROUNDS), (0.5, 50), (1e6, MAX_ROUNDS)])
+def test_rounds_fill_the_time(clock, seconds, rounds):
+    (timing,) = time_interleaved([clock.contender("a", 10)], IMAGES, [1], seconds)["a"]
+    assert timing.rounds == rounds
+
+
+def test_a_wide_spread_is_warned_of_once(clock, capsys):
+    cli.set_up_messages(quiet=True)
+    contenders = [clock.contender("noisy", 10, 20, 30), clock.contender("calm", 10, 10.5, 11)]
+    timings = time_interleaved(contenders, IMAGES, [1], 0)
+    assert timings["noisy"][0].is_noisy
+    assert not timings["calm"][0].is_noisy
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: noisy at batch 1: ")
+
+
+def test_batches_repeat_the_images_and_have_the_layout_asked_for(clock):
+    contenders = [
+        clock.contender("last", 1),
+        clock.contender("plain", 1, memory_format=torch.contiguous_format),
+    ]
+    time_interleaved(contenders, IMAGES, batch_sizes=[1, 6], seconds_per_batch_size=0)
+    batches = {(name, len(batch)): batch for name, batch in clock.calls}
+    assert set(batches) == {("last", 1), ("last", 6), ("plain", 1), ("plain", 6)}
+    for (name, size), batch in batches.items():
+        assert torch.equal(batch, torch.cat([IMAGES, IMAGES])[:size])
+        wanted = torch.channels_last if name == "last" else torch.contiguous_format
+        assert batch.is_contiguous(memory_format=wanted)

@@ -1,0 +1,49 @@
+"""Bytes, parameters and multiply-accumulates, counted again by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from common.model import ResNet18
+from common.size import count_parameters, describe_layers, saved_size_bytes
+
+
+def test_layers_of_the_full_network():
+    layers = {layer.name: layer for layer in describe_layers(ResNet18())}
+    assert len(layers) == 21
+    stem = layers["conv1"]
+    assert (stem.kind, stem.shape, stem.weights, stem.macs) == (
+        "conv", (64, 3, 3, 3), 1728, 1728 * 32 * 32,
+    )  # fmt: skip
+    assert layers["layer2.0.conv1"].macs == 128 * 64 * 9 * 16 * 16
+    assert layers["layer2.0.shortcut.0"].macs == 128 * 64 * 16 * 16
+    assert layers["layer4.1.conv2"].macs == 512 * 512 * 9 * 4 * 4
+    linear = layers["linear"]
+    assert (linear.kind, linear.shape, linear.macs) == ("linear", (10, 512), 5120)
+    assert sum(layer.macs for layer in layers.values()) == 555_422_720
+
+
+def test_nonzeros_are_counted(tiny_model):
+    tiny_model.layer1[0].conv1.weight.data[:, 0] = 0
+    layer = next(x for x in describe_layers(tiny_model) if x.name == "layer1.0.conv1")
+    assert (layer.weights, layer.nonzeros) == (4 * 4 * 9, 4 * 3 * 9)
+
+
+def test_describe_layers_leaves_the_model_alone(tiny_model):
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    describe_layers(tiny_model, image_size=16)
+    assert not any(module._forward_hooks for module in tiny_model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
+
+
+def test_count_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    assert count_parameters(model) == (3 * 4 * 9 + 4) + (4 + 4) + (4 * 2 + 2)
+
+
+def test_saved_size_is_that_of_the_file(tmp_path):
+    state = {"weight": torch.zeros(1000), "half": torch.zeros(1000, dtype=torch.float16)}
+    torch.save(state, tmp_path / "model.pth")  # the same name: it is part of the file
+    assert saved_size_bytes(state) == (tmp_path / "model.pth").stat().st_size
+    assert 6000 < saved_size_bytes(state) < 8000
