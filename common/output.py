@@ -70,7 +70,7 @@ class OutputFolder:
         self.path = path
         self._overwrite = overwrite
         self._keep = keep
-        self._staging: Path | None = None
+        self._staging: tempfile.TemporaryDirectory[str] | None = None
         self._lock: int | None = None
         self._created: list[Path] = []
 
@@ -90,7 +90,7 @@ class OutputFolder:
     def __exit__(self, *exception: object) -> None:
         with _interruptions_deferred():
             if self._staging is not None:
-                shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging.cleanup()
             for folder in self._created:  # and left empty by a run that failed
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -109,11 +109,14 @@ class OutputFolder:
         if self._lock is not None:
             for leftover in self.path.glob(f"{STAGING_PREFIX}*"):  # of a run that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
-        self._staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.path))
+        with _interruptions_deferred():  # which removes itself, should __exit__ never be reached
+            self._staging = tempfile.TemporaryDirectory(
+                prefix=STAGING_PREFIX, dir=self.path, ignore_cleanup_errors=True
+            )
 
     def file(self, name: str) -> Path:
         """Return the path to write ``name`` to; it takes its place at :meth:`commit`."""
-        return self._staging / name
+        return Path(self._staging.name, name)
 
     def commit(self) -> None:
         """Move everything that was written into place.
@@ -121,12 +124,12 @@ class OutputFolder:
         results.json goes last: where it lies, the run's other files lie. Ctrl-C and SIGTERM wait
         until all is done.
         """
-        names = _results_last(p.name for p in self._staging.iterdir())
+        names = _results_last(os.listdir(self._staging.name))
         with _interruptions_deferred():
             self._clear_away(_artifacts(self.path / RESULTS_NAME).union(names))
             for name in names:
-                (self._staging / name).chmod(0o666 & ~_umask())
-                (self._staging / name).replace(self.path / name)
+                self.file(name).chmod(0o666 & ~_umask())
+                self.file(name).replace(self.path / name)
 
     def _clear_away(self, names: set[str]) -> None:
         """Remove an earlier run's files, or move them to a folder of their own in ``earlier/``."""

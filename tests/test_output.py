@@ -1,0 +1,318 @@
+"""The output folder: complete or not at all, however a run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from common import cli, output
+from common.cli import UserError
+from common.output import EARLIER_NAME, RESULTS_NAME, STAGING_PREFIX, OutputFolder, replace_file
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def run(
+    path: Path, version: str, names: tuple[str, ...] = ("model.pth",), **options: object
+) -> None:
+    """Write files that hold ``version``, and a results.json that lists them."""
+    with OutputFolder(path, **options) as folder:
+        for name in names:
+            folder.file(name).write_text(version)
+        listed = {"model": names[0], "plots": list(names[1:])} if names else {}
+        results = {"artifacts": listed, "version": version}
+        folder.file(RESULTS_NAME).write_text(json.dumps(results))
+        folder.commit()
+
+
+def fail(path: Path, failure: type[BaseException], **options: object) -> None:
+    """Write a file, then raise."""
+    with OutputFolder(path, **options) as folder:
+        folder.file("model.pth").write_text("new")
+        raise failure("half-way")
+
+
+def read(path: Path) -> dict[str, str]:
+    return {str(p.relative_to(path)): p.read_text() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_results_appear_at_commit(tmp_path):
+    path = tmp_path / "a" / "b"
+    with OutputFolder(path) as folder:
+        folder.file("model.pth").write_text("1")
+        assert not (path / "model.pth").exists()
+        folder.commit()
+        assert (path / "model.pth").read_text() == "1"
+    assert read(path) == {"model.pth": "1"}
+
+
+def test_results_json_goes_last(tmp_path, monkeypatch):
+    order = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append(b.name), replace(a, b))[1])
+    run(tmp_path, "1", ("a.png", "model.pth", "z.png"))
+    assert order == ["a.png", "model.pth", "z.png", RESULTS_NAME]
+
+
+@pytest.mark.parametrize("failure", [ValueError, UserError, KeyboardInterrupt, SystemExit])
+def test_a_failed_run_leaves_no_trace(tmp_path, failure):
+    with pytest.raises(failure):
+        fail(tmp_path / "a" / "b", failure)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_keeps_earlier_results(tmp_path):
+    run(tmp_path, "1")
+    before = read(tmp_path)
+    with pytest.raises(ValueError, match="half-way"):
+        fail(tmp_path, ValueError, overwrite=True)
+    assert read(tmp_path) == before
+
+
+def test_earlier_results_are_set_aside(tmp_path, capsys):
+    cli.set_up_messages(quiet=False)
+    for version in "123":
+        run(tmp_path, version, ("model.pth", f"plot{version}.png"))
+    (tmp_path / EARLIER_NAME).rename(tmp_path / "kept")
+    assert set(read(tmp_path)) - {f for f in read(tmp_path) if f.startswith("kept")} == {
+        "model.pth", "plot3.png", RESULTS_NAME,
+    }  # fmt: skip
+    earlier = sorted((tmp_path / "kept").iterdir())
+    versions = [json.loads((folder / RESULTS_NAME).read_text())["version"] for folder in earlier]
+    assert sorted(versions) == ["1", "2"]
+    for folder, version in zip(earlier, versions, strict=True):
+        assert set(read(folder)) == {"model.pth", f"plot{version}.png", RESULTS_NAME}
+        assert (folder / "model.pth").read_text() == version
+    assert capsys.readouterr().err.count("earlier results moved to") == 2
+
+
+def test_overwrite_replaces_all_of_an_earlier_run(tmp_path):
+    run(tmp_path, "1", ("model.pth", "only-earlier.png"))
+    run(tmp_path, "2", overwrite=True)
+    assert set(read(tmp_path)) == {"model.pth", RESULTS_NAME}
+    assert (tmp_path / "model.pth").read_text() == "2"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_other_files_stay_where_they_are(tmp_path, overwrite):
+    """Somebody's ``--output-dir .`` is a folder full of other things."""
+    others = {".bashrc": "mine", "thesis.tex": "mine", "data/x.png": "mine"}
+    (tmp_path / "data").mkdir()
+    for name, content in others.items():
+        (tmp_path / name).write_text(content)
+    for version in "12":
+        run(tmp_path, version, overwrite=overwrite)
+    assert others.items() <= read(tmp_path).items()
+
+
+def test_a_foreign_file_of_the_same_name_is_not_lost(tmp_path):
+    (tmp_path / "model.pth").write_text("mine")
+    run(tmp_path, "1")
+    (archived,) = (tmp_path / EARLIER_NAME).iterdir()
+    assert read(archived) == {"model.pth": "mine"}
+
+
+def test_a_journal_is_kept_in_place(tmp_path):
+    (tmp_path / "journal.jsonl").write_text("step 1")
+    run(tmp_path, "1", ("model.pth", "journal.jsonl"), keep=("journal.jsonl",))
+    run(tmp_path, "2", keep=("journal.jsonl",))
+    (archived,) = (tmp_path / EARLIER_NAME).iterdir()
+    assert set(read(archived)) == {"model.pth", RESULTS_NAME}
+    assert (tmp_path / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1", b"[]", b"{}", b"\xff", b'{"artifacts": 3}', b'{"artifacts": {"model": null}}',
+     b'{"artifacts": {"model": "../precious"}}', b'{"artifacts": ["..", ".", "", "/etc/passwd"]}'],
+)  # fmt: skip
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_strange_results_json_does_no_harm(tmp_path, content, overwrite):
+    (tmp_path / "precious").write_text("mine")
+    path = tmp_path / "results"
+    path.mkdir()
+    (path / RESULTS_NAME).write_bytes(content)
+    run(path, "1", overwrite=overwrite)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert json.loads((path / RESULTS_NAME).read_text())["version"] == "1"
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    before = os.umask(0o027)
+    try:
+        run(tmp_path, "1")
+        replace_file(tmp_path / "direct.json", lambda file: file.write(b"1"))
+    finally:
+        os.umask(before)
+    for name in ("model.pth", RESULTS_NAME, "direct.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+
+
+# --- several runs --------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from common.output import OutputFolder\n"
+        "with OutputFolder(Path(sys.argv[1])) as folder:\n"
+        "    print('ready', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY,
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(UserError, match="in use by another run"), OutputFolder(tmp_path):
+            pass
+        (staging,) = tmp_path.glob(f"{STAGING_PREFIX}*")  # the other's: not ours to remove
+        other.kill()  # the lock goes with the process, whose folder stays
+    assert staging.exists()
+    run(tmp_path, "1")
+    assert set(read(tmp_path)) == {"model.pth", RESULTS_NAME}
+    assert not staging.exists()
+
+
+def test_where_folders_cannot_be_locked_there_is_a_warning(tmp_path, monkeypatch, capsys):
+    def unsupported(handle: int, operation: int) -> None:
+        raise OSError(9, "Bad file descriptor")  # what Linux says of a folder on NFS
+
+    monkeypatch.setattr(output.fcntl, "flock", unsupported)
+    cli.set_up_messages(quiet=True)
+    (tmp_path / f"{STAGING_PREFIX}other").mkdir()
+    run(tmp_path, "1")
+    assert (tmp_path / f"{STAGING_PREFIX}other").exists()  # perhaps of a run that goes on
+    assert "cannot be locked" in capsys.readouterr().err
+
+
+# --- full disks ----------------------------------------------------------------------------------
+
+
+def test_too_little_space_is_found_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "MIN_FREE_BYTES", 1 << 60)
+    with pytest.raises(UserError, match="MB are needed"), OutputFolder(tmp_path / "results"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_keeps_earlier_results(tmp_path):
+    """A limit on file size stands in for a full disk: the write fails half-way."""
+    path = tmp_path / "results"
+    run(path, "1")
+    before = read(path)
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from common import cli, report; from common.output import OutputFolder\n"
+        "@cli.exit_codes\n"
+        "def main(argv=None):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "    with OutputFolder(Path(sys.argv[1]), overwrite=True) as folder:\n"
+        "        folder.file('model.pth').write_bytes(bytes(1000))\n"
+        "        report.write_json(folder.file('results.json'), {'long': 'x' * 10_000})\n"
+        "        folder.commit()\n"
+        "    return 0\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: system: File too large\n"
+    assert read(path) == before
+    assert sorted(p.name for p in path.iterdir()) == sorted(before)
+
+
+def test_replace_file_keeps_the_old_one_where_writing_fails(tmp_path):
+    path = tmp_path / "results.json"
+    replace_file(path, lambda file: file.write(b"old"))
+
+    def fail(file: object) -> None:
+        file.write(b"new")
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 - raised just above
+        replace_file(path, fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    assert path.read_text() == "old"
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+ENDLESS_RUNS = """
+import itertools, json, sys
+from pathlib import Path
+from common import cli
+from common.output import OutputFolder
+
+@cli.exit_codes
+def main(argv=None):
+    names = [f"plot{i}.png" for i in range(20)]
+    print("ready", flush=True)
+    for version in itertools.count():
+        with OutputFolder(Path(sys.argv[1]), overwrite=sys.argv[2] == "overwrite") as folder:
+            for name in names:
+                folder.file(name).write_text(str(version))
+            results = {"artifacts": {"plots": names}, "version": str(version)}
+            folder.file("results.json").write_text(json.dumps(results))
+            folder.commit()
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("mode", ["overwrite", "archive"])
+def test_killed_at_any_moment(tmp_path, number, mode):
+    """Results and results.json are of one run; but for SIGKILL nothing half-done is left at all."""
+    for attempt in range(3):
+        path = tmp_path / str(attempt)
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS_RUNS, path, mode],
+            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(random.uniform(0.01, 0.15))
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert (process.returncode, err) == (cli.EXIT_INTERRUPTED, "interrupted\n")
+            assert not list(path.glob(".*"))
+        if (path / RESULTS_NAME).exists():
+            version = json.loads((path / RESULTS_NAME).read_text())["version"]
+            assert {p.read_text() for p in path.glob("*.png")} == {version}
+            assert len(list(path.glob("*.png"))) == 20
+        else:
+            assert number == signal.SIGKILL or not path.exists() or not list(path.glob("*.png"))
+
+
+def test_signals_wait_for_the_end_of_a_commit(tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "1")
+    assert set(read(tmp_path)) == {"model.pth", RESULTS_NAME}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_may_write_results(tmp_path):
+    thread = threading.Thread(target=run, args=(tmp_path, "1"))
+    thread.start()
+    thread.join()
+    assert set(read(tmp_path)) == {"model.pth", RESULTS_NAME}
