@@ -123,7 +123,12 @@ def _integer(text: str) -> int:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults, and keep the line breaks of the examples."""
+    """Show defaults where there are any, and keep the line breaks of the examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> None:
@@ -181,7 +186,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> N
     )
     running.add_argument("--seed", type=seed_int, metavar="N", default=0)
     outputs = parser.add_argument_group("outputs")
-    outputs.add_argument("--output-dir", type=Path, metavar="DIR", default=output_dir, help=" ")
+    outputs.add_argument(
+        "--output-dir", type=Path, metavar="DIR", default=output_dir, help="where results go"
+    )
     outputs.add_argument(
         "--overwrite",
         action="store_true",

@@ -1,0 +1,145 @@
+"""results.json, tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from common import report
+from common.checkpoint import WeightsFile
+from common.report import format_table, megabytes, percent, points
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def test_common_results(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    arguments = argparse.Namespace(weights=None, output_dir=Path("results"), seed=3, amounts=[0.5])
+    results = report.common_results(
+        "pruning",
+        arguments,
+        torch.device("cpu"),
+        {"source": "bundled", "test_images": 10},
+        WeightsFile(tmp_path / "weights.pth", "--weights weights.pth"),
+    )
+    assert {"schema", "script", "arguments", "environment", "data", "weights"} <= results.keys()
+    assert results["schema"] == 1
+    assert results["arguments"] == {
+        "amounts": [0.5], "output_dir": "results", "seed": 3, "weights": None,
+    }  # fmt: skip
+    assert results["weights"]["source"] == "--weights weights.pth"
+    assert len(results["weights"]["sha256"]) == 64
+    environment = results["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["threads"] == torch.get_num_threads()
+    assert isinstance(environment["vnni"], bool)
+    assert environment["cpu"]
+    assert environment["device"] == "cpu"
+    assert json.loads(report.to_json(results)) == results
+
+
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists(), reason="the oracle is Linux's /proc/cpuinfo"
+)
+def test_vnni_is_what_the_system_says():
+    flags = Path("/proc/cpuinfo").read_text()
+    assert report.has_vnni() == ("avx512_vnni" in flags or "asimddp" in flags)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters()),  # with lone surrogates, as in file names that are no UTF-8
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=3))
+def test_json_holds_any_value(results):
+    text = report.to_json(results)
+    assert text.isascii()
+    assert json.loads(text) == results
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_is_never_written(tmp_path, value):
+    path = tmp_path / "results.json"
+    report.write_json(path, {"value": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        report.write_json(path, {"value": value})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_file_name_that_is_no_utf8(tmp_path):
+    path = Path(os.fsdecode(b"caf\xe9.pth"))
+    report.write_json(tmp_path / "results.json", {"weights": str(path)})
+    assert Path(json.loads((tmp_path / "results.json").read_text())["weights"]) == path
+
+
+def test_format_table():
+    table = format_table(["model", "size"], [["fp32", "44.77 MB"], ["int8 fbgemm", "9 MB"]])
+    assert table.splitlines() == [
+        "model            size",
+        "───────────  ────────",
+        "fp32         44.77 MB",
+        "int8 fbgemm      9 MB",
+    ]
+    assert format_table(["model", "size"], []).splitlines() == ["model  size", "─────  ────"]
+
+
+cells = st.text(st.characters(categories=["L", "N"]), max_size=8)
+
+
+@given(st.lists(st.tuples(cells, cells, cells), max_size=5))
+def test_format_table_keeps_every_cell(rows):
+    header, rule, *lines = format_table(["a", "b", "c"], rows).split("\n")
+    widths = [len(part) for part in rule.split("  ")]
+    for row, line in zip([("a", "b", "c"), *rows], [header, *lines], strict=True):
+        first, rest = line[: widths[0]].rstrip(" "), line[widths[0] :]
+        assert first == row[0].rstrip(" ")
+        assert rest.split() == [cell for cell in row[1:] if cell]
+        assert line == line.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (percent(0.93654), "93.65 %"),
+        (percent(1, 0), "100 %"),
+        (points(0.00123), "+0.12"),
+        (points(-0.02), "-2.00"),
+        (points(0), "+0.00"),
+        (megabytes(44_776_525), "44.78 MB"),
+    ],
+)
+def test_numbers(text, expected):
+    assert text == expected
+
+
+def test_figures_need_no_display_and_repeat(tmp_path):
+    for name in ("first.png", "second.png"):
+        figure, axes = report.new_figure(4, 3, columns=2)
+        assert len(axes) == 2
+        axes[0].plot([0, 1], [0.5, 0.9], color=report.BLUE)
+        report.save_figure(figure, tmp_path / name)
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+    with Image.open(tmp_path / "first.png") as image:
+        assert image.size == (520, 390)
+
+
+def test_importing_report_imports_no_matplotlib():
+    code = "import sys, common.report; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
