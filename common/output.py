@@ -135,17 +135,17 @@ class OutputFolder:
         """Remove an earlier run's files, or move them to a folder of their own in ``earlier/``."""
         earlier = [
             self.path / name
-            for name in _results_last(names)
+            for name in reversed(_results_last(names))  # it must not vouch for half of them
             if (self.path / name).is_file() and name not in self._keep
         ]
         if self._overwrite:
-            for path in reversed(earlier):  # results.json first: it must not vouch for new files
+            for path in earlier:
                 path.unlink()
         elif earlier:
             self._move_to_archive(earlier)
 
     def _move_to_archive(self, earlier: list[Path]) -> None:
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(earlier[-1].stat().st_mtime))
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(earlier[0].stat().st_mtime))
         archive = self.path / EARLIER_NAME
         archive.mkdir(exist_ok=True)
         used = sum(bool(re.fullmatch(rf"{stamp}(_\d+)?", p.name)) for p in archive.iterdir())
