@@ -58,6 +58,7 @@ class Convolution:
         return Convolution(self.weight.to(dtype), self.bias.to(dtype), self.stride, self.padding)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
@@ -112,7 +113,9 @@ class FoldedNetwork:
 
     def classify(self, features: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Map features (N, channels) to logits (N, classes), by another ``weight`` if given."""
-        return F.linear(features, self.linear_weight if weight is None else weight, self.linear_bias)
+        return F.linear(
+            features, self.linear_weight if weight is None else weight, self.linear_bias
+        )
 
 
 @dataclass(frozen=True)
