@@ -42,8 +42,10 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type | None, *exception: object) -> None:
         self._file.close()
+        if kind is not None and self._finished:
+            log.info("what the scan finished is kept: --resume continues from there")
 
     def __contains__(self, key: str) -> bool:
         return key in self._finished

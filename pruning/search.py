@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common.data import Cifar10
+from common.evaluate import Accuracy
+from common.model import ResNet18
 from pruning.masks import l1_mask
 
 
@@ -114,10 +117,76 @@ def explain(correct: np.ndarray, required: int, found: int) -> str:
     """Say in one sentence how the binary search's answer and the true maximum relate."""
     largest = largest_within(correct, required)
     if found == largest:
-        return "the sweep over every possible count confirms the binary search: no larger one holds"
+        return "the sweep over every possible amount confirms the binary search"
     first_failure = int(np.flatnonzero(correct < required)[0])
     return (
-        f"accuracy is not monotone: it first leaves the tolerance at {first_failure:,} pruned "
-        f"weights but is back within it up to {largest:,}; the binary search stepped on a count "
-        f"outside and stayed below {found + 1:,}"
+        f"accuracy is not monotone: it leaves the tolerance at {first_failure:,} pruned weights and "
+        f"is within it again up to {largest:,}; a step of the binary search fell into the gap"
     )
+
+
+def search_linear(
+    model: ResNet18,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    tolerance: float,
+    holdout_seed: int | None,
+) -> tuple[dict, np.ndarray, int]:
+    """Find how many of the linear layer's weights can go, and check that against every count.
+
+    Args:
+        model: The dense model.
+        features: The linear layer's input for every image, FP32, shape (N, features), on the CPU.
+        labels: int64, shape (N,), on the CPU.
+        tolerance: Accuracy that may be lost, as a fraction.
+        holdout_seed: Choose on one half of the images, confirm on the other; None for all.
+
+    Returns:
+        results.json's ``linear_search``, the sweep's correct images by count, and the count found.
+    """
+    weight, bias = model.linear.weight.detach().cpu(), model.linear.bias.detach().cpu()
+    total = weight.numel()
+    chosen, held_out = torch.arange(len(labels)), None
+    if holdout_seed is not None:
+        indices = Cifar10(chosen, labels).split_halves(holdout_seed)
+        chosen, held_out = (half.images for half in indices)
+
+    def correct_at(count: int, rows: torch.Tensor) -> int:
+        pruned = weight * l1_mask(weight, count)
+        return count_correct(features[rows], labels[rows], pruned, bias)
+
+    dense = correct_at(0, chosen)
+    required = required_correct(dense, len(chosen), tolerance)
+    found, steps = binary_search(lambda n: correct_at(n, chosen), total, required)
+    correct = sweep(features[chosen], labels[chosen], weight, bias)
+    largest = largest_within(correct, required)
+    result = {
+        "tolerance": tolerance,
+        "images": len(chosen),
+        "dense": Accuracy(dense, len(chosen)).as_dict(),
+        "max_amount": found / total,
+        "kept_weights": total - found,
+        "steps": [
+            {
+                "amount": step.count / total,
+                "pruned_weights": step.count,
+                "accuracy": Accuracy(step.correct, len(chosen)).as_dict(),
+                "kept": step.kept,
+            }
+            for step in steps
+        ],
+        "curve": [[count / total, int(n) / len(chosen)] for count, n in enumerate(correct)],
+        "exhaustive_max_amount": largest / total,
+        "monotone": is_monotone(correct),
+        "explanation": explain(correct, required, found),
+    }
+    if held_out is not None:
+        accuracies = [Accuracy(correct_at(n, held_out), len(held_out)) for n in (0, found)]
+        drop = accuracies[0].value - accuracies[1].value
+        result["holdout"] = {
+            "dense": accuracies[0].as_dict(),
+            "accuracy": accuracies[1].as_dict(),
+            "drop": drop,
+            "within_tolerance": drop <= tolerance + 1e-12,
+        }
+    return result, correct, found
