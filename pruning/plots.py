@@ -165,14 +165,13 @@ def plot_search(correct: np.ndarray, linear: dict, path: Path) -> None:
     for number, step in enumerate(steps[:5], start=1):
         point = (100 * step["amount"], 100 * step["accuracy"]["value"])
         whole.annotate(str(number), point, xytext=(3, 6), textcoords="offset points", fontsize=8)
-    center, width = 100 * found / weights, 4.0
-    near.set_xlim(max(0, center - width), min(100, center + width))
-    shown = correct[int(weights * max(0, center - width) / 100) :]
-    shown = shown[: int(weights * 2 * width / 100) + 1]
-    margin = max(1.0, 0.05 * 100 * np.ptp(shown) / total)
-    near.set_ylim(
-        max(100 * shown.min() / total, limit - 6) - margin, 100 * shown.max() / total + margin
-    )
+    largest = 100 * linear["exhaustive_max_amount"]
+    near.axvline(largest, color=GREY, ls=":", lw=1.5)
+    left = max(0.0, 100 * found / weights - 4)
+    near.set_xlim(left, min(100.0, max(largest, 100 * found / weights) + 0.5))
+    near.set_ylim(limit - 3, 100 * correct[int(weights * left / 100) :].max() / total + 0.5)
+    near.text(largest, near.get_ylim()[0], f" true maximum {largest:.2f} %", rotation=90,
+              ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
     near.set_title("Near the answer")
     whole.set_ylabel("top-1 accuracy (%)")
     whole.set_title(f"{100 * found / weights:.1f} % of the linear layer's weights can go")

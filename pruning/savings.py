@@ -34,10 +34,8 @@ def save_artifacts(model: ResNet18, pruned_weights: int, plain: Path, packed: Pa
     torch.save({name: t.cpu().contiguous() for name, t in model.state_dict().items()}, dense)
     torch.save(state, plain)
     artifacts.save_packed(state, packed)
-    for name, reloaded in (
-        ("plain", read_checkpoint(plain)),
-        ("packed", artifacts.load_packed(packed)),
-    ):
+    for path, read in ((plain, read_checkpoint), (packed, artifacts.load_packed)):
+        reloaded = read(path)
         if any(not torch.equal(reloaded[key], tensor) for key, tensor in state.items()):
             raise AssertionError(f"{path.name} gives back other tensors than were saved")
     sizes = {

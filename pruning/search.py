@@ -120,8 +120,8 @@ def explain(correct: np.ndarray, required: int, found: int) -> str:
         return "the sweep over every possible amount confirms the binary search"
     first_failure = int(np.flatnonzero(correct < required)[0])
     return (
-        f"accuracy is not monotone: it leaves the tolerance at {first_failure:,} pruned weights and "
-        f"is within it again up to {largest:,}; a step of the binary search fell into the gap"
+        f"accuracy is not monotone: it leaves the tolerance at {first_failure:,} pruned weights "
+        f"and is within it again up to {largest:,}; a step of the binary search fell into the gap"
     )
 
 

@@ -127,8 +127,8 @@ def _search_lines(results: dict) -> list[str]:
         holdout = linear["holdout"]
         verdict = "within" if holdout["within_tolerance"] else "OUTSIDE"
         lines.append(
-            f"  held out   {percent(holdout['accuracy']['value'])}, {points(0.0 - holdout['drop'])} "
-            f"points on the other half: {verdict} the tolerance"
+            f"  held out   {percent(holdout['accuracy']['value'])}, "
+            f"{points(0.0 - holdout['drop'])} points on the other half: {verdict} the tolerance"
         )
     return lines
 
