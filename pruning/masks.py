@@ -1,0 +1,64 @@
+"""Which weights L1 unstructured pruning keeps: exactly those that torch's own pruning keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch.nn.utils import prune
+
+from common.model import ResNet18, prunable_layers
+
+
+def pruned_count(weights: int, amount: float) -> int:
+    """Return how many of ``weights`` a fraction ``amount`` prunes, rounded as torch rounds it."""
+    return round(amount * weights)
+
+
+def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """Choose the weights to keep when the ``count`` smallest in magnitude are pruned.
+
+    ``torch.nn.utils.prune`` sorts for that, which takes a third of a second for 2.4 million
+    weights; a partition finds the same threshold in a tenth of the time. Only where weights are
+    equal in magnitude at the threshold does the choice among them fall to torch.
+
+    Args:
+        weight: Any shape, on the CPU.
+        count: From 0 to the number of weights.
+
+    Returns:
+        bool, the shape of ``weight``; True where the weight is kept.
+    """
+    if count == 0:
+        return torch.ones_like(weight, dtype=torch.bool)
+    magnitudes = weight.detach().abs()
+    threshold = np.partition(magnitudes.flatten().numpy(), count - 1)[count - 1]
+    kept = magnitudes > float(threshold)
+    if int(kept.sum()) != weight.numel() - count:
+        ones = torch.ones_like(magnitudes)
+        kept = prune.L1Unstructured(count).compute_mask(weight.detach(), ones).bool()
+    return kept
+
+
+def prune_weight(weight: torch.Tensor, amount: float) -> torch.Tensor:
+    """Return a copy of ``weight`` with a fraction ``amount`` of it zero, smallest first."""
+    return weight.detach() * l1_mask(weight, pruned_count(weight.numel(), amount))
+
+
+def sparsity(weight: torch.Tensor) -> float:
+    """Return the fraction of zeros."""
+    return 1 - int(weight.count_nonzero()) / weight.numel()
+
+
+@torch.no_grad()
+def prune_model(model: ResNet18, kept: Mapping[str, torch.Tensor]) -> None:
+    """Zero the weights of ``model`` (changed in place) that are not in ``kept``.
+
+    Args:
+        model: On the CPU.
+        kept: For each layer's name the mask of the weights to keep.
+    """
+    layers = prunable_layers(model)
+    for name, mask in kept.items():
+        layers[name].weight.mul_(mask)

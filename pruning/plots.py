@@ -1,0 +1,179 @@
+"""The run in pictures: which layers are sensitive, and how far the linear layer can go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.report import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
+
+MAX_CURVE_POINTS = 1500
+
+
+def draw_all(results: dict, correct: np.ndarray, file: Callable[[str], Path]) -> list[str]:
+    """Draw every plot of a run; return their file names.
+
+    Args:
+        results: results.json, with its scan and search.
+        correct: For every number of the linear layer's pruned weights, the correct images.
+        file: Gives the path to write a name to.
+    """
+    names = []
+
+    def named(name: str) -> Path:
+        names.append(name)
+        return file(name)
+
+    dense, linear = results["baseline"]["value"], results["linear_search"]
+    amounts = [ranking["amount"] for ranking in results["ranking"]]
+    for amount in amounts:
+        rows = [row for row in results["sensitivity"] if row["amount"] == amount]
+        suffix = f"_{100 * amount:g}" if len(amounts) > 1 else ""
+        for by_drop, order in ((False, ""), (True, "_sorted")):
+            path = named(f"sensitivity{suffix}{order}.png")
+            plot_sensitivity(rows, dense, linear["tolerance"], amount, by_drop, path)
+    if len(amounts) > 1:
+        path = named("sensitivity_amounts.png")
+        plot_amounts(results["sensitivity"], dense, linear["tolerance"], path)
+    plot_search(correct, linear, named("linear_search.png"))
+    return names
+
+
+def plot_sensitivity(
+    rows: Sequence[dict], dense: float, tolerance: float, amount: float, by_drop: bool, path: Path
+) -> None:
+    """Draw the accuracy with each layer pruned alone: one bar a layer, whiskers paired with dense.
+
+    Args:
+        rows: Entries of results.json's ``sensitivity``, in network order.
+        dense: The dense model's accuracy.
+        tolerance: Drop that is drawn as a limit.
+        amount: Of pruning.
+        by_drop: Sort by drop, largest first, instead of network order.
+        path: Of the PNG.
+    """
+    if by_drop:
+        rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
+    value = 100 * np.array([dense - row["comparison"]["drop"] for row in rows])
+    low = 100 * np.array([dense - row["comparison"]["ci95"][1] for row in rows])
+    high = 100 * np.array([dense - row["comparison"]["ci95"][0] for row in rows])
+    limit = 100 * (dense - tolerance)
+    figure, axes = new_figure(9.5, 4.6)
+    positions = np.arange(len(rows))
+    colors = [RED if v < limit else BLUE for v in value]
+    axes.bar(positions, value, color=colors, width=0.72)
+    whiskers = np.clip([value - low, high - value], 0, None)
+    axes.errorbar(positions, value, whiskers, fmt="none", ecolor="#333333", capsize=2.5, lw=1)
+    axes.axhline(100 * dense, color="black", lw=1.2)
+    axes.axhline(limit, color=ORANGE, lw=1.2, ls="--")
+    bottom = max(0.0, min(low.min(), limit) - 3)
+    top = max(high.max(), 100 * dense)
+    axes.set_ylim(bottom, min(103.0, top + 0.16 * (top - bottom)))
+    axes.set_xticks(positions, [row["layer"] for row in rows], rotation=60, ha="right")
+    axes.set_xlim(-0.7, len(rows) - 0.3)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("top-1 accuracy (%)")
+    worse = sum(v < limit for v in value)
+    axes.set_title(
+        f"{worse} of {len(rows)} layers lose more than {100 * tolerance:g} points "
+        f"when {100 * amount:g} % of their weights go" + (" (sorted by drop)" if by_drop else "")
+    )
+    _line_labels(axes, dense, tolerance)
+    save_figure(figure, path)
+
+
+def _line_labels(axes, dense: float, tolerance: float) -> None:
+    from matplotlib.lines import Line2D
+
+    axes.legend(
+        handles=[
+            Line2D([], [], color="black", lw=1.2, label=f"dense {100 * dense:.2f} %"),
+            Line2D(
+                [], [], color=ORANGE, lw=1.2, ls="--", label=f"dense − {100 * tolerance:g} points"
+            ),
+        ],
+        ncols=2,
+        loc="upper right",
+    )
+
+
+def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Path) -> None:
+    """Draw several amounts: a curve a layer, and a heat map of layers × amounts."""
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    amounts = sorted({row["amount"] for row in rows})
+    found = {(row["layer"], row["amount"]): row["comparison"]["drop"] for row in rows}
+    drops = 100 * np.array([[found[layer, amount] for amount in amounts] for layer in layers])
+    figure, (curves, heat) = new_figure(11, 5.6, 1, 2, width_ratios=(1, 1))
+    worst = set(np.argsort(-drops[:, -1])[:5])
+    palette = iter((RED, BLUE, GREEN, ORANGE, "#CC79A7"))
+    for index, layer in enumerate(layers):
+        accuracy = 100 * dense - np.concatenate([[0.0], drops[index]])
+        style = (
+            {"color": next(palette), "label": layer, "lw": 2, "zorder": 3}
+            if index in worst
+            else {"color": GREY, "lw": 0.9}
+        )
+        curves.plot([0, *(100 * a for a in amounts)], accuracy, marker="o", ms=3, **style)
+    curves.axhline(100 * (dense - tolerance), color="black", ls="--", lw=1)
+    curves.set_xlabel("amount pruned (%)")
+    curves.set_ylabel("top-1 accuracy (%)")
+    curves.set_title("One layer pruned alone")
+    curves.legend(title="most sensitive", loc="lower left")
+    image = heat.imshow(drops, aspect="auto", cmap="Reds", vmin=0)
+    heat.set_xticks(range(len(amounts)), [f"{100 * a:g} %" for a in amounts])
+    heat.set_yticks(range(len(layers)), layers, fontsize=8)
+    heat.grid(visible=False)
+    heat.set_title("Points lost")
+    dark = 0.6 * drops.max()
+    for (row, column), drop in np.ndenumerate(drops):
+        color = "white" if drop > dark else "black"
+        heat.text(column, row, f"{drop:.1f}", ha="center", va="center", fontsize=7.5, color=color)
+    figure.colorbar(image, ax=heat)
+    save_figure(figure, path)
+
+
+def plot_search(correct: np.ndarray, linear: dict, path: Path) -> None:
+    """Draw accuracy against the linear layer's amount, the limit and the search's steps.
+
+    Args:
+        correct: For every number of pruned weights, the correct images.
+        linear: results.json's ``linear_search``.
+        path: Of the PNG.
+    """
+    weights, total, steps = len(correct) - 1, linear["images"], linear["steps"]
+    found = round(linear["max_amount"] * weights)
+    stride = max(1, weights // MAX_CURVE_POINTS)
+    amounts = 100 * np.arange(0, weights + 1, stride) / weights
+    limit = 100 * (linear["dense"]["value"] - linear["tolerance"])
+    figure, (whole, near) = new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
+    for axes in (whole, near):
+        axes.axhline(limit, color=ORANGE, ls="--", lw=1.2, label=f"limit {limit:.2f} %")
+        axes.axvline(
+            100 * found / weights, color=GREEN, lw=1.2, label=f"found {found / weights:.2%}"
+        )
+        axes.set_xlabel("linear layer's weights pruned (%)")
+    whole.plot(amounts, 100 * correct[::stride] / total, color=BLUE, lw=1.4, label="every amount")
+    near.plot(100 * np.arange(weights + 1) / weights, 100 * correct / total, color=BLUE, lw=1.2)
+    for kept, color, label in ((True, GREEN, "step kept"), (False, RED, "step rejected")):
+        chosen = [step for step in steps if step["kept"] is kept]
+        x = [100 * step["amount"] for step in chosen]
+        y = [100 * step["accuracy"]["value"] for step in chosen]
+        whole.scatter(x, y, color=color, s=24, zorder=3, label=label)
+        near.scatter(x, y, color=color, s=24, zorder=3)
+    for number, step in enumerate(steps[:5], start=1):
+        point = (100 * step["amount"], 100 * step["accuracy"]["value"])
+        whole.annotate(str(number), point, xytext=(3, 6), textcoords="offset points", fontsize=8)
+    largest = 100 * linear["exhaustive_max_amount"]
+    near.axvline(largest, color=GREY, ls=":", lw=1.5)
+    left = max(0.0, 100 * found / weights - 4)
+    near.set_xlim(left, min(100.0, max(largest, 100 * found / weights) + 0.5))
+    near.set_ylim(limit - 3, 100 * correct[int(weights * left / 100) :].max() / total + 0.5)
+    near.text(largest, near.get_ylim()[0], f" true maximum {largest:.2f} %", rotation=90,
+              ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
+    near.set_title("Near the answer")
+    whole.set_ylabel("top-1 accuracy (%)")
+    whole.set_title(f"{100 * found / weights:.1f} % of the linear layer's weights can go")
+    whole.legend(loc="lower left")
+    save_figure(figure, path)

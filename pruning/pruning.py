@@ -1,0 +1,151 @@
+"""Find out which layers of a ResNet18 for CIFAR-10 can lose their weights, and how many.
+
+    python pruning.py                           # bundled weights or your resnet18_cifar10.pth
+    python pruning.py --weights my.pth --data-dir ~/cifar10 --amounts 0.5,0.7,0.9
+
+Describes the structure; prunes each layer alone (L1, unstructured) and measures what that costs on
+the same images; searches how far the linear layer can go within a tolerance, and proves the answer
+against every possible amount. Writes the pruned model, plain and packed, results.json and plots.
+
+The scan goes through the images once, for all layers and amounts together. Its unit of progress is
+sixteen batches of images: killed at any moment, ``--resume`` repeats at most that much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import cli
+
+DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
+JOURNAL_NAME = "scan.journal"
+# Images in a batch. On a CPU small ones, which keep the activations of all branches in the cache.
+CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
+SENSITIVITY_CSV, CURVE_CSV = "sensitivity.csv", "linear_curve.csv"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="examples:\n"
+        "  python pruning.py\n"
+        "  python pruning.py --amounts 0.5,0.7,0.9 --layers 'layer4.*,linear' --test-images all",
+        formatter_class=cli.HelpFormatter,
+    )
+    cli.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    parser.set_defaults(batch_size=None)
+    scanning = parser.add_argument_group("sensitivity scan")
+    amounts = scanning.add_mutually_exclusive_group()
+    amounts.add_argument(
+        "--amount", type=cli.fraction, metavar="A", default=0.9,
+        help="fraction of each layer's weights to prune",
+    )  # fmt: skip
+    amounts.add_argument(
+        "--amounts", type=cli.list_of(cli.fraction), metavar="A,...",
+        help="several fractions: adds a curve a layer and a heat map",
+    )  # fmt: skip
+    scanning.add_argument(
+        "--layers", type=cli.list_of(str), metavar="NAME,...",
+        help="layers to prune, by name or pattern (layer4.*); all by default",
+    )  # fmt: skip
+    scanning.add_argument(
+        "--precision", choices=("auto", "fp32"), default="auto",
+        help="auto: on a CPU with bf16, branches run in bf16 and close cases again in FP32",
+    )  # fmt: skip
+    scanning.add_argument(
+        "--resume", action="store_true",
+        help="continue a scan that was stopped, if checkpoint, images and settings are the same",
+    )  # fmt: skip
+    scanning.add_argument(
+        "--verify", action="store_true",
+        help="run the brute force too (slow); fail if more than 1 in 1,000 predictions differ",
+    )  # fmt: skip
+    searching = parser.add_argument_group("search over the linear layer")
+    searching.add_argument(
+        "--tolerance", type=cli.fraction, metavar="T", default=0.02,
+        help="accuracy that may be lost, as a fraction",
+    )  # fmt: skip
+    searching.add_argument(
+        "--holdout", action="store_true",
+        help="choose the amount on one half of the images and confirm it on the other",
+    )  # fmt: skip
+    return parser
+
+
+@cli.exit_codes
+def main(argv: list[str] | None = None) -> int:
+    """Load, describe, scan, search, write, confirm, report."""
+    args = build_parser().parse_args(argv)
+    cli.set_up_messages(args.quiet)
+    started = time.perf_counter()
+
+    # torch takes seconds to import, so nothing that needs it is imported before this line.
+    from common import checkpoint, data, device, output, report, size, sources
+    from pruning import artifacts, experiment, plots, savings, search, tables
+    from pruning.scan import has_bf16
+
+    device.set_threads(args.threads)
+    place = device.choose_device(args.device)
+    amounts = args.amounts or [args.amount]
+    batch_size = args.batch_size or (CPU_BATCH_SIZE if place.type == "cpu" else GPU_BATCH_SIZE)
+    fast = args.precision == "auto" and place.type == "cpu" and has_bf16()
+    with output.OutputFolder(args.output_dir, args.overwrite, keep=(JOURNAL_NAME,)) as folder:
+        weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
+        cli.log.info("weights: %s", weights.found)
+        model = checkpoint.load_model(weights.path)
+        chosen = experiment.choose_layers(model, args.layers)
+        source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
+        test = data.load_images(source, "test", args.test_images, args.seed)
+        cli.log.info("images: %d for testing, from %s", len(test), source.description)
+        layers = size.describe_layers(model)
+        model, test = model.to(place), test.to(place)
+        journal_path = args.output_dir / JOURNAL_NAME
+        scanned, scan_seconds = experiment.run_scan(
+            model, test, chosen, amounts, journal_path, args.resume, batch_size, fast
+        )
+
+        results = report.common_results(
+            "pruning", args, place, {"source": source.name, "test_images": len(test)}, weights
+        )
+        results |= experiment.scan_results(scanned, model, layers, amounts)
+        if args.verify:
+            results["verification"] = experiment.verify(scanned, model, test, scan_seconds)
+        linear, correct, pruned_weights = search.search_linear(
+            model, scanned.features, test.labels.cpu(), args.tolerance,
+            args.seed if args.holdout else None,
+        )  # fmt: skip
+        plain = folder.file(artifacts.PRUNED_NAME)
+        sizes = savings.save_artifacts(
+            model, pruned_weights, plain, folder.file(artifacts.PACKED_NAME)
+        )
+        pruned = checkpoint.load_model(plain).to(place)
+        linear["confirmed"] = savings.confirm(
+            pruned, test, scanned.features, scanned.dense_correct, batch_size
+        )
+        results["linear_search"] = linear
+        results["savings"] = savings.measure_savings(sizes, results["structure"], model, test)
+
+        results["artifacts"] = {
+            "model": artifacts.PRUNED_NAME,
+            "packed": artifacts.PACKED_NAME,
+            "csv": [SENSITIVITY_CSV, CURVE_CSV],
+            "plots": plots.draw_all(results, correct, folder.file),
+        }
+        tables.write_sensitivity_csv(results["sensitivity"], folder.file(SENSITIVITY_CSV))
+        tables.write_curve_csv(linear["curve"], folder.file(CURVE_CSV))
+        results["wall_seconds"] = time.perf_counter() - started
+        report.write_json(folder.file(output.RESULTS_NAME), results)
+        folder.commit()
+        journal_path.unlink(missing_ok=True)
+    text = tables.format_results(results, args.output_dir)
+    print(report.to_json(results) if args.json else text, end="")
+    return cli.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

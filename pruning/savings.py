@@ -1,0 +1,99 @@
+"""What the pruned model saves, measured: its files written and read back, its zeros timed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import read_checkpoint
+from common.cli import UserError
+from common.data import Cifar10, normalize
+from common.evaluate import compare, measure_accuracy, predict
+from common.latency import Contender, time_interleaved
+from common.model import ResNet18, prunable_layers
+from pruning import artifacts
+from pruning.masks import l1_mask, prune_model, pruned_count
+
+# At most this many predictions of the reloaded model may differ from the search's.
+MAX_FLIPS = 1e-3
+TIMED_BATCH_SIZE = 32
+TIMED_AMOUNT = 0.9
+
+
+def save_artifacts(model: ResNet18, pruned_weights: int, plain: Path, packed: Path) -> dict:
+    """Write the model with its linear layer pruned, plain and packed; return their real bytes.
+
+    Both are read back: each must give the same tensors, bit for bit.
+    """
+    pruned = copy.deepcopy(model).cpu()
+    prune_model(pruned, {"linear": l1_mask(pruned.linear.weight, pruned_weights)})
+    state = {name: tensor.contiguous() for name, tensor in pruned.state_dict().items()}
+    dense = plain.with_name(".dense.pth")
+    torch.save({name: t.cpu().contiguous() for name, t in model.state_dict().items()}, dense)
+    torch.save(state, plain)
+    artifacts.save_packed(state, packed)
+    for path, read in ((plain, read_checkpoint), (packed, artifacts.load_packed)):
+        reloaded = read(path)
+        if any(not torch.equal(reloaded[key], tensor) for key, tensor in state.items()):
+            raise AssertionError(f"{path.name} gives back other tensors than were saved")
+    sizes = {
+        "dense_bytes": dense.stat().st_size,
+        "dense_compressed_bytes": artifacts.compressed_bytes(dense),
+        "pruned_bytes": plain.stat().st_size,
+        "pruned_compressed_bytes": artifacts.compressed_bytes(plain),
+        "packed_bytes": packed.stat().st_size,
+    }
+    dense.unlink()
+    return sizes
+
+
+def confirm(
+    pruned: ResNet18, dataset: Cifar10, features: torch.Tensor, dense_correct: torch.Tensor,
+    batch_size: int,
+) -> dict:  # fmt: skip
+    """Run the reloaded pruned model on every image, and hold it against the search's prediction.
+
+    Raises:
+        UserError: More than 1 prediction in 1,000 differs from what the features gave.
+    """
+    labels = dataset.labels.cpu()
+    correct = predict(pruned, dataset, batch_size, "confirm") == labels
+    weight, bias = pruned.linear.weight.detach().cpu(), pruned.linear.bias.detach().cpu()
+    expected = (features @ weight.T + bias).argmax(dim=1) == labels
+    different = int((expected != correct).sum())
+    if different > max(1, MAX_FLIPS * len(labels)):
+        raise UserError(f"the reloaded model differs from the search on {different} images")
+    return {
+        "accuracy": measure_accuracy(correct).as_dict(),
+        "comparison": compare(dense_correct, correct).as_dict(),
+        "images_unlike_search": different,
+    }
+
+
+def time_zeros(model: ResNet18, images: torch.Tensor) -> list[dict]:
+    """Time the dense model against the same one with 90 % zeros everywhere, on the CPU."""
+    dense = copy.deepcopy(model).cpu()
+    sparse = copy.deepcopy(dense)
+    masks = {
+        name: l1_mask(layer.weight, pruned_count(layer.weight.numel(), TIMED_AMOUNT))
+        for name, layer in prunable_layers(sparse).items()
+    }
+    prune_model(sparse, masks)
+    contenders = []
+    for name, contender in (("dense", dense), ("90 % zeros everywhere", sparse)):
+        run = torch.inference_mode()(contender.to(memory_format=torch.channels_last))
+        contenders.append(Contender(name, run))
+    timings = time_interleaved(contenders, images, (TIMED_BATCH_SIZE,), seconds_per_batch_size=2.0)
+    return [{"name": name, **entries[0].as_dict()} for name, entries in timings.items()]
+
+
+def measure_savings(sizes: dict, structure: dict, model: ResNet18, dataset: Cifar10) -> dict:
+    """Return results.json's ``savings``: bytes, the linear layer's share, and the times."""
+    weights = structure["conv_weights"] + structure["linear_weights"]
+    images = normalize(dataset.images[:TIMED_BATCH_SIZE].cpu())
+    return sizes | {
+        "linear_share": structure["linear_weights"] / weights,
+        "latency": time_zeros(model, images),
+    }

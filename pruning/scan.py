@@ -1,0 +1,315 @@
+"""The sensitivity scan: every layer pruned alone, its correctness image by image.
+
+The branches of :mod:`pruning.branching` run in bf16 where the CPU has instructions for it, at more
+than twice FP32's rate. A bf16 prediction can differ from FP32's only where the two best logits lie
+close together, so each image whose margin is within reach of the rounding error runs again in
+FP32. That error is measured on a sample of the same images, layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import cli
+from common.data import Cifar10, normalize
+from common.model import ResNet18, prunable_layers
+from pruning.branching import (
+    ALL_ROWS,
+    Convolution,
+    FoldedNetwork,
+    Trace,
+    branch_logits,
+    trace_dense,
+)
+from pruning.journal import Journal
+from pruning.masks import prune_weight, sparsity
+
+# One entry of the journal: all layers at all amounts, on this many batches of images.
+CHUNK_BATCHES = 16
+CALIBRATION_IMAGES = 32
+# The largest error seen on the calibration images, times this, bounds the others'. On 1,500 images
+# and 21 layers the largest error was 2.3 times that of 64 images, and no prediction changed at a
+# margin of more than a quarter of it.
+SAFETY_FACTOR = 3.0
+
+
+def has_bf16() -> bool:
+    """Return whether the CPU multiplies bf16 in hardware (AVX-512 BF16, AMX)."""
+    flags = torch.cpu.get_capabilities()
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The network with each of some layers pruned alone by one amount.
+
+    Attributes:
+        amount: Fraction asked for.
+        achieved: For each layer, in network order, the fraction of zeros.
+        exact: For each layer what it becomes: a folded FP32 convolution, or a linear weight.
+        fast: The same in bf16; None where only FP32 runs.
+    """
+
+    amount: float
+    achieved: dict[str, float]
+    exact: dict[str, Convolution | torch.Tensor]
+    fast: dict[str, Convolution | torch.Tensor] | None
+
+    @classmethod
+    def of(cls, model: ResNet18, layers: Sequence[str], amount: float, fast: bool) -> Variants:
+        """Prune each of ``layers`` of ``model``, which is not changed and may be on any device."""
+        device = model.linear.weight.device
+        exact, achieved = {}, {}
+        for name in layers:
+            module = prunable_layers(model)[name]
+            weight = prune_weight(module.weight.cpu(), amount)
+            achieved[name] = sparsity(weight)
+            weight = weight.to(device)
+            if isinstance(module, nn.Conv2d):
+                norm = model.get_submodule(norm_of(name))
+                exact[name] = Convolution.folded(module, norm, weight)
+            else:
+                exact[name] = weight
+        if not fast:
+            return cls(amount, achieved, exact, None)
+        rounded = {
+            name: part.to(torch.bfloat16) if isinstance(part, Convolution) else part
+            for name, part in exact.items()
+        }
+        return cls(amount, achieved, exact, rounded)
+
+
+def norm_of(convolution: str) -> str:
+    """Return the name of the batch norm after a convolution: conv1 → bn1, shortcut.0 → .1."""
+    stem, _, last = convolution.rpartition(".")
+    return f"{stem}.1" if last == "0" else convolution.replace("conv", "bn")
+
+
+@dataclass
+class Recomputation:
+    """What the second, FP32 look at close bf16 predictions did.
+
+    Attributes:
+        predictions: All there were.
+        recomputed: Those that were closer than the bound.
+        changed: Those that FP32 decided otherwise.
+        largest_change: The largest margin of a changed one, as a fraction of its bound. Near 1 it
+            would say that the bound is too tight.
+    """
+
+    predictions: int = 0
+    recomputed: int = 0
+    changed: int = 0
+    largest_change: float = 0.0
+
+    def add(self, other: Recomputation) -> None:
+        """Count another part of the scan in."""
+        self.predictions += other.predictions
+        self.recomputed += other.recomputed
+        self.changed += other.changed
+        self.largest_change = max(self.largest_change, other.largest_change)
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What the scan found, image by image, in the order of the dataset; on the CPU.
+
+    Attributes:
+        dense_correct: bool, shape (N,).
+        features: FP32, shape (N, channels): the linear layer's input.
+        correct: For each amount and layer: bool, shape (N,).
+        achieved: For each amount and layer the fraction of zeros.
+        recomputation: None where all ran in FP32.
+    """
+
+    dense_correct: torch.Tensor
+    features: torch.Tensor
+    correct: dict[tuple[float, str], torch.Tensor]
+    achieved: dict[tuple[float, str], float]
+    recomputation: Recomputation | None
+
+
+@torch.inference_mode()
+def scan(
+    model: ResNet18,
+    dataset: Cifar10,
+    layers: Sequence[str],
+    amounts: Sequence[float],
+    journal: Journal,
+    batch_size: int,
+    fast: bool,
+) -> ScanResult:
+    """Prune each of ``layers`` alone by each of ``amounts`` and classify every image.
+
+    Work that the journal holds is not done again, but for the dense network's run, which gives
+    the features. Memory holds the images, the features, the variants' weights and one batch.
+
+    Args:
+        model: In eval mode, on the dataset's device; not changed.
+        dataset: The images.
+        layers: In network order.
+        amounts: Fractions.
+        journal: Finished chunks are written to it.
+        batch_size: In images; batches of 16 keep a CPU's branches in its L3 cache.
+        fast: Run the branches in bf16 and the close cases again in FP32.
+    """
+    network = FoldedNetwork.of(model)
+    variants = [Variants.of(model, layers, amount, fast) for amount in amounts]
+    walk = Walk(network, network.to(torch.bfloat16) if fast else None)
+    if fast:
+        walk.bounds = _journalled_bounds(walk, variants, dataset, batch_size, journal)
+    dense_correct, features, packed, total = [], [], [], Recomputation()
+    with cli.progress(None, "scan", total=len(dataset), unit="image") as bar:
+        for first in range(0, len(dataset), batch_size * CHUNK_BATCHES):
+            last = min(first + batch_size * CHUNK_BATCHES, len(dataset))
+            key = f"images {first}-{last}"
+            chunk = walk.run(
+                Cifar10(dataset.images[first:last], dataset.labels[first:last]),
+                [] if key in journal else variants,
+                batch_size,
+                bar.update,
+            )
+            dense_correct.append(chunk.dense_correct)
+            features.append(chunk.features)
+            if key not in journal:
+                bits = np.packbits(chunk.correct.cpu().numpy()).tobytes().hex()
+                journal[key] = {"correct": bits, "recomputation": asdict(chunk.recomputation)}
+            packed.append((journal[key]["correct"], last - first))
+            total.add(Recomputation(**journal[key]["recomputation"]))
+    correct = torch.cat([_unpack(bits, len(amounts) * len(layers), n) for bits, n in packed], dim=1)
+    names = [(variant.amount, layer) for variant in variants for layer in layers]
+    return ScanResult(
+        torch.cat(dense_correct).cpu(),
+        torch.cat(features).cpu(),
+        dict(zip(names, correct, strict=True)),
+        {(v.amount, layer): v.achieved[layer] for v in variants for layer in layers},
+        total if fast else None,
+    )
+
+
+def _unpack(bits: str, rows: int, columns: int) -> torch.Tensor:
+    flat = np.unpackbits(np.frombuffer(bytes.fromhex(bits), dtype=np.uint8), count=rows * columns)
+    return torch.from_numpy(flat.reshape(rows, columns).astype(bool))
+
+
+def _journalled_bounds(
+    walk: Walk, variants: Sequence[Variants], dataset: Cifar10, batch_size: int, journal: Journal
+) -> dict[float, torch.Tensor]:
+    """Measure how far bf16 logits can be off; the same scan, resumed, goes on with the same."""
+    if "bounds" not in journal:
+        # Evenly spaced, since an image folder is sorted by class.
+        chosen = np.linspace(0, len(dataset) - 1, min(CALIBRATION_IMAGES, len(dataset))).astype(int)
+        images = dataset.images[torch.from_numpy(chosen)]
+        journal["bounds"] = {
+            str(v.amount): walk.measure_errors(images, v, batch_size).mul(SAFETY_FACTOR).tolist()
+            for v in variants
+        }
+    return {v.amount: torch.tensor(journal["bounds"][str(v.amount)]) for v in variants}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of the scan: correctness (variants, n) and what the dense network gave, (n,)."""
+
+    dense_correct: torch.Tensor
+    features: torch.Tensor
+    correct: torch.Tensor
+    recomputation: Recomputation
+
+
+@dataclass
+class Walk:
+    """The network in the precisions that the scan uses.
+
+    Attributes:
+        network: FP32.
+        fast_network: bf16, or None.
+        bounds: For each amount and layer, the bf16 margin below which FP32 decides.
+    """
+
+    network: FoldedNetwork
+    fast_network: FoldedNetwork | None
+    bounds: dict[float, torch.Tensor] = field(default_factory=dict)
+
+    def run(
+        self,
+        dataset: Cifar10,
+        variants: Sequence[Variants],
+        batch_size: int,
+        report: Callable[[int], object],
+    ) -> Chunk:
+        """Run the dense network and all variants; nothing here waits for a GPU."""
+        dense_correct, features, correct, recomputation = [], [], [], Recomputation()
+        for start in range(0, len(dataset), batch_size):
+            images = dataset.images[start : start + batch_size]
+            labels = dataset.labels[start : start + batch_size]
+            trace = trace_dense(self.network, normalize(images))
+            features.append(trace.features)
+            dense_correct.append(self.network.classify(trace.features).argmax(dim=1) == labels)
+            found = [self.predict(trace, v, recomputation) for v in variants]
+            correct += [torch.cat(found) == labels] if found else []
+            report(len(images))
+        return Chunk(
+            torch.cat(dense_correct),
+            torch.cat(features),
+            torch.cat(correct, dim=1) if correct else torch.empty(0, len(dataset)),
+            recomputation,
+        )
+
+    def predict(
+        self, trace: Trace, variants: Variants, recomputation: Recomputation
+    ) -> torch.Tensor:
+        """Return the classes (variants, n) that FP32 gives; counts into ``recomputation``."""
+        if self.fast_network is None:
+            return self._exact_logits(trace, variants).argmax(dim=2)
+        best, classes = self._fast_logits(trace, variants).topk(2, dim=2)
+        predictions = classes[..., 0]
+        margin_to_bound = (best[..., 0] - best[..., 1]) / self.bounds[variants.amount][:, None]
+        close = margin_to_bound < 1
+        recomputation.predictions += close.numel()
+        rows = {
+            layer: mask.nonzero().flatten()
+            for layer, mask in zip(variants.exact, close, strict=True)
+            if mask.any()
+        }
+        if rows:
+            pruned = {layer: variants.exact[layer] for layer in rows}
+            decided = branch_logits(self.network, trace, pruned, rows).argmax(dim=1)
+            changed = margin_to_bound[close][decided != predictions[close]]
+            predictions[close] = decided
+            largest = float(changed.max()) if len(changed) else 0.0
+            recomputation.add(Recomputation(0, len(decided), len(changed), largest))
+        return predictions
+
+    def measure_errors(
+        self, images: torch.Tensor, variants: Variants, batch_size: int
+    ) -> torch.Tensor:
+        """Return, a layer, the largest error of a difference of two bf16 logits; shape (layers,).
+
+        Only differences decide a prediction, so an error that all logits share does not count.
+        """
+        largest = torch.full((len(variants.exact),), torch.finfo(torch.float32).tiny)
+        for batch in images.split(batch_size):
+            trace = trace_dense(self.network, normalize(batch))
+            errors = self._fast_logits(trace, variants) - self._exact_logits(trace, variants)
+            largest = largest.maximum((errors.amax(dim=2) - errors.amin(dim=2)).amax(dim=1))
+        return largest
+
+    def _exact_logits(self, trace: Trace, variants: Variants) -> torch.Tensor:
+        return _all_logits(self.network, trace, variants.exact)
+
+    def _fast_logits(self, trace: Trace, variants: Variants) -> torch.Tensor:
+        return _all_logits(self.fast_network, trace, variants.fast)
+
+
+def _all_logits(
+    network: FoldedNetwork, trace: Trace, pruned: dict[str, Convolution | torch.Tensor]
+) -> torch.Tensor:
+    """Return the logits (variants, n, classes) of all variants on the whole batch."""
+    logits = branch_logits(network, trace, pruned, dict.fromkeys(pruned, ALL_ROWS))
+    return logits.view(len(pruned), len(trace.images), -1)

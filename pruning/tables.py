@@ -1,0 +1,192 @@
+"""The run in words and columns: what the console prints, and the CSV files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.report import format_table, megabytes, percent, points
+
+
+def structure_table(results: dict) -> str:
+    """Lay out every prunable layer and the totals."""
+    total = results["structure"]["conv_weights"] + results["structure"]["linear_weights"]
+    structure = results["structure"]
+    rows = [
+        [
+            layer["name"],
+            "×".join(map(str, layer["shape"])),
+            f"{layer['weights']:,}",
+            percent(layer["weights"] / total),
+            f"{layer['macs'] / 1e6:.2f}",
+            f"{layer['nonzeros']:,}",
+        ]
+        for layer in results["layers"]
+    ]
+    rows.append(
+        ["all", "", f"{total:,}", percent(1.0), f"{structure['macs'] / 1e6:.2f}",
+         f"{structure['nonzeros']:,}"]
+    )  # fmt: skip
+    header = ["layer", "shape", "weights", "share", "MMAC", "non-zero"]
+    return "\n".join(
+        [
+            format_table(header, rows),
+            f"{structure['conv_weights']:,} conv + {structure['linear_weights']:,} linear weights "
+            f"+ {structure['batch_norm_parameters']:,} batch norm",
+            f"+ {structure['biases']:,} biases = {structure['parameters']:,} parameters",
+        ]
+    )
+
+
+def sensitivity_table(results: dict, amount: float) -> str:
+    """Lay out the layers by drop at one amount; ≈ marks a tie with the row below."""
+    entries = {e["layer"]: e for e in results["sensitivity"] if e["amount"] == amount}
+    ranking = next(r["layers"] for r in results["ranking"] if r["amount"] == amount)
+    rows = []
+    for ranked in ranking:
+        entry = entries[ranked["layer"]]
+        comparison = entry["comparison"]
+        low, high = (points(-limit) for limit in reversed(comparison["ci95"]))
+        rows.append(
+            [
+                ranked["layer"],
+                percent(entry["accuracy"]["value"]),
+                points(0.0 - comparison["drop"]),
+                f"{low} … {high}",
+                f"{comparison['mcnemar_p']:.1g}",
+                str(comparison["only_a_correct"]),
+                str(comparison["only_b_correct"]),
+                "≈" if ranked["tied_with_next"] else "",
+            ]
+        )
+    header = ["layer", "accuracy", "points", "95 % interval", "p", "lost", "gained", ""]
+    return format_table(header, rows)
+
+
+def search_table(linear: dict) -> str:
+    """Lay out the steps of the binary search."""
+    rows = [
+        [
+            str(number),
+            percent(step["amount"]),
+            f"{step['pruned_weights']:,}",
+            percent(step["accuracy"]["value"]),
+            points(step["accuracy"]["value"] - linear["dense"]["value"]),
+            "within" if step["kept"] else "too much",
+        ]
+        for number, step in enumerate(linear["steps"], start=1)
+    ]
+    return format_table(["step", "amount", "weights", "accuracy", "points", ""], rows)
+
+
+def format_results(results: dict, output_dir: Path) -> str:
+    """Lay out results.json's story for a terminal 80 columns wide."""
+    environment, baseline = results["environment"], results["baseline"]
+    lines = [
+        f"ResNet18 on CIFAR-10: {baseline['total']:,} test images "
+        f"({results['data']['source']}), {environment['device_name']}",
+        f"dense accuracy {percent(baseline['value'])}, 95 % interval "
+        f"{percent(baseline['ci95'][0])} to {percent(baseline['ci95'][1])}",
+        "",
+        structure_table(results),
+    ]
+    for ranking in results["ranking"]:
+        lines += [
+            "",
+            f"Each layer pruned alone by {100 * ranking['amount']:g} % "
+            "(≈: chance explains the difference to the next)",
+            sensitivity_table(results, ranking["amount"]),
+        ]
+    lines += ["", *_search_lines(results), "", *_saving_lines(results)]
+    if "verification" in results:
+        lines += ["", _verification_line(results["verification"])]
+    lines += ["", f"written to {output_dir} in {results['wall_seconds']:.0f} s"]
+    return "\n".join(lines) + "\n"
+
+
+def _search_lines(results: dict) -> list[str]:
+    linear = results["linear_search"]
+    confirmed = linear["confirmed"]
+    comparison = confirmed["comparison"]
+    low, high = (points(-limit) for limit in reversed(comparison["ci95"]))
+    half = " (on the half to choose on)" if "holdout" in linear else ""
+    lines = [
+        f"Linear layer: binary search within {100 * linear['tolerance']:g} points of dense{half}",
+        search_table(linear),
+        f"  found      {percent(linear['max_amount'])} pruned, "
+        f"{linear['kept_weights']:,} weights kept",
+        f"  true max   {percent(linear['exhaustive_max_amount'])}, of all "
+        f"{len(linear['curve']):,} possible amounts",
+        *_wrapped(linear["explanation"]),
+        f"  confirmed  {percent(confirmed['accuracy']['value'])} by the saved, reloaded model on "
+        f"{confirmed['accuracy']['total']:,} images:",
+        f"             {points(0.0 - comparison['drop'])} points, 95 % interval {low} to {high}",
+    ]
+    if "holdout" in linear:
+        holdout = linear["holdout"]
+        verdict = "within" if holdout["within_tolerance"] else "OUTSIDE"
+        lines.append(
+            f"  held out   {percent(holdout['accuracy']['value'])}, "
+            f"{points(0.0 - holdout['drop'])} points on the other half: {verdict} the tolerance"
+        )
+    return lines
+
+
+def _wrapped(sentence: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(sentence, 78, initial_indent=" " * 13, subsequent_indent=" " * 13)
+
+
+def _saving_lines(results: dict) -> list[str]:
+    savings = results["savings"]
+    dense, sparse = savings["latency"]
+    return [
+        "What that saves: next to nothing, for the linear layer is "
+        f"{percent(savings['linear_share'], 3)} of the weights",
+        f"  dense file   {megabytes(savings['dense_bytes'])}, "
+        f"compressed {megabytes(savings['dense_compressed_bytes'])}",
+        f"  pruned file  {megabytes(savings['pruned_bytes'])}, "
+        f"compressed {megabytes(savings['pruned_compressed_bytes'])}, "
+        f"packed {megabytes(savings['packed_bytes'])} "
+        f"({savings['dense_bytes'] - savings['packed_bytes']:,} bytes less)",
+        f"  speed        {sparse['name']}: {sparse['median_ms']:.0f} ms for "
+        f"{dense['batch_size']} images, dense {dense['median_ms']:.0f} ms",
+    ]
+
+
+def _verification_line(verification: dict) -> str:
+    line = (
+        f"verified: {verification['different']} of {verification['predictions']:,} predictions "
+        "differ from brute force"
+    )
+    if verification["speedup"] is not None:
+        line += f", which takes {verification['speedup']:.1f} times as long"
+    return line
+
+
+def write_sensitivity_csv(entries: Sequence[dict], path: Path) -> None:
+    """Write results.json's ``sensitivity`` as CSV, one row an entry."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["layer", "amount", "achieved", "correct", "total", "accuracy", "drop", "drop_low",
+             "drop_high", "mcnemar_p", "images_lost", "images_gained"]
+        )  # fmt: skip
+        for entry in entries:
+            accuracy, comparison = entry["accuracy"], entry["comparison"]
+            writer.writerow(
+                [entry["layer"], entry["amount"], entry["achieved"], accuracy["correct"],
+                 accuracy["total"], accuracy["value"], comparison["drop"], *comparison["ci95"],
+                 comparison["mcnemar_p"], comparison["only_a_correct"],
+                 comparison["only_b_correct"]]
+            )  # fmt: skip
+
+
+def write_curve_csv(curve: Sequence[Sequence[float]], path: Path) -> None:
+    """Write the sweep of the linear layer as CSV: amount, accuracy."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["amount", "accuracy"])
+        writer.writerows(curve)
