@@ -103,6 +103,17 @@ def image_count(text: str) -> int | None:
         ) from None
 
 
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Make a type for one of some names, for use within ``list_of``."""
+
+    def parse_choice(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    return parse_choice
+
+
 def list_of(parse: Callable[[str], Item]) -> Callable[[str], list[Item]]:
     """Make a type for comma-separated values, each parsed by ``parse``; repeats are dropped."""
 

@@ -58,7 +58,7 @@ class Cifar10(Dataset):
         return tuple(Cifar10(self.images[h], self.labels[h]) for h in halves)
 
 
-def load_images(source: Source, split: str, count: int | None, seed: int) -> Cifar10:
+def load_images(source: Source, split: str, count: int | None, seed: int, skip: int = 0) -> Cifar10:
     """Read ``count`` images of a split into memory.
 
     Args:
@@ -66,25 +66,27 @@ def load_images(source: Source, split: str, count: int | None, seed: int) -> Cif
         split: ``train`` or ``test``.
         count: Size of the class-balanced subset; None for the whole split.
         seed: Chooses the subset; the same seed chooses the same images.
+        skip: Leave out those that the same seed would choose as a subset of this size, so that
+            the two have no image in common.
 
     Raises:
         UserError: The split is missing, unreadable, or has too few images.
     """
     available = source.open_split(split)
-    if count is not None and count > len(available.labels):
+    if count is not None and skip + count > len(available.labels):
         raise UserError(
-            f"{count} {split} images asked for, only {len(available.labels)} in "
+            f"{skip + count} {split} images asked for, only {len(available.labels)} in "
             f"{source.description}"
         )
     if count is None:
         indices = np.arange(len(available.labels))
     else:
-        indices = balanced_subset(available.labels, count, seed)
+        indices = balanced_subset(available.labels, count, seed, skip)
     pixels = available.read(indices)
     return Cifar10(torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]))
 
 
-def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) -> np.ndarray:
     """Choose ``count`` indices, the same number of each class, at random.
 
     Where ``count`` is no multiple of the number of classes, or a class has too few images, other
@@ -94,6 +96,7 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         labels: int64, shape (N,).
         count: At most N.
         seed: Of the choice.
+        skip: Leave out the subset of this size; skip + count is at most N.
 
     Returns:
         Sorted indices, int64, shape (count,).
@@ -106,7 +109,7 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         members = shuffled[labels[shuffled] == label]
         rank_in_class[members] = np.arange(len(members))
     order = shuffled[np.argsort(rank_in_class[shuffled], kind="stable")]
-    return np.sort(order[:count])
+    return np.sort(order[skip : skip + count])
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

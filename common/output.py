@@ -118,6 +118,10 @@ class OutputFolder:
         """Return the path to write ``name`` to; it takes its place at :meth:`commit`."""
         return Path(self._staging.name, name)
 
+    def names(self, suffix: str) -> list[str]:
+        """Return the names of the files written so far that end in ``suffix``."""
+        return sorted(path.name for path in Path(self._staging.name).glob(f"*{suffix}"))
+
     def commit(self) -> None:
         """Move everything that was written into place.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
 from collections.abc import Sequence
@@ -92,6 +93,14 @@ def write_json(path: Path, results: dict) -> None:
     """Write results.json atomically; NaN and infinity are refused, for JSON has neither."""
     text = to_json(results)
     replace_file(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows of equal keys as CSV, with a header."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def to_json(results: dict) -> str:

@@ -1,6 +1,6 @@
 """The sensitivity scan: every layer pruned alone, its correctness image by image.
 
-The branches of :mod:`pruning.branching` run in bf16 where the CPU has instructions for it, at more
+The branches of :mod:`common.branching` run in bf16 where the CPU has instructions for it, at more
 than twice FP32's rate. A bf16 prediction can differ from FP32's only where the two best logits lie
 close together, so each image whose margin is within reach of the rounding error runs again in
 FP32. That error is measured on a sample of the same images, layer by layer.
@@ -16,9 +16,7 @@ import torch
 from torch import nn
 
 from common import cli
-from common.data import Cifar10, normalize
-from common.model import ResNet18, prunable_layers
-from pruning.branching import (
+from common.branching import (
     ALL_ROWS,
     Convolution,
     FoldedNetwork,
@@ -26,6 +24,8 @@ from pruning.branching import (
     branch_logits,
     trace_dense,
 )
+from common.data import Cifar10, normalize
+from common.model import ResNet18, prunable_layers
 from pruning.journal import Journal
 from pruning.masks import prune_weight, sparsity
 

@@ -121,8 +121,15 @@ class Operation:
     is_int8: bool
 
 
-def choose_settings(engine: str) -> Settings:
-    """Choose the range that suits the CPU at hand.
+def choose_settings(
+    engine: str, observer: str = "histogram", reduce_range: str = "auto"
+) -> Settings:
+    """Return settings for the CPU at hand.
+
+    Args:
+        engine: One of ``ENGINES``.
+        observer: One of ``OBSERVERS``.
+        reduce_range: ``on``, ``off``, or ``auto``: on where products would saturate.
 
     Raises:
         UserError: torch has no such engine on this CPU.
@@ -132,7 +139,8 @@ def choose_settings(engine: str) -> Settings:
         raise UserError(
             f"torch has no {engine} engine on this {platform.machine()} CPU; it has: {available}"
         )
-    return Settings(engine, engine in SATURATING_ENGINES and not report.has_vnni())
+    saturates = engine in SATURATING_ENGINES and not report.has_vnni()
+    return Settings(engine, saturates if reduce_range == "auto" else reduce_range == "on", observer)
 
 
 def calibrate(
@@ -153,6 +161,22 @@ def calibrate(
             for images, _ in cli.progress(batches, "calibrate"):
                 observed(images)
         return observed
+
+
+def reuse_ranges(observed: GraphModule, model: ResNet18, settings: Settings) -> GraphModule:
+    """Return ``model`` calibrated for other ``fp32_layers`` with the ranges already observed.
+
+    Args:
+        observed: A calibrated form of the same model, with the same observer; left as it is.
+        model: FP32, in eval mode.
+        settings: Of the quantization.
+    """
+    known = {node.args[0].name: observer for node, observer in _observers(observed)}
+    with quiet_torch(settings.engine):
+        prepared = _prepare(model, settings)
+    for node, _ in _observers(prepared):
+        prepared.set_submodule(node.target, known[node.args[0].name])
+    return prepared
 
 
 def convert(observed: GraphModule, settings: Settings) -> GraphModule:
@@ -214,10 +238,8 @@ class _Recorder(torch.fx.Interpreter):
 def activation_ranges(observed: GraphModule) -> list[ActivationRange]:
     """Return the range of every activation that calibration observed, in network order."""
     ranges, shared = [], set()
-    for node in observed.graph.nodes:
-        observer = observed.get_submodule(node.target) if node.op == "call_module" else None
-        # Pooling and flattening share the observer of what they read.
-        if not isinstance(observer, ObserverBase) or observer in shared:
+    for node, observer in _observers(observed):
+        if observer in shared:  # pooling and flattening share that of what they read
             continue
         shared.add(observer)
         with quiet_torch():
@@ -246,6 +268,13 @@ def weight_ranges(model: ResNet18) -> list[ChannelRanges]:
         spread = (float(value) for value in (largest.min(), largest.median(), largest.max()))
         ranges.append(ChannelRanges(name, *spread))
     return ranges
+
+
+def _observers(observed: GraphModule) -> list[tuple[torch.fx.Node, ObserverBase]]:
+    """Return the nodes that observe an activation, each with its observer."""
+    calls = [node for node in observed.graph.nodes if node.op == "call_module"]
+    modules = [(node, observed.get_submodule(node.target)) for node in calls]
+    return [(node, module) for node, module in modules if isinstance(module, ObserverBase)]
 
 
 def _producer_name(node: torch.fx.Node) -> str:
@@ -289,23 +318,18 @@ class Quantizer:
 
 def layer_quantizers(observed: GraphModule) -> dict[str, tuple[Quantizer, Quantizer]]:
     """Return the quantizers of every layer's input and output, from a calibrated model."""
-
-    def quantizer_of(node: torch.fx.Node) -> Quantizer | None:
-        observer = observed.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(observer, ObserverBase):
-            return None
+    quantizers = {}
+    for node, observer in _observers(observed):
         with quiet_torch():
             scale, zero_point = observer.calculate_qparams()
-        return Quantizer(float(scale), int(zero_point), observer.quant_min, observer.quant_max)
-
+        quantizers[node] = Quantizer(
+            float(scale), int(zero_point), observer.quant_min, observer.quant_max
+        )
     found = {}
     for node in observed.graph.nodes:
-        if node.op != "call_module" or not _is_layer(observed.get_submodule(node.target)):
-            continue
-        inputs = [quantizer_of(source) for source in node.all_input_nodes]
-        outputs = [quantizer_of(user) for user in node.users]
-        if inputs[0] and outputs[0]:
-            found[node.target] = (inputs[0], outputs[0])
+        if node.op == "call_module" and _is_layer(observed.get_submodule(node.target)):
+            read, write = node.args[0], next(user for user in node.users if user in quantizers)
+            found[node.target] = (quantizers[read], quantizers[write])
     return found
 
 

@@ -108,6 +108,40 @@ def plot_ranges(
     report.save_figure(figure, path)
 
 
+def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
+    """Plot each layer's quantization noise, and what INT8 costs with it alone and without it.
+
+    Args:
+        rows: The ``diagnosis`` of results.json.
+        path: PNG to write.
+    """
+    figure, (noise_axis, cost_axis) = report.new_figure(11, 6, columns=2, sharey=True)
+    at = np.arange(len(rows))
+    worst = min(range(len(rows)), key=lambda index: rows[index]["sqnr_db"])
+    colors = [report.RED if index == worst else report.BLUE for index in at]
+    noise_axis.barh(at, [row["sqnr_db"] for row in rows], color=colors, height=0.65)
+    for key, marker, name in (
+        ("weight_sqnr_db", "|", "only weights rounded"),
+        ("activation_sqnr_db", "x", "only activations rounded"),
+    ):
+        noise_axis.plot([row[key] for row in rows], at, marker, color="black", ms=6, label=name)
+    noise_axis.set_yticks(at, [row["layer"] for row in rows], fontsize=8)
+    noise_axis.invert_yaxis()
+    noise_axis.set(title="Signal to quantization noise", xlabel="dB; less is worse (worst in red)")
+    for offset, key, color, name in (
+        (-0.2, "drop_only_quantized", report.ORANGE, "only this layer in INT8"),
+        (0.2, "drop_only_fp32", report.GREY, "all but this layer in INT8"),
+    ):
+        drops = [100 * row[key] for row in rows]
+        cost_axis.barh(at + offset, drops, 0.38, color=color, label=name)
+    cost_axis.axvline(0, color="black", lw=0.8)
+    cost_axis.set(title="Accuracy lost", xlabel="points against FP32")
+    for axis in (noise_axis, cost_axis):
+        figure_legend = axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
+        figure_legend.set_in_layout(True)
+    report.save_figure(figure, path)
+
+
 def label(model: dict, short: bool = False) -> str:
     """Name an entry of results.json's ``models`` for people; ``short`` for a narrow axis."""
     if model["name"] == "fp32":

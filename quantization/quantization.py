@@ -19,8 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
-OVERVIEW_PLOT = "overview.png"
-RANGES_PLOT = "ranges.png"
+OVERVIEW_PLOT, RANGES_PLOT, FLIPS_PLOT = "overview.png", "ranges.png", "flips.png"
+DIAGNOSIS_PLOT, DIAGNOSIS_CSV = "diagnosis.png", "diagnosis.csv"
+STUDY_PLOT = "calibration_study.png"
+# The choices of quantization.engines, which imports torch, and --help must not.
+ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
+OBSERVERS = ("histogram", "minmax", "moving-average", "percentile")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,10 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     quantizing = parser.add_argument_group("quantization")
     quantizing.add_argument(
         "--engines",
-        type=cli.list_of(_engine),
+        type=cli.list_of(cli.one_of(*ENGINES)),
         metavar="NAME,...",
         default=["fbgemm"],
-        help="INT8 kernels to compare: fbgemm, x86, onednn or qnnpack",
+        help=f"INT8 kernels to compare: {', '.join(ENGINES)}",
     )
     quantizing.add_argument(
         "--calibration-images",
@@ -47,6 +51,43 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         default=512,
         help="training images that set the activations' ranges: class-balanced, seeded",
+    )
+    quantizing.add_argument(
+        "--observer",
+        choices=OBSERVERS,
+        default="histogram",
+        help="how ranges follow from what calibration sees",
+    )
+    quantizing.add_argument(
+        "--reduce-range",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="7-bit activations, which x86 CPUs without VNNI need",
+    )
+    budget = parser.add_argument_group("accuracy")
+    budget.add_argument(
+        "--max-drop",
+        type=cli.fraction,
+        metavar="F",
+        help="accuracy that INT8 may lose, such as 0.001: corrects what costs no time, then "
+        "returns layers to FP32, worst first; exit code 3 where the budget cannot be met",
+    )
+    budget.add_argument(
+        "--held-out-images",
+        type=cli.positive_int,
+        metavar="N",
+        default=1400,
+        help="training images that decide for --max-drop; none of the calibration images",
+    )
+    budget.add_argument(
+        "--diagnose",
+        action="store_true",
+        help="measure what quantizing each layer costs: noise, and accuracy",
+    )
+    budget.add_argument(
+        "--calibration-study",
+        action="store_true",
+        help="compare observers, numbers of calibration images and seeds",
     )
     timing = parser.add_argument_group("timing")
     timing.add_argument(
@@ -66,13 +107,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _engine(name: str) -> str:
-    # The list of quantization.engines, which cannot be imported before --help has answered.
-    if name not in ("fbgemm", "x86", "onednn", "qnnpack"):
-        raise argparse.ArgumentTypeError(f"unknown engine {name!r}")
-    return name
-
-
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Load, measure, quantize, measure again, compare, write."""
@@ -81,13 +115,15 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
-    from common import checkpoint, data, device, evaluate, output, report, sources
+    from common import checkpoint, data, device, output, report, sources
     from common.model import fold_batch_norm
-    from quantization import engines, experiment, plots
+    from quantization import diagnosis, engines, experiment, inspection, plots, study, tables
 
     device.set_threads(args.threads)
     fp32_device = device.choose_device(args.device)
-    settings = [engines.choose_settings(engine) for engine in args.engines]
+    settings = [
+        engines.choose_settings(engine, args.observer, args.reduce_range) for engine in args.engines
+    ]
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
         weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
         cli.log.info("weights: %s", weights.found)
@@ -97,10 +133,34 @@ def main(argv: list[str] | None = None) -> int:
         calibration = data.load_images(source, "train", args.calibration_images, args.seed)
         cli.log.info("images: %d for testing, %d for calibration, from %s",
                      len(test), len(calibration), source.description)  # fmt: skip
+        images = {
+            "source": source.name,
+            "test_images": len(test),
+            "calibration_images": len(calibration),
+        }
+        results = report.common_results("quantization", args, fp32_device, images, weights)
+        sections = []
 
-        correct = experiment.measure_fp32(model, test, args.batch_size, fp32_device)
+        fp32 = experiment.predict_fp32(model, test, args.batch_size, fp32_device)
+        inspection.warn_of_insane_fp32(model, test, fp32)
+        if args.calibration_study:
+            rows = study.run_study(model, source, test, settings[0], args.batch_size)
+            results["calibration_study"] = study.as_dicts(rows)
+            study.plot_study(rows, study.accuracy_of(fp32, test), folder.file(STUDY_PLOT))
+            sections.append(study.format_study(rows, study.accuracy_of(fp32, test)))
+        source_model, plan = model, None
+        if args.max_drop is not None:
+            held_out = data.load_images(
+                source, "train", args.held_out_images, args.seed, skip=args.calibration_images
+            )
+            plan = experiment.plan_within_budget(
+                model, calibration, held_out, settings[0], args.max_drop, args.batch_size
+            )
+            source_model = plan.model
+            settings = [experiment.apply_plan(plan, setting) for setting in settings]
+
         quantized = [
-            experiment.quantize(model, calibration, test, setting, args.batch_size)
+            experiment.quantize(source_model, calibration, test, setting, args.batch_size)
             for setting in settings
         ]
         paths = [folder.file(artifact_name(engine)) for engine in args.engines]
@@ -109,101 +169,45 @@ def main(argv: list[str] | None = None) -> int:
         timings = experiment.time_models(
             model, quantized, test, args.batch_sizes, args.timing_seconds
         )
-
-        fp32, nchw = (
-            experiment.fp32_entry(name, model, correct, timings[name])
-            for name in (experiment.FP32, experiment.FP32_NCHW)
-        )
-        int8 = [
-            experiment.int8_entry(candidate, path, timings[candidate.settings.engine])
-            for candidate, path in zip(quantized, paths, strict=True)
-        ]
-        for entry, candidate in zip(int8, quantized, strict=True):
-            accuracy = evaluate.compare(correct, candidate.correct)
-            entry["comparison"] = experiment.compare_models(fp32, entry, accuracy)
-            entry["speedup_over_nchw"] = experiment.speedups(nchw, entry)
-        images = {
-            "source": source.name,
-            "test_images": len(test),
-            "calibration_images": len(calibration),
-        }
-        results = report.common_results("quantization", args, fp32_device, images, weights)
-        results["models"] = [nchw, fp32, *int8]
-        results["comparison"] = int8[0]["comparison"]
+        results["models"] = experiment.describe_models(model, fp32, quantized, paths, test, timings)
+        first = quantized[0]
+        results["comparison"] = experiment.int8_entries(results)[0]["comparison"]
+        results["per_class"] = inspection.accuracy_by_class(test.labels, fp32, first.predictions)
+        if plan is not None:
+            results["budget"] = experiment.describe_budget(plan, args.max_drop, results)
+            sections.append(tables.format_budget(results["budget"]))
+        if args.diagnose:
+            rows = diagnosis.diagnose(
+                source_model, first.observed, first.settings, calibration, test, args.batch_size
+            )
+            results["diagnosis"] = rows
+            report.write_csv(folder.file(DIAGNOSIS_CSV), rows)
+            plots.plot_diagnosis(rows, folder.file(DIAGNOSIS_PLOT))
+            sections.append(tables.format_diagnosis(rows))
 
         plots.plot_overview(results["models"], folder.file(OVERVIEW_PLOT))
         plots.plot_ranges(
-            engines.weight_ranges(fold_batch_norm(model)),
-            engines.activation_ranges(quantized[0].observed),
+            engines.weight_ranges(fold_batch_norm(source_model)),
+            engines.activation_ranges(first.observed),
             folder.file(RANGES_PLOT),
         )
-        results["artifacts"] = {"model": paths[0].name, "plots": [OVERVIEW_PLOT, RANGES_PLOT]}
+        inspection.plot_flips(test, fp32, first.predictions, folder.file(FLIPS_PLOT))
+        results["artifacts"] = {"model": paths[0].name, "plots": folder.names(".png")}
         results["wall_seconds"] = time.perf_counter() - started
         report.write_json(folder.file(output.RESULTS_NAME), results)
         folder.commit()
-    print(
-        report.to_json(results) if args.json else format_results(results, args.output_dir), end=""
-    )
-    return cli.EXIT_DONE
+    if args.json:
+        print(report.to_json(results), end="")
+    else:
+        print(tables.format_results(results, sections, args.output_dir), end="")
+    over_budget = plan is not None and not results["budget"]["met"]
+    return cli.EXIT_OVER_BUDGET if over_budget else cli.EXIT_DONE
 
 
 def artifact_name(engine: str) -> str:
     """Return the file name of an engine's INT8 model; fbgemm's is the plain one."""
     stem = "resnet18_cifar10_int8"
     return f"{stem}.pth" if engine == "fbgemm" else f"{stem}_{engine}.pth"
-
-
-def format_results(results: dict, output_dir: Path) -> str:
-    """Lay out results.json's story for a terminal 80 columns wide."""
-    from common.report import format_table, megabytes, percent, points
-    from quantization.plots import label
-
-    batch_sizes = [entry["batch_size"] for entry in results["models"][0]["latency"]]
-    rows = [
-        [
-            label(model),
-            megabytes(model["size_bytes"]),
-            percent(model["accuracy"]["value"]),
-            *(f"{entry['images_per_second']:,.0f}" for entry in model["latency"]),
-        ]
-        for model in results["models"]
-    ]
-    environment = results["environment"]
-    lines = [
-        f"ResNet18 on CIFAR-10: {results['models'][0]['accuracy']['total']:,} test images "
-        f"({results['data']['source']}), {environment['cpu']}, {environment['threads']} threads",
-        "",
-        format_table(
-            ["images/s at", "size", "accuracy", *(f"batch {size}" for size in batch_sizes)], rows
-        ),
-    ]
-    for model in results["models"]:
-        if model["name"] != "int8":
-            continue
-        comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
-        low, high = (points(-limit) for limit in reversed(accuracy["ci95"]))
-        lines += [
-            "",
-            f"{label(model)} against FP32 on the same images",
-            f"  size      {percent(1 - comparison['size_ratio'], 1)} smaller "
-            f"({1 / comparison['size_ratio']:.2f}×)",
-            f"  accuracy  {points(-accuracy['drop'])} points, 95 % interval {low} to {high} "
-            f"(McNemar p = {accuracy['mcnemar_p']:.2g})",
-            f"            {accuracy['only_a_correct']} images lost, "
-            f"{accuracy['only_b_correct']} gained",
-            "  speed     "
-            + ", ".join(
-                f"{best['value']:.2f}× at batch {best['batch_size']}"
-                for best in comparison["speedup"]
-            )
-            + " (FP32 at its best)",
-            "            "
-            + ", ".join(f"{entry['value']:.2f}×" for entry in model["speedup_over_nchw"])
-            + " against FP32 as usually written",
-            f"  coverage  {len(model['int8_operations'])} operations, all INT8",
-        ]
-    lines += ["", f"written to {output_dir} in {results['wall_seconds']:.0f} s"]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

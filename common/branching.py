@@ -103,6 +103,15 @@ class FoldedNetwork:
             model.linear.bias.detach(),
         )
 
+    def convolutions(self) -> dict[str, Convolution]:
+        """Return the convolutions by name, in the order in which branches leave."""
+        found = {"conv1": self.stem}
+        for name, block in self.blocks.items():
+            found |= {f"{name}.conv1": block.conv1, f"{name}.conv2": block.conv2}
+            if block.shortcut is not None:
+                found[f"{name}.shortcut.0"] = block.shortcut
+        return found
+
     def to(self, dtype: torch.dtype) -> FoldedNetwork:
         """Return the network with its convolutions in ``dtype``; the linear layer stays FP32."""
         blocks = {

@@ -1,0 +1,132 @@
+"""Which calibration is good enough: accuracy over observers, numbers of images and seeds."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import cli, evaluate, report
+from common.data import Cifar10, batches, load_images
+from common.model import ResNet18
+from common.sources import Source
+from quantization import engines
+from quantization.engines import Settings
+
+STUDY_SIZES = (32, 128, 512)
+STUDY_SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """INT8 accuracy with one observer and number of images, over seeds; fractions of images.
+
+    Attributes:
+        observer: Its name.
+        calibration_images: Their number.
+        accuracies: One a seed.
+    """
+
+    observer: str
+    calibration_images: int
+    accuracies: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return statistics.mean(self.accuracies)
+
+    @property
+    def spread(self) -> float:
+        """The distance from the worst to the best seed."""
+        return max(self.accuracies) - min(self.accuracies)
+
+
+def run_study(
+    model: ResNet18, source: Source, test: Cifar10, settings: Settings, batch_size: int
+) -> list[StudyRow]:
+    """Quantize with every observer, number of calibration images and seed; measure each.
+
+    Args:
+        model: FP32.
+        source: Of calibration images.
+        test: Images to measure on.
+        settings: Of the quantization, but for the observer.
+        batch_size: In images.
+    """
+    train = {
+        (size, seed): load_images(source, "train", size, seed)
+        for size, seed in itertools.product(STUDY_SIZES, STUDY_SEEDS)
+    }
+    rows = []
+    cells = list(itertools.product(engines.OBSERVERS, STUDY_SIZES))
+    for observer, size in cli.progress(cells, "calibration study", unit="cell"):
+        accuracies = []
+        for seed in STUDY_SEEDS:
+            chosen = replace(settings, observer=observer)
+            observed = engines.calibrate(model, batches(train[size, seed], batch_size), chosen)
+            predictions = evaluate.predict(engines.convert(observed, chosen), test, batch_size)
+            accuracies.append(accuracy_of(predictions, test))
+        rows.append(StudyRow(observer, size, tuple(accuracies)))
+    return rows
+
+
+def best_row(rows: Sequence[StudyRow]) -> StudyRow:
+    """Return the row that the study supports: the best worst seed, then the best mean."""
+    return max(rows, key=lambda row: (min(row.accuracies), row.mean, -row.calibration_images))
+
+
+def as_dicts(rows: Sequence[StudyRow]) -> list[dict]:
+    """Return results.json's ``calibration_study``."""
+    return [asdict(row) | {"mean": row.mean, "spread": row.spread} for row in rows]
+
+
+def accuracy_of(predictions: torch.Tensor, dataset: Cifar10) -> float:
+    """Return the accuracy of predictions (int64, shape (N,)) as a fraction."""
+    return evaluate.measure_accuracy(predictions == dataset.labels).value
+
+
+def format_study(rows: Sequence[StudyRow], fp32_accuracy: float) -> str:
+    """Lay out the study as a table, and say what it supports."""
+    table = report.format_table(
+        ["observer", "images", "mean", "worst seed", "spread", "drop"],
+        [
+            [
+                row.observer,
+                f"{row.calibration_images}",
+                report.percent(row.mean),
+                report.percent(min(row.accuracies)),
+                f"{100 * row.spread:.2f}",
+                f"{100 * (fp32_accuracy - row.mean):+.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    best = best_row(rows)
+    return (
+        f"calibration study ({len(STUDY_SEEDS)} seeds; spread and drop in points)\n{table}\n"
+        f"best worst case: {best.observer} on {best.calibration_images} images\n"
+    )
+
+
+def plot_study(rows: Sequence[StudyRow], fp32_accuracy: float, path: Path) -> None:
+    """Plot accuracy by number of calibration images, one line an observer, one dot a seed."""
+    figure, axis = report.new_figure(7.5, 4.2)
+    axis.axhline(100 * fp32_accuracy, color="black", lw=1, ls="--", label="FP32")
+    colors = (report.BLUE, report.ORANGE, report.GREEN, report.RED)
+    for position, (observer, color) in enumerate(zip(engines.OBSERVERS, colors, strict=True)):
+        own = [row for row in rows if row.observer == observer]
+        x = np.arange(len(own)) + (position - 1.5) * 0.08
+        axis.plot(x, [100 * row.mean for row in own], "-", color=color, label=observer)
+        for at, row in zip(x, own, strict=True):
+            points = [100 * accuracy for accuracy in row.accuracies]
+            axis.plot([at] * len(points), points, "o", color=color, ms=4, alpha=0.8)
+    axis.set_xticks(range(len(STUDY_SIZES)), [str(size) for size in STUDY_SIZES])
+    axis.set(title="INT8 accuracy by calibration", xlabel="calibration images", ylabel="top-1, %")
+    axis.legend(ncols=2, fontsize=8)
+    report.save_figure(figure, path)

@@ -1,0 +1,109 @@
+"""What quantization.py prints: results.json's story for a terminal 80 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.report import format_table, megabytes, percent, points
+from quantization.experiment import int8_entries
+from quantization.plots import label
+
+WORST_SHOWN = 5
+
+
+def format_results(results: dict, sections: Sequence[str], output_dir: Path) -> str:
+    """Lay out the table of models, each INT8 model's comparison, and further sections."""
+    batch_sizes = [entry["batch_size"] for entry in results["models"][0]["latency"]]
+    environment = results["environment"]
+    rows = [
+        [
+            label(model),
+            megabytes(model["size_bytes"]),
+            percent(model["accuracy"]["value"]),
+            *(f"{entry['images_per_second']:,.0f}" for entry in model["latency"]),
+        ]
+        for model in results["models"]
+    ]
+    header = ["images/s at", "size", "accuracy", *(f"batch {size}" for size in batch_sizes)]
+    parts = [
+        f"ResNet18 on CIFAR-10: {results['data']['test_images']:,} test images "
+        f"({results['data']['source']}), {environment['threads']} threads\n"
+        f"{environment['cpu']}\n",
+        format_table(header, rows) + "\n",
+        *(format_comparison(model) for model in int8_entries(results)),
+        format_classes(results["per_class"]),
+        *sections,
+        f"written to {output_dir} in {results['wall_seconds']:.0f} s\n",
+    ]
+    return "\n".join(parts)
+
+
+def format_comparison(model: dict) -> str:
+    """Say what an INT8 model gains and costs."""
+    comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
+    low, high = (points(-limit) for limit in reversed(accuracy["ci95"]))
+    speedups = ", ".join(
+        f"{entry['value']:.2f}× at batch {entry['batch_size']}" for entry in comparison["speedup"]
+    )
+    over_nchw = ", ".join(f"{entry['value']:.2f}×" for entry in model["speedup_over_nchw"])
+    floating = [operation["name"] for operation in model["fp32_operations"]]
+    total = len(model["int8_operations"]) + len(floating)
+    coverage = f"all {total} operations in INT8"
+    if floating:
+        coverage = f"{len(floating)} of {total} operations in FP32: {', '.join(floating)}"
+    return (
+        f"{label(model)} against FP32 on the same images\n"
+        f"  size      {percent(1 - comparison['size_ratio'], 1)} smaller "
+        f"({1 / comparison['size_ratio']:.2f}×)\n"
+        f"  accuracy  {points(-accuracy['drop'])} points, 95 % interval {low} to {high}\n"
+        f"            {accuracy['only_a_correct']} images lost, {accuracy['only_b_correct']} "
+        f"gained (McNemar p = {accuracy['mcnemar_p']:.2g})\n"
+        f"  speed     {speedups}\n"
+        f"            (against FP32 as usually written: {over_nchw})\n"
+        f"  coverage  {coverage}\n"
+    )
+
+
+def format_classes(rows: Sequence[dict]) -> str:
+    """Name the class that changes most."""
+    worst = max(rows, key=lambda row: abs(row["fp32"] - row["int8"]))
+    change = points(worst["int8"] - worst["fp32"])
+    return (
+        f"by class, {worst['class']} changes most: {percent(worst['fp32'])} to "
+        f"{percent(worst['int8'])} ({change} points)\n"
+    )
+
+
+def format_budget(budget: dict) -> str:
+    """Say what was tried to hold the accuracy budget, and whether it held."""
+    verdict = "met" if budget["met"] else "NOT met: the best model found was written"
+    rows = [
+        [step["action"], points(-step["drop"]), "kept" if step["kept"] else "–"]
+        for step in budget["steps"]
+    ]
+    return (
+        f"accuracy budget of {100 * budget['max_drop']:.2f} points: {verdict}\n"
+        + format_table(["tried, on held-out training images", "change", ""], rows)
+        + f"\non the test images: {points(-budget['test_drop'])} points\n"
+    )
+
+
+def format_diagnosis(rows: Sequence[dict]) -> str:
+    """Name the layers that INT8 hurts most."""
+    worst = sorted(rows, key=lambda row: row["sqnr_db"])[:WORST_SHOWN]
+    table = format_table(
+        ["noisiest layers", "SQNR", "weights", "activations", "alone INT8", "alone FP32"],
+        [
+            [
+                row["layer"],
+                f"{row['sqnr_db']:.1f} dB",
+                f"{row['weight_sqnr_db']:.1f} dB",
+                f"{row['activation_sqnr_db']:.1f} dB",
+                points(-row["drop_only_quantized"]),
+                points(-row["drop_only_fp32"]),
+            ]
+            for row in worst
+        ],
+    )
+    return f"diagnosis (accuracy in points against FP32)\n{table}\n"
