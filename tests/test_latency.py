@@ -90,7 +90,8 @@ def test_a_wide_spread_is_warned_of_once(clock, capsys):
     assert timings["noisy"][0].is_noisy
     assert not timings["calm"][0].is_noisy
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: noisy at batch 1: ")
+    assert line.startswith("warning: ")
+    assert "for noisy at batch 1: " in line
 
 
 def test_batches_repeat_the_images_and_have_the_layout_asked_for(clock):
