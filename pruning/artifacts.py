@@ -33,7 +33,7 @@ def pack(state: Mapping[str, torch.Tensor]) -> tuple[StateDict, dict[str, str]]:
     """
     packed, shapes = {}, {}
     for name, tensor in state.items():
-        kept = tensor != 0
+        kept = (tensor != 0) | tensor.signbit()  # a zero may have a sign, which is kept
         packed_bytes = -(-tensor.numel() // 8) + int(kept.sum()) * tensor.element_size()
         if packed_bytes < tensor.numel() * tensor.element_size():
             bits = np.packbits(kept.numpy().reshape(-1))

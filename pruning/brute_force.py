@@ -20,10 +20,12 @@ BATCH_SIZE = 128
 
 
 @torch.inference_mode()
-def classify_all(model: nn.Module, dataset: Cifar10) -> torch.Tensor:
-    """Return per-image correctness (bool, shape (N,)) from NCHW batches, as the usual script."""
+def classify_all(
+    model: nn.Module, dataset: Cifar10, layout: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    """Return per-image correctness (bool, shape (N,)), from NCHW batches as the usual script."""
     correct = [
-        model(images.contiguous()).argmax(dim=1) == labels
+        model(images.contiguous(memory_format=layout)).argmax(dim=1) == labels
         for images, labels in batches(dataset, BATCH_SIZE)
     ]
     return torch.cat(correct).cpu()
@@ -39,17 +41,25 @@ def pruned_copy(model: ResNet18, layer: str, amount: float) -> ResNet18:
 
 
 def scan_brute_force(
-    model: ResNet18, dataset: Cifar10, layers: Sequence[str], amount: float
+    model: ResNet18,
+    dataset: Cifar10,
+    layers: Sequence[str],
+    amount: float,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, torch.Tensor]:
     """Return per-image correctness of the model with each of ``layers`` pruned alone."""
     return {
-        layer: classify_all(pruned_copy(model, layer, amount), dataset)
+        layer: classify_all(pruned_copy(model, layer, amount), dataset, layout)
         for layer in cli.progress(layers, "brute force", unit="layer")
     }
 
 
 def search_brute_force(
-    model: ResNet18, dataset: Cifar10, required: int, total_weights: int
+    model: ResNet18,
+    dataset: Cifar10,
+    required: int,
+    total_weights: int,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> tuple[int, int]:
     """Binary-search the linear layer's pruned weights with a deep copy and a full pass a step.
 
@@ -59,6 +69,7 @@ def search_brute_force(
     low, high, passes = 0, total_weights, 0
     while low < high:
         count, passes = (low + high + 1) // 2, passes + 1
-        kept = int(classify_all(pruned_copy(model, "linear", count), dataset).sum()) >= required
+        correct = classify_all(pruned_copy(model, "linear", count), dataset, layout)
+        kept = int(correct.sum()) >= required
         low, high = (count, high) if kept else (low, count - 1)
     return low, passes

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from common import cli
 from common.cli import UserError
 from common.data import Cifar10
 from common.evaluate import compare, measure_accuracy
@@ -90,8 +89,6 @@ def run_scan(
     started = time.perf_counter()
     with Journal(journal_path, identity, resume) as journal:
         resumed = len(journal) > 0
-        if resumed:
-            cli.log.info("resuming: what is finished is not done again")
         result = scan(model, dataset, layers, amounts, journal, batch_size, fast)
     seconds = time.perf_counter() - started
     if checksum(list(model.state_dict().values())) != identity["the checkpoint"]:

@@ -28,15 +28,17 @@ class Journal:
     def __init__(self, path: Path, identity: dict, resume: bool):
         self._path = path
         self._finished: dict[str, dict] = {}
-        lines = self._read()
+        lines, changed = self._read(), []
         if lines and not resume:
             log.info("an unfinished scan is discarded; --resume would have continued it")
         elif lines and (changed := _differences(lines[0], identity)):
             log.warning("cannot resume: %s changed; the scan starts afresh", " and ".join(changed))
         elif lines:
             self._finished = {line["key"]: line["value"] for line in lines[1:]}
-        elif resume:
-            log.info("nothing to resume; the scan starts afresh")
+        if self._finished:
+            log.info("resuming: what is finished is not done again")
+        elif resume and not (lines and changed):
+            log.info("nothing finished to resume; the scan starts afresh")
         self._rewrite(identity)
 
     def __enter__(self) -> Journal:

@@ -43,12 +43,13 @@ def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
 
 def prune_weight(weight: torch.Tensor, amount: float) -> torch.Tensor:
     """Return a copy of ``weight`` with a fraction ``amount`` of it zero, smallest first."""
-    return weight.detach() * l1_mask(weight, pruned_count(weight.numel(), amount))
+    kept = l1_mask(weight, pruned_count(weight.numel(), amount))
+    return weight.detach().masked_fill(~kept, 0)
 
 
 def sparsity(weight: torch.Tensor) -> float:
     """Return the fraction of zeros."""
-    return 1 - int(weight.count_nonzero()) / weight.numel()
+    return (weight.numel() - int(weight.count_nonzero())) / weight.numel()
 
 
 @torch.no_grad()
@@ -61,4 +62,4 @@ def prune_model(model: ResNet18, kept: Mapping[str, torch.Tensor]) -> None:
     """
     layers = prunable_layers(model)
     for name, mask in kept.items():
-        layers[name].weight.mul_(mask)
+        layers[name].weight.masked_fill_(~mask, 0)

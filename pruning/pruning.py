@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0],
         epilog="examples:\n"
         "  python pruning.py\n"
-        "  python pruning.py --amounts 0.5,0.7,0.9 --layers 'layer4.*,linear' --test-images all",
+        "  python pruning.py --amounts 0.5,0.7,0.9 --layers 'layer4.*,linear' --test-images all\n\n"
+        f"A batch is {CPU_BATCH_SIZE} images on a CPU, where the activations of all branches then\n"
+        f"stay in the cache, and {GPU_BATCH_SIZE} on a GPU, unless --batch-size says otherwise.",
         formatter_class=cli.HelpFormatter,
     )
     cli.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)

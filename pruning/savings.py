@@ -18,7 +18,7 @@ from pruning.masks import l1_mask, prune_model, pruned_count
 
 # At most this many predictions of the reloaded model may differ from the search's.
 MAX_FLIPS = 1e-3
-TIMED_BATCH_SIZE = 32
+TIMED_BATCH_SIZE = 16
 TIMED_AMOUNT = 0.9
 
 
@@ -85,7 +85,7 @@ def time_zeros(model: ResNet18, images: torch.Tensor) -> list[dict]:
     for name, contender in (("dense", dense), ("90 % zeros everywhere", sparse)):
         run = torch.inference_mode()(contender.to(memory_format=torch.channels_last))
         contenders.append(Contender(name, run))
-    timings = time_interleaved(contenders, images, (TIMED_BATCH_SIZE,), seconds_per_batch_size=2.0)
+    timings = time_interleaved(contenders, images, (TIMED_BATCH_SIZE,), seconds_per_batch_size=1.5)
     return [{"name": name, **entries[0].as_dict()} for name, entries in timings.items()]
 
 

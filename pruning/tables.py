@@ -148,9 +148,9 @@ def _saving_lines(results: dict) -> list[str]:
         f"  dense file   {megabytes(savings['dense_bytes'])}, "
         f"compressed {megabytes(savings['dense_compressed_bytes'])}",
         f"  pruned file  {megabytes(savings['pruned_bytes'])}, "
-        f"compressed {megabytes(savings['pruned_compressed_bytes'])}, "
-        f"packed {megabytes(savings['packed_bytes'])} "
-        f"({savings['dense_bytes'] - savings['packed_bytes']:,} bytes less)",
+        f"compressed {megabytes(savings['pruned_compressed_bytes'])}",
+        f"  packed file  {megabytes(savings['packed_bytes'])}, "
+        f"{savings['dense_bytes'] - savings['packed_bytes']:,} bytes less than dense",
         f"  speed        {sparse['name']}: {sparse['median_ms']:.0f} ms for "
         f"{dense['batch_size']} images, dense {dense['median_ms']:.0f} ms",
     ]
@@ -162,7 +162,7 @@ def _verification_line(verification: dict) -> str:
         "differ from brute force"
     )
     if verification["speedup"] is not None:
-        line += f", which takes {verification['speedup']:.1f} times as long"
+        line += f",\n          which takes {verification['speedup']:.1f} times as long"
     return line
 
 

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from common.model import ResNet18
+from pruning.masks import l1_mask, prune_model, prune_weight, pruned_count, sparsity
+
+
+def torch_mask(weight, amount):
+    """Torch's own pruning, through its public interface."""
+    layer = nn.Linear(*reversed(weight.shape))
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    prune.l1_unstructured(layer, "weight", amount)
+    return layer.weight_mask.bool()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**31), st.integers(0, 60), st.booleans())
+def test_keeps_the_weights_that_torch_keeps(seed, count, with_ties):
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(seed))
+    if with_ties:
+        weight = (weight * 2).round()  # many equal magnitudes, many zeros
+    if count == 0:
+        assert l1_mask(weight, 0).all()
+    else:
+        assert torch.equal(l1_mask(weight, count), torch_mask(weight, count))
+
+
+@pytest.mark.parametrize("amount", [0.5, 0.33, 0.9, 0.999])
+def test_rounds_the_amount_as_torch_does(amount):
+    weight = torch.randn(7, 11)
+    expected = weight * torch_mask(weight, amount)
+    assert torch.equal(prune_weight(weight, amount), expected)
+    assert sparsity(expected) == pruned_count(77, amount) / 77
+
+
+def test_everything_or_nothing():
+    weight = torch.randn(3, 4)
+    assert not l1_mask(weight, 12).any()
+    assert torch.equal(prune_weight(weight, 0.0), weight)
+    assert sparsity(prune_weight(weight, 1.0)) == 1.0
+
+
+def test_prunes_only_the_named_layer():
+    tiny_model = ResNet18((4, 8, 8, 8))
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    mask = l1_mask(tiny_model.linear.weight, 30)
+    prune_model(tiny_model, {"linear": mask})
+    for name, tensor in tiny_model.state_dict().items():
+        expected = before[name] * mask if name == "linear.weight" else before[name]
+        assert torch.equal(tensor, expected), name

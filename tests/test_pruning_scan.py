@@ -1,0 +1,184 @@
+"""The branching scan against the plain way: a full forward pass of a pruned deep copy."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.data import Cifar10, normalize
+from common.model import ResNet18, prunable_layers
+from pruning import scan as scan_module
+from pruning.branching import FoldedNetwork, branch_logits, trace_dense
+from pruning.brute_force import pruned_copy
+from pruning.experiment import run_scan
+from pruning.journal import Journal
+from pruning.scan import Recomputation, Variants, scan
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model(seed, stage_channels=(4, 8, 8, 8)):
+    """A network whose batch norms do something."""
+    torch.manual_seed(seed)
+    model = ResNet18(stage_channels)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.3, 2)
+            torch.nn.init.uniform_(module.weight, 0.3, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+    return model.eval()
+
+
+def make_images(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return Cifar10(images, torch.randint(0, 10, (count,), generator=generator))
+
+
+def plain_correct(model, dataset, layer, amount):
+    with torch.inference_mode():
+        logits = pruned_copy(model, layer, amount)(normalize(dataset.images))
+    return logits.argmax(dim=1) == dataset.labels
+
+
+def run(tmp_path, model, dataset, amounts, fast, layers=None, batch_size=4, resume=False):
+    layers = layers or list(prunable_layers(model))
+    with Journal(tmp_path / "journal", {"of": "this"}, resume) as journal:
+        return scan(model, dataset, layers, amounts, journal, batch_size, fast)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    seed=st.integers(0, 2**31),
+    channels=st.sampled_from([(4, 8, 8, 8), (4, 4, 4, 4), (2, 3, 4, 5)]),
+    amount=st.floats(0.05, 0.98),
+    data=st.data(),
+)
+def test_branches_equal_full_forward_passes(seed, channels, amount, data):
+    model = make_model(seed, channels)
+    names = list(prunable_layers(model))
+    layers = sorted(data.draw(st.sets(st.sampled_from(names), min_size=1)), key=names.index)
+    rows = {
+        layer: torch.tensor(sorted(data.draw(st.sets(st.integers(0, 3), min_size=1))))
+        for layer in layers
+    }
+    images = normalize(make_images(4, seed).images)
+    network, variants = FoldedNetwork.of(model), Variants.of(model, layers, amount, fast=False)
+    with torch.inference_mode():
+        trace = trace_dense(network, images)
+        found = branch_logits(network, trace, variants.exact, rows)
+        expected = torch.cat(
+            [pruned_copy(model, layer, amount)(images)[rows[layer]] for layer in layers]
+        )
+        dense = network.classify(trace.features)
+        torch.testing.assert_close(dense, model(images), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_scan_gives_the_correctness_of_full_passes(tmp_path, fast):
+    model, dataset = make_model(1), make_images(24)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = run(tmp_path, model, dataset, [0.5, 0.9], fast, batch_size=1)
+    for (amount, layer), correct in result.correct.items():
+        assert torch.equal(correct, plain_correct(model, dataset, layer, amount)), layer
+    assert len(result.correct) == 2 * 21
+    assert (result.recomputation is not None) == fast
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def make_close_model(images):
+    """Two classes ahead of the others, level in the median image once conv1 is pruned."""
+    model = make_model(2)
+    with torch.no_grad():
+        model.linear.bias[:2] = 20.0
+        logits = pruned_copy(model, "conv1", 0.9)(normalize(images))
+        model.linear.bias[1] += (logits[:, 0] - logits[:, 1]).median()
+    return model
+
+
+@pytest.mark.parametrize("second_look", [True, False])
+def test_close_bf16_predictions_are_decided_in_fp32(tmp_path, monkeypatch, second_look):
+    """Without the second look this fails, so bf16 alone is not simply right anyway."""
+    if not second_look:
+        monkeypatch.setattr(scan_module, "SAFETY_FACTOR", 1e-9)
+    images = make_images(96).images
+    model = make_close_model(images)
+    with torch.inference_mode():
+        classes = pruned_copy(model, "conv1", 0.9)(normalize(images)).argmax(dim=1)
+    dataset = Cifar10(images, classes)
+    result = run(tmp_path, model, dataset, [0.9], True, ["conv1"], batch_size=32)
+    assert bool(result.correct[0.9, "conv1"].all()) == second_look
+    assert result.recomputation.predictions == 96
+    assert bool(result.recomputation.changed) == second_look
+
+
+def test_recomputation_adds_up():
+    total = Recomputation(10, 3, 1, 0.2)
+    total.add(Recomputation(5, 1, 1, 0.1))
+    assert total == Recomputation(15, 4, 2, 0.2)
+
+
+def test_resumed_scan_redoes_nothing_and_ends_the_same(tmp_path, monkeypatch):
+    model, dataset = make_model(3), make_images(40)
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", model, dataset, [0.9], True, batch_size=2)
+    calls, original = [], scan_module.Walk.predict
+
+    def counted(self, trace, variants, recomputation):
+        if len(calls) == 18 and not resumed:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(self, trace, variants, recomputation)
+
+    monkeypatch.setattr(scan_module.Walk, "predict", counted)
+    resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model, dataset, [0.9], True, batch_size=2)
+    resumed = True
+    calls.clear()
+    second = run(tmp_path, model, dataset, [0.9], True, batch_size=2, resume=True)
+    assert len(calls) == 20 - 16  # the first chunk of 16 batches was finished
+    assert torch.equal(second.features, whole.features)
+    assert torch.equal(second.dense_correct, whole.dense_correct)
+    assert second.recomputation == whole.recomputation
+    for key, correct in whole.correct.items():
+        assert torch.equal(second.correct[key], correct)
+
+
+def test_changed_weights_start_afresh(tmp_path):
+    dataset, journal = make_images(20), tmp_path / "journal"
+    names = ["conv1", "linear"]
+    run_scan(make_model(4), dataset, names, [0.9], journal, False, 4, False)
+    _, seconds = run_scan(make_model(4), dataset, names, [0.9], journal, True, 4, False)
+    assert seconds is None  # resumed
+    other = make_model(5)
+    fresh, seconds = run_scan(other, dataset, names, [0.9], journal, True, 4, False)
+    assert seconds is not None
+    assert torch.equal(fresh.correct[0.9, "conv1"], plain_correct(other, dataset, "conv1", 0.9))
+
+
+def test_journal_survives_a_cut_line_and_names_what_changed(tmp_path, caplog):
+    path = tmp_path / "journal"
+    with Journal(path, {"the amounts": [0.9]}, False) as journal:
+        journal["images 0-16"] = {"correct": "ff"}
+        journal["images 16-32"] = {"correct": "0f"}
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])  # as a kill in the middle of a write leaves it
+    with Journal(path, {"the amounts": [0.9]}, True) as journal:
+        assert "images 0-16" in journal
+        assert "images 16-32" not in journal
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+    with Journal(path, {"the amounts": [0.5]}, True) as journal:
+        assert len(journal) == 0
+    assert "cannot resume: the amounts changed" in caplog.text
