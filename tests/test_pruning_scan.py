@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.branching import FoldedNetwork, branch_logits, trace_dense
 from common.data import Cifar10, normalize
 from common.model import ResNet18, prunable_layers
 from pruning import scan as scan_module
-from pruning.branching import FoldedNetwork, branch_logits, trace_dense
 from pruning.brute_force import pruned_copy
 from pruning.experiment import run_scan
 from pruning.journal import Journal
