@@ -143,7 +143,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> None:
-    """Add the flags that all scripts share.
+    """Add the flags of the scripts that compress a checkpoint.
 
     Args:
         parser: Changed in place.
@@ -157,6 +157,15 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> N
         help="checkpoint; by default resnet18_cifar10.pth in the working directory, beside the "
         "script or in the repository root, else the bundled weights",
     )
+    add_image_arguments(inputs, test_images=2000)
+    running = parser.add_argument_group("running")
+    running.add_argument("--batch-size", type=positive_int, metavar="N", default=64)
+    add_machine_arguments(running)
+    add_output_arguments(parser.add_argument_group("outputs"), output_dir)
+
+
+def add_image_arguments(inputs: argparse._ArgumentGroup, test_images: int | None) -> None:
+    """Add the flags that say where images come from; ``test_images`` is the default, None all."""
     inputs.add_argument(
         "--data-dir",
         type=Path,
@@ -178,11 +187,13 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> N
         "--test-images",
         type=image_count,
         metavar="N|all",
-        default=2000,
+        default=test_images or "all",
         help="test images to measure accuracy on: a class-balanced, seeded subset, or all",
     )
-    running = parser.add_argument_group("running")
-    running.add_argument("--batch-size", type=positive_int, metavar="N", default=64)
+
+
+def add_machine_arguments(running: argparse._ArgumentGroup) -> None:
+    """Add the flags that say where a script runs."""
     running.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
@@ -196,7 +207,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> N
         help="CPU threads; by default what torch chooses, one a physical core",
     )
     running.add_argument("--seed", type=seed_int, metavar="N", default=0)
-    outputs = parser.add_argument_group("outputs")
+
+
+def add_output_arguments(outputs: argparse._ArgumentGroup, output_dir: Path) -> None:
+    """Add the flags that say where results go; ``output_dir`` is the script's default."""
     outputs.add_argument(
         "--output-dir", type=Path, metavar="DIR", default=output_dir, help="where results go"
     )

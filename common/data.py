@@ -6,6 +6,7 @@ one slice of that tensor, normalised at once; :mod:`common.sources` says where t
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,10 +118,17 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
     The same arithmetic, in the same order, as torchvision's ``ToTensor`` and ``Normalize``.
     """
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _mean_and_std(images.device)
     pixels = images.to(torch.float32, memory_format=torch.channels_last)
     return pixels.div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both, shape (1, 3, 1, 1); made once, as each copy to a GPU would wait for its queue."""
+    with torch.inference_mode(False):  # usable in training, whoever asks first
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return mean, std
 
 
 def batches(
