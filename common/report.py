@@ -132,7 +132,8 @@ def percent(value: float, digits: int = 2) -> str:
 
 def points(value: float, digits: int = 2) -> str:
     """Format a difference of fractions in percentage points, with its sign."""
-    return f"{100 * value:+.{digits}f}"
+    rounded = round(100 * value, digits)
+    return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
 
 
 def megabytes(size_bytes: float) -> str:

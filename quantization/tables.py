@@ -68,6 +68,8 @@ def format_comparison(model: dict) -> str:
 def format_classes(rows: Sequence[dict]) -> str:
     """Name the class that changes most."""
     worst = max(rows, key=lambda row: abs(row["fp32"] - row["int8"]))
+    if worst["fp32"] == worst["int8"]:
+        return "by class, no accuracy changes\n"
     change = points(worst["int8"] - worst["fp32"])
     return (
         f"by class, {worst['class']} changes most: {percent(worst['fp32'])} to "
