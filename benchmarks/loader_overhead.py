@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=cli.HelpFormatter
     )
-    parser.add_argument("--batch-size", type=cli.positive_int, metavar="N", default=64)
+    parser.add_argument("--batch-size", type=cli.batch_size, metavar="N", default=64)
     parser.add_argument("--threads", type=cli.thread_count, metavar="N", help="CPU threads")
     parser.add_argument("--rounds", type=cli.positive_int, metavar="N", default=5)
     parser.add_argument(

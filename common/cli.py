@@ -29,6 +29,7 @@ EXIT_OVER_BUDGET = 3
 EXIT_INTERRUPTED = 130
 
 MAX_THREADS = 1024  # far more of them crash the OpenMP runtime
+MAX_BATCH_SIZE = 4096  # peaks at 6 GB; far more, and the system kills the run
 
 Item = TypeVar("Item")
 log = logging.getLogger("compression")
@@ -66,6 +67,13 @@ def thread_count(text: str) -> int:
     """Parse a number of CPU threads."""
     if (value := positive_int(text)) > MAX_THREADS:
         raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_THREADS} threads")
+    return value
+
+
+def batch_size(text: str) -> int:
+    """Parse a number of images in a batch."""
+    if (value := positive_int(text)) > MAX_BATCH_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_BATCH_SIZE} images")
     return value
 
 
@@ -159,7 +167,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> N
     )
     add_image_arguments(inputs, test_images=2000)
     running = parser.add_argument_group("running")
-    running.add_argument("--batch-size", type=positive_int, metavar="N", default=64)
+    running.add_argument(
+        "--batch-size", type=batch_size, metavar="N", default=64, help="images evaluated at once"
+    )
     add_machine_arguments(running)
     add_output_arguments(parser.add_argument_group("outputs"), output_dir)
 
@@ -206,7 +216,9 @@ def add_machine_arguments(running: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="CPU threads; by default what torch chooses, one a physical core",
     )
-    running.add_argument("--seed", type=seed_int, metavar="N", default=0)
+    running.add_argument(
+        "--seed", type=seed_int, metavar="N", default=0, help="of every random choice"
+    )
 
 
 def add_output_arguments(outputs: argparse._ArgumentGroup, output_dir: Path) -> None:

@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     timing = parser.add_argument_group("timing")
     timing.add_argument(
         "--batch-sizes",
-        type=cli.list_of(cli.positive_int),
+        type=cli.list_of(cli.batch_size),
         metavar="N,...",
         default=[1, 32, 128],
         help="batch sizes to time",

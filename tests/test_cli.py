@@ -186,6 +186,7 @@ def test_progress_yields_everything(quiet, capsys, monkeypatch):
         (cli.non_negative_int, "0", 0),
         (cli.seed_int, "4294967295", 2**32 - 1),
         (cli.thread_count, "1024", 1024),
+        (cli.batch_size, "4096", 4096),
         (cli.positive_float, "1e-3", 0.001),
         (cli.fraction, "0", 0.0),
         (cli.fraction, "1", 1.0),
@@ -207,6 +208,7 @@ def test_values(parse, text, value):
         (cli.non_negative_int, ["-1", "--1", "-", "+1"]),
         (cli.seed_int, ["4294967296", "-1"]),
         (cli.thread_count, ["0", "1025"]),
+        (cli.batch_size, ["0", "4097"]),
         (cli.positive_float, ["0", "-1", "nan", "inf", "", "much", "1e999"]),
         (cli.fraction, ["-0.1", "1.0001", "nan", "inf", "-inf", "half", "", "50%"]),
         (cli.image_count, ["0", "ALL", "", "-3"]),
@@ -231,6 +233,7 @@ def test_any_text_is_a_value_in_range_or_refused(text):
         cli.non_negative_int: (0, 10**18),
         cli.seed_int: (0, 2**32 - 1),
         cli.thread_count: (1, cli.MAX_THREADS),
+        cli.batch_size: (1, cli.MAX_BATCH_SIZE),
         cli.fraction: (0, 1),
     }
     for parse, (low, high) in bounds.items():
