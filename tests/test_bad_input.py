@@ -260,7 +260,7 @@ DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
     "a file that is no image": raw_picture(b"GIF? no."),
     "an empty image file": raw_picture(b""),
     "a JPEG cut off half-way": cut_jpeg,
-    "a PostScript file named `.png`": raw_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+    "another format (GIF, TIFF, EPS) named `.png`": picture(SQUARE, format="GIF"),
     "a 16-bit PNG": picture(Image.fromarray(np.zeros((32, 32), dtype=np.uint16))),
     "a 64×64 image": picture(SQUARE.resize((64, 64))),
     "a PNG of 60000×60000 pixels": raw_picture(empty_png(60_000, 60_000)),

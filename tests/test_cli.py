@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from common import cli
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 
 SCRIPT = """
 import os, signal, sys, time
@@ -31,6 +32,12 @@ def main(argv=None):
 
 sys.exit(main())
 """
+
+
+@pytest.fixture(autouse=True)
+def _buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stdout be buffered, as it is for users: what fails is then found when it is flushed."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
 
 def run(body: str, stdin: str = "", **options: object) -> subprocess.CompletedProcess[str]:
@@ -103,7 +110,7 @@ def test_a_reader_that_goes_away_is_no_noise(lines):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@needs_dev_full
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_full_disk_behind_stdout_is_one_line(lines):
     with open("/dev/full", "w") as full:
@@ -112,6 +119,16 @@ def test_a_full_disk_behind_stdout_is_one_line(lines):
         )
     assert done.returncode == 1
     assert done.stderr == "error: system: No space left on device\n"
+
+
+@needs_dev_full
+def test_an_error_is_told_alone_though_stdout_fails_too():
+    with open("/dev/full", "w") as full:
+        done = run(
+            "print('half')\nraise cli.UserError('no such file')",
+            capture_output=False, stdout=full, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: no such file\n")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso8859-15", "utf-8"])
