@@ -125,7 +125,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both, shape (1, 3, 1, 1); made once, as each copy to a GPU would wait for its queue."""
+    """Return both, shape (1, 3, 1, 1); made once, for each copy to a GPU waits for its queue."""
     with torch.inference_mode(False):  # usable in training, whoever asks first
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
     return mean, std
