@@ -132,7 +132,7 @@ def percent(value: float, digits: int = 2) -> str:
 
 def points(value: float, digits: int = 2) -> str:
     """Format a difference of fractions in percentage points, with its sign."""
-    return f"{100 * value:+.{digits}f}"
+    return f"{100 * value + 0.0:+.{digits}f}"  # 0.0: no minus before a zero
 
 
 def megabytes(size_bytes: float) -> str:
