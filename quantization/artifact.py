@@ -1,35 +1,49 @@
-"""The INT8 model as a file: written atomically, loaded without running code that it brings.
+"""The INT8 model as files: written atomically, loaded without running code that they bring.
 
     from quantization.artifact import load_int8
     model = load_int8("resnet18_cifar10_int8.pth")
     logits = model(normalize(images))  # common.data.normalize: uint8 -> float32
 
 A quantized model cannot be pickled whole, and should not be: the file holds tensors only, and how
-they were made. Loading builds the same structure again and fills it.
+they were made. Loading builds the same structure again and fills it. Beside it lies, where
+TorchScript is supported, the same model frozen, which needs nothing of this project:
+
+    torch.backends.quantized.engine = "fbgemm"  # the engine that it was made for
+    model = torch.jit.load("resnet18_cifar10_int8.torchscript.pt")
 """
 
 from __future__ import annotations
 
 import pickle
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from common import report
 from common.cli import UserError, log
 from common.output import replace_file
-from quantization import engines
+from quantization import deploy, engines
 from quantization.engines import Settings
 
 FORMAT = "resnet18-cifar10-int8"
+FROZEN_SUFFIX = ".torchscript.pt"
+ENGINE_ENTRY = "engine"  # of the TorchScript archive
 
 
 def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
-    """Write an INT8 model whole or not at all; return its size in bytes."""
+    """Write an INT8 model whole or not at all; return its size in bytes.
+
+    Args:
+        model: From :func:`quantization.engines.convert`.
+        settings: How it was made.
+        path: Of the file.
+    """
     content = {
         "format": FORMAT,
         "settings": asdict(settings),
@@ -43,7 +57,8 @@ def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
 def load_int8(path: str | Path) -> GraphModule:
     """Load an INT8 model; it maps normalised images (N, 3, 32, 32) to logits (N, 10) on the CPU.
 
-    Warns when the CPU at hand lacks what the model was made for.
+    Warns when the CPU at hand lacks what the model was made for. For the onednn engine,
+    ``torch.backends.quantized.engine`` is set, as its fused kernels demand.
 
     Raises:
         UserError: No such file, damaged, of another format, or for an engine that is not here.
@@ -70,7 +85,42 @@ def load_int8(path: str | Path) -> GraphModule:
     model = engines.build_skeleton(settings)
     with engines.quiet_torch(settings.engine):
         model.load_state_dict(content["state_dict"])
-    return model
+    return deploy.flatten(model, settings.engine)
+
+
+def save_frozen(model: torch.jit.ScriptModule, engine: str, path: Path) -> int:
+    """Write a frozen model whole or not at all, with its engine; return its size in bytes."""
+    entries = {ENGINE_ENTRY: engine}
+    with engines.quiet_torch(engine):
+        replace_file(path, lambda file: torch.jit.save(model, file, _extra_files=entries))
+    return path.stat().st_size
+
+
+def load_frozen(path: str | Path) -> torch.jit.ScriptModule:
+    """Load what :func:`save_frozen` wrote, for the engine that it names, which is set and stays.
+
+    torch packs the weights anew for the engine that is set, and would do so for another without
+    a word.
+
+    Raises:
+        UserError: No such file, damaged, or without its engine.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (entry,) = (n for n in archive.namelist() if n.endswith(f"/extra/{ENGINE_ENTRY}"))
+            engine = archive.read(entry).decode()
+        engines.choose_settings(engine)
+        torch.backends.quantized.engine = engine
+        with engines.quiet_torch():
+            # Loading warns once from C++, past Python's filters; after this it no longer does.
+            torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+            return torch.jit.load(path, map_location="cpu")
+    except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{path}: damaged or no frozen INT8 model ({reason})") from None
 
 
 def logits_in_fresh_process(path: Path, images: torch.Tensor, threads: int) -> torch.Tensor:
@@ -85,5 +135,6 @@ def logits_in_fresh_process(path: Path, images: torch.Tensor, threads: int) -> t
 
 def _run_saved(path: Path, images: object, threads: int) -> object:
     torch.set_num_threads(threads)
+    model: nn.Module = (load_frozen if path.name.endswith(FROZEN_SUFFIX) else load_int8)(path)
     with torch.inference_mode():
-        return load_int8(path)(torch.from_numpy(images)).numpy()
+        return model(torch.from_numpy(images)).numpy()

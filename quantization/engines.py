@@ -70,6 +70,7 @@ TORCH_WARNINGS = (
     "torch.quantize_per_tensor, torch.quantize_per_channel",
     "TypedStorage is deprecated",
     "must run observer before calling calculate_qparams",
+    "`torch.jit",
 )
 
 
@@ -143,6 +144,12 @@ def choose_settings(
     return Settings(engine, saturates if reduce_range == "auto" else reduce_range == "on", observer)
 
 
+def candidate_engines() -> list[str]:
+    """Return the engines worth measuring on this CPU; qnnpack, made for Arm, only where alone."""
+    supported = [name for name in ENGINES if name in torch.backends.quantized.supported_engines]
+    return [name for name in supported if name != "qnnpack"] or supported
+
+
 def calibrate(
     model: ResNet18,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
@@ -182,11 +189,15 @@ def reuse_ranges(observed: GraphModule, model: ResNet18, settings: Settings) -> 
 def convert(observed: GraphModule, settings: Settings) -> GraphModule:
     """Return the INT8 model of a calibrated one, which is left as it is.
 
+    Biases are rounded to the INT32 steps in which products are summed. torch's kernels would take
+    them in FP32, other runtimes cannot; rounded, all of them compute the same.
+
     Raises:
         RuntimeError: An operation would not run in INT8, though no setting keeps it in FP32.
     """
-    with quiet_torch(settings.engine):
+    with quiet_torch(settings.engine), torch.inference_mode():
         converted = convert_fx(copy.deepcopy(observed))
+        _BiasRounder(converted).run(torch.zeros(1, 3, 32, 32))
     refused = {op.name for op in list_operations(converted) if not op.is_int8}
     if refused := sorted(refused - set(settings.fp32_layers)):
         raise RuntimeError(f"not INT8 after conversion: {', '.join(refused)}")
@@ -214,6 +225,19 @@ def list_operations(converted: GraphModule) -> list[Operation]:
     with torch.inference_mode():
         recorder.run(torch.zeros(1, 3, 32, 32))
     return recorder.operations
+
+
+class _BiasRounder(torch.fx.Interpreter):
+    """Runs a graph node by node and rounds the bias of every INT8 layer that it meets."""
+
+    def run_node(self, node: torch.fx.Node) -> object:
+        module = self.fetch_attr(node.target) if node.op == "call_module" else None
+        if hasattr(module, "set_weight_bias"):
+            (image, *_), _ = self.fetch_args_kwargs_from_env(node)
+            weight, bias = module.weight(), module.bias().double()
+            steps = image.q_scale() * weight.q_per_channel_scales().double()
+            module.set_weight_bias(weight, ((bias / steps).round() * steps).float())
+        return super().run_node(node)
 
 
 class _Recorder(torch.fx.Interpreter):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from common import cli, evaluate
@@ -17,12 +19,12 @@ from common.data import Cifar10, batches, normalize
 from common.latency import Contender, Timing, time_interleaved
 from common.model import ResNet18, fold_batch_norm
 from common.size import saved_size_bytes
-from quantization import artifact, budget, engines
+from quantization import artifact, budget, deploy, engines, onnx_export
 from quantization.budget import Plan
 from quantization.engines import Settings
 
 RELOAD_IMAGES = 64  # their logits are compared bit by bit after reloading
-FP32, FP32_NCHW = "fp32", "fp32-nchw"
+FP32, FP32_NCHW, ONNX = "fp32", "fp32-nchw", "int8-onnx"
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,29 @@ class Quantized:
         settings: How it was made.
         observed: The calibrated model that it was converted from.
         model: The INT8 model.
+        deployed: The same in its fastest form, which is what is evaluated and timed.
         predictions: On the test images (int64, shape (N,)).
     """
 
     settings: Settings
     observed: GraphModule
     model: GraphModule
+    deployed: nn.Module
+    predictions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """The INT8 model as ONNX, run by ONNX Runtime.
+
+    Attributes:
+        path: Of the file.
+        run: Maps normalised images to logits.
+        predictions: On the test images (int64, shape (N,)).
+    """
+
+    path: Path
+    run: Callable[[torch.Tensor], torch.Tensor]
     predictions: torch.Tensor
 
 
@@ -51,14 +70,26 @@ def predict_fp32(
 
 
 def quantize(
-    model: ResNet18, calibration: Cifar10, test: Cifar10, settings: Settings, batch_size: int
-) -> Quantized:
-    """Calibrate, convert and evaluate on the CPU."""
-    observed = engines.calibrate(model, batches(calibration, batch_size), settings)
-    converted = engines.convert(observed, settings)
-    description = f"evaluate INT8 {settings.engine}"
-    predictions = evaluate.predict(converted, test, batch_size, description)
-    return Quantized(settings, observed, converted, predictions)
+    model: ResNet18,
+    calibration: Cifar10,
+    test: Cifar10,
+    settings: Sequence[Settings],
+    batch_size: int,
+) -> list[Quantized]:
+    """Calibrate, convert and evaluate on the CPU; engines that see the same ranges share them."""
+    calibrated, quantized = {}, []
+    for choice in settings:
+        ranges = replace(choice, engine="")
+        if ranges not in calibrated:
+            loader = batches(calibration, batch_size)
+            calibrated[ranges] = engines.calibrate(model, loader, choice)
+        observed = calibrated[ranges]
+        converted = engines.convert(observed, choice)
+        deployed = deploy.freeze(deploy.flatten(converted, choice.engine))
+        description = f"evaluate INT8 {choice.engine}"
+        predictions = evaluate.predict(deployed, test, batch_size, description)
+        quantized.append(Quantized(choice, observed, converted, deployed, predictions))
+    return quantized
 
 
 def plan_within_budget(
@@ -79,67 +110,102 @@ def apply_plan(plan: Plan, settings: Settings) -> Settings:
     return replace(plan.settings, engine=settings.engine, reduce_range=settings.reduce_range)
 
 
-def save_and_verify(quantized: Quantized, path: Path, test: Cifar10) -> None:
+def save_and_verify(quantized: Quantized, path: Path, test: Cifar10) -> list[Path]:
     """Write the INT8 model, load it in a fresh process, and demand bit-equal logits.
 
+    Returns:
+        ``path`` with the state dict and, where TorchScript is supported, the frozen model's path.
+
     Raises:
-        UserError: The reloaded model computes something else.
+        UserError: A reloaded model computes something else.
     """
     artifact.save_int8(quantized.model, quantized.settings, path)
+    paths = [path]
+    if deploy.CAN_FREEZE:
+        paths.append(path.with_suffix(artifact.FROZEN_SUFFIX))
+        artifact.save_frozen(quantized.deployed, quantized.settings.engine, paths[-1])
     images = normalize(test.images[:RELOAD_IMAGES])
     with torch.inference_mode():
-        expected = quantized.model(images)
-    reloaded = artifact.logits_in_fresh_process(path, images, torch.get_num_threads())
-    if not torch.equal(expected, reloaded):
-        worst = float((expected - reloaded).abs().max())
-        raise UserError(f"{path.name}: reloaded logits differ by up to {worst:.3g}; not kept")
-    cli.log.info("%s: reloaded in a fresh process, logits bit-equal", path.name)
+        expected = quantized.deployed(images)
+    for saved in paths:
+        reloaded = artifact.logits_in_fresh_process(saved, images, torch.get_num_threads())
+        if not torch.equal(expected, reloaded):
+            worst = float((expected - reloaded).abs().max())
+            raise UserError(f"{saved.name}: reloaded logits differ by up to {worst:.3g}; not kept")
+        cli.log.info("%s: reloaded in a fresh process, logits bit-equal", saved.name)
+    return paths
+
+
+def export_onnx(quantized: Quantized, path: Path, test: Cifar10, batch_size: int) -> OnnxModel:
+    """Write the INT8 model as ONNX and evaluate the file in ONNX Runtime, at equal threads."""
+    onnx_export.export_onnx(quantized.model, path)
+    run = onnx_export.OnnxRuntimeModel(path, torch.get_num_threads())
+    return OnnxModel(path, run, evaluate.predict(run, test, batch_size, "evaluate ONNX"))
 
 
 def time_models(
     model: ResNet18,
     quantized: Sequence[Quantized],
+    onnx: OnnxModel | None,
     test: Cifar10,
     batch_sizes: Sequence[int],
     seconds: float,
 ) -> dict[str, list[Timing]]:
     """Time FP32 as usually written, FP32 at its best and each INT8 model, interleaved.
 
+    FP32 at its best is treated as INT8 is: batch-norm folded, channels_last, frozen.
+
     Args:
         model: FP32.
         quantized: The INT8 models.
+        onnx: The exported one, if any.
         test: Images to feed.
         batch_sizes: In images.
         seconds: To spend on each batch size.
 
     Returns:
-        Timings by ``fp32-nchw``, ``fp32`` and each engine's name.
+        Timings by ``fp32-nchw``, ``fp32``, each engine's name and ``int8-onnx``.
     """
-    best = fold_batch_norm(model).to(memory_format=torch.channels_last)
+    best = deploy.freeze(fold_batch_norm(model).to(memory_format=torch.channels_last))
     contenders = [
         Contender(FP32_NCHW, model, torch.contiguous_format),
         Contender(FP32, best),
-        *(Contender(candidate.settings.engine, candidate.model) for candidate in quantized),
+        *(Contender(candidate.settings.engine, candidate.deployed) for candidate in quantized),
     ]
+    if onnx is not None:
+        contenders.append(Contender(ONNX, onnx.run, torch.contiguous_format))
     images = normalize(test.images[: max(batch_sizes)])
     return time_interleaved(contenders, images, batch_sizes, seconds)
+
+
+def fastest_first(
+    quantized: Sequence[Quantized], timings: dict[str, list[Timing]]
+) -> list[Quantized]:
+    """Sort INT8 models by the geometric mean of their speeds over the batch sizes."""
+
+    def log_time(candidate: Quantized) -> float:
+        return sum(math.log(timing.median_ms) for timing in timings[candidate.settings.engine])
+
+    return sorted(quantized, key=log_time)
 
 
 def describe_models(
     model: ResNet18,
     predictions: torch.Tensor,
     quantized: Sequence[Quantized],
-    paths: Sequence[Path],
+    paths: dict[str, list[Path]],
+    onnx: OnnxModel | None,
     test: Cifar10,
     timings: dict[str, list[Timing]],
 ) -> list[dict]:
-    """Return results.json's ``models``: FP32 in both layouts, then each INT8 model.
+    """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.
 
     Args:
         model: FP32.
         predictions: FP32's, on ``test``.
-        quantized: The INT8 models.
-        paths: Where each is saved.
+        quantized: The INT8 models; the ONNX file is compared with the first.
+        paths: The files of each engine's model, that with the state dict first.
+        onnx: The exported model, if any.
         test: The images.
         timings: From :func:`time_models`.
     """
@@ -155,28 +221,42 @@ def describe_models(
         }
         for name in (FP32_NCHW, FP32)
     )
-    entries = [nchw, best]
-    for candidate, path in zip(quantized, paths, strict=True):
+    entries = []
+    for candidate in quantized:
+        engine = candidate.settings.engine
+        path, *frozen = paths[engine]
         correct = candidate.predictions == test.labels
-        entry = {
-            "name": "int8",
-            "engine": candidate.settings.engine,
-            "settings": asdict(candidate.settings),
-            "file": path.name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "size_bytes": path.stat().st_size,
-            "accuracy": evaluate.measure_accuracy(correct).as_dict(),
-            "latency": [timing.as_dict() for timing in timings[candidate.settings.engine]],
-            **_coverage(candidate),
-        }
+        entry = _describe_int8("int8", engine, path, correct, timings[engine])
+        entry |= {"frozen": frozen[0].name if frozen else None}
+        entry |= {"settings": asdict(candidate.settings), **_coverage(candidate)}
+        entries.append((entry, correct))
+    if onnx is not None:
+        correct = onnx.predictions == test.labels
+        entry = _describe_int8(ONNX, "onnxruntime", onnx.path, correct, timings[ONNX])
+        agreeing = onnx.predictions == quantized[0].predictions
+        entries.append((entry | {"agreement": float(agreeing.double().mean())}, correct))
+    for entry, correct in entries:
         entry["comparison"] = {
             "size_ratio": entry["size_bytes"] / size_bytes,
             "accuracy": evaluate.compare(dense_correct, correct).as_dict(),
             "speedup": _speedups(best, entry),
         }
         entry["speedup_over_nchw"] = _speedups(nchw, entry)
-        entries.append(entry)
-    return entries
+    return [nchw, best, *(entry for entry, _ in entries)]
+
+
+def _describe_int8(
+    name: str, engine: str, path: Path, correct: torch.Tensor, timings: Sequence[Timing]
+) -> dict:
+    return {
+        "name": name,
+        "engine": engine,
+        "file": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "size_bytes": path.stat().st_size,
+        "accuracy": evaluate.measure_accuracy(correct).as_dict(),
+        "latency": [timing.as_dict() for timing in timings],
+    }
 
 
 def _coverage(candidate: Quantized) -> dict:

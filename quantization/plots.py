@@ -148,4 +148,6 @@ def label(model: dict, short: bool = False) -> str:
         return "FP32" if short else "FP32 at its best"
     if model["name"] == "fp32-nchw":
         return "FP32 as usually written"
+    if model["name"] == "int8-onnx":
+        return "INT8\nONNX" if short else "INT8 ONNX Runtime"
     return "INT8\n" * short + model["engine"] if short else f"INT8 {model['engine']}"

@@ -22,6 +22,7 @@ DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
 OVERVIEW_PLOT, RANGES_PLOT, FLIPS_PLOT = "overview.png", "ranges.png", "flips.png"
 DIAGNOSIS_PLOT, DIAGNOSIS_CSV = "diagnosis.png", "diagnosis.csv"
 STUDY_PLOT = "calibration_study.png"
+ONNX_NAME = "resnet18_cifar10_int8.onnx"
 # The choices of quantization.engines, which imports torch, and --help must not.
 ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
 OBSERVERS = ("histogram", "minmax", "moving-average", "percentile")
@@ -40,10 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     quantizing = parser.add_argument_group("quantization")
     quantizing.add_argument(
         "--engines",
-        type=cli.list_of(cli.one_of(*ENGINES)),
+        type=cli.list_of(cli.one_of(*ENGINES, "auto")),
         metavar="NAME,...",
         default=["fbgemm"],
-        help=f"INT8 kernels to compare: {', '.join(ENGINES)}",
+        help=f"INT8 kernels to compare: {', '.join(ENGINES)}; the first makes the headline. auto: "
+        "all that suit this CPU, the fastest makes it",
     )
     quantizing.add_argument(
         "--calibration-images",
@@ -63,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "on", "off"),
         default="auto",
         help="7-bit activations, which x86 CPUs without VNNI need",
+    )
+    quantizing.add_argument(
+        "--export-onnx",
+        action="store_true",
+        help="write the INT8 model as ONNX too and measure it in ONNX Runtime; needs onnx and "
+        "onnxruntime",
     )
     budget = parser.add_argument_group("accuracy")
     budget.add_argument(
@@ -117,13 +125,27 @@ def main(argv: list[str] | None = None) -> int:
     # torch takes seconds to import, so nothing that needs it is imported before this line.
     from common import checkpoint, data, device, output, report, sources
     from common.model import fold_batch_norm
-    from quantization import diagnosis, engines, experiment, inspection, plots, study, tables
+    from quantization import (
+        diagnosis,
+        engines,
+        experiment,
+        inspection,
+        onnx_export,
+        plots,
+        study,
+        tables,
+    )
 
     device.set_threads(args.threads)
+    device.keep_freed_memory()
     fp32_device = device.choose_device(args.device)
+    pick_fastest = "auto" in args.engines
     settings = [
-        engines.choose_settings(engine, args.observer, args.reduce_range) for engine in args.engines
+        engines.choose_settings(engine, args.observer, args.reduce_range)
+        for engine in (engines.candidate_engines() if pick_fastest else args.engines)
     ]
+    if args.export_onnx:
+        onnx_export.require_packages()
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
         weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
         cli.log.info("weights: %s", weights.found)
@@ -159,17 +181,26 @@ def main(argv: list[str] | None = None) -> int:
             source_model = plan.model
             settings = [experiment.apply_plan(plan, setting) for setting in settings]
 
-        quantized = [
-            experiment.quantize(source_model, calibration, test, setting, args.batch_size)
-            for setting in settings
-        ]
-        paths = [folder.file(artifact_name(engine)) for engine in args.engines]
-        for candidate, path in zip(quantized, paths, strict=True):
-            experiment.save_and_verify(candidate, path, test)
+        quantized = experiment.quantize(source_model, calibration, test, settings, args.batch_size)
+        paths = {
+            candidate.settings.engine: experiment.save_and_verify(
+                candidate, folder.file(artifact_name(candidate.settings.engine)), test
+            )
+            for candidate in quantized
+        }
+        onnx = None
+        if args.export_onnx:
+            onnx = experiment.export_onnx(
+                quantized[0], folder.file(ONNX_NAME), test, args.batch_size
+            )
         timings = experiment.time_models(
-            model, quantized, test, args.batch_sizes, args.timing_seconds
+            model, quantized, onnx, test, args.batch_sizes, args.timing_seconds
         )
-        results["models"] = experiment.describe_models(model, fp32, quantized, paths, test, timings)
+        if pick_fastest:
+            quantized = experiment.fastest_first(quantized, timings)
+        results["models"] = experiment.describe_models(
+            model, fp32, quantized, paths, onnx, test, timings
+        )
         first = quantized[0]
         results["comparison"] = experiment.int8_entries(results)[0]["comparison"]
         results["per_class"] = inspection.accuracy_by_class(test.labels, fp32, first.predictions)
@@ -192,7 +223,11 @@ def main(argv: list[str] | None = None) -> int:
             folder.file(RANGES_PLOT),
         )
         inspection.plot_flips(test, fp32, first.predictions, folder.file(FLIPS_PLOT))
-        results["artifacts"] = {"model": paths[0].name, "plots": folder.names(".png")}
+        results["artifacts"] = {
+            "model": artifact_name(first.settings.engine),
+            "models": [*folder.names(".pth"), *folder.names(".pt"), *folder.names(".onnx")],
+            "plots": folder.names(".png"),
+        }
         results["wall_seconds"] = time.perf_counter() - started
         report.write_json(folder.file(output.RESULTS_NAME), results)
         folder.commit()

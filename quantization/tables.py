@@ -32,6 +32,7 @@ def format_results(results: dict, sections: Sequence[str], output_dir: Path) -> 
         f"{environment['cpu']}\n",
         format_table(header, rows) + "\n",
         *(format_comparison(model) for model in int8_entries(results)),
+        *(format_agreement(model) for model in results["models"] if "agreement" in model),
         format_classes(results["per_class"]),
         *sections,
         f"written to {output_dir} in {results['wall_seconds']:.0f} s\n",
@@ -62,6 +63,14 @@ def format_comparison(model: dict) -> str:
         f"  speed     {speedups}\n"
         f"            (against FP32 as usually written: {over_nchw})\n"
         f"  coverage  {coverage}\n"
+    )
+
+
+def format_agreement(model: dict) -> str:
+    """Say how often the ONNX file and torch predict the same class."""
+    return (
+        f"{model['file']} in ONNX Runtime\n"
+        f"  agrees with torch's INT8 on {percent(model['agreement'])} of the test images\n"
     )
 
 

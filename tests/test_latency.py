@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from common import cli
+from common import cli, latency
 from common.latency import (
     MAX_ROUNDS,
     MIN_ROUNDS,
@@ -25,6 +25,12 @@ class Clock:
         self.now_ns = 0
         self.calls: list[tuple[str, torch.Tensor]] = []
         monkeypatch.setattr(time, "perf_counter_ns", lambda: self.now_ns)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+        monkeypatch.setattr(latency, "SETTLE_SECONDS", 0)
+        monkeypatch.setattr(latency, "SHORT_CALL_MS", 0)
+
+    def sleep(self, seconds: float) -> None:
+        self.now_ns += int(1e9 * seconds)
 
     def contender(self, name: str, *durations_ms: float, **options: object) -> Contender:
         """Make a contender whose calls after the warm-up take the durations in turns."""
@@ -63,6 +69,18 @@ def test_every_call_before_timing_is_warm_up(clock):
     assert [name for name, _ in clock.calls[: 2 * WARM_UP_CALLS + 2]] == (
         ["a"] * WARM_UP_CALLS + ["b"] * WARM_UP_CALLS + ["a", "b"]
     )
+
+
+def test_a_short_call_is_timed_after_a_pause_and_a_call_that_wakes_threads(clock, monkeypatch):
+    monkeypatch.setattr(latency, "SETTLE_SECONDS", 0.005)
+    monkeypatch.setattr(latency, "SHORT_CALL_MS", 20)
+    short, long = clock.contender("short", 19, 3), clock.contender("long", 20)
+    # The estimate of a round takes two calls of the short one, so that 3 ms is its untimed call.
+    timings = time_interleaved([short, long], IMAGES, [1], seconds_per_batch_size=0.7)
+    names = [name for name, _ in clock.calls[2 * WARM_UP_CALLS :]]
+    assert names.count("short") == 2 * names.count("long")
+    assert timings["short"][0].median_ms == 19
+    assert timings["long"][0].rounds == 10  # of 2 pauses, 19 + 19 ms and 20 ms, in 0.7 s
 
 
 def test_median_and_interquartile_range(clock):

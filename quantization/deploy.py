@@ -1,0 +1,112 @@
+"""The INT8 model in the form with the least work a call: kernels in a row, fused, then frozen.
+
+``convert_fx`` leaves a tree of modules: at batch 1 a quarter of the time goes to Python's calls
+through it, and every residual block writes the sum of its branches in a pass of its own. Here the
+modules become plain calls of their kernels with constant scales, and on the onednn engine the
+addition and its ReLU run inside the convolution before them. Where TorchScript is supported the
+result can be frozen, into a file that runs without this project, from C++ too.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from common.sources import IMAGE_SIZE
+from quantization.engines import quiet_torch
+
+# torch.jit is not supported from Python 3.14 on; the flat model is as fast, but needs Python.
+CAN_FREEZE = sys.version_info < (3, 14)
+KERNELS = {
+    "QuantizedConv2d": torch.ops.quantized.conv2d.new,
+    "QuantizedConvReLU2d": torch.ops.quantized.conv2d_relu.new,
+    "QuantizedLinear": torch.ops.quantized.linear.default,
+}
+FUSED_KERNELS = {
+    torch.ops.quantized.add: torch.ops.quantized.conv2d_add.default,
+    torch.ops.quantized.add_relu: torch.ops.quantized.conv2d_add_relu.default,
+}
+
+
+def flatten(converted: GraphModule, engine: str) -> GraphModule:
+    """Return the model as a row of kernel calls; the same function up to one rounding a block.
+
+    On the onednn engine the residual sum is not rounded to INT8 before it is added. Those kernels
+    also ask for ``torch.backends.quantized.engine`` when they run, so it is set, and stays.
+
+    Args:
+        converted: From :func:`quantization.engines.convert` for ``engine``; left as it is.
+        engine: Its engine.
+    """
+    graph = Graph()
+    graph.output(graph.graph_copy(converted.graph, {}))
+    flat = GraphModule(converted, graph)  # shares the weights
+    for node in list(flat.graph.nodes):
+        if node.op == "call_module":
+            _call_kernel(flat, node)
+        elif node.op == "get_attr":  # a scale or a zero point
+            constant = getattr(flat, node.target).item()
+            for user in list(node.users):
+                user.args = tuple(constant if arg is node else arg for arg in user.args)
+            flat.graph.erase_node(node)
+    if engine == "onednn":
+        for node in list(flat.graph.nodes):
+            if node.target in FUSED_KERNELS:
+                _fuse_addition(node)
+        torch.backends.quantized.engine = engine
+    flat.delete_all_unused_submodules()
+    flat.recompile()
+    return flat
+
+
+def _call_kernel(flat: GraphModule, node: Node) -> None:
+    """Replace a call of an INT8 module by one of its kernel; a layer left in FP32 stays."""
+    module = flat.get_submodule(node.target)
+    kernel = KERNELS.get(module._get_name())
+    if kernel is None:
+        return
+    packed = module._packed_params
+    packed = getattr(packed, "_packed_params", packed)  # the linear layer wraps its own
+    name = f"{node.name}_packed"
+    setattr(flat, name, packed)
+    with flat.graph.inserting_before(node):
+        weights = flat.graph.create_node("get_attr", name)
+        call = flat.graph.call_function(
+            kernel, (node.args[0], weights, module.scale, module.zero_point)
+        )
+    node.replace_all_uses_with(call)
+    flat.graph.erase_node(node)
+
+
+def _fuse_addition(node: Node) -> None:
+    """Let the convolution before an addition compute it too, into the other operand's memory."""
+    convolution, residual, scale, zero_point = node.args
+    if convolution.target is not KERNELS["QuantizedConv2d"]:
+        return  # it was left in FP32
+    if any(user > node for user in residual.users):
+        raise RuntimeError(f"{residual} is read again after {node} would overwrite it")
+    image, weights, _, _ = convolution.args
+    with node.graph.inserting_before(node):
+        fused = node.graph.call_function(
+            FUSED_KERNELS[node.target], (image, residual, weights, scale, zero_point)
+        )
+    node.replace_all_uses_with(fused)
+    node.graph.erase_node(node)
+    node.graph.erase_node(convolution)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Return a frozen TorchScript trace of a model in eval mode, or the model where it cannot be.
+
+    Args:
+        model: Maps channels_last images (N, 3, 32, 32) to logits; left as it is.
+    """
+    if not CAN_FREEZE:
+        return model
+    example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE).to(memory_format=torch.channels_last)
+    # Tensors made in inference mode could not be saved.
+    with quiet_torch(), torch.inference_mode(False), torch.no_grad():
+        return torch.jit.freeze(torch.jit.trace(model, example, check_trace=False))
