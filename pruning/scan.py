@@ -32,9 +32,9 @@ from pruning.masks import prune_weight, sparsity
 # One entry of the journal: all layers at all amounts, on this many batches of images.
 CHUNK_BATCHES = 16
 CALIBRATION_IMAGES = 32
-# The largest error seen on the calibration images, times this, bounds the others'. On 1,500 images
-# and 21 layers the largest error was 2.3 times that of 64 images, and no prediction changed at a
-# margin of more than a quarter of it.
+# The largest error seen on the calibration images, times this, is the bound. With 1,500 images and
+# all 21 layers at 90 %, bf16 alone changed 18 of 31,500 predictions, none at a margin of more than
+# 0.24 of its bound, and 1.2 % of the predictions were decided again in FP32.
 SAFETY_FACTOR = 3.0
 
 
