@@ -32,7 +32,12 @@ def check_results(results: dict, folder: Path) -> None:
     artifacts = results["artifacts"]
     for name in [artifacts["model"], *artifacts["plots"]]:
         assert (folder / name).stat().st_size > 0, name
-    {"quantization": check_quantization, "pruning": check_pruning}[results["script"]](results)
+    checks = {
+        "quantization": check_quantization,
+        "pruning": check_pruning,
+        "training": check_training,
+    }
+    checks[results["script"]](results)
 
 
 def check_quantization(results: dict) -> None:
@@ -71,6 +76,20 @@ def check_pruning(results: dict) -> None:
     assert 0 <= search["max_amount"] <= search["exhaustive_max_amount"] <= 1
     assert search["curve"]
     assert isinstance(search["monotone"], bool)
+
+
+def check_training(results: dict) -> None:
+    """Check training.py's own part."""
+    data = results["data"]
+    check_accuracy(results["accuracy"], data["test_images"])
+    for name in ("last", "averaged"):
+        check_accuracy(results["held_out"][name], data["held_out_images"])
+    best = max(entry["correct"] for entry in results["held_out"].values())
+    assert results["held_out"][results["chosen"]]["correct"] == best
+    by_class = results["per_class"].values()
+    assert sum(entry["correct"] for entry in by_class) == results["accuracy"]["correct"]
+    assert results["recipe"]["epochs"] > 0
+    assert results["parameters"] > 0
 
 
 def check_accuracy(accuracy: dict, total: int) -> None:

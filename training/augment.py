@@ -1,0 +1,196 @@
+"""Random crops, flips and cutouts, done on whole batches where the images lie.
+
+All random choices of an epoch are drawn at once, from the seed and the epoch's number alone. So a
+resumed run draws what an unbroken one would have, and processes agree without talking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.data import normalize
+from common.model import CLASS_COUNT
+from common.sources import IMAGE_SIZE
+from training.recipe import Recipe
+
+# Half-widths of what jitter draws: turn (radians), log zoom, two shears; saturation, log contrast,
+# brightness (in standard deviations).
+MAX_AFFINE = np.array([[0.26], [0.2], [0.2], [0.2]])
+MAX_COLOUR = np.array([[0.5], [0.4], [0.4]])
+RESIZE_CHUNK = 4096  # images resized at once, to bound the memory
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The random choices of one epoch, one row for each image in the order of their use.
+
+    Attributes:
+        order: Indices of the images, int64, shape (N,).
+        shift: Rows and columns by which each image moves, int64, shape (N, 2).
+        flip: Whether it is mirrored, bool, shape (N,).
+        hole: First row and column of its hidden square, int64, shape (N, 2).
+        hole_size: Side of that square in pixels; 0 hides nothing.
+        patch: First row and column of the square that another image covers, int64, shape (N, 2).
+        patch_size: Its side in pixels, int64, shape (N,); 0 where there is none.
+        affine: Where each position is taken from, float32, shape (N, 2, 3); None without jitter.
+        colour: Factors of saturation and contrast, and a brightness to add, float32, shape (N, 3);
+            None without jitter.
+    """
+
+    order: torch.Tensor
+    shift: torch.Tensor
+    flip: torch.Tensor
+    hole: torch.Tensor
+    hole_size: int
+    patch: torch.Tensor
+    patch_size: torch.Tensor
+    affine: torch.Tensor | None
+    colour: torch.Tensor | None
+
+
+def plan_epoch(
+    count: int, size: int, recipe: Recipe, seed: int, epoch: int, device: torch.device
+) -> EpochPlan:
+    """Draw an epoch's random choices.
+
+    Args:
+        count: Number of images, N.
+        size: Their side in pixels; shifts and cutouts shrink with it.
+        recipe: Says how far to shift, whether to flip and how much to hide.
+        seed: Of the run.
+        epoch: From 0.
+        device: Where the plan is used.
+    """
+
+    def place(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
+
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(count)
+    padding = round(recipe.crop_padding * size / IMAGE_SIZE)
+    shift = rng.integers(-padding, padding, (count, 2), endpoint=True)
+    flip = rng.random(count) < (0.5 if recipe.flip else 0.0)
+    hole_size = round(recipe.cutout * size / IMAGE_SIZE)
+    # Centred anywhere, so that part of the square may lie outside, as published.
+    hole = rng.integers(0, size, (count, 2)) - hole_size // 2
+    # CutMix draws the covered area uniformly, so its side is the root of a uniform number.
+    patch_size = np.rint(size * np.sqrt(rng.random(count))).astype(np.int64)
+    patch_size *= rng.random(count) < recipe.cutmix
+    patch = rng.integers(0, size, (count, 2)) - patch_size[:, None] // 2
+    affine = colour = None
+    if recipe.jitter:
+        affine, colour = (place(values) for values in _draw_jitter(rng, count, recipe.jitter))
+    return EpochPlan(
+        order=place(order),
+        shift=place(shift),
+        flip=place(flip),
+        hole=place(hole),
+        hole_size=hole_size,
+        patch=place(patch),
+        patch_size=place(patch_size),
+        affine=affine,
+        colour=colour,
+    )
+
+
+def _draw_jitter(
+    rng: np.random.Generator, count: int, share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw changes of positions (N, 2, 3) and colours (N, 3), each for ``share`` of the images."""
+    moved, coloured = (rng.random((2, count)) < share).astype(np.float32)
+    angle, zoom, *shear = rng.uniform(-1, 1, (4, count)) * MAX_AFFINE * moved
+    scale, zero = np.exp(zoom), np.zeros(count)
+    affine = [
+        [scale * np.cos(angle), shear[0] - np.sin(angle), zero],
+        [shear[1] + np.sin(angle), scale * np.cos(angle), zero],
+    ]
+    saturation, contrast, brightness = rng.uniform(-1, 1, (3, count)) * MAX_COLOUR * coloured
+    colour = [1 + saturation, np.exp(contrast), brightness]
+    by_image = (np.moveaxis(np.array(values, np.float32), -1, 0) for values in (affine, colour))
+    return tuple(np.ascontiguousarray(values) for values in by_image)
+
+
+def make_batch(
+    pixels: torch.Tensor, labels: torch.Tensor, plan: EpochPlan, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch of augmented, normalised images and their class probabilities.
+
+    Crop, flip and the reflection at the border are one gather. Cutout (DeVries and Taylor, 2017,
+    https://arxiv.org/abs/1708.04552) shows the mean colour; CutMix (Yun et al., 2019,
+    https://arxiv.org/abs/1905.04899) shows the next image of the batch, whose class then has that
+    part of the probability.
+
+    Args:
+        pixels: All images from :func:`resize`: uint8, shape (N, size, size, 3).
+        labels: int64, shape (N,).
+        plan: The epoch's random choices.
+        rows: The part of the plan that makes up this batch.
+
+    Returns:
+        Images float32, shape (n, 3, size, size), channels_last; probabilities float32, shape
+        (n, classes).
+    """
+    size = pixels.shape[1]
+    line = torch.arange(size, device=pixels.device)
+    mirrored = torch.where(plan.flip[rows, None], size - 1 - line, line)
+    y = _reflect(line + plan.shift[rows, 0, None], size)
+    x = _reflect(mirrored + plan.shift[rows, 1, None], size)
+    index = plan.order[rows]
+    batch = pixels[index[:, None, None], y[:, :, None], x[:, None, :]]
+    batch = normalize(batch.permute(0, 3, 1, 2))
+    targets = F.one_hot(labels[index], CLASS_COUNT).float()
+    if plan.affine is not None:
+        batch = _change_positions(batch, plan.affine[rows])
+        batch = _change_colours(batch, plan.colour[rows])
+    if plan.hole_size:
+        hole_size = torch.full_like(index, plan.hole_size)
+        batch.masked_fill_(_squares(line, plan.hole[rows], hole_size), 0.0)
+    covered = _squares(line, plan.patch[rows], plan.patch_size[rows])
+    batch = torch.where(covered, batch.roll(1, 0), batch)
+    share = covered.float().mean((1, 2, 3))[:, None]
+    return batch, targets + share * (targets.roll(1, 0) - targets)
+
+
+def _change_positions(batch: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
+    """Turn, scale and shear normalised images (n, 3, H, W); beyond the border they are mirrored."""
+    grid = F.affine_grid(affine, batch.shape, align_corners=False)
+    moved = F.grid_sample(batch, grid, padding_mode="reflection", align_corners=False)
+    return moved.contiguous(memory_format=torch.channels_last)
+
+
+def _change_colours(batch: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+    """Change saturation, contrast and brightness of normalised images (n, 3, H, W)."""
+    saturation, contrast, brightness = colour.T[..., None, None, None]
+    grey = batch.mean(1, keepdim=True)
+    batch = torch.lerp(grey, batch, saturation)
+    mean = batch.mean((1, 2, 3), keepdim=True)
+    return torch.lerp(mean, batch, contrast) + brightness
+
+
+def _squares(line: torch.Tensor, start: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+    """Return masks, bool, shape (n, 1, size, size), of squares from ``start`` (n, 2)."""
+    offset = line - start[:, :, None]  # (n, 2, size)
+    inside = (offset >= 0) & (offset < side[:, None, None])
+    return inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Shrink uint8 images (N, 3, 32, 32) to uint8 (N, size, size, 3), channels last for gathers."""
+    if images.shape[-1] == size:
+        return images.permute(0, 2, 3, 1).contiguous()
+    resized = torch.empty((len(images), size, size, 3), dtype=torch.uint8, device=images.device)
+    for start in range(0, len(images), RESIZE_CHUNK):
+        chunk = images[start : start + RESIZE_CHUNK].float()
+        chunk = F.interpolate(chunk, (size, size), mode="bilinear", antialias=True)
+        resized[start : start + RESIZE_CHUNK] = chunk.round_().clamp_(0, 255).permute(0, 2, 3, 1)
+    return resized
+
+
+def _reflect(position: torch.Tensor, size: int) -> torch.Tensor:
+    """Mirror positions outside 0 … size - 1 at the border, without repeating the edge."""
+    last = size - 1
+    return last - (last - position.abs()).abs()

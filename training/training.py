@@ -1,0 +1,220 @@
+"""Train the ResNet18 for CIFAR-10 whose weights the other scripts compress.
+
+    python training.py                                   # the preset for this machine
+    python training.py --preset gpu --data-dir ~/cifar10
+    torchrun --nproc-per-node 4 training.py --preset gpu
+
+Some training images are held out: every choice is made on them. The test images are used once, at
+the end. Writes resnet18_cifar10.pth, results.json that says how it was made, a CSV and a plot of
+the epochs. A checkpoint is written after each epoch: a run that was killed goes on with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import cli
+from common.sources import IMAGE_SIZE
+from training.recipe import PRESETS, SIZE_STEP, Recipe
+
+DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "training"
+CURVES_PLOT = "curves.png"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=_describe_presets() + "\n\nexamples:\n"
+        "  python training.py --preset gpu --data-dir ~/cifar10\n"
+        "  torchrun --nproc-per-node 4 training.py --preset gpu",
+        formatter_class=cli.HelpFormatter,
+    )
+    inputs = parser.add_argument_group("inputs")
+    cli.add_image_arguments(inputs, test_images=None)
+    inputs.add_argument(
+        "--train-images",
+        type=cli.image_count,
+        metavar="N|all",
+        default="all",
+        help="training images, held-out ones included: a class-balanced, seeded subset, or all",
+    )
+    inputs.add_argument(
+        "--held-out-images",
+        type=cli.positive_int,
+        metavar="N",
+        default=2500,
+        help="training images that are not trained on, for choices; the same for every seed",
+    )
+    _add_recipe_arguments(parser.add_argument_group("recipe (by default the preset's)"))
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished run in --output-dir"
+    )
+    running.add_argument(
+        "--checkpoint-every",
+        type=cli.positive_int,
+        metavar="N",
+        default=1,
+        help="epochs between checkpoints, each of 134 MB",
+    )
+    cli.add_machine_arguments(running)
+    cli.add_output_arguments(parser.add_argument_group("outputs"), DEFAULT_OUTPUT_DIR)
+    return parser
+
+
+def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--preset",
+        choices=("auto", *PRESETS),
+        default="auto",
+        help="auto takes gpu where there is one, else cpu",
+    )
+    for flag, parse, text in (
+        ("--epochs", cli.positive_int, "passes over the training images"),
+        ("--batch-size", cli.positive_int, "images a step, over all processes together"),
+        ("--learning-rate", cli.positive_float, "peak of the schedule"),
+        ("--warmup", cli.fraction, "fraction of the steps in which the learning rate rises"),
+        ("--weight-decay", cli.fraction, "of weights; biases and batch-norm have none"),
+        ("--label-smoothing", cli.fraction, "probability spread over all classes"),
+        ("--cutout", cli.non_negative_int, "side of the hidden square in pixels; 0: none"),
+        ("--cutmix", cli.fraction, "fraction of images partly covered by another"),
+        ("--jitter", cli.fraction, "fraction of images bent, and of images recoloured"),
+        ("--start-size", image_size, "side of the first epochs' images in pixels"),
+        ("--full-size-from", cli.fraction, "fraction of the epochs before the full size"),
+        ("--ema-decay", cli.fraction, "of the weights' moving average, a step"),
+    ):
+        group.add_argument(flag, type=parse, metavar="N" if "int" in str(parse) else "X", help=text)
+    group.add_argument(
+        "--schedule", choices=("cosine", "one-cycle"), help="of the learning rate after its rise"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="of convolutions; auto takes what the device is fast in",
+    )
+    group.add_argument(
+        "--compile", action="store_true", default=None, help="compile with torch.compile"
+    )
+
+
+def image_size(text: str) -> int:
+    """Parse the side of shrunk images: a multiple of 4 from 8 to 32 pixels."""
+    if (value := cli.positive_int(text)) not in range(2 * SIZE_STEP, IMAGE_SIZE + 1, SIZE_STEP):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 8, 12, 16, 20, 24, 28 or 32")
+    return value
+
+
+def _describe_presets() -> str:
+    lines = ["presets:"]
+    for name, recipe in PRESETS.items():
+        lines.append(
+            f"  {name}: {recipe.epochs} epochs, batch {recipe.batch_size}, learning rate "
+            f"{recipe.learning_rate} ({recipe.schedule}), cutmix {recipe.cutmix},\n"
+            f"       jitter {recipe.jitter}, images from {recipe.start_size} to {IMAGE_SIZE} pixels"
+        )
+    return "\n".join(lines)
+
+
+def choose_recipe(preset: str, given: dict, device_type: str) -> Recipe:
+    """Return the preset's recipe, with what was given on the command line in its place."""
+    if preset == "auto":
+        preset = "gpu" if device_type == "cuda" else "cpu"
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    changes = {name: value for name, value in given.items() if name in fields and value is not None}
+    return dataclasses.replace(PRESETS[preset], **changes)
+
+
+@cli.exit_codes
+def main(argv: list[str] | None = None) -> int:
+    """Train, choose on held-out images, measure once on the test images, write."""
+    args = build_parser().parse_args(argv)
+    cli.set_up_messages(args.quiet)
+    started = time.perf_counter()
+
+    # torch takes seconds to import, so nothing that needs it is imported before this line.
+    import torch
+
+    from common import checkpoint, data, device, output, report, size, sources
+    from common.model import ResNet18
+    from training import curves, experiment, fit, journal, workers
+
+    device.set_threads(args.threads)
+    place = device.choose_device(args.device)
+    recipe = choose_recipe(args.preset, vars(args), place.type)
+    if recipe.precision == "auto":
+        recipe = dataclasses.replace(recipe, precision=fit.choose_precision(place))
+    with contextlib.ExitStack() as stack:
+        crew = stack.enter_context(workers.join_workers(place.type))
+        cli.set_up_messages(args.quiet or not crew.is_first)
+        if crew.is_first:
+            folder = stack.enter_context(output.OutputFolder(args.output_dir, args.overwrite))
+        source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
+        images = data.load_images(source, "train", args.train_images, args.seed)
+        train, held_out = experiment.split_held_out(images, args.held_out_images)
+        train, held_out = train.to(crew.device), held_out.to(crew.device)
+        cli.log.info("images: %d to train on, %d held out, from %s",
+                     len(train), len(held_out), source.description)  # fmt: skip
+
+        torch.manual_seed(args.seed)
+        state = fit.TrainingState.start(ResNet18(), recipe, crew.device)
+        settings = journal.describe_settings(recipe, args.seed, train)
+        notes = journal.Journal(args.output_dir, settings)
+        if args.resume:
+            notes.resume(state)
+            cli.log.info("resumed after epoch %d of %d", state.epochs_done, recipe.epochs)
+        elif crew.is_first:
+            notes.start(args.overwrite)
+        meter = experiment.EpochMeter(
+            train, held_out, recipe, args.seed, notes, args.checkpoint_every
+        )
+        after_epoch = meter if crew.is_first else None
+        try:
+            fit.fit(state, train, recipe, args.seed, crew, after_epoch=after_epoch)
+        except KeyboardInterrupt:
+            if crew.is_first and notes.checkpoint.exists():
+                cli.log.warning("unfinished: the same command with --resume goes on")
+            raise
+        if not crew.is_first:
+            return cli.EXIT_DONE
+
+        model, choice = experiment.choose(state, train, held_out, recipe, args.seed)
+        test = data.load_images(source, "test", args.test_images, args.seed).to(crew.device)
+        weights = checkpoint.WeightsFile(folder.file(checkpoint.WEIGHTS_NAME), "this run")
+        experiment.save_weights(model, weights.path)
+        counts = {
+            "source": source.name,
+            "train_images": len(train),
+            "held_out_images": len(held_out),
+            "test_images": len(test),
+        }
+        results = report.common_results("training", args, crew.device, counts, weights)
+        results |= {"recipe": dataclasses.asdict(recipe), "processes": crew.count}
+        results |= {"parameters": size.count_parameters(model)}
+        results |= choice | experiment.measure_test(model, test)
+        journal.write_epochs(folder.file(journal.EPOCHS_NAME), notes.rows)
+        curves.plot_curves(folder.file(CURVES_PLOT), notes.rows)
+        results["artifacts"] = {
+            "model": weights.path.name,
+            "plots": [CURVES_PLOT],
+            "epochs": journal.EPOCHS_NAME,
+        }
+        results["wall_seconds"] = time.perf_counter() - started
+        report.write_json(folder.file(output.RESULTS_NAME), results)
+        folder.commit()
+        notes.remove()
+    if args.json:
+        print(report.to_json(results), end="")
+    else:
+        print(experiment.format_results(results, args.output_dir), end="")
+    return cli.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
