@@ -1,0 +1,148 @@
+"""Compare our INT8 model with other runtimes: same weights, same images, equal threads.
+
+    python benchmarks/int8_runtimes.py --bundled --threads 2
+
+Every runtime gets the same FP32 weights and calibration images, or our calibrated model as an ONNX
+file; all of them are timed in turns, in one process. The table shows images a second and, in
+brackets, the share of the rate that a large INT8 matrix product reaches on the same cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import cli
+
+DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "int8_runtimes"
+PLOT = "int8_runtimes.png"
+EVALUATION_BATCH = 128
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="examples:\n"
+        "  python benchmarks/int8_runtimes.py --bundled\n"
+        "  python benchmarks/int8_runtimes.py --data-dir ~/cifar10 --test-images all --threads 2",
+        formatter_class=cli.HelpFormatter,
+    )
+    cli.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    parser.add_argument("--calibration-images", type=cli.positive_int, metavar="N", default=512)
+    parser.add_argument(
+        "--batch-sizes",
+        type=cli.list_of(cli.positive_int),
+        metavar="N,...",
+        default=[1, 8, 32, 128],
+    )
+    parser.add_argument(
+        "--timing-seconds",
+        type=cli.positive_float,
+        metavar="S",
+        default=20.0,
+        help="time to spend on each batch size",
+    )
+    return parser
+
+
+@cli.exit_codes
+def main(argv: list[str] | None = None) -> int:
+    """Load, quantize everywhere, evaluate, time in turns, write."""
+    args = build_parser().parse_args(argv)
+    cli.set_up_messages(args.quiet)
+
+    from benchmarks import runtimes_report
+    from common import checkpoint, data, device, latency, output, report, size, sources
+
+    device.set_threads(args.threads)
+    device.keep_freed_memory()
+    with output.OutputFolder(args.output_dir, args.overwrite) as folder:
+        weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
+        model = checkpoint.load_model(weights.path)
+        source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
+        test = data.load_images(source, "test", args.test_images, args.seed)
+        calibration = data.load_images(source, "train", args.calibration_images, args.seed)
+        with tempfile.TemporaryDirectory() as models:
+            runners = make_runners(model, calibration, test, Path(models))
+            accuracies = evaluate_runners(runners, test)
+            contenders = [
+                latency.Contender(name, runner.run, runner.memory_format)
+                for name, runner in runners.items()
+            ]
+            images = data.normalize(test.images[: max(args.batch_sizes)])
+            timings = latency.time_interleaved(
+                contenders, images, args.batch_sizes, args.timing_seconds
+            )
+        macs = sum(layer.macs for layer in size.describe_layers(model))
+        gemm_rate = measure_gemm()
+        cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
+
+        images = {"source": source.name, "test_images": len(test)}
+        results = report.common_results(
+            "int8_runtimes", args, device.choose_device("cpu"), images, weights
+        )
+        results |= {"gemm_macs_per_second": gemm_rate, "macs_per_image": macs}
+        results["rows"] = runtimes_report.describe(runners, accuracies, timings, macs / gemm_rate)
+        results["artifacts"] = {"plots": [PLOT]}
+        runtimes_report.plot(results, folder.file(PLOT))
+        report.write_json(folder.file(output.RESULTS_NAME), results)
+        folder.commit()
+    text = report.to_json(results) if args.json else runtimes_report.format_results(results)
+    print(text, end="")
+    return cli.EXIT_DONE
+
+
+def make_runners(model, calibration, test, folder: Path) -> dict:
+    """Return a runner by name; those of a missing package are left out, and a line says so."""
+    from benchmarks import runtimes
+    from quantization import engines, experiment, onnx_export
+
+    runners = {"torch-fp32": runtimes.torch_fp32(model)}
+    if (bf16 := runtimes.torch_bf16(model)) is not None:
+        runners["torch-bf16"] = bf16
+    settings = [engines.choose_settings(engine) for engine in engines.candidate_engines()]
+    quantized = experiment.quantize(model, calibration, test, settings, EVALUATION_BATCH)
+    for candidate in quantized:
+        name = f"torch-int8-{candidate.settings.engine}"
+        runners[name] = runtimes.torch_plain(candidate, folder)
+        runners[f"{name}-deployed"] = runtimes.torch_deployed(candidate, folder)
+    path = folder / "ours.onnx"
+    has_onnx = runtimes.has_package("onnx", "all rows of ONNX Runtime and OpenVINO")
+    if has_onnx:
+        onnx_export.export_onnx(quantized[0].model, path)
+    if has_onnx and runtimes.has_package("onnxruntime", "onnxruntime-int8-ours, onnxruntime-int8"):
+        runners["onnxruntime-int8-ours"] = runtimes.onnxruntime_ours(path)
+        runners["onnxruntime-int8"] = runtimes.onnxruntime_own(model, calibration, folder)
+    if has_onnx and runtimes.has_package("openvino", "openvino-int8-ours, openvino-int8"):
+        runners["openvino-int8-ours"] = runtimes.openvino_ours(path)
+        if runtimes.has_package("nncf", "openvino-int8"):
+            runners["openvino-int8"] = runtimes.openvino_own(model, calibration, folder)
+    return runners
+
+
+def evaluate_runners(runners: dict, test) -> dict[str, float]:
+    """Return every runner's top-1 accuracy."""
+    from common.evaluate import predict
+
+    return {
+        name: float(
+            (predict(runner.run, test, EVALUATION_BATCH, name) == test.labels).double().mean()
+        )
+        for name, runner in runners.items()
+    }
+
+
+def measure_gemm() -> float:
+    """Return the best INT8 GEMM rate of torch's engines, in multiply-accumulates a second."""
+    from benchmarks.runtimes import measure_gemm_rate
+    from quantization.engines import candidate_engines
+
+    return max(measure_gemm_rate(engine) for engine in candidate_engines())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

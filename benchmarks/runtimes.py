@@ -1,0 +1,241 @@
+"""How each runtime comes to its INT8 model of the same weights, from the same calibration images.
+
+Every function returns a :class:`Runner`: what maps normalised images to logits at a given number of
+threads, and how many bytes the model takes on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.cli import log
+from common.data import Cifar10, batches, normalize
+from common.latency import Contender, time_interleaved
+from common.model import ResNet18, fold_batch_norm
+from common.size import saved_size_bytes
+from common.sources import IMAGE_SIZE
+from quantization import artifact, deploy, engines, onnx_export
+from quantization.experiment import Quantized
+
+CALIBRATION_BATCH = 64
+GEMM_SIZES = (512, 1024, 2048)
+GEMM_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model in a runtime.
+
+    Attributes:
+        run: Maps float32 images (N, 3, 32, 32) to logits.
+        size_bytes: On disk.
+        memory_format: Layout of the images that it is fed.
+    """
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    size_bytes: int
+    memory_format: torch.memory_format = torch.channels_last
+
+
+def has_package(name: str, rows: str) -> bool:
+    """Return whether a package is installed; says in one line which rows are left out if not."""
+    if importlib.util.find_spec(name):
+        return True
+    log.warning("no %s: left out %s; pip install %s", name, rows, name)
+    return False
+
+
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def torch_fp32(model: ResNet18) -> Runner:
+    """FP32 at its best: batch-norm folded, channels_last, frozen."""
+    folded = fold_batch_norm(model).to(memory_format=torch.channels_last)
+    return Runner(deploy.freeze(folded), saved_size_bytes(model.state_dict()))
+
+
+def torch_bf16(model: ResNet18) -> Runner | None:
+    """Bfloat16, channels_last, compiled; None where there is no C++ compiler."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        log.warning("no C++ compiler, which torch.compile needs: left out torch-bf16")
+        return None
+    torch._dynamo.config.recompile_limit = 32  # one compilation a batch size
+    folded = fold_batch_norm(model).to(torch.bfloat16, memory_format=torch.channels_last)
+    compiled = torch.compile(folded, dynamic=False, options={"freezing": True})
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        return compiled(images.to(torch.bfloat16)).float()
+
+    return Runner(run, saved_size_bytes(folded.state_dict()))
+
+
+def torch_plain(quantized: Quantized, folder: Path) -> Runner:
+    """The INT8 model as ``convert_fx`` leaves it."""
+    path = folder / f"{quantized.settings.engine}.pth"
+    size_bytes = artifact.save_int8(quantized.model, quantized.settings, path)
+    return Runner(quantized.model, size_bytes)
+
+
+def torch_deployed(quantized: Quantized, folder: Path) -> Runner:
+    """The INT8 model in its fastest form: flat, fused where the engine can, frozen."""
+    engine = quantized.settings.engine
+    if not deploy.CAN_FREEZE:
+        return Runner(quantized.deployed, torch_plain(quantized, folder).size_bytes)
+    path = folder / f"{engine}{artifact.FROZEN_SUFFIX}"
+    return Runner(quantized.deployed, artifact.save_frozen(quantized.deployed, engine, path))
+
+
+# --- ONNX Runtime and OpenVINO -------------------------------------------------------------------
+
+
+class OpenVinoModel:
+    """A model in OpenVINO on the CPU, compiled for every batch size that it meets."""
+
+    def __init__(self, model: object, threads: int):
+        import openvino
+
+        self._core, self._model = openvino.Core(), model
+        self._settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self._requests = {}
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits (N, 10) of float32 images (N, 3, 32, 32)."""
+        request = self._requests.get(len(images))
+        if request is None:
+            # Fixed shapes: that is what OpenVINO optimises best.
+            model = self._model.clone()
+            model.reshape(list(images.shape))
+            compiled = self._core.compile_model(model, "CPU", self._settings)
+            request = self._requests[len(images)] = compiled.create_infer_request()
+        outputs = request.infer([images.contiguous().numpy()], share_inputs=True)
+        return torch.from_numpy(outputs[0].copy())
+
+
+def onnxruntime_ours(path: Path) -> Runner:
+    """Our Q/DQ file in ONNX Runtime."""
+    run = onnx_export.OnnxRuntimeModel(path, torch.get_num_threads())
+    return Runner(run, path.stat().st_size, torch.contiguous_format)
+
+
+def openvino_ours(path: Path) -> Runner:
+    """Our Q/DQ file in OpenVINO."""
+    import openvino
+
+    run = OpenVinoModel(openvino.Core().read_model(path), torch.get_num_threads())
+    return Runner(run, path.stat().st_size, torch.contiguous_format)
+
+
+def onnxruntime_own(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner:
+    """ONNX Runtime's own static quantizer: Q/DQ, u8s8, one weight scale a channel."""
+    from onnxruntime import quantization as ort
+
+    class Reader(ort.CalibrationDataReader):
+        def __init__(self):
+            self._batches = iter(batches(calibration, CALIBRATION_BATCH))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            images, _ = next(self._batches, (None, None))
+            return None if images is None else {"images": images.contiguous().numpy()}
+
+    fp32, path = folder / "fp32.onnx", folder / "onnxruntime_int8.onnx"
+    _export_fp32(model, fp32)
+    with _quiet_logging():
+        ort.quantize_static(
+            fp32,
+            path,
+            Reader(),
+            quant_format=ort.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=ort.QuantType.QUInt8,
+            weight_type=ort.QuantType.QInt8,
+        )
+    return onnxruntime_ours(path)
+
+
+def openvino_own(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner:
+    """NNCF's post-training quantization, run in OpenVINO."""
+    with _quiet_logging():
+        import nncf
+        import openvino
+
+        fp32, path = folder / "fp32_nncf.onnx", folder / "openvino_int8.xml"
+        _export_fp32(model, fp32)
+        images = normalize(calibration.images).contiguous().numpy()
+        dataset = nncf.Dataset([image[None] for image in images])
+        quantized = nncf.quantize(
+            openvino.Core().read_model(fp32), dataset, subset_size=len(images)
+        )
+        openvino.save_model(quantized, path, compress_to_fp16=False)
+    size_bytes = path.stat().st_size + path.with_suffix(".bin").stat().st_size
+    run = OpenVinoModel(quantized, torch.get_num_threads())
+    return Runner(run, size_bytes, torch.contiguous_format)
+
+
+def _export_fp32(model: ResNet18, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the TorchScript exporter, which needs no more packages
+        torch.onnx.export(
+            fold_batch_norm(model),
+            (torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),),
+            path,
+            dynamo=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_axes={"images": {0: "N"}, "logits": {0: "N"}},
+            opset_version=onnx_export.OPSET,
+        )
+
+
+@contextlib.contextmanager
+def _quiet_logging():
+    """Keep the quantizers' notes and progress bars away from the benchmark's own."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with open("/dev/null", "w") as sink, contextlib.redirect_stdout(sink):
+            yield
+    finally:
+        logging.disable(level)
+
+
+# --- the yardstick -------------------------------------------------------------------------------
+
+
+def measure_gemm_rate(engine: str) -> float:
+    """Return the INT8 multiply-accumulates a second of square u8·s8 products, at their best.
+
+    Args:
+        engine: Whose linear kernel multiplies.
+    """
+    rates = []
+    for size in GEMM_SIZES:
+        with engines.quiet_torch(engine):
+            weight = torch.quantize_per_channel(
+                torch.randn(size, size), torch.full((size,), 0.02),
+                torch.zeros(size, dtype=torch.int64), 0,
+                torch.qint8,
+            )  # fmt: skip
+            packed = torch.ops.quantized.linear_prepack(weight, None)
+            matrix = torch.quantize_per_tensor(torch.rand(size, size), 0.004, 0, torch.quint8)
+
+        def multiply(_: torch.Tensor, matrix=matrix, packed=packed) -> torch.Tensor:
+            return torch.ops.quantized.linear(matrix, packed, 1.0, 0)
+
+        contenders = [Contender(f"GEMM {size}", multiply)]
+        timings = time_interleaved(contenders, torch.zeros(1, 3, 1, 1), [1], GEMM_SECONDS)
+        rates.append(1000 * size**3 / timings[contenders[0].name][0].median_ms)
+    return max(rates)
