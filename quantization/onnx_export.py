@@ -63,7 +63,11 @@ class OnnxRuntimeModel:
         # Idle threads that spin would take the cores from whatever runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            str(path),
+            options,
+            providers=["CPUExecutionProvider"],
+            # It would quantize layers that were left in FP32 between INT8 ones.
+            disabled_optimizers=["WeightBiasQuantization"],
         )
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

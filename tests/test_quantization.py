@@ -1,6 +1,7 @@
 """End to end: quantization.py as a user runs it, on the bundled weights and images."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from check_results import check_results
+
+from quantization import deploy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "quantization" / "quantization.py"
@@ -53,8 +56,9 @@ def test_run_keeps_the_contract_and_tells_its_story(finished):
     assert "bundled weights" in process.stderr
     assert "bundled JPEG images" in process.stderr
     assert "Warning" not in process.stderr
-    assert {p.name for p in folder.iterdir()} == {
-        "overview.png", "ranges.png", "resnet18_cifar10_int8.pth", "results.json",
+    frozen = {"resnet18_cifar10_int8.torchscript.pt"} if deploy.CAN_FREEZE else set()
+    assert {p.name for p in folder.iterdir()} == frozen | {
+        "overview.png", "ranges.png", "flips.png", "resnet18_cifar10_int8.pth", "results.json",
     }  # fmt: skip
 
 
@@ -64,6 +68,24 @@ def test_every_layer_is_int8(finished):
     layers = [name for name in operations if "conv" in name or "shortcut" in name]
     assert len(layers) == 20
     assert "linear" in operations
+
+
+def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tmp_path):
+    folder = tmp_path / "out"
+    process = run(*QUICK, "--engines", "auto", "--export-onnx", "--json", "--output-dir", folder)
+    assert process.returncode == 0, process.stderr
+    results = json.loads(process.stdout)
+    check_results(results, folder)
+    int8 = [model for model in results["models"] if model["name"] == "int8"]
+    assert [model["engine"] for model in int8] != []
+    times = [math.prod(t["median_ms"] for t in model["latency"]) for model in int8]
+    assert times == sorted(times)
+    assert results["comparison"] == int8[0]["comparison"]
+    assert results["artifacts"]["model"] == int8[0]["file"]
+    (exported,) = (model for model in results["models"] if model["name"] == "int8-onnx")
+    assert exported["agreement"] >= 0.98
+    written = {p.name for p in folder.iterdir()} - {"results.json"}
+    assert written == {*results["artifacts"]["models"], *results["artifacts"]["plots"]}
 
 
 def test_same_seed_same_results_from_another_folder_with_json(finished, tmp_path):

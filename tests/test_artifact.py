@@ -1,0 +1,114 @@
+"""INT8 models as files: whole, checked, and loaded for the engine that they were made for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common import cli, report
+from common.cli import UserError
+from common.data import batches, normalize
+from common.model import ResNet18
+from quantization import artifact, deploy, engines
+from quantization.engines import Settings
+
+ENGINES = engines.candidate_engines()
+
+
+@pytest.fixture(autouse=True)
+def _keep_engine():
+    engine = torch.backends.quantized.engine
+    yield
+    torch.backends.quantized.engine = engine
+
+
+@pytest.fixture(autouse=True)
+def _tiny_skeleton(monkeypatch):
+    monkeypatch.setattr(engines, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
+
+
+@pytest.fixture
+def images(random_images):
+    return normalize(random_images(8, seed=1).images)
+
+
+@pytest.fixture
+def convert(tiny_model, random_images):
+    def make(settings):
+        observed = engines.calibrate(tiny_model, batches(random_images(32), 16), settings)
+        return engines.convert(observed, settings)
+
+    return make
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("fp32_layers", [(), ("layer1.0.conv2", "linear")])
+@torch.inference_mode()
+def test_a_reloaded_model_computes_bit_for_bit_the_same(
+    convert, images, tmp_path, engine, fp32_layers
+):
+    settings = Settings(engine, observer="minmax", fp32_layers=fp32_layers)
+    converted = convert(settings)
+    path = tmp_path / "model.pth"
+    assert artifact.save_int8(converted, settings, path) == path.stat().st_size
+    expected = deploy.flatten(converted, engine)(images)
+    assert torch.equal(artifact.load_int8(path)(images), expected)
+
+
+@pytest.mark.skipif(not deploy.CAN_FREEZE, reason="this Python has no TorchScript")
+@pytest.mark.parametrize("engine", ENGINES)
+@torch.inference_mode()
+def test_a_frozen_model_brings_its_engine(convert, images, tmp_path, engine):
+    frozen = deploy.freeze(deploy.flatten(convert(Settings(engine)), engine))
+    expected = frozen(images)
+    path = tmp_path / f"model{artifact.FROZEN_SUFFIX}"
+    assert artifact.save_frozen(frozen, engine, path) == path.stat().st_size
+    others = {*torch.backends.quantized.supported_engines} - {engine, "none"}
+    torch.backends.quantized.engine = min(others, default=engine)
+    assert torch.equal(artifact.load_frozen(path)(images), expected)
+    assert torch.backends.quantized.engine == engine
+
+
+@pytest.mark.parametrize("load", [artifact.load_int8, artifact.load_frozen])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"PK\x03\x04 nothing", b"<!DOCTYPE html>", b"\x80\x02}q\x00."]
+)
+def test_bad_files_are_refused_by_name(tmp_path, load, content):
+    path = tmp_path / "bad.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.pth: "):
+        load(path)
+
+
+def test_a_plain_checkpoint_is_refused(tmp_path, tiny_model):
+    path = tmp_path / "fp32.pth"
+    torch.save(tiny_model.state_dict(), path)
+    with pytest.raises(UserError, match=r"not written by quantization\.py"):
+        artifact.load_int8(path)
+    with pytest.raises(UserError, match="no frozen INT8 model"):
+        artifact.load_frozen(path)
+
+
+def test_a_truncated_file_is_refused(convert, tmp_path):
+    settings = Settings(ENGINES[0])
+    path = tmp_path / "model.pth"
+    artifact.save_int8(convert(settings), settings, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"model\.pth: damaged"):
+        artifact.load_int8(path)
+
+
+@pytest.mark.skipif("fbgemm" not in ENGINES, reason="no fbgemm engine on this CPU")
+@pytest.mark.parametrize(("vnni", "reduce_range"), [(False, False), (False, True), (True, False)])
+def test_full_range_without_vnni_is_warned_of(
+    convert, tmp_path, monkeypatch, capsys, vnni, reduce_range
+):
+    settings = Settings("fbgemm", reduce_range)
+    path = tmp_path / "model.pth"
+    artifact.save_int8(convert(settings), settings, path)
+    monkeypatch.setattr(report, "has_vnni", lambda: vnni)
+    cli.set_up_messages(quiet=True)
+    artifact.load_int8(path)
+    warned = "no VNNI" in capsys.readouterr().err
+    assert warned == (not vnni and not reduce_range)

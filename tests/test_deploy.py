@@ -1,0 +1,100 @@
+"""The deployed forms compute what the converted model computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx import Graph
+
+from common.data import batches, normalize
+from common.model import fold_batch_norm
+from quantization import deploy, engines
+from quantization.engines import Settings
+
+ENGINES = engines.candidate_engines()
+MIXED = [(), ("conv1",), ("layer1.0.conv2",), ("layer2.0.shortcut.0",), ("linear",)]
+
+
+@pytest.fixture(autouse=True)
+def _keep_engine():
+    engine = torch.backends.quantized.engine
+    yield
+    torch.backends.quantized.engine = engine
+
+
+@pytest.fixture
+def images(random_images):
+    return normalize(random_images(16, seed=1).images)
+
+
+@pytest.fixture
+def convert(tiny_model, random_images):
+    def make(engine, fp32_layers=()):
+        settings = Settings(engine, fp32_layers=fp32_layers)
+        observed = engines.calibrate(tiny_model, batches(random_images(32), 16), settings)
+        return engines.convert(observed, settings)
+
+    return make
+
+
+def kernels(model):
+    return [str(node.target) for node in model.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("fp32_layers", MIXED)
+@torch.inference_mode()
+def test_flat_models_compute_bit_for_bit_the_same(convert, images, fp32_layers):
+    converted = convert(ENGINES[0], fp32_layers)
+    code = converted.code
+    flat = deploy.flatten(converted, ENGINES[0])
+    assert torch.equal(flat(images), converted(images))
+    assert converted.code == code
+    called = [node.target for node in flat.graph.nodes if node.op == "call_module"]
+    assert called == ["avgpool"] or set(called) == {"avgpool", *fp32_layers}
+
+
+@pytest.mark.skipif("onednn" not in ENGINES, reason="no onednn engine on this CPU")
+@pytest.mark.parametrize("fp32_layers", MIXED)
+@torch.inference_mode()
+def test_onednn_fuses_every_addition_after_an_int8_convolution(convert, images, fp32_layers):
+    converted = convert("onednn", fp32_layers)
+    flat = deploy.flatten(converted, "onednn")
+    fused = sum("conv2d_add_relu" in kernel for kernel in kernels(flat))
+    assert fused == (7 if "layer1.0.conv2" in fp32_layers else 8)
+    expected, got = converted(images), flat(images)
+    # One rounding fewer a block: never far from the unfused model, and no further from FP32.
+    assert (got - expected).square().mean() < 0.005 * expected.square().mean()
+    assert torch.equal(flat(images), got)  # the inputs' memory was not overwritten
+
+
+@pytest.mark.skipif("onednn" not in ENGINES, reason="no onednn engine on this CPU")
+def test_a_residual_that_is_read_again_is_not_overwritten(convert):
+    converted = convert("onednn")
+    graph = Graph()
+    output = graph.graph_copy(converted.graph, {})
+    additions = [node for node in graph.nodes if node.target is torch.ops.quantized.add_relu]
+    residual = additions[0].args[1]
+    graph.output((output, residual))
+    with pytest.raises(RuntimeError, match="read again"):
+        deploy.flatten(torch.fx.GraphModule(converted, graph), "onednn")
+
+
+@pytest.mark.skipif(not deploy.CAN_FREEZE, reason="this Python has no TorchScript")
+@pytest.mark.parametrize("engine", ENGINES)
+@torch.inference_mode()
+def test_frozen_models_compute_bit_for_bit_the_same(convert, images, engine):
+    flat = deploy.flatten(convert(engine), engine)
+    frozen = deploy.freeze(flat)
+    assert torch.equal(frozen(images), flat(images))
+    assert torch.equal(frozen(images[:3]), flat(images[:3]))  # not the batch size of the trace
+
+
+@torch.inference_mode()
+def test_fp32_freezes_too(tiny_model, images):
+    folded = fold_batch_norm(tiny_model).to(memory_format=torch.channels_last)
+    assert torch.allclose(deploy.freeze(folded)(images), tiny_model(images), atol=1e-4)
+
+
+def test_without_torchscript_the_model_itself_is_deployed(monkeypatch, tiny_model):
+    monkeypatch.setattr(deploy, "CAN_FREEZE", False)
+    assert deploy.freeze(tiny_model) is tiny_model
