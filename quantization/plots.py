@@ -41,11 +41,13 @@ def plot_overview(models: Sequence[dict], path: Path) -> None:
             index, values[index], errors[:, [index]], fmt="o", color=color, capsize=5, lw=2, ms=7
         )
         accuracy_axis.annotate(
-            f"{values[index]:.2f}", (index, values[index]), xytext=(9, 0),
-            textcoords="offset points", va="center",
+            f"{values[index]:.2f}", (index, intervals[index, 1]), xytext=(0, 4),
+            textcoords="offset points", ha="center", fontsize=8.5,
         )  # fmt: skip
+    for axis in (size_axis, accuracy_axis):
+        axis.tick_params(axis="x", labelsize=8.5 if len(names) < 4 else 7)
     accuracy_axis.set_xticks(range(len(names)), names)
-    accuracy_axis.set_xlim(-0.5, len(names) - 0.2)
+    accuracy_axis.set_xlim(-0.5, len(names) - 0.5)
     total = distinct[0]["accuracy"]["total"]
     accuracy_axis.set(title="Accuracy, 95 % interval", ylabel=f"top-1 on {total:,} images, %")
 
