@@ -1,0 +1,38 @@
+"""The calibration study's table and what it supports."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantization.study import StudyRow, best_row, format_study, plot_study
+
+
+@pytest.fixture
+def rows():
+    observers = ("histogram", "minmax", "moving-average", "percentile")
+    return [
+        StudyRow(name, size, (0.9 + 0.01 * i, 0.92, 0.91))
+        for i, name in enumerate(observers)
+        for size in (32, 128, 512)
+    ]
+
+
+def test_mean_and_spread():
+    row = StudyRow("minmax", 32, (0.90, 0.92, 0.94))
+    assert row.mean == pytest.approx(0.92)
+    assert row.spread == pytest.approx(0.04)
+
+
+def test_the_best_worst_seed_wins_and_fewer_images_break_ties(rows):
+    assert best_row(rows) == StudyRow("percentile", 32, (0.93, 0.92, 0.91))
+
+
+def test_table_names_the_choice(rows):
+    text = format_study(rows, fp32_accuracy=0.93)
+    assert text.splitlines()[-1] == "best worst case: percentile on 32 images"
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_plot_is_written(rows, tmp_path):
+    plot_study(rows, 0.93, tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 1000
