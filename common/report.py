@@ -132,8 +132,7 @@ def percent(value: float, digits: int = 2) -> str:
 
 def points(value: float, digits: int = 2) -> str:
     """Format a difference of fractions in percentage points, with its sign."""
-    rounded = round(100 * value, digits)
-    return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
+    return f"{round(100 * value, digits) + 0.0:+.{digits}f}"  # 0.0: no minus before a zero
 
 
 def megabytes(size_bytes: float) -> str:
