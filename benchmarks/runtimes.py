@@ -92,7 +92,7 @@ def torch_deployed(quantized: Quantized, folder: Path) -> Runner:
     if not deploy.CAN_FREEZE:
         return Runner(quantized.deployed, torch_plain(quantized, folder).size_bytes)
     path = folder / f"{engine}{artifact.FROZEN_SUFFIX}"
-    return Runner(quantized.deployed, artifact.save_frozen(quantized.deployed, engine, path))
+    return Runner(quantized.deployed, artifact.save_frozen(quantized.model, engine, path))
 
 
 # --- ONNX Runtime and OpenVINO -------------------------------------------------------------------

@@ -54,7 +54,7 @@ def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
     return path.stat().st_size
 
 
-def load_int8(path: str | Path) -> GraphModule:
+def load_int8(path: str | Path) -> nn.Module:
     """Load an INT8 model; it maps normalised images (N, 3, 32, 32) to logits (N, 10) on the CPU.
 
     Warns when the CPU at hand lacks what the model was made for. For the onednn engine,
@@ -85,14 +85,20 @@ def load_int8(path: str | Path) -> GraphModule:
     model = engines.build_skeleton(settings)
     with engines.quiet_torch(settings.engine):
         model.load_state_dict(content["state_dict"])
-    return deploy.flatten(model, settings.engine)
+    return deploy.deploy(model, settings.engine)
 
 
-def save_frozen(model: torch.jit.ScriptModule, engine: str, path: Path) -> int:
-    """Write a frozen model whole or not at all, with its engine; return its size in bytes."""
-    entries = {ENGINE_ENTRY: engine}
+def save_frozen(model: GraphModule, engine: str, path: Path) -> int:
+    """Write an INT8 model as frozen TorchScript, whole or not at all; return its size in bytes.
+
+    Args:
+        model: From :func:`quantization.engines.convert`.
+        engine: Its engine, kept in the file.
+        path: Of the file.
+    """
+    frozen, entries = deploy.freeze(deploy.flatten(model, engine)), {ENGINE_ENTRY: engine}
     with engines.quiet_torch(engine):
-        replace_file(path, lambda file: torch.jit.save(model, file, _extra_files=entries))
+        replace_file(path, lambda file: torch.jit.save(frozen, file, _extra_files=entries))
     return path.stat().st_size
 
 

@@ -4,11 +4,14 @@
 through it, and every residual block writes the sum of its branches in a pass of its own. Here the
 modules become plain calls of their kernels with constant scales, and on the onednn engine the
 addition and its ReLU run inside the convolution before them. Where TorchScript is supported the
-result can be frozen, into a file that runs without this project, from C++ too.
+result can be frozen, into a file that runs without this project, from C++ too. On the engines that
+call oneDNN there is one such model a batch size.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 
 import torch
@@ -20,6 +23,9 @@ from quantization.engines import quiet_torch
 
 # torch.jit is not supported from Python 3.14 on; the flat model is as fast, but needs Python.
 CAN_FREEZE = sys.version_info < (3, 14)
+# x86 calls oneDNN or fbgemm, whichever torch takes to be faster for a layer.
+ONEDNN_ENGINES = ("x86", "onednn")
+MAX_BATCH_SIZES = 8  # kept prepared; each holds the weights, 11 MB
 KERNELS = {
     "QuantizedConv2d": torch.ops.quantized.conv2d.new,
     "QuantizedConvReLU2d": torch.ops.quantized.conv2d_relu.new,
@@ -29,6 +35,36 @@ FUSED_KERNELS = {
     torch.ops.quantized.add: torch.ops.quantized.conv2d_add.default,
     torch.ops.quantized.add_relu: torch.ops.quantized.conv2d_add_relu.default,
 }
+
+
+class PerBatchSize(nn.Module):
+    """An INT8 model that is prepared anew for every batch size that it meets, at its first call.
+
+    oneDNN's kernels are made for a shape. torch's packed weights keep the one of their first call,
+    and make one at every call of another shape: a fifth of the time at batch 1.
+    """
+
+    def __init__(self, converted: GraphModule, engine: str):
+        super().__init__()
+        self._model_for = functools.lru_cache(MAX_BATCH_SIZES)(
+            lambda batch_size: freeze(flatten(converted, engine), batch_size)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits (N, 10) of normalised float32 images (N, 3, 32, 32)."""
+        return self._model_for(len(images))(images)
+
+
+def deploy(converted: GraphModule, engine: str) -> nn.Module:
+    """Return the model in the form that is fastest in this process.
+
+    Args:
+        converted: From :func:`quantization.engines.convert` for ``engine``; left as it is.
+        engine: Its engine; onednn's is set in ``torch.backends.quantized``, and stays.
+    """
+    if engine in ONEDNN_ENGINES:
+        return PerBatchSize(converted, engine)
+    return freeze(flatten(converted, engine))
 
 
 def flatten(converted: GraphModule, engine: str) -> GraphModule:
@@ -44,21 +80,20 @@ def flatten(converted: GraphModule, engine: str) -> GraphModule:
     graph = Graph()
     graph.output(graph.graph_copy(converted.graph, {}))
     flat = GraphModule(converted, graph)  # shares the weights
-    for node in list(flat.graph.nodes):
-        if node.op == "call_module":
-            _call_kernel(flat, node)
-        elif node.op == "get_attr":  # a scale or a zero point
-            constant = getattr(flat, node.target).item()
-            for user in list(node.users):
-                user.args = tuple(constant if arg is node else arg for arg in user.args)
-            flat.graph.erase_node(node)
-    if engine == "onednn":
+    with quiet_torch(engine):
         for node in list(flat.graph.nodes):
-            if node.target in FUSED_KERNELS:
-                _fuse_addition(node)
+            if node.op == "call_module":
+                _call_kernel(flat, node)
+            elif node.op == "get_attr":  # a scale or a zero point
+                _inline_constant(flat, node)
+        if engine == "onednn":
+            for node in list(flat.graph.nodes):
+                if node.target in FUSED_KERNELS:
+                    _fuse_addition(node)
+        flat.delete_all_unused_submodules()
+        flat.recompile()
+    if engine == "onednn":
         torch.backends.quantized.engine = engine
-    flat.delete_all_unused_submodules()
-    flat.recompile()
     return flat
 
 
@@ -70,6 +105,7 @@ def _call_kernel(flat: GraphModule, node: Node) -> None:
         return
     packed = module._packed_params
     packed = getattr(packed, "_packed_params", packed)  # the linear layer wraps its own
+    packed = copy.deepcopy(packed)  # packed anew, with no primitive yet: see PerBatchSize
     name = f"{node.name}_packed"
     setattr(flat, name, packed)
     with flat.graph.inserting_before(node):
@@ -78,6 +114,13 @@ def _call_kernel(flat: GraphModule, node: Node) -> None:
             kernel, (node.args[0], weights, module.scale, module.zero_point)
         )
     node.replace_all_uses_with(call)
+    flat.graph.erase_node(node)
+
+
+def _inline_constant(flat: GraphModule, node: Node) -> None:
+    constant = getattr(flat, node.target).item()
+    for user in list(node.users):
+        user.args = tuple(constant if arg is node else arg for arg in user.args)
     flat.graph.erase_node(node)
 
 
@@ -98,15 +141,18 @@ def _fuse_addition(node: Node) -> None:
     node.graph.erase_node(convolution)
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: nn.Module, batch_size: int = 1) -> nn.Module:
     """Return a frozen TorchScript trace of a model in eval mode, or the model where it cannot be.
 
     Args:
         model: Maps channels_last images (N, 3, 32, 32) to logits; left as it is.
+        batch_size: Of its first call, which is made here; the result takes any.
     """
-    if not CAN_FREEZE:
-        return model
-    example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE).to(memory_format=torch.channels_last)
+    example = torch.zeros(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+    example = example.to(memory_format=torch.channels_last)
     # Tensors made in inference mode could not be saved.
     with quiet_torch(), torch.inference_mode(False), torch.no_grad():
-        return torch.jit.freeze(torch.jit.trace(model, example, check_trace=False))
+        if CAN_FREEZE:
+            return torch.jit.freeze(torch.jit.trace(model, example, check_trace=False))
+        model(example)
+        return model

@@ -85,7 +85,7 @@ def quantize(
             calibrated[ranges] = engines.calibrate(model, loader, choice)
         observed = calibrated[ranges]
         converted = engines.convert(observed, choice)
-        deployed = deploy.freeze(deploy.flatten(converted, choice.engine))
+        deployed = deploy.deploy(converted, choice.engine)
         description = f"evaluate INT8 {choice.engine}"
         predictions = evaluate.predict(deployed, test, batch_size, description)
         quantized.append(Quantized(choice, observed, converted, deployed, predictions))
@@ -123,7 +123,7 @@ def save_and_verify(quantized: Quantized, path: Path, test: Cifar10) -> list[Pat
     paths = [path]
     if deploy.CAN_FREEZE:
         paths.append(path.with_suffix(artifact.FROZEN_SUFFIX))
-        artifact.save_frozen(quantized.deployed, quantized.settings.engine, paths[-1])
+        artifact.save_frozen(quantized.model, quantized.settings.engine, paths[-1])
     images = normalize(test.images[:RELOAD_IMAGES])
     with torch.inference_mode():
         expected = quantized.deployed(images)

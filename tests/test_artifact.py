@@ -59,10 +59,10 @@ def test_a_reloaded_model_computes_bit_for_bit_the_same(
 @pytest.mark.parametrize("engine", ENGINES)
 @torch.inference_mode()
 def test_a_frozen_model_brings_its_engine(convert, images, tmp_path, engine):
-    frozen = deploy.freeze(deploy.flatten(convert(Settings(engine)), engine))
-    expected = frozen(images)
+    converted = convert(Settings(engine))
+    expected = deploy.flatten(converted, engine)(images)
     path = tmp_path / f"model{artifact.FROZEN_SUFFIX}"
-    assert artifact.save_frozen(frozen, engine, path) == path.stat().st_size
+    assert artifact.save_frozen(converted, engine, path) == path.stat().st_size
     others = {*torch.backends.quantized.supported_engines} - {engine, "none"}
     torch.backends.quantized.engine = min(others, default=engine)
     assert torch.equal(artifact.load_frozen(path)(images), expected)

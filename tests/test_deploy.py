@@ -89,6 +89,25 @@ def test_frozen_models_compute_bit_for_bit_the_same(convert, images, engine):
     assert torch.equal(frozen(images[:3]), flat(images[:3]))  # not the batch size of the trace
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@torch.inference_mode()
+def test_deployed_models_take_any_batch_size_in_any_order(convert, images, engine):
+    converted = convert(engine)
+    flat, deployed = deploy.flatten(converted, engine), deploy.deploy(converted, engine)
+    for count in (3, 16, 3, 1, *range(1, 2 + deploy.MAX_BATCH_SIZES), 3):
+        assert torch.equal(deployed(images[:count]), flat(images[:count]))
+
+
+@pytest.mark.skipif("onednn" not in ENGINES, reason="no onednn engine on this CPU")
+@torch.inference_mode()
+def test_weights_are_packed_anew_for_every_batch_size(convert, images):
+    converted = convert("onednn")
+    flat = deploy.flatten(converted, "onednn")
+    packed = converted.get_submodule("conv1")._packed_params
+    assert flat.conv1_packed is not packed
+    assert torch.equal(flat.conv1_packed.unpack()[0].int_repr(), packed.unpack()[0].int_repr())
+
+
 @torch.inference_mode()
 def test_fp32_freezes_too(tiny_model, images):
     folded = fold_batch_norm(tiny_model).to(memory_format=torch.channels_last)
