@@ -110,6 +110,9 @@ def make_runners(model, calibration, test, folder: Path) -> dict:
         name = f"torch-int8-{candidate.settings.engine}"
         runners[name] = runtimes.torch_plain(candidate, folder)
         runners[f"{name}-deployed"] = runtimes.torch_deployed(candidate, folder)
+    if runtimes.has_package("torchao", "torch-int8-pt2e"):
+        pt2e = runtimes.torch_pt2e(model, calibration, folder)
+        runners |= {} if pt2e is None else {"torch-int8-pt2e": pt2e}
     path = folder / "ours.onnx"
     has_onnx = runtimes.has_package("onnx", "all rows of ONNX Runtime and OpenVINO")
     if has_onnx:

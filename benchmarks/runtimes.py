@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import pt2e
 from common.cli import log
 from common.data import Cifar10, batches, normalize
 from common.latency import Contender, time_interleaved
@@ -55,6 +56,14 @@ def has_package(name: str, rows: str) -> bool:
     return False
 
 
+def has_compiler(row: str) -> bool:
+    """Return whether there is a C++ compiler, for inductor; says what is left out if not."""
+    if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        return True
+    log.warning("no C++ compiler: left out %s", row)
+    return False
+
+
 # --- torch ---------------------------------------------------------------------------------------
 
 
@@ -66,8 +75,7 @@ def torch_fp32(model: ResNet18) -> Runner:
 
 def torch_bf16(model: ResNet18) -> Runner | None:
     """Bfloat16, channels_last, compiled; None where there is no C++ compiler."""
-    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        log.warning("no C++ compiler, which torch.compile needs: left out torch-bf16")
+    if not has_compiler("torch-bf16"):
         return None
     torch._dynamo.config.recompile_limit = 32  # one compilation a batch size
     folded = fold_batch_norm(model).to(torch.bfloat16, memory_format=torch.channels_last)
@@ -77,6 +85,15 @@ def torch_bf16(model: ResNet18) -> Runner | None:
         return compiled(images.to(torch.bfloat16)).float()
 
     return Runner(run, saved_size_bytes(folded.state_dict()))
+
+
+def torch_pt2e(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner | None:
+    """PT2E's INT8 model, compiled ahead of time; None where there is no C++ compiler."""
+    if not has_compiler("torch-int8-pt2e"):
+        return None
+    with _quiet_logging():
+        run = pt2e.Pt2eModel(pt2e.quantize(model, calibration), folder)
+        return Runner(run, run.package(1).stat().st_size)
 
 
 def torch_plain(quantized: Quantized, folder: Path) -> Runner:

@@ -18,6 +18,7 @@ LABELS = {
     "torch-fp32": "torch FP32, frozen",
     "torch-bf16": "torch bf16, compiled",
     BEST: "ours: torch INT8, best",
+    "torch-int8-pt2e": "torch PT2E, AOTInductor",
     "onnxruntime-int8-ours": "ours: ONNX in ONNX Runtime",
     "openvino-int8-ours": "ours: ONNX in OpenVINO",
     "onnxruntime-int8": "ONNX Runtime's quantizer",
@@ -108,7 +109,7 @@ def plot(results: dict, path: Path) -> None:
     shown = [name for name in ("torch-fp32", "torch-bf16", plain) if name in everything]
     shown += [name for name in LABELS if name in everything and name not in shown]
     shades = {"torch-fp32": "#D0D0D0", "torch-bf16": "#B0B0B0", plain: "#8C8C8C",
-              BEST: report.BLUE, "onnxruntime-int8-ours": "#5AA9DC",
+              BEST: report.BLUE, "torch-int8-pt2e": "#9B7FB8", "onnxruntime-int8-ours": "#5AA9DC",
               "openvino-int8-ours": "#A5CFEB", "onnxruntime-int8": report.ORANGE,
               "openvino-int8": report.GREEN}  # fmt: skip
     sizes = [row["batch_size"] for row in everything[shown[0]]]

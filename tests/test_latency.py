@@ -27,7 +27,7 @@ class Clock:
         monkeypatch.setattr(time, "perf_counter_ns", lambda: self.now_ns)
         monkeypatch.setattr(time, "sleep", self.sleep)
         monkeypatch.setattr(latency, "SETTLE_SECONDS", 0)
-        monkeypatch.setattr(latency, "SHORT_CALL_MS", 0)
+        monkeypatch.setattr(latency, "UNTIMED_MS", 0)
 
     def sleep(self, seconds: float) -> None:
         self.now_ns += int(1e9 * seconds)
@@ -71,16 +71,17 @@ def test_every_call_before_timing_is_warm_up(clock):
     )
 
 
-def test_a_short_call_is_timed_after_a_pause_and_a_call_that_wakes_threads(clock, monkeypatch):
+def test_a_short_call_is_timed_after_a_pause_and_enough_untimed_ones(clock, monkeypatch):
     monkeypatch.setattr(latency, "SETTLE_SECONDS", 0.005)
-    monkeypatch.setattr(latency, "SHORT_CALL_MS", 20)
-    short, long = clock.contender("short", 19, 3), clock.contender("long", 20)
-    # The estimate of a round takes two calls of the short one, so that 3 ms is its untimed call.
-    timings = time_interleaved([short, long], IMAGES, [1], seconds_per_batch_size=0.7)
+    monkeypatch.setattr(latency, "UNTIMED_MS", 20)
+    short, long = clock.contender("short", 9, 8, 3), clock.contender("long", 20)
+    # The estimate of a round takes 9 + 9 + 8 ms of the short one; a round 3 + 9 + 8 ms.
+    timings = time_interleaved([short, long], IMAGES, [1], seconds_per_batch_size=0.5)
     names = [name for name, _ in clock.calls[2 * WARM_UP_CALLS :]]
-    assert names.count("short") == 2 * names.count("long")
-    assert timings["short"][0].median_ms == 19
-    assert timings["long"][0].rounds == 10  # of 2 pauses, 19 + 19 ms and 20 ms, in 0.7 s
+    assert names.count("short") == 3 * names.count("long")
+    assert timings["short"][0].median_ms == 8
+    assert timings["long"][0].median_ms == 20
+    assert timings["long"][0].rounds == 8  # of 2 pauses, 26 ms and 20 ms, in 0.5 s
 
 
 def test_median_and_interquartile_range(clock):
