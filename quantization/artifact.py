@@ -30,6 +30,8 @@ from common.cli import UserError, log
 from common.output import replace_file
 from quantization import deploy, engines
 from quantization.engines import Settings
+from quantization.packing import SUFFIX as PACKED_SUFFIX
+from quantization.packing import load_packed
 
 FORMAT = "resnet18-cifar10-int8"
 FROZEN_SUFFIX = ".torchscript.pt"
@@ -55,7 +57,9 @@ def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
 
 
 def load_int8(path: str | Path) -> nn.Module:
-    """Load an INT8 model; it maps normalised images (N, 3, 32, 32) to logits (N, 10) on the CPU.
+    """Load an INT8 model, plain or packed, that maps images to logits on the CPU.
+
+    Images are normalised, (N, 3, 32, 32); logits (N, 10).
 
     Warns when the CPU at hand lacks what the model was made for. For the onednn engine,
     ``torch.backends.quantized.engine`` is set, as its fused kernels demand.
@@ -64,6 +68,18 @@ def load_int8(path: str | Path) -> nn.Module:
         UserError: No such file, damaged, of another format, or for an engine that is not here.
     """
     path = Path(path)
+    model, settings = (load_packed if path.suffix == PACKED_SUFFIX else _load_plain)(path)
+    saturates = settings.engine in engines.SATURATING_ENGINES and not report.has_vnni()
+    if saturates and not settings.reduce_range:
+        log.warning(
+            "%s uses 8-bit activations; this CPU has no VNNI, where sums saturate and accuracy is "
+            "lost: quantize it again here",
+            path,
+        )
+    return deploy.deploy(model, settings.engine)
+
+
+def _load_plain(path: Path) -> tuple[GraphModule, Settings]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -75,17 +91,10 @@ def load_int8(path: str | Path) -> nn.Module:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not written by quantization.py")
     settings = Settings(**content["settings"])
-    saturates = settings.engine in engines.SATURATING_ENGINES and not report.has_vnni()
-    if saturates and not settings.reduce_range:
-        log.warning(
-            "%s uses 8-bit activations; this CPU has no VNNI, where sums saturate and accuracy is "
-            "lost: quantize it again here",
-            path,
-        )
     model = engines.build_skeleton(settings)
     with engines.quiet_torch(settings.engine):
         model.load_state_dict(content["state_dict"])
-    return deploy.deploy(model, settings.engine)
+    return model, settings
 
 
 def save_frozen(model: GraphModule, engine: str, path: Path) -> int:
