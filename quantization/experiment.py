@@ -124,16 +124,25 @@ def save_and_verify(quantized: Quantized, path: Path, test: Cifar10) -> list[Pat
     if deploy.CAN_FREEZE:
         paths.append(path.with_suffix(artifact.FROZEN_SUFFIX))
         artifact.save_frozen(quantized.model, quantized.settings.engine, paths[-1])
+    for saved in paths:
+        verify_reloaded(saved, quantized, test)
+    return paths
+
+
+def verify_reloaded(path: Path, quantized: Quantized, test: Cifar10) -> None:
+    """Load a saved INT8 model in a fresh process and demand the logits of the one in memory.
+
+    Raises:
+        UserError: The reloaded model computes something else.
+    """
     images = normalize(test.images[:RELOAD_IMAGES])
     with torch.inference_mode():
         expected = quantized.deployed(images)
-    for saved in paths:
-        reloaded = artifact.logits_in_fresh_process(saved, images, torch.get_num_threads())
-        if not torch.equal(expected, reloaded):
-            worst = float((expected - reloaded).abs().max())
-            raise UserError(f"{saved.name}: reloaded logits differ by up to {worst:.3g}; not kept")
-        cli.log.info("%s: reloaded in a fresh process, logits bit-equal", saved.name)
-    return paths
+    reloaded = artifact.logits_in_fresh_process(path, images, torch.get_num_threads())
+    if not torch.equal(expected, reloaded):
+        worst = float((expected - reloaded).abs().max())
+        raise UserError(f"{path.name}: reloaded logits differ by up to {worst:.3g}; not kept")
+    cli.log.info("%s: reloaded in a fresh process, logits bit-equal", path.name)
 
 
 def export_onnx(quantized: Quantized, path: Path, test: Cifar10, batch_size: int) -> OnnxModel:

@@ -22,6 +22,7 @@ DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
 OVERVIEW_PLOT, RANGES_PLOT, FLIPS_PLOT = "overview.png", "ranges.png", "flips.png"
 DIAGNOSIS_PLOT, DIAGNOSIS_CSV = "diagnosis.png", "diagnosis.csv"
 STUDY_PLOT = "calibration_study.png"
+MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".safetensors")
 ONNX_NAME = "resnet18_cifar10_int8.onnx"
 # The choices of quantization.engines, which imports torch, and --help must not.
 ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         inspection,
         onnx_export,
         plots,
+        sparsity,
         study,
         tables,
     )
@@ -216,6 +218,12 @@ def main(argv: list[str] | None = None) -> int:
             plots.plot_diagnosis(rows, folder.file(DIAGNOSIS_PLOT))
             sections.append(tables.format_diagnosis(rows))
 
+        if sparsity.measure_sparsity(model) >= sparsity.MIN_SPARSITY:
+            results["sparsity"] = sparsity.describe_sparsity(
+                model, first, results["models"][0]["size_bytes"],
+                folder.file(sparsity.PACKED_NAME), test,
+            )  # fmt: skip
+            sections.append(tables.format_sparsity(results["sparsity"]))
         plots.plot_overview(results["models"], folder.file(OVERVIEW_PLOT))
         plots.plot_ranges(
             engines.weight_ranges(fold_batch_norm(source_model)),
@@ -225,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         inspection.plot_flips(test, fp32, first.predictions, folder.file(FLIPS_PLOT))
         results["artifacts"] = {
             "model": artifact_name(first.settings.engine),
-            "models": [*folder.names(".pth"), *folder.names(".pt"), *folder.names(".onnx")],
+            "models": [n for s in MODEL_SUFFIXES for n in folder.names(s)],
             "plots": folder.names(".png"),
         }
         results["wall_seconds"] = time.perf_counter() - started

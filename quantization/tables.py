@@ -100,6 +100,18 @@ def format_budget(budget: dict) -> str:
     )
 
 
+def format_sparsity(sparsity: dict) -> str:
+    """Say that the zeros are still there, and what they save."""
+    weights, packed = sparsity["weights"], sparsity["packed"]
+    before, after = sparsity["zeros_before"], sparsity["zeros_after"]
+    return (
+        f"a pruned network: {percent(before / weights)} of the weights are zero\n"
+        f"  in INT8   every one of them still is; rounding adds {after - before:,}\n"
+        f"  packed    {megabytes(packed['size_bytes'])}, {1 / packed['size_ratio']:.1f}× smaller "
+        f"than FP32: {packed['file']}\n"
+    )
+
+
 def format_diagnosis(rows: Sequence[dict]) -> str:
     """Name the layers that INT8 hurts most."""
     worst = sorted(rows, key=lambda row: row["sqnr_db"])[:WORST_SHOWN]

@@ -37,10 +37,10 @@ def check_results(results: dict, folder: Path) -> None:
         "pruning": check_pruning,
         "training": check_training,
     }
-    checks[results["script"]](results)
+    checks[results["script"]](results, folder)
 
 
-def check_quantization(results: dict) -> None:
+def check_quantization(results: dict, folder: Path) -> None:
     """Check quantization.py's own part."""
     total = results["data"]["test_images"]
     for model in results["models"]:
@@ -55,11 +55,17 @@ def check_quantization(results: dict) -> None:
     comparison = results["comparison"]
     assert 0.2 < comparison["size_ratio"] < 0.3
     check_comparison(comparison["accuracy"], total)
+    if "sparsity" in results:
+        sparsity, fp32 = results["sparsity"], results["models"][0]["size_bytes"]
+        assert 0 < sparsity["zeros_before"] <= sparsity["zeros_after"] < sparsity["weights"]
+        packed = sparsity["packed"]
+        assert (folder / packed["file"]).stat().st_size == packed["size_bytes"]
+        assert packed["size_ratio"] == packed["size_bytes"] / fp32
     sizes = [entry["batch_size"] for entry in results["models"][0]["latency"]]
     assert [entry["batch_size"] for entry in comparison["speedup"]] == sizes
 
 
-def check_pruning(results: dict) -> None:
+def check_pruning(results: dict, folder: Path) -> None:
     """Check pruning.py's own part."""
     total = results["data"]["test_images"]
     check_accuracy(results["baseline"], total)
@@ -78,7 +84,7 @@ def check_pruning(results: dict) -> None:
     assert isinstance(search["monotone"], bool)
 
 
-def check_training(results: dict) -> None:
+def check_training(results: dict, folder: Path) -> None:
     """Check training.py's own part."""
     data = results["data"]
     check_accuracy(results["accuracy"], data["test_images"])

@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from check_results import check_results
+from torch.nn.utils import prune
 
+from common.checkpoint import BUNDLED_WEIGHTS, load_model
+from common.model import prunable_layers
 from quantization import deploy
+from quantization.artifact import load_int8
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "quantization" / "quantization.py"
@@ -141,6 +146,30 @@ def test_help_needs_no_torch():
     )  # fmt: skip
     assert process.stdout.splitlines()[-1] == "False"
     assert "default: 512" in process.stdout
+
+
+def test_a_pruned_network_keeps_its_zeros_and_is_packed(tmp_path):
+    model = load_model(BUNDLED_WEIGHTS)
+    layers = [(layer, "weight") for layer in prunable_layers(model).values()]
+    prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.7)
+    for layer, name in layers:
+        prune.remove(layer, name)
+    weights = tmp_path / "pruned.pth"
+    torch.save(model.state_dict(), weights)
+    process = run(*QUICK, "--weights", weights, "--output-dir", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    check_results(results, tmp_path / "out")
+    sparsity = results["sparsity"]
+    zeros = sum(int((layer.weight == 0).sum()) for layer, _ in layers)
+    assert sparsity["zeros_before"] == zeros
+    assert sparsity["packed"]["size_ratio"] < 1 / 8
+    assert sparsity["packed"]["file"] in results["artifacts"]["models"]
+    assert "70.00 % of the weights are zero" in process.stdout
+    packed = load_int8(tmp_path / "out" / sparsity["packed"]["file"])
+    plain = load_int8(tmp_path / "out" / results["artifacts"]["model"])
+    image = torch.zeros(1, 3, 32, 32)
+    assert torch.equal(packed(image), plain(image))
 
 
 @pytest.mark.shared

@@ -1,0 +1,71 @@
+"""A pruned network in INT8: its zeros stay zeros, and pay for a smaller file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.fx import GraphModule
+
+from common.data import Cifar10
+from common.model import ResNet18, prunable_layers
+from quantization.experiment import Quantized, verify_reloaded
+from quantization.packing import save_packed
+
+PACKED_NAME = "resnet18_cifar10_int8_packed.safetensors"
+# Below this fraction of zeros a network was not pruned: single weights may be zero by chance.
+MIN_SPARSITY = 0.01
+
+
+def measure_sparsity(model: ResNet18) -> float:
+    """Return the fraction of zeros among the weights of all convolution and linear layers."""
+    weights = [layer.weight for layer in prunable_layers(model).values()]
+    return 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def count_zeros(model: ResNet18, converted: GraphModule) -> dict:
+    """Count the zeros before and after quantization, and check that none was lost.
+
+    Weights are quantized symmetrically (zero point 0), so 0 is exactly representable, and folding
+    batch-norm or equalising channels only scales it. Rounding makes more zeros of small weights.
+
+    Args:
+        model: FP32, as it was loaded.
+        converted: The INT8 model made from it.
+
+    Returns:
+        The numbers of ``weights``, of ``zeros_before`` and of ``zeros_after``.
+    """
+    weights = before = after = 0
+    for name, layer in prunable_layers(model).items():
+        quantized = converted.get_submodule(name).weight
+        quantized = quantized() if callable(quantized) else quantized  # a method, where in INT8
+        values = quantized.int_repr() if quantized.is_quantized else quantized
+        was_zero, is_zero = layer.weight == 0, values == 0
+        if lost := int((was_zero & ~is_zero).sum()):
+            raise AssertionError(f"{name}: {lost} zeros are no longer zero in INT8")
+        weights += was_zero.numel()
+        before += int(was_zero.sum())
+        after += int(is_zero.sum())
+    return {"weights": weights, "zeros_before": before, "zeros_after": after}
+
+
+def describe_sparsity(
+    model: ResNet18, quantized: Quantized, fp32_bytes: int, path: Path, test: Cifar10
+) -> dict:
+    """Check the zeros, write the packed file, reload it in a fresh process.
+
+    Args:
+        model: FP32, as it was loaded.
+        quantized: Its INT8 model.
+        fp32_bytes: Size of the FP32 file, to compare with.
+        path: Of the packed file.
+        test: Images, some of which are run through the reloaded model.
+
+    Returns:
+        results.json's ``sparsity``.
+    """
+    zeros = count_zeros(model, quantized.model)
+    size_bytes = save_packed(quantized.model, quantized.settings, path)
+    verify_reloaded(path, quantized, test)
+    packed = {"file": path.name, "size_bytes": size_bytes, "size_ratio": size_bytes / fp32_bytes}
+    return zeros | {"packed": packed}

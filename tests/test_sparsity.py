@@ -1,0 +1,67 @@
+"""Zeros through quantization: counted apart from the code that is tested, on every way to INT8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.utils import prune
+
+from common.data import batches
+from common.model import prunable_layers
+from quantization import corrections, engines, sparsity
+from quantization.engines import Settings
+
+ENGINES = engines.candidate_engines()
+
+
+@pytest.fixture
+def pruned(tiny_model):
+    layers = [(layer, "weight") for layer in prunable_layers(tiny_model).values()]
+    prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.7)
+    for layer, name in layers:
+        prune.remove(layer, name)
+    return tiny_model
+
+
+def quantize(model, images, settings):
+    return engines.convert(engines.calibrate(model, batches(images, 16), settings), settings)
+
+
+CORRECTIONS = {
+    "none": lambda model, images: model,
+    "equalised": lambda model, images: corrections.equalize_cross_layer(model),
+    "biases": lambda model, images: corrections.correct_biases(model, images, 16),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("fp32_layers", [(), ("layer1.0.conv2", "linear")])
+def test_every_zero_stays_a_zero(pruned, random_images, engine, correction, fp32_layers):
+    images = random_images(32)
+    settings = Settings(engine, observer="minmax", fp32_layers=fp32_layers)
+    corrected = CORRECTIONS[correction](pruned, images)
+    converted = quantize(corrected, images, settings)
+    total = zeros = 0
+    for name, weight in pruned.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if not name.endswith(".weight") or weight.ndim == 1:
+            continue
+        after = converted.get_submodule(layer).weight
+        after = after if isinstance(after, torch.Tensor) else after().dequantize()
+        assert (after[weight == 0] == 0).all()
+        total += weight.numel()
+        zeros += int((weight == 0).sum())
+    counted = sparsity.count_zeros(pruned, converted)
+    assert counted["weights"] == total
+    assert counted["zeros_before"] == zeros
+    assert counted["zeros_after"] >= zeros
+    assert sparsity.measure_sparsity(pruned) == pytest.approx(zeros / total)
+
+
+def test_a_lost_zero_is_a_bug(pruned, random_images):
+    converted = quantize(pruned, random_images(32), Settings(ENGINES[0], observer="minmax"))
+    with torch.no_grad():
+        pruned.conv1.weight[pruned.conv1.weight.abs() == pruned.conv1.weight.abs().max()] = 0
+    with pytest.raises(AssertionError, match="conv1: 1 zeros"):
+        sparsity.count_zeros(pruned, converted)
