@@ -7,6 +7,8 @@ one slice of that tensor, normalised at once; :mod:`common.sources` says where t
 from __future__ import annotations
 
 import functools
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +52,10 @@ class Cifar10(Dataset):
         """Return the dataset on ``device``, so that batches are made there."""
         return Cifar10(self.images.to(device), self.labels.to(device))
 
+    def rows(self, rows: slice) -> Cifar10:
+        """Return some of the images; they share this dataset's memory."""
+        return Cifar10(self.images[rows], self.labels[rows])
+
     def split_halves(self, seed: int) -> tuple[Cifar10, Cifar10]:
         """Return two disjoint, class-balanced halves: one to choose on, one to confirm on."""
         labels = self.labels.cpu().numpy()
@@ -57,6 +63,14 @@ class Cifar10(Dataset):
         order = order[np.argsort(labels[order], kind="stable")]  # shuffled within each class
         halves = (np.sort(order[start::2]) for start in (0, 1))
         return tuple(Cifar10(self.images[h], self.labels[h]) for h in halves)
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> str:
+    """Return the SHA-256 of the tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def load_images(source: Source, split: str, count: int | None, seed: int, skip: int = 0) -> Cifar10:
@@ -164,6 +178,7 @@ __all__ = [
     "Cifar10",
     "balanced_subset",
     "batches",
+    "checksum",
     "load_images",
     "normalize",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 
 import torch
 
@@ -31,10 +32,23 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_threads(count: int | None) -> int:
-    """Use ``count`` CPU threads, or what torch chooses; return how many that is."""
+    """Use ``count`` CPU threads, or what torch chooses; return how many that is.
+
+    The processes that ``torchrun`` starts on a machine share its cores equally. It would give each
+    one thread, by an ``OMP_NUM_THREADS`` of 1; another number is the user's, and holds.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if count is None and processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        count = max(1, _usable_cores() // processes)
     if count is not None:
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: fewer than the machine has, in a container
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

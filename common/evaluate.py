@@ -15,6 +15,7 @@ from torch import nn
 
 from common import cli
 from common.data import Cifar10, batches
+from common.workers import ALONE, Workers
 
 CONFIDENCE = 0.95
 
@@ -64,20 +65,26 @@ class Comparison:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, dataset: Cifar10, batch_size: int = 128, description: str = "evaluate"
+    model: nn.Module,
+    dataset: Cifar10,
+    batch_size: int = 128,
+    description: str = "evaluate",
+    workers: Workers = ALONE,
 ) -> torch.Tensor:
     """Return the predicted class of every image: int64, shape (N,), on the CPU.
 
     The model runs as it is, in its own train/eval mode, on the device where ``dataset`` lies.
-    Images are fed channels_last, which every CPU and GPU convolution of torch prefers.
+    Images are fed channels_last, which every CPU and GPU convolution of torch prefers. Several
+    ``workers`` take a share of the batches each; all of them get all predictions.
     """
-    predictions = torch.empty(len(dataset), dtype=torch.int64, device=dataset.images.device)
+    share = dataset.rows(workers.share_of(0, len(dataset), batch_size))
+    predictions = torch.empty(len(share), dtype=torch.int64, device=share.images.device)
     start = 0
-    for images, _ in cli.progress(batches(dataset, batch_size), description):
+    for images, _ in cli.progress(batches(share, batch_size), description):
         stop = start + len(images)
         predictions[start:stop] = model(images).argmax(dim=1)
         start = stop
-    return predictions.cpu()
+    return torch.cat(workers.gather(predictions.cpu()))
 
 
 def measure_accuracy(correct: torch.Tensor) -> Accuracy:

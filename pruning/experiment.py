@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from common.cli import UserError
-from common.data import Cifar10
+from common.data import Cifar10, checksum
 from common.evaluate import compare, measure_accuracy
 from common.model import ResNet18, prunable_layers
 from common.size import Layer
-from pruning.brute_force import scan_brute_force
+from common.workers import ALONE, Workers
+from pruning.brute_force import BATCH_SIZE, scan_brute_force
 from pruning.journal import Journal
 from pruning.masks import pruned_count
 from pruning.scan import ScanResult, scan
@@ -40,14 +41,6 @@ def choose_layers(model: ResNet18, patterns: Sequence[str] | None) -> list[str]:
     return [n for n in names if patterns is None or any(fnmatchcase(n, p) for p in patterns)]
 
 
-def checksum(tensors: Sequence[torch.Tensor]) -> str:
-    """Return the SHA-256 of the tensors' bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
 def scan_identity(
     model: ResNet18,
     dataset: Cifar10,
@@ -57,7 +50,7 @@ def scan_identity(
 ) -> dict:
     """Return what a scan's results depend on, for its journal, named for the user."""
     return {
-        "the checkpoint": checksum(list(model.state_dict().values())),
+        "the checkpoint": checksum(model.state_dict().values()),
         "the test images": checksum([dataset.images, dataset.labels]),
         "the layers": list(layers),
         "the amounts": list(amounts),
@@ -76,24 +69,38 @@ def run_scan(
     resume: bool,
     batch_size: int,
     fast: bool,
+    workers: Workers = ALONE,
 ) -> tuple[ScanResult, float | None]:
     """Scan with a journal, and check that the model is as it was before.
 
+    The first of the ``workers`` keeps the journal, for all of them.
+
     Returns:
         What the scan found, and its seconds; None where part of it was done by an earlier run.
+
+    Raises:
+        UserError: The workers have not the same model, images or settings.
     """
-    device = dataset.images.device.type
-    precision = "bf16 and FP32" if fast else "FP32"
-    settings = {"the batch size": batch_size, "the precision": precision, "the device": device}
+    settings = {
+        "the batch size": batch_size,
+        "the precision": "bf16 and FP32" if fast else "FP32",
+        "the device": dataset.images.device.type,
+        "the number of processes": workers.count,
+    }
     identity = scan_identity(model, dataset, layers, amounts, settings)
+    workers.require_same(identity)
     started = time.perf_counter()
-    with Journal(journal_path, identity, resume) as journal:
-        resumed = len(journal) > 0
-        result = scan(model, dataset, layers, amounts, journal, batch_size, fast)
+    with contextlib.ExitStack() as stack:
+        journal = {}
+        if workers.is_first:
+            journal = stack.enter_context(Journal(journal_path, identity, resume))
+        finished = workers.broadcast(dict(journal))
+        journal = journal if workers.is_first else finished
+        result = scan(model, dataset, layers, amounts, journal, batch_size, fast, workers)
     seconds = time.perf_counter() - started
-    if checksum(list(model.state_dict().values())) != identity["the checkpoint"]:
+    if checksum(model.state_dict().values()) != identity["the checkpoint"]:
         raise AssertionError("the scan changed the model")
-    return result, None if resumed else seconds
+    return result, None if finished else seconds
 
 
 # --- sensitivity ---------------------------------------------------------------------------------
@@ -176,7 +183,11 @@ def scan_results(
 
 
 def verify(
-    scanned: ScanResult, model: ResNet18, dataset: Cifar10, scan_seconds: float | None
+    scanned: ScanResult,
+    model: ResNet18,
+    dataset: Cifar10,
+    scan_seconds: float | None,
+    workers: Workers = ALONE,
 ) -> dict:
     """Scan by brute force and compare image by image.
 
@@ -185,6 +196,7 @@ def verify(
         model: Not changed.
         dataset: The scan's images.
         scan_seconds: What the scan took, for the speed-up; None where it was resumed.
+        workers: Take a share of the images each.
 
     Returns:
         results.json's ``verification``.
@@ -193,11 +205,12 @@ def verify(
         UserError: More than 1 prediction in 1,000 differs.
     """
     started = time.perf_counter()
-    different = {}
+    different, share = {}, workers.share_of(0, len(dataset), BATCH_SIZE)
     for amount in dict.fromkeys(amount for amount, _ in scanned.correct):
         layers = [layer for a, layer in scanned.correct if a == amount]
-        for layer, correct in scan_brute_force(model, dataset, layers, amount).items():
-            different[amount, layer] = int((scanned.correct[amount, layer] != correct).sum())
+        for layer, correct in scan_brute_force(model, dataset.rows(share), layers, amount).items():
+            unlike = int((scanned.correct[amount, layer][share] != correct).sum())
+            different[amount, layer] = sum(workers.gather(unlike))
     seconds = time.perf_counter() - started
     total = len(different) * len(dataset)
     if sum(different.values()) > MAX_FLIPS * total:

@@ -14,6 +14,7 @@ sixteen batches of images: killed at any moment, ``--resume`` repeats at most th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
-    from common import checkpoint, data, device, output, report, size, sources
+    from common import checkpoint, data, device, output, report, size, sources, workers
     from pruning import artifacts, experiment, plots, savings, search, tables
     from pruning.scan import has_bf16
 
@@ -96,27 +97,41 @@ def main(argv: list[str] | None = None) -> int:
     amounts = args.amounts or [args.amount]
     batch_size = args.batch_size or (CPU_BATCH_SIZE if place.type == "cpu" else GPU_BATCH_SIZE)
     fast = args.precision == "auto" and place.type == "cpu" and has_bf16()
-    with output.OutputFolder(args.output_dir, args.overwrite, keep=(JOURNAL_NAME,)) as folder:
+    with contextlib.ExitStack() as stack:
+        crew = stack.enter_context(workers.join_workers(place))
+        place = crew.device
+        if crew.is_first:
+            folder = stack.enter_context(
+                output.OutputFolder(args.output_dir, args.overwrite, keep=(JOURNAL_NAME,))
+            )
         weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
         cli.log.info("weights: %s", weights.found)
         model = checkpoint.load_model(weights.path)
         chosen = experiment.choose_layers(model, args.layers)
-        source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
+        with crew.one_a_machine_first():
+            source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
         test = data.load_images(source, "test", args.test_images, args.seed)
         cli.log.info("images: %d for testing, from %s", len(test), source.description)
         layers = size.describe_layers(model)
         model, test = model.to(place), test.to(place)
         journal_path = args.output_dir / JOURNAL_NAME
         scanned, scan_seconds = experiment.run_scan(
-            model, test, chosen, amounts, journal_path, args.resume, batch_size, fast
+            model, test, chosen, amounts, journal_path, args.resume, batch_size, fast, crew
         )
+        verification = None
+        if args.verify:
+            verification = experiment.verify(scanned, model, test, scan_seconds, crew)
+        if not crew.is_first:
+            savings.predict_together(None, test, batch_size, crew)
+            return cli.EXIT_DONE
 
         results = report.common_results(
             "pruning", args, place, {"source": source.name, "test_images": len(test)}, weights
         )
         results |= experiment.scan_results(scanned, model, layers, amounts)
-        if args.verify:
-            results["verification"] = experiment.verify(scanned, model, test, scan_seconds)
+        results["processes"] = crew.count
+        if verification is not None:
+            results["verification"] = verification
         linear, correct, pruned_weights = search.search_linear(
             model, scanned.features, test.labels.cpu(), args.tolerance,
             args.seed if args.holdout else None,
@@ -125,9 +140,9 @@ def main(argv: list[str] | None = None) -> int:
         sizes = savings.save_artifacts(
             model, pruned_weights, plain, folder.file(artifacts.PACKED_NAME)
         )
-        pruned = checkpoint.load_model(plain).to(place)
+        pruned = checkpoint.load_model(plain)
         linear["confirmed"] = savings.confirm(
-            pruned, test, scanned.features, scanned.dense_correct, batch_size
+            pruned, test, scanned.features, scanned.dense_correct, batch_size, crew
         )
         results["linear_search"] = linear
         results["savings"] = savings.measure_savings(sizes, results["structure"], model, test)

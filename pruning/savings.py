@@ -13,6 +13,7 @@ from common.data import Cifar10, normalize
 from common.evaluate import compare, measure_accuracy, predict
 from common.latency import Contender, time_interleaved
 from common.model import ResNet18, prunable_layers
+from common.workers import ALONE, Workers
 from pruning import artifacts
 from pruning.masks import l1_mask, prune_model, pruned_count
 
@@ -49,17 +50,34 @@ def save_artifacts(model: ResNet18, pruned_weights: int, plain: Path, packed: Pa
     return sizes
 
 
+def predict_together(
+    pruned: ResNet18 | None, dataset: Cifar10, batch_size: int, workers: Workers
+) -> torch.Tensor:
+    """Return the reloaded pruned model's predictions (int64, shape (N,)), made by all workers.
+
+    The first of them has the model, and sends it to the others, which pass None.
+    """
+    pruned = workers.broadcast(pruned).to(dataset.images.device)
+    return predict(pruned, dataset, batch_size, "confirm", workers)
+
+
 def confirm(
-    pruned: ResNet18, dataset: Cifar10, features: torch.Tensor, dense_correct: torch.Tensor,
+    pruned: ResNet18,
+    dataset: Cifar10,
+    features: torch.Tensor,
+    dense_correct: torch.Tensor,
     batch_size: int,
-) -> dict:  # fmt: skip
+    workers: Workers = ALONE,
+) -> dict:
     """Run the reloaded pruned model on every image, and hold it against the search's prediction.
+
+    The other ``workers``, if any, must call :func:`predict_together`.
 
     Raises:
         UserError: More than 1 prediction in 1,000 differs from what the features gave.
     """
     labels = dataset.labels.cpu()
-    correct = predict(pruned, dataset, batch_size, "confirm") == labels
+    correct = predict_together(pruned, dataset, batch_size, workers) == labels
     weight, bias = pruned.linear.weight.detach().cpu(), pruned.linear.bias.detach().cpu()
     expected = (features @ weight.T + bias).argmax(dim=1) == labels
     different = int((expected != correct).sum())

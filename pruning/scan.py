@@ -8,7 +8,7 @@ FP32. That error is measured on a sample of the same images, layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -26,7 +26,7 @@ from common.branching import (
 )
 from common.data import Cifar10, normalize
 from common.model import ResNet18, prunable_layers
-from pruning.journal import Journal
+from common.workers import ALONE, Workers
 from pruning.masks import prune_weight, sparsity
 
 # One entry of the journal: all layers at all amounts, on this many batches of images.
@@ -140,40 +140,46 @@ def scan(
     dataset: Cifar10,
     layers: Sequence[str],
     amounts: Sequence[float],
-    journal: Journal,
+    journal: MutableMapping[str, dict],
     batch_size: int,
     fast: bool,
+    workers: Workers = ALONE,
 ) -> ScanResult:
     """Prune each of ``layers`` alone by each of ``amounts`` and classify every image.
 
     Work that the journal holds is not done again, but for the dense network's run, which gives
     the features. Memory holds the images, the features, the variants' weights and one batch.
+    Several ``workers`` share each chunk by batches, and all of them return all that was found.
 
     Args:
         model: In eval mode, on the dataset's device; not changed.
         dataset: The images.
         layers: In network order.
         amounts: Fractions.
-        journal: Finished chunks are written to it.
+        journal: Finished chunks are written to it; of the same content in all workers.
         batch_size: In images; batches of 16 keep a CPU's branches in its L3 cache.
         fast: Run the branches in bf16 and the close cases again in FP32.
+        workers: The processes that scan together.
     """
     network = FoldedNetwork.of(model)
     variants = [Variants.of(model, layers, amount, fast) for amount in amounts]
     walk = Walk(network, network.to(torch.bfloat16) if fast else None)
     if fast:
-        walk.bounds = _journalled_bounds(walk, variants, dataset, batch_size, journal)
+        walk.bounds = _journalled_bounds(walk, variants, dataset, batch_size, journal, workers)
     dense_correct, features, packed, total = [], [], [], Recomputation()
+    chunk_size = batch_size * CHUNK_BATCHES * workers.count
     with cli.progress(None, "scan", total=len(dataset), unit="image") as bar:
-        for first in range(0, len(dataset), batch_size * CHUNK_BATCHES):
-            last = min(first + batch_size * CHUNK_BATCHES, len(dataset))
+        for first in range(0, len(dataset), chunk_size):
+            last = min(first + chunk_size, len(dataset))
             key = f"images {first}-{last}"
             chunk = walk.run(
-                Cifar10(dataset.images[first:last], dataset.labels[first:last]),
+                dataset.rows(workers.share_of(first, last, batch_size)),
                 [] if key in journal else variants,
                 batch_size,
-                bar.update,
+                lambda images: bar.update(images * workers.count),
             )
+            if workers.count > 1:
+                chunk = Chunk.joined(workers.gather(chunk.cpu()))
             dense_correct.append(chunk.dense_correct)
             features.append(chunk.features)
             if key not in journal:
@@ -198,17 +204,26 @@ def _unpack(bits: str, rows: int, columns: int) -> torch.Tensor:
 
 
 def _journalled_bounds(
-    walk: Walk, variants: Sequence[Variants], dataset: Cifar10, batch_size: int, journal: Journal
+    walk: Walk,
+    variants: Sequence[Variants],
+    dataset: Cifar10,
+    batch_size: int,
+    journal: MutableMapping[str, dict],
+    workers: Workers,
 ) -> dict[float, torch.Tensor]:
-    """Measure how far bf16 logits can be off; the same scan, resumed, goes on with the same."""
+    """Measure how far bf16 logits can be off; the same scan, resumed, goes on with the same.
+
+    All workers measure on the same images, and go by what the first has found.
+    """
     if "bounds" not in journal:
         # Evenly spaced, since an image folder is sorted by class.
         chosen = np.linspace(0, len(dataset) - 1, min(CALIBRATION_IMAGES, len(dataset))).astype(int)
         images = dataset.images[torch.from_numpy(chosen)]
-        journal["bounds"] = {
+        bounds = {
             str(v.amount): walk.measure_errors(images, v, batch_size).mul(SAFETY_FACTOR).tolist()
             for v in variants
         }
+        journal["bounds"] = workers.broadcast(bounds)
     return {v.amount: torch.tensor(journal["bounds"][str(v.amount)]) for v in variants}
 
 
@@ -220,6 +235,25 @@ class Chunk:
     features: torch.Tensor
     correct: torch.Tensor
     recomputation: Recomputation
+
+    def cpu(self) -> Chunk:
+        """Return the chunk with its tensors in main memory."""
+        tensors = (self.dense_correct, self.features, self.correct)
+        return Chunk(*(tensor.cpu() for tensor in tensors), self.recomputation)
+
+    @classmethod
+    def joined(cls, shares: Sequence[Chunk]) -> Chunk:
+        """Put the workers' shares together, in the order of the images."""
+        shares = [share for share in shares if len(share.features)]  # few images, many workers
+        recomputation = Recomputation()
+        for share in shares:
+            recomputation.add(share.recomputation)
+        return cls(
+            torch.cat([share.dense_correct for share in shares]),
+            torch.cat([share.features for share in shares]),
+            torch.cat([share.correct for share in shares], dim=1),
+            recomputation,
+        )
 
 
 @dataclass
@@ -255,8 +289,8 @@ class Walk:
             correct += [torch.cat(found) == labels] if found else []
             report(len(images))
         return Chunk(
-            torch.cat(dense_correct),
-            torch.cat(features),
+            torch.cat(dense_correct) if dense_correct else dataset.labels.bool(),
+            torch.cat(features) if features else dataset.labels.float(),
             torch.cat(correct, dim=1) if correct else torch.empty(0, len(dataset)),
             recomputation,
         )

@@ -20,13 +20,13 @@ from common.data import Cifar10, load_images, normalize
 from common.evaluate import measure_accuracy, predict
 from common.model import ResNet18
 from common.sources import bundled_source
+from common.workers import Workers
 from tests.check_results import check_results
 from training.experiment import EpochMeter, choose, split_held_out
 from training.fit import TrainingState, averaged_model, fit, make_optimizer
 from training.journal import EpochRow, Journal, describe_settings
 from training.recipe import Recipe
 from training.training import main
-from training.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "training" / "training.py"
@@ -319,16 +319,16 @@ def test_two_processes_take_the_steps_of_one(tmp_path, monkeypatch):
         "import sys, torch\n"
         "from torch import nn\n"
         "from common.data import Cifar10\n"
+        "from common.workers import join_workers\n"
         "from training.fit import TrainingState, fit\n"
         "from training.recipe import Recipe\n"
-        "from training.workers import join_workers\n"
         "recipe = Recipe(epochs=2, batch_size=20, learning_rate=0.01, cutout=8, precision='fp32')\n"
         "pixels = torch.Generator().manual_seed(0)\n"
         "images = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8, generator=pixels)\n"
         "torch.manual_seed(0)\n"
         "model = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))\n"
         "model(torch.zeros(1, 3, 32, 32))\n"
-        "with join_workers('cpu') as workers:\n"
+        "with join_workers(torch.device('cpu')) as workers:\n"
         "    state = TrainingState.start(model, recipe, workers.device)\n"
         "    fit(state, Cifar10(images, torch.arange(100) % 10), recipe, 0, workers)\n"
         "    torch.save(model.state_dict(), f'{sys.argv[1]}-{workers.rank}.pt')\n"

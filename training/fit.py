@@ -25,9 +25,9 @@ from common import cli
 from common.cli import UserError
 from common.data import Cifar10
 from common.sources import IMAGE_SIZE
+from common.workers import Workers
 from training.augment import make_batch, plan_epoch, resize
 from training.recipe import Recipe
-from training.workers import Workers
 
 AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_NORM_BATCH, BATCH_NORM_IMAGES = 500, 5000

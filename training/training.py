@@ -141,9 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     # torch takes seconds to import, so nothing that needs it is imported before this line.
     import torch
 
-    from common import checkpoint, data, device, output, report, size, sources
+    from common import checkpoint, data, device, output, report, size, sources, workers
     from common.model import ResNet18
-    from training import curves, experiment, fit, journal, workers
+    from training import curves, experiment, fit, journal
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
@@ -151,11 +151,11 @@ def main(argv: list[str] | None = None) -> int:
     if recipe.precision == "auto":
         recipe = dataclasses.replace(recipe, precision=fit.choose_precision(place))
     with contextlib.ExitStack() as stack:
-        crew = stack.enter_context(workers.join_workers(place.type))
-        cli.set_up_messages(args.quiet or not crew.is_first)
+        crew = stack.enter_context(workers.join_workers(place))
         if crew.is_first:
             folder = stack.enter_context(output.OutputFolder(args.output_dir, args.overwrite))
-        source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
+        with crew.one_a_machine_first():
+            source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
         images = data.load_images(source, "train", args.train_images, args.seed)
         train, held_out = experiment.split_held_out(images, args.held_out_images)
         train, held_out = train.to(crew.device), held_out.to(crew.device)

@@ -1,0 +1,163 @@
+"""The processes of one run under ``torchrun``: which this one is, its share, what they exchange.
+
+Every process goes through the same code on its share of the images, and gathers what the others
+found; the first alone speaks and writes. Without ``torchrun`` there is one process, and nothing is
+exchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError, log
+
+# A process that ends is noticed at once; this is for a machine that falls silent.
+TIMEOUT = timedelta(minutes=10)
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share one run.
+
+    Attributes:
+        device: Of this process.
+        rank: Number of this process, from 0.
+        count: How many there are.
+        is_first_on_machine: Whether this is the process that downloads for its machine.
+    """
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    is_first_on_machine: bool = True
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share_of(self, start: int, stop: int, unit: int = 1) -> slice:
+        """Return this process's rows of ``start … stop``, in whole units but for the last one.
+
+        With a batch as unit, all processes together make the very batches that one would make.
+        """
+        units = -(-(stop - start) // unit)
+        first, last = (units * rank // self.count for rank in (self.rank, self.rank + 1))
+        return slice(min(start + first * unit, stop), min(start + last * unit, stop))
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return every process's ``value``, by rank, in every process; tensors are on the CPU."""
+        values = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Value | None) -> Value:
+        """Return the first process's ``value``; what the others give is dropped."""
+        values = [value]
+        if self.count > 1:
+            distributed.broadcast_object_list(values)
+        return values[0]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of ``values`` over all processes."""
+        if self.count > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        """Wrap ``model`` so that its gradients are averaged over the processes.
+
+        Batch-norm statistics are those of the first process; each normalises its own images.
+        """
+        return DistributedDataParallel(model) if self.count > 1 else model
+
+    def require_same(self, inputs: Mapping[str, object]) -> None:
+        """Check that all processes work on the same inputs, which are named for the user.
+
+        Raises:
+            UserError: On another machine another file was found, say.
+        """
+        for rank, others in enumerate(self.gather(dict(inputs))):
+            if different := [name for name in inputs if others[name] != inputs[name]]:
+                raise UserError(
+                    f"processes {self.rank} and {rank} differ in {' and '.join(different)}"
+                )
+
+    @contextlib.contextmanager
+    def one_a_machine_first(self) -> Iterator[None]:
+        """Let one process a machine go through the block before its others do: it may download."""
+        if self.count > 1 and not self.is_first_on_machine:
+            distributed.barrier()
+        yield
+        if self.count > 1 and self.is_first_on_machine:
+            distributed.barrier()
+
+
+ALONE = Workers(torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def join_workers(device: torch.device) -> Iterator[Workers]:
+    """Join the processes that ``torchrun`` started; without it, be the only one.
+
+    From here on the first process alone logs.
+
+    Args:
+        device: Each process takes the GPU of its number on its machine.
+
+    Raises:
+        UserError: The processes cannot meet, a machine has too few GPUs, or one process ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Workers(device)
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
+                "start at most one process a GPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        distributed.init_process_group(backend, timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"the processes cannot meet: {reason}; start them by torchrun") from None
+    workers = Workers(device, distributed.get_rank(), distributed.get_world_size(), local_rank == 0)
+    if not workers.is_first:
+        log.setLevel(logging.ERROR)
+    try:
+        yield workers
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        if not workers.is_first:  # which tells it once for all, or has told why it failed
+            raise SystemExit(EXIT_FAILED) from None
+        raise UserError("another process of this run ended, or no longer answers") from None
+    except KeyboardInterrupt:
+        if not workers.is_first:
+            raise SystemExit(EXIT_INTERRUPTED) from None
+        raise
+    finally:
+        distributed.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    # Of gloo they are plain RuntimeErrors that name its source file.
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
