@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from common import cli, evaluate
 from common.data import Cifar10, batches
 from common.model import ResNet18
+from common.workers import ALONE, Workers
 from quantization import corrections, engines
 from quantization.diagnosis import rank_layers
 from quantization.engines import Settings
@@ -55,13 +56,23 @@ class Trial:
         calibration: Images that set ranges.
         held_out: Images that decide; none of the calibration images.
         batch_size: In images.
+        workers: Share the held-out images, and so come to the same decisions.
     """
 
-    def __init__(self, model: ResNet18, calibration: Cifar10, held_out: Cifar10, batch_size: int):
+    def __init__(
+        self,
+        model: ResNet18,
+        calibration: Cifar10,
+        held_out: Cifar10,
+        batch_size: int,
+        workers: Workers = ALONE,
+    ):
         self.calibration = calibration
         self.batch_size = batch_size
         self._held_out = held_out
-        dense = evaluate.predict(model, held_out, batch_size, "evaluate FP32 on held-out images")
+        self._workers = workers
+        description = "evaluate FP32 on held-out images"
+        dense = evaluate.predict(model, held_out, batch_size, description, workers)
         self._dense_correct = dense == held_out.labels
 
     def calibrate(self, model: ResNet18, settings: Settings) -> GraphModule:
@@ -75,7 +86,9 @@ class Trial:
     def measure_drop_of(self, observed: GraphModule, settings: Settings) -> float:
         """Return the same for a model that is calibrated already."""
         converted = engines.convert(observed, settings)
-        predictions = evaluate.predict(converted, self._held_out, self.batch_size, "try")
+        predictions = evaluate.predict(
+            converted, self._held_out, self.batch_size, "try", self._workers
+        )
         correct = predictions == self._held_out.labels
         return evaluate.compare(self._dense_correct, correct).drop
 

@@ -19,6 +19,7 @@ from common.data import Cifar10, batches, normalize
 from common.latency import Contender, Timing, time_interleaved
 from common.model import ResNet18, fold_batch_norm
 from common.size import saved_size_bytes
+from common.workers import ALONE, Workers
 from quantization import artifact, budget, deploy, engines, onnx_export
 from quantization.budget import Plan
 from quantization.engines import Settings
@@ -61,12 +62,10 @@ class OnnxModel:
     predictions: torch.Tensor
 
 
-def predict_fp32(
-    model: ResNet18, test: Cifar10, batch_size: int, device: torch.device
-) -> torch.Tensor:
-    """Return the FP32 model's predictions (int64, shape (N,)), made on ``device``."""
-    moved = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
-    return evaluate.predict(moved, test.to(device), batch_size, "evaluate FP32")
+def predict_fp32(model: ResNet18, test: Cifar10, batch_size: int, workers: Workers) -> torch.Tensor:
+    """Return the FP32 model's predictions (int64, shape (N,)), made on the workers' devices."""
+    moved = copy.deepcopy(model).to(workers.device, memory_format=torch.channels_last)
+    return evaluate.predict(moved, test.to(workers.device), batch_size, "evaluate FP32", workers)
 
 
 def quantize(
@@ -75,8 +74,12 @@ def quantize(
     test: Cifar10,
     settings: Sequence[Settings],
     batch_size: int,
+    workers: Workers = ALONE,
 ) -> list[Quantized]:
-    """Calibrate, convert and evaluate on the CPU; engines that see the same ranges share them."""
+    """Calibrate, convert and evaluate on the CPU; engines that see the same ranges share them.
+
+    Each of the ``workers`` calibrates for itself, alike, and evaluates its share of the images.
+    """
     calibrated, quantized = {}, []
     for choice in settings:
         ranges = replace(choice, engine="")
@@ -87,7 +90,7 @@ def quantize(
         converted = engines.convert(observed, choice)
         deployed = deploy.deploy(converted, choice.engine)
         description = f"evaluate INT8 {choice.engine}"
-        predictions = evaluate.predict(deployed, test, batch_size, description)
+        predictions = evaluate.predict(deployed, test, batch_size, description, workers)
         quantized.append(Quantized(choice, observed, converted, deployed, predictions))
     return quantized
 
@@ -99,9 +102,10 @@ def plan_within_budget(
     settings: Settings,
     max_drop: float,
     batch_size: int,
+    workers: Workers = ALONE,
 ) -> Plan:
     """Find how to quantize so that held-out training images lose at most ``max_drop``."""
-    trial = budget.Trial(model, calibration, held_out, batch_size)
+    trial = budget.Trial(model, calibration, held_out, batch_size, workers)
     return budget.meet_budget(trial, model, settings, max_drop)
 
 

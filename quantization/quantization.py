@@ -11,6 +11,7 @@ times both. Writes the INT8 model, reloads it in a fresh process, and writes res
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
-    from common import checkpoint, data, device, output, report, sources
+    from common import checkpoint, data, device, output, report, sources, workers
     from common.model import fold_batch_norm
     from quantization import (
         diagnosis,
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
     device.set_threads(args.threads)
     device.keep_freed_memory()
-    fp32_device = device.choose_device(args.device)
+    place = device.choose_device(args.device)
     pick_fastest = "auto" in args.engines
     settings = [
         engines.choose_settings(engine, args.observer, args.reduce_range)
@@ -148,11 +149,15 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if args.export_onnx:
         onnx_export.require_packages()
-    with output.OutputFolder(args.output_dir, args.overwrite) as folder:
+    with contextlib.ExitStack() as stack:
+        crew = stack.enter_context(workers.join_workers(place))
+        if crew.is_first:
+            folder = stack.enter_context(output.OutputFolder(args.output_dir, args.overwrite))
         weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
         cli.log.info("weights: %s", weights.found)
         model = checkpoint.load_model(weights.path)
-        source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
+        with crew.one_a_machine_first():
+            source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
         test = data.load_images(source, "test", args.test_images, args.seed)
         calibration = data.load_images(source, "train", args.calibration_images, args.seed)
         cli.log.info("images: %d for testing, %d for calibration, from %s",
@@ -162,28 +167,39 @@ def main(argv: list[str] | None = None) -> int:
             "test_images": len(test),
             "calibration_images": len(calibration),
         }
-        results = report.common_results("quantization", args, fp32_device, images, weights)
-        sections = []
-
-        fp32 = experiment.predict_fp32(model, test, args.batch_size, fp32_device)
+        crew.require_same(
+            {
+                "the checkpoint": weights.sha256(),
+                "the images": data.checksum([test.images, test.labels, calibration.images]),
+            }
+        )
+        fp32 = experiment.predict_fp32(model, test, args.batch_size, crew)
         inspection.warn_of_insane_fp32(model, test, fp32)
-        if args.calibration_study:
-            rows = study.run_study(model, source, test, settings[0], args.batch_size)
-            results["calibration_study"] = study.as_dicts(rows)
-            study.plot_study(rows, study.accuracy_of(fp32, test), folder.file(STUDY_PLOT))
-            sections.append(study.format_study(rows, study.accuracy_of(fp32, test)))
         source_model, plan = model, None
         if args.max_drop is not None:
             held_out = data.load_images(
                 source, "train", args.held_out_images, args.seed, skip=args.calibration_images
             )
             plan = experiment.plan_within_budget(
-                model, calibration, held_out, settings[0], args.max_drop, args.batch_size
+                model, calibration, held_out, settings[0], args.max_drop, args.batch_size, crew
             )
             source_model = plan.model
             settings = [experiment.apply_plan(plan, setting) for setting in settings]
 
-        quantized = experiment.quantize(source_model, calibration, test, settings, args.batch_size)
+        quantized = experiment.quantize(
+            source_model, calibration, test, settings, args.batch_size, crew
+        )
+        if not crew.is_first:  # all that follows is measured, timed and written once
+            return cli.EXIT_DONE
+
+        results = report.common_results("quantization", args, crew.device, images, weights)
+        results["processes"] = crew.count
+        sections = []
+        if args.calibration_study:
+            rows = study.run_study(model, source, test, settings[0], args.batch_size)
+            results["calibration_study"] = study.as_dicts(rows)
+            study.plot_study(rows, study.accuracy_of(fp32, test), folder.file(STUDY_PLOT))
+            sections.append(study.format_study(rows, study.accuracy_of(fp32, test)))
         paths = {
             candidate.settings.engine: experiment.save_and_verify(
                 candidate, folder.file(artifact_name(candidate.settings.engine)), test
