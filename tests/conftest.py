@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from common.data import Cifar10, normalize
 from common.model import ResNet18
 from common.sources import CLASSES
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = (4, 8, 8, 8)
 NOBODY = 65534
 
@@ -72,6 +75,25 @@ def blank_state() -> dict[str, torch.Tensor]:
         name: value.new_zeros(()).expand(value.shape)
         for name, value in ResNet18().state_dict().items()
     }
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a Python program in two processes, one thread each unless it says otherwise."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments]
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+            | {"PYTHONPATH": str(REPOSITORY)},
+        )
+
+    return run
 
 
 @pytest.fixture
