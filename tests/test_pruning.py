@@ -1,7 +1,9 @@
 """End to end: pruning.py as a user runs it, on the bundled weights and images."""
 
+import contextlib
 import csv
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from check_results import check_results
 
 from common.checkpoint import load_model
 from pruning.artifacts import load_packed
+from pruning.journal import Journal
 from pruning.pruning import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -27,7 +30,7 @@ def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -95,29 +98,86 @@ def test_pruned_model_can_be_pruned_again_from_another_folder(finished, tmp_path
     assert json.loads(again.stdout) == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
-def test_killed_run_resumes_to_the_same_results(tmp_path):
-    common = ["--bundled", "--threads", "1", "--test-images", "32", "--batch-size", "1"]
-    common += ["--layers", "layer4.*"]
-    arguments = [sys.executable, str(SCRIPT), *common, "--output-dir", str(tmp_path / "killed")]
-    journal = tmp_path / "killed" / "scan.journal"
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (journal.exists() and b'"images 0-' in journal.read_bytes()):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "results.json").exists()
-    resumed = run(*common, "--resume", "--output-dir", tmp_path / "killed")
-    whole = run(*common, "--output-dir", tmp_path / "whole")
-    assert resumed.returncode == whole.returncode == 0, resumed.stderr + whole.stderr
-    assert "resuming" in resumed.stderr
-    assert not journal.exists()
-    first, second = (
-        json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")
-    )
-    assert without_times(first) == without_times(second)
+# --- the same results, however a run goes ---------------------------------------------------------
+
+# Three chunks, as a batch is one image.
+SMALL = ["--bundled", "--test-images", "40", "--batch-size", "1", "--layers", "layer4.*"]
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An unbroken run of one thread, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    started = time.monotonic()
+    process = run(*SMALL, "--threads", "1", "--output-dir", folder)
+    assert process.returncode == 0, process.stderr
+    return folder, time.monotonic() - started
+
+
+def test_killed_at_any_moment_a_run_resumes_to_the_same_results(whole, tmp_path):
+    folder, seconds = whole
+    arguments = [*SMALL, "--threads", "1", "--resume", "--output-dir", tmp_path / "out"]
+    journal, moments = tmp_path / "out" / "scan.journal", random.Random(6)
+    for attempt in range(4):
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *map(str, arguments)], stderr=subprocess.DEVNULL
+        )
+        if attempt == 0:  # once for certain between two chunks
+            while not (journal.exists() and b'"images 0-' in journal.read_bytes()):
+                assert process.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.02)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=moments.uniform(0, seconds))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if attempt == 0:
+            assert not (tmp_path / "out" / "results.json").exists()
+    resumed = run(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert without_times(read(tmp_path / "out")) == without_times(read(folder))
+    left = {path.name for path in (tmp_path / "out").iterdir()} - {"earlier"}
+    assert left == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("damage", [b"[1, 2]", b"3", b"null", b'{"key": "x"}', b"\xff\xfe", b""])
+def test_a_damaged_journal_starts_afresh(tmp_path, damage):
+    with Journal(tmp_path / "journal", {"the amounts": [0.9]}, False) as journal:
+        journal["bounds"] = {}
+    lines = (tmp_path / "journal").read_bytes().splitlines()
+    for broken in ([damage], [lines[0], damage], [damage, *lines[1:]]):
+        (tmp_path / "journal").write_bytes(b"\n".join([*broken, b""]))
+        with Journal(tmp_path / "journal", {"the amounts": [0.9]}, True) as journal:
+            assert not journal
+
+
+def test_two_processes_find_what_one_finds(whole, torchrun, tmp_path):
+    done = torchrun(SCRIPT, *SMALL, "--threads", 1, "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    together, alone = read(tmp_path / "out"), read(whole[0])
+    check_results(together, tmp_path / "out")
+    assert (together.pop("processes"), alone.pop("processes")) == (2, 1)
+    assert without_times(together) == without_times(alone)
+    assert done.stdout.count("written to") == 1
+    assert done.stderr.count("weights: ") == 1
+    pruned = "resnet18_cifar10_pruned.pth"
+    assert (tmp_path / "out" / pruned).read_bytes() == (whole[0] / pruned).read_bytes()
+
+
+def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole, tmp_path):
+    for name in ("a", "b"):
+        process = run(*SMALL, "--threads", "2", "--output-dir", tmp_path / name)
+        assert process.returncode == 0, process.stderr
+    two, again, one = (without_times(read(folder)) for folder in
+                       (tmp_path / "a", tmp_path / "b", whole[0]))  # fmt: skip
+    assert two == again
+    for ours, theirs in zip(one["sensitivity"], two["sensitivity"], strict=True):
+        assert abs(ours["accuracy"]["correct"] - theirs["accuracy"]["correct"]) <= 1
+    assert one["layers"] == two["layers"]
 
 
 @pytest.mark.parametrize(

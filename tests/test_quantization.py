@@ -31,7 +31,7 @@ def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -104,6 +104,19 @@ def test_same_seed_same_results_from_another_folder_with_json(finished, tmp_path
     assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
     written = (finished[1].parent / "b" / "results.json").read_text()
     assert written == process.stdout
+
+
+def test_two_processes_find_what_one_finds(torchrun, tmp_path):
+    """At equal threads; the batches of two processes are those of one."""
+    alone = run(*QUICK, "--threads", "1", "--batch-size", "16", "--output-dir", tmp_path / "one")
+    done = torchrun(SCRIPT, *QUICK, "--threads", 1, "--batch-size", 16,
+                    "--output-dir", tmp_path / "two")  # fmt: skip
+    assert (alone.returncode, done.returncode) == (0, 0), done.stderr
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    check_results(two, tmp_path / "two")
+    assert (two.pop("processes"), one.pop("processes")) == (2, 1)
+    assert without_times(two) == without_times(one)
+    assert done.stdout.count("written to") == 1
 
 
 def test_earlier_results_are_kept_and_a_failure_changes_nothing(finished, tmp_path):
