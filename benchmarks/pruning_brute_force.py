@@ -93,9 +93,9 @@ def run_ours(model, test, batch_size: int) -> tuple[dict, dict, int]:
         Seconds by chapter, correct images by layer, and pruned weights of the linear layer.
     """
     from common import checkpoint, size
+    from common.cascade import has_bf16
     from common.model import prunable_layers
     from pruning import artifacts, experiment, savings, search
-    from pruning.scan import has_bf16
 
     started = time.perf_counter()
     layers = size.describe_layers(model)

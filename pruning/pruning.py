@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
     from common import checkpoint, data, device, output, report, size, sources, workers
+    from common.cascade import has_bf16
     from pruning import artifacts, experiment, plots, savings, search, tables
-    from pruning.scan import has_bf16
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)

@@ -1,9 +1,8 @@
 """The sensitivity scan: every layer pruned alone, its correctness image by image.
 
-The branches of :mod:`common.branching` run in bf16 where the CPU has instructions for it, at more
-than twice FP32's rate. A bf16 prediction can differ from FP32's only where the two best logits lie
-close together, so each image whose margin is within reach of the rounding error runs again in
-FP32. That error is measured on a sample of the same images, layer by layer.
+Each batch runs through the dense network once and every pruned variant branches off it
+(:mod:`common.branching`), in bf16 where that is fast, with FP32's predictions
+(:mod:`common.cascade`).
 """
 
 from __future__ import annotations
@@ -16,14 +15,8 @@ import torch
 from torch import nn
 
 from common import cli
-from common.branching import (
-    ALL_ROWS,
-    Convolution,
-    FoldedNetwork,
-    Trace,
-    branch_logits,
-    trace_dense,
-)
+from common.branching import Convolution, trace_dense
+from common.cascade import Branches, Cascade, Recomputation
 from common.data import Cifar10, normalize
 from common.model import ResNet18, prunable_layers
 from common.workers import ALONE, Workers
@@ -31,34 +24,19 @@ from pruning.masks import prune_weight, sparsity
 
 # One entry of the journal: all layers at all amounts, on this many batches of images.
 CHUNK_BATCHES = 16
-CALIBRATION_IMAGES = 32
-# The largest error seen on the calibration images, times this, is the bound. With 1,500 images and
-# all 21 layers at 90 %, bf16 alone changed 18 of 31,500 predictions, none at a margin of more than
-# 0.24 of its bound, and 1.2 % of the predictions were decided again in FP32.
-SAFETY_FACTOR = 3.0
-
-
-def has_bf16() -> bool:
-    """Return whether the CPU multiplies bf16 in hardware (AVX-512 BF16, AMX)."""
-    flags = torch.cpu.get_capabilities()
-    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
-class Variants:
+class Variants(Branches):
     """The network with each of some layers pruned alone by one amount.
 
     Attributes:
         amount: Fraction asked for.
         achieved: For each layer, in network order, the fraction of zeros.
-        exact: For each layer what it becomes: a folded FP32 convolution, or a linear weight.
-        fast: The same in bf16; None where only FP32 runs.
     """
 
     amount: float
     achieved: dict[str, float]
-    exact: dict[str, Convolution | torch.Tensor]
-    fast: dict[str, Convolution | torch.Tensor] | None
 
     @classmethod
     def of(cls, model: ResNet18, layers: Sequence[str], amount: float, fast: bool) -> Variants:
@@ -76,43 +54,18 @@ class Variants:
             else:
                 exact[name] = weight
         if not fast:
-            return cls(amount, achieved, exact, None)
+            return cls(exact, None, amount, achieved)
         rounded = {
             name: part.to(torch.bfloat16) if isinstance(part, Convolution) else part
             for name, part in exact.items()
         }
-        return cls(amount, achieved, exact, rounded)
+        return cls(exact, rounded, amount, achieved)
 
 
 def norm_of(convolution: str) -> str:
     """Return the name of the batch norm after a convolution: conv1 → bn1, shortcut.0 → .1."""
     stem, _, last = convolution.rpartition(".")
     return f"{stem}.1" if last == "0" else convolution.replace("conv", "bn")
-
-
-@dataclass
-class Recomputation:
-    """What the second, FP32 look at close bf16 predictions did.
-
-    Attributes:
-        predictions: All there were.
-        recomputed: Those that were closer than the bound.
-        changed: Those that FP32 decided otherwise.
-        largest_change: The largest margin of a changed one, as a fraction of its bound. Near 1 it
-            would say that the bound is too tight.
-    """
-
-    predictions: int = 0
-    recomputed: int = 0
-    changed: int = 0
-    largest_change: float = 0.0
-
-    def add(self, other: Recomputation) -> None:
-        """Count another part of the scan in."""
-        self.predictions += other.predictions
-        self.recomputed += other.recomputed
-        self.changed += other.changed
-        self.largest_change = max(self.largest_change, other.largest_change)
 
 
 @dataclass(frozen=True)
@@ -161,9 +114,8 @@ def scan(
         fast: Run the branches in bf16 and the close cases again in FP32.
         workers: The processes that scan together.
     """
-    network = FoldedNetwork.of(model)
     variants = [Variants.of(model, layers, amount, fast) for amount in amounts]
-    walk = Walk(network, network.to(torch.bfloat16) if fast else None)
+    walk = Walk(Cascade.of(model, fast))
     if fast:
         walk.bounds = _journalled_bounds(walk, variants, dataset, batch_size, journal, workers)
     dense_correct, features, packed, total = [], [], [], Recomputation()
@@ -216,11 +168,8 @@ def _journalled_bounds(
     All workers measure on the same images, and go by what the first has found.
     """
     if "bounds" not in journal:
-        # Evenly spaced, since an image folder is sorted by class.
-        chosen = np.linspace(0, len(dataset) - 1, min(CALIBRATION_IMAGES, len(dataset))).astype(int)
-        images = dataset.images[torch.from_numpy(chosen)]
         bounds = {
-            str(v.amount): walk.measure_errors(images, v, batch_size).mul(SAFETY_FACTOR).tolist()
+            str(v.amount): walk.cascade.measure_bounds(dataset, v, batch_size).tolist()
             for v in variants
         }
         journal["bounds"] = workers.broadcast(bounds)
@@ -258,16 +207,9 @@ class Chunk:
 
 @dataclass
 class Walk:
-    """The network in the precisions that the scan uses.
+    """The network and, for each amount, the bf16 margins below which FP32 decides."""
 
-    Attributes:
-        network: FP32.
-        fast_network: bf16, or None.
-        bounds: For each amount and layer, the bf16 margin below which FP32 decides.
-    """
-
-    network: FoldedNetwork
-    fast_network: FoldedNetwork | None
+    cascade: Cascade
     bounds: dict[float, torch.Tensor] = field(default_factory=dict)
 
     def run(
@@ -282,10 +224,14 @@ class Walk:
         for start in range(0, len(dataset), batch_size):
             images = dataset.images[start : start + batch_size]
             labels = dataset.labels[start : start + batch_size]
-            trace = trace_dense(self.network, normalize(images))
+            trace = trace_dense(self.cascade.network, normalize(images))
             features.append(trace.features)
-            dense_correct.append(self.network.classify(trace.features).argmax(dim=1) == labels)
-            found = [self.predict(trace, v, recomputation) for v in variants]
+            dense = self.cascade.network.classify(trace.features)
+            dense_correct.append(dense.argmax(dim=1) == labels)
+            found = [
+                self.cascade.predict(trace, v, self.bounds.get(v.amount), recomputation)
+                for v in variants
+            ]
             correct += [torch.cat(found) == labels] if found else []
             report(len(images))
         return Chunk(
@@ -294,56 +240,3 @@ class Walk:
             torch.cat(correct, dim=1) if correct else torch.empty(0, len(dataset)),
             recomputation,
         )
-
-    def predict(
-        self, trace: Trace, variants: Variants, recomputation: Recomputation
-    ) -> torch.Tensor:
-        """Return the classes (variants, n) that FP32 gives; counts into ``recomputation``."""
-        if self.fast_network is None:
-            return self._exact_logits(trace, variants).argmax(dim=2)
-        best, classes = self._fast_logits(trace, variants).topk(2, dim=2)
-        predictions = classes[..., 0]
-        margin_to_bound = (best[..., 0] - best[..., 1]) / self.bounds[variants.amount][:, None]
-        close = margin_to_bound < 1
-        recomputation.predictions += close.numel()
-        rows = {
-            layer: mask.nonzero().flatten()
-            for layer, mask in zip(variants.exact, close, strict=True)
-            if mask.any()
-        }
-        if rows:
-            pruned = {layer: variants.exact[layer] for layer in rows}
-            decided = branch_logits(self.network, trace, pruned, rows).argmax(dim=1)
-            changed = margin_to_bound[close][decided != predictions[close]]
-            predictions[close] = decided
-            largest = float(changed.max()) if len(changed) else 0.0
-            recomputation.add(Recomputation(0, len(decided), len(changed), largest))
-        return predictions
-
-    def measure_errors(
-        self, images: torch.Tensor, variants: Variants, batch_size: int
-    ) -> torch.Tensor:
-        """Return, a layer, the largest error of a difference of two bf16 logits; shape (layers,).
-
-        Only differences decide a prediction, so an error that all logits share does not count.
-        """
-        largest = torch.full((len(variants.exact),), torch.finfo(torch.float32).tiny)
-        for batch in images.split(batch_size):
-            trace = trace_dense(self.network, normalize(batch))
-            errors = self._fast_logits(trace, variants) - self._exact_logits(trace, variants)
-            largest = largest.maximum((errors.amax(dim=2) - errors.amin(dim=2)).amax(dim=1))
-        return largest
-
-    def _exact_logits(self, trace: Trace, variants: Variants) -> torch.Tensor:
-        return _all_logits(self.network, trace, variants.exact)
-
-    def _fast_logits(self, trace: Trace, variants: Variants) -> torch.Tensor:
-        return _all_logits(self.fast_network, trace, variants.fast)
-
-
-def _all_logits(
-    network: FoldedNetwork, trace: Trace, pruned: dict[str, Convolution | torch.Tensor]
-) -> torch.Tensor:
-    """Return the logits (variants, n, classes) of all variants on the whole batch."""
-    logits = branch_logits(network, trace, pruned, dict.fromkeys(pruned, ALL_ROWS))
-    return logits.view(len(pruned), len(trace.images), -1)

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import cascade
 from common.branching import FoldedNetwork, branch_logits, trace_dense
 from common.data import Cifar10, normalize
 from common.model import ResNet18, prunable_layers
-from pruning import scan as scan_module
 from pruning.brute_force import pruned_copy
 from pruning.experiment import run_scan
 from pruning.journal import Journal
-from pruning.scan import Recomputation, Variants, scan
+from pruning.scan import Variants, scan
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def make_close_model(images):
 def test_close_bf16_predictions_are_decided_in_fp32(tmp_path, monkeypatch, second_look):
     """Without the second look this fails, so bf16 alone is not simply right anyway."""
     if not second_look:
-        monkeypatch.setattr(scan_module, "SAFETY_FACTOR", 1e-9)
+        monkeypatch.setattr(cascade, "SAFETY_FACTOR", 1e-9)
     images = make_images(96).images
     model = make_close_model(images)
     with torch.inference_mode():
@@ -123,25 +123,19 @@ def test_close_bf16_predictions_are_decided_in_fp32(tmp_path, monkeypatch, secon
     assert bool(result.recomputation.changed) == second_look
 
 
-def test_recomputation_adds_up():
-    total = Recomputation(10, 3, 1, 0.2)
-    total.add(Recomputation(5, 1, 1, 0.1))
-    assert total == Recomputation(15, 4, 2, 0.2)
-
-
 def test_resumed_scan_redoes_nothing_and_ends_the_same(tmp_path, monkeypatch):
     model, dataset = make_model(3), make_images(40)
     (tmp_path / "whole").mkdir()
     whole = run(tmp_path / "whole", model, dataset, [0.9], True, batch_size=2)
-    calls, original = [], scan_module.Walk.predict
+    calls, original = [], cascade.Cascade.predict
 
-    def counted(self, trace, variants, recomputation):
+    def counted(self, *args):
         if len(calls) == 18 and not resumed:
             raise KeyboardInterrupt
         calls.append(1)
-        return original(self, trace, variants, recomputation)
+        return original(self, *args)
 
-    monkeypatch.setattr(scan_module.Walk, "predict", counted)
+    monkeypatch.setattr(cascade.Cascade, "predict", counted)
     resumed = False
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, model, dataset, [0.9], True, batch_size=2)
