@@ -2,9 +2,8 @@
 
 Noise is measured layer by layer on FP32 inputs, so that it is the layer's own: the signal-to-
 quantization-noise ratio of its output with weights rounded, with activations rounded, with both.
-Accuracy is measured twice: with only that layer quantized (branches off the FP32 network, as in the
-pruning scan) and with only that layer kept in FP32 (real INT8 models). SQNR is the median over
-output channels, for in a plain ratio a few strong channels hide that the others drown.
+SQNR is the median over output channels, for in a plain ratio a few strong channels hide that the
+others drown. Accuracy is measured by :mod:`quantization.layer_cost`.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 
-from common import cli, evaluate
-from common.branching import ALL_ROWS, Convolution, FoldedNetwork, branch_logits, trace_dense
+from common import evaluate
 from common.data import Cifar10, batches, normalize
 from common.model import ResNet18, fold_batch_norm, prunable_layers
-from quantization import engines
+from quantization import engines, layer_cost
 from quantization.engines import Quantizer, Settings
 
 NOISE_IMAGES = 128
@@ -38,21 +36,6 @@ class LayerNoise:
     activation_sqnr_db: float
 
 
-@dataclass(frozen=True)
-class LayerCost:
-    """Accuracy lost, as fractions of images; negative where INT8 happens to gain.
-
-    Attributes:
-        layer: Its name.
-        drop_only_quantized: FP32's accuracy minus that with only this layer in INT8.
-        drop_only_fp32: FP32's accuracy minus that with all layers but this one in INT8.
-    """
-
-    layer: str
-    drop_only_quantized: float
-    drop_only_fp32: float
-
-
 def diagnose(
     model: ResNet18,
     observed: GraphModule,
@@ -63,11 +46,31 @@ def diagnose(
 ) -> list[dict]:
     """Return results.json's ``diagnosis``: each layer's noise and accuracy cost, in network order.
 
-    Noise is measured on calibration images, accuracy on ``test``.
+    Noise is measured on calibration images, accuracy on ``test``: ``drop_only_quantized`` is FP32's
+    accuracy minus that with only this layer in INT8, ``drop_only_fp32`` minus that with all layers
+    but this one in INT8; negative where INT8 happens to gain.
+
+    Args:
+        model: FP32, in eval mode.
+        observed: The same model calibrated.
+        settings: Of the quantization.
+        calibration: The images that it was calibrated on.
+        test: Images to measure accuracy on.
+        batch_size: In images.
     """
-    costs = {c.layer: c for c in measure_costs(model, observed, settings, test, batch_size)}
-    noise = measure_noise(model, observed, calibration)
-    return [asdict(entry) | asdict(costs[entry.layer]) for entry in noise]
+    if settings.fp32_layers:  # of these it knows no ranges
+        settings = replace(settings, fp32_layers=())
+        observed = engines.calibrate(model, batches(calibration, batch_size), settings)
+    dense, only_quantized = layer_cost.scan_only_quantized(model, observed, test)
+    only_fp32 = layer_cost.scan_only_fp32(model, observed, settings, test, batch_size)
+    return [
+        asdict(noise)
+        | {
+            "drop_only_quantized": evaluate.compare(dense, only_quantized[noise.layer]).drop,
+            "drop_only_fp32": evaluate.compare(dense, only_fp32[noise.layer]).drop,
+        }
+        for noise in measure_noise(model, observed, calibration)
+    ]
 
 
 def rank_layers(model: ResNet18, observed: GraphModule, images: Cifar10) -> list[str]:
@@ -131,80 +134,3 @@ def _sqnr_db(signal: torch.Tensor, noisy: torch.Tensor) -> float:
     heard = power > 0
     ratios_db = 10 * torch.log10(power[heard] / noise[heard].clamp_min(1e-30))
     return min(float(ratios_db.median()), MAX_SQNR_DB) if len(ratios_db) else MAX_SQNR_DB
-
-
-@dataclass(frozen=True)
-class QuantizedConvolution:
-    """A convolution of the FP32 network with its input, weight and output rounded to INT8."""
-
-    convolution: Convolution
-    read: Quantizer
-    write: Quantizer
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (N, in, H, W) to (N, out, H', W'), FP32."""
-        return self.write(self.convolution(self.read(x)))
-
-
-def measure_costs(
-    model: ResNet18,
-    observed: GraphModule,
-    settings: Settings,
-    test: Cifar10,
-    batch_size: int,
-) -> list[LayerCost]:
-    """Measure each layer's accuracy cost, alone in INT8 and alone in FP32.
-
-    Args:
-        model: FP32, in eval mode.
-        observed: The same model calibrated.
-        settings: Of the quantization.
-        test: Images to measure on.
-        batch_size: In images.
-    """
-    dense_correct, only_quantized = scan_only_quantized(model, observed, test, batch_size)
-    costs = []
-    for layer, correct in cli.progress(only_quantized.items(), "diagnose: but one", unit="layer"):
-        exempt = replace(settings, fp32_layers=(layer,))
-        converted = engines.convert(engines.reuse_ranges(observed, model, exempt), exempt)
-        others_correct = evaluate.predict(converted, test, batch_size, layer) == test.labels
-        costs.append(
-            LayerCost(
-                layer,
-                drop_only_quantized=evaluate.compare(dense_correct, correct).drop,
-                drop_only_fp32=evaluate.compare(dense_correct, others_correct).drop,
-            )
-        )
-    return costs
-
-
-@torch.inference_mode()
-def scan_only_quantized(
-    model: ResNet18, observed: GraphModule, test: Cifar10, batch_size: int
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
-
-    Each batch runs through the FP32 network once; every variant branches off where it differs.
-    """
-    network = FoldedNetwork.of(model)
-    quantizers = engines.layer_quantizers(observed)
-    convolutions = {
-        name: QuantizedConvolution(
-            replace(convolution, weight=engines.quantize_weight(convolution.weight)),
-            *quantizers[name],
-        )
-        for name, convolution in network.convolutions().items()
-    }
-    rows = dict.fromkeys(convolutions, ALL_ROWS)
-    read, write = quantizers["linear"]
-    linear_weight = engines.quantize_weight(network.linear_weight)
-    dense, alone = [], []
-    for images, labels in cli.progress(batches(test, batch_size), "diagnose: alone"):
-        trace = trace_dense(network, images)
-        dense.append(network.classify(trace.features).argmax(dim=1) == labels)
-        logits = branch_logits(network, trace, convolutions, rows)
-        last = write(network.classify(read(trace.features), linear_weight))
-        predictions = torch.cat([logits, last]).argmax(dim=1).view(-1, len(labels))
-        alone.append(predictions == labels)
-    by_layer = zip([*convolutions, "linear"], torch.cat(alone, dim=1), strict=True)
-    return torch.cat(dense), dict(by_layer)

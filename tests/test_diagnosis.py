@@ -1,37 +1,16 @@
-"""Layer diagnosis: the branching scan against whole forward passes, SQNR against its definition."""
+"""Layer diagnosis: SQNR against its definition, and that it finds the damaged place."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from common.data import batches, normalize
-from common.model import fold_batch_norm
+from common.data import batches
+from common.model import prunable_layers
 from quantization import diagnosis, engines
 from quantization.engines import Settings
 
-
-@pytest.fixture
-def observed(tiny_model, random_images):
-    return engines.calibrate(tiny_model, batches(random_images(32), 16), Settings())
-
-
-@torch.inference_mode()
-def test_only_quantized_equals_whole_forward_passes(tiny_model, observed, random_images):
-    test = random_images(24, seed=2)
-    dense, alone = diagnosis.scan_only_quantized(tiny_model, observed, test, batch_size=10)
-    x = normalize(test.images)
-    assert torch.equal(dense, tiny_model(x).argmax(dim=1) == test.labels)
-    quantizers = engines.layer_quantizers(observed)
-    assert list(alone) == list(quantizers)
-    for name, (read, write) in quantizers.items():
-        whole = fold_batch_norm(tiny_model)
-        layer = whole.get_submodule(name)
-        layer.weight = torch.nn.Parameter(engines.quantize_weight(layer.weight))
-        layer.register_forward_pre_hook(lambda _, args, read=read: (read(args[0]),))
-        layer.register_forward_hook(lambda _, args, y, write=write: write(y))
-        correct = whole(x).argmax(dim=1) == test.labels
-        assert int((correct != alone[name]).sum()) <= 1, name
+ENGINE = engines.candidate_engines()[0]
 
 
 def test_the_damaged_place_is_the_noisiest(tiny_model, random_images):
@@ -54,12 +33,13 @@ def test_sqnr_is_signal_power_over_noise_power():
     assert diagnosis._sqnr_db(signal, signal) == diagnosis.MAX_SQNR_DB
 
 
-def test_costs_have_an_entry_a_layer(tiny_model, observed, random_images):
+@pytest.mark.parametrize("fp32_layers", [(), ("conv1", "layer1.0.conv2", "linear")])
+def test_costs_have_an_entry_a_layer(tiny_model, random_images, fp32_layers):
+    settings = Settings(ENGINE, fp32_layers=fp32_layers)
+    observed = engines.calibrate(tiny_model, batches(random_images(16), 16), settings)
     test = random_images(12, seed=3)
-    rows = diagnosis.diagnose(
-        tiny_model, observed, Settings(engines.candidate_engines()[0]), random_images(16), test, 12
-    )
-    assert [row["layer"] for row in rows] == list(engines.layer_quantizers(observed))
+    rows = diagnosis.diagnose(tiny_model, observed, settings, random_images(16), test, 12)
+    assert [row["layer"] for row in rows] == list(prunable_layers(tiny_model))
     for row in rows:
         assert -1 <= row["drop_only_fp32"] <= 1
         assert row["sqnr_db"] <= row["weight_sqnr_db"] + 1

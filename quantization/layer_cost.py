@@ -1,0 +1,157 @@
+"""The accuracy that each layer's quantization costs: with it alone in INT8, with it alone in FP32.
+
+Both are measured without running whole networks for each layer. Alone in INT8, a layer's variant
+branches off the FP32 network, as in the pruning scan. Alone in FP32, it shares all that lies before
+its residual block with the INT8 network, whose real kernels it runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from common import cli
+from common.branching import Convolution, trace_dense
+from common.cascade import Branches, Cascade, Recomputation, has_bf16
+from common.data import Cifar10, batches, normalize
+from common.model import ResNet18
+from quantization import engines
+from quantization.engines import Quantizer, Settings
+
+BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
+ADDITIONS = (torch.ops.quantized.add, torch.ops.quantized.add_relu)
+
+
+@dataclass(frozen=True)
+class QuantizedConvolution:
+    """A convolution with its input, its weight and its output rounded to INT8.
+
+    The weight is rounded already. Rounding happens in FP32, whatever the convolution runs in.
+    """
+
+    convolution: Convolution
+    read: Quantizer
+    write: Quantizer
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, in, H, W) to (N, out, H', W'), in the dtype of ``x``."""
+        y = self.convolution(self.read(x.float()).to(x.dtype))
+        return self.write(y.float()).to(x.dtype)
+
+
+@torch.inference_mode()
+def scan_only_quantized(
+    model: ResNet18, observed: GraphModule, test: Cifar10, fast: bool | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
+
+    Args:
+        model: FP32, in eval mode.
+        observed: The same model calibrated, which knows the activations' ranges.
+        test: Images to measure on.
+        fast: Run branches in bf16 first; by default where the CPU is made for it.
+    """
+    fast = has_bf16() if fast is None else fast
+    cascade, quantizers = Cascade.of(model, fast), engines.layer_quantizers(observed)
+    network = cascade.network
+    exact = {
+        name: QuantizedConvolution(
+            replace(convolution, weight=engines.quantize_weight(convolution.weight)),
+            *quantizers[name],
+        )
+        for name, convolution in network.convolutions().items()
+    }
+    rounded = {
+        name: replace(part, convolution=part.convolution.to(torch.bfloat16))
+        for name, part in exact.items()
+    }
+    branches, recomputation = Branches(exact, rounded if fast else None), Recomputation()
+    bounds = cascade.measure_bounds(test, branches, BRANCH_BATCH) if fast else None
+    read, write = quantizers["linear"]
+    linear_weight = engines.quantize_weight(network.linear_weight)
+    dense, alone = [], []
+    for images, labels in cli.progress(batches(test, BRANCH_BATCH), "diagnose: alone in INT8"):
+        trace = trace_dense(network, images)
+        dense.append(network.classify(trace.features).argmax(dim=1) == labels)
+        classes = cascade.predict(trace, branches, bounds, recomputation)
+        last = write(network.classify(read(trace.features), linear_weight)).argmax(dim=1)
+        alone.append(torch.cat([classes, last[None]]) == labels)
+    by_layer = zip([*exact, "linear"], torch.cat(alone, dim=1), strict=True)
+    return torch.cat(dense), dict(by_layer)
+
+
+@torch.inference_mode()
+def scan_only_fp32(
+    model: ResNet18, observed: GraphModule, settings: Settings, test: Cifar10, batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Return per-image correctness (bool, (N,)) of INT8 with each layer alone in FP32.
+
+    Args:
+        model: FP32, in eval mode.
+        observed: The same model calibrated with no layer in FP32.
+        settings: Of the quantization.
+        test: Images to measure on.
+        batch_size: In images.
+    """
+    layers = list(engines.layer_quantizers(observed))
+    with engines.quiet_torch(settings.engine):
+        network = with_boundaries(engines.convert(observed, replace(settings, fp32_layers=())))
+        tails = {}
+        for layer in cli.progress(layers, "diagnose: convert", unit="layer"):
+            exempt = replace(settings, fp32_layers=(layer,))
+            variant = engines.convert(engines.reuse_ranges(observed, model, exempt), exempt)
+            tails[layer] = tail_from(variant, boundary_before(layer))
+        correct = {layer: [] for layer in layers}
+        for start in cli.progress(range(0, len(test), batch_size), "diagnose: alone in FP32"):
+            images = normalize(test.images[start : start + batch_size])
+            labels = test.labels[start : start + batch_size]
+            values = [images, *network(images)]
+            for layer, tail in tails.items():
+                logits = tail(values[boundary_before(layer)])
+                correct[layer].append(logits.argmax(dim=1) == labels)
+    return {layer: torch.cat(parts) for layer, parts in correct.items()}
+
+
+def boundary_before(layer: str) -> int:
+    """Return the last boundary before a layer: 0 the images, 1 the stem, then one a block."""
+    stage, _, rest = layer.partition(".")
+    if not stage.startswith("layer"):
+        return {"conv1": 0, "linear": -1}[layer]
+    return 1 + 2 * (int(stage.removeprefix("layer")) - 1) + int(rest[0])
+
+
+def _boundaries(nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes between which the blocks of a converted model lie, the images first."""
+    stem = [node for node in nodes if node.op == "placeholder" or node.target == "conv1"]
+    return [*stem, *(node for node in nodes if node.target in ADDITIONS)]
+
+
+def with_boundaries(converted: GraphModule) -> GraphModule:
+    """Return the model with the values at its boundaries, from the stem's on, as its output."""
+    graph, _ = _copy(converted)
+    graph.output(tuple(_boundaries(list(graph.nodes))[1:]))
+    return GraphModule(converted, graph)
+
+
+def tail_from(converted: GraphModule, boundary: int) -> GraphModule:
+    """Return what a converted model does after one of its boundaries, given the value there."""
+    graph, logits = _copy(converted)
+    graph.output(logits)
+    tail = GraphModule(converted, graph)
+    images, *_ = nodes = _boundaries(list(graph.nodes))
+    if nodes[boundary] is not images:
+        with graph.inserting_before(images):
+            nodes[boundary].replace_all_uses_with(graph.placeholder("boundary"))
+        graph.eliminate_dead_code()
+        graph.erase_node(images)
+        tail.recompile()
+    return tail
+
+
+def _copy(converted: GraphModule) -> tuple[Graph, Node]:
+    """Return a copy of a model's graph that has no output yet, and what it would put out."""
+    graph = Graph()
+    return graph, graph.graph_copy(converted.graph, {})
