@@ -171,7 +171,13 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> N
         "--batch-size", type=batch_size, metavar="N", default=64, help="images evaluated at once"
     )
     add_machine_arguments(running)
-    add_output_arguments(parser.add_argument_group("outputs"), output_dir)
+    outputs = parser.add_argument_group("outputs")
+    add_output_arguments(outputs, output_dir)
+    outputs.add_argument(
+        "--report",
+        action="store_true",
+        help="write report.html too: the run on one page, plots and all in a single file",
+    )
 
 
 def add_image_arguments(inputs: argparse._ArgumentGroup, test_images: int | None) -> None:

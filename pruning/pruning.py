@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     # torch takes seconds to import, so nothing that needs it is imported before this line.
     from common import checkpoint, data, device, output, report, size, sources, workers
     from common.cascade import has_bf16
-    from pruning import artifacts, experiment, plots, savings, search, tables
+    from common.html_report import add_report
+    from pruning import artifacts, experiment, plots, savings, search, story, tables
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
@@ -156,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         tables.write_sensitivity_csv(results["sensitivity"], folder.file(SENSITIVITY_CSV))
         tables.write_curve_csv(linear["curve"], folder.file(CURVE_CSV))
         results["wall_seconds"] = time.perf_counter() - started
+        if args.report:
+            add_report(results, story.tell(results), folder)
         report.write_json(folder.file(output.RESULTS_NAME), results)
         folder.commit()
         journal_path.unlink(missing_ok=True)

@@ -39,8 +39,8 @@ def structure_table(results: dict) -> str:
     )
 
 
-def sensitivity_table(results: dict, amount: float) -> str:
-    """Lay out the layers by drop at one amount; ≈ marks a tie with the row below."""
+def sensitivity_table(results: dict, amount: float) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: the layers by drop at one amount; ≈ ties a row with the next."""
     entries = {e["layer"]: e for e in results["sensitivity"] if e["amount"] == amount}
     ranking = next(r["layers"] for r in results["ranking"] if r["amount"] == amount)
     rows = []
@@ -60,8 +60,7 @@ def sensitivity_table(results: dict, amount: float) -> str:
                 "≈" if ranked["tied_with_next"] else "",
             ]
         )
-    header = ["layer", "accuracy", "points", "95 % interval", "p", "lost", "gained", ""]
-    return format_table(header, rows)
+    return ["layer", "accuracy", "points", "95 % interval", "p", "lost", "gained", ""], rows
 
 
 def search_table(linear: dict) -> str:
@@ -96,7 +95,7 @@ def format_results(results: dict, output_dir: Path) -> str:
             "",
             f"Each layer pruned alone by {100 * ranking['amount']:g} % "
             "(≈: chance explains the difference to the next)",
-            sensitivity_table(results, ranking["amount"]),
+            format_table(*sensitivity_table(results, ranking["amount"])),
         ]
     lines += ["", *_search_lines(results), "", *_saving_lines(results)]
     if "verification" in results:

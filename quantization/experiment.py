@@ -129,19 +129,24 @@ def save_and_verify(quantized: Quantized, path: Path, test: Cifar10) -> list[Pat
         paths.append(path.with_suffix(artifact.FROZEN_SUFFIX))
         artifact.save_frozen(quantized.model, quantized.settings.engine, paths[-1])
     for saved in paths:
-        verify_reloaded(saved, quantized, test)
+        verify_reloaded(saved, quantized.deployed, test)
     return paths
 
 
-def verify_reloaded(path: Path, quantized: Quantized, test: Cifar10) -> None:
+def verify_reloaded(path: Path, deployed: nn.Module, test: Cifar10) -> None:
     """Load a saved INT8 model in a fresh process and demand the logits of the one in memory.
+
+    Args:
+        path: Of the file, in any form that can be loaded.
+        deployed: The model that was saved, as it is run.
+        test: Some of these images are run through both.
 
     Raises:
         UserError: The reloaded model computes something else.
     """
     images = normalize(test.images[:RELOAD_IMAGES])
     with torch.inference_mode():
-        expected = quantized.deployed(images)
+        expected = deployed(images)
     reloaded = artifact.logits_in_fresh_process(path, images, torch.get_num_threads())
     if not torch.equal(expected, reloaded):
         worst = float((expected - reloaded).abs().max())

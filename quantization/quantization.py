@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
     from common import checkpoint, data, device, output, report, sources, workers
+    from common.html_report import add_report
     from common.model import fold_batch_norm
     from quantization import (
         diagnosis,
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         onnx_export,
         plots,
         sparsity,
+        story,
         study,
         tables,
     )
@@ -253,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
             "plots": folder.names(".png"),
         }
         results["wall_seconds"] = time.perf_counter() - started
+        if args.report:
+            add_report(results, story.tell(results), folder)
         report.write_json(folder.file(output.RESULTS_NAME), results)
         folder.commit()
     if args.json:

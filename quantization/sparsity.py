@@ -66,6 +66,6 @@ def describe_sparsity(
     """
     zeros = count_zeros(model, quantized.model)
     size_bytes = save_packed(quantized.model, quantized.settings, path)
-    verify_reloaded(path, quantized, test)
+    verify_reloaded(path, quantized.deployed, test)
     packed = {"file": path.name, "size_bytes": size_bytes, "size_ratio": size_bytes / fp32_bytes}
     return zeros | {"packed": packed}

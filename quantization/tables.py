@@ -14,23 +14,12 @@ WORST_SHOWN = 5
 
 def format_results(results: dict, sections: Sequence[str], output_dir: Path) -> str:
     """Lay out the table of models, each INT8 model's comparison, and further sections."""
-    batch_sizes = [entry["batch_size"] for entry in results["models"][0]["latency"]]
     environment = results["environment"]
-    rows = [
-        [
-            label(model),
-            megabytes(model["size_bytes"]),
-            percent(model["accuracy"]["value"]),
-            *(f"{entry['images_per_second']:,.0f}" for entry in model["latency"]),
-        ]
-        for model in results["models"]
-    ]
-    header = ["images/s at", "size", "accuracy", *(f"batch {size}" for size in batch_sizes)]
     parts = [
         f"ResNet18 on CIFAR-10: {results['data']['test_images']:,} test images "
         f"({results['data']['source']}), {environment['threads']} threads\n"
         f"{environment['cpu']}\n",
-        format_table(header, rows) + "\n",
+        format_table(*model_table(results["models"])) + "\n",
         *(format_comparison(model) for model in int8_entries(results)),
         *(format_agreement(model) for model in results["models"] if "agreement" in model),
         format_classes(results["per_class"]),
@@ -38,6 +27,22 @@ def format_results(results: dict, sections: Sequence[str], output_dir: Path) -> 
         f"written to {output_dir} in {results['wall_seconds']:.0f} s\n",
     ]
     return "\n".join(parts)
+
+
+def model_table(models: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: each model's size, accuracy and speed."""
+    batch_sizes = [entry["batch_size"] for entry in models[0]["latency"]]
+    header = ["images/s at", "size", "accuracy", *(f"batch {size}" for size in batch_sizes)]
+    rows = [
+        [
+            label(model),
+            megabytes(model["size_bytes"]),
+            percent(model["accuracy"]["value"]),
+            *(f"{entry['images_per_second']:,.0f}" for entry in model["latency"]),
+        ]
+        for model in models
+    ]
+    return header, rows
 
 
 def format_comparison(model: dict) -> str:

@@ -30,7 +30,8 @@ def check_results(results: dict, folder: Path) -> None:
     assert len(results["weights"]["sha256"]) == 64
     assert results["wall_seconds"] > 0
     artifacts = results["artifacts"]
-    for name in [artifacts["model"], *artifacts["plots"]]:
+    reports = [artifacts["report"]] if "report" in artifacts else []
+    for name in [artifacts["model"], *artifacts["plots"], *reports]:
         assert (folder / name).stat().st_size > 0, name
     checks = {
         "quantization": check_quantization,

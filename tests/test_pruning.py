@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from check_page import check_page
 from check_results import check_results
 
 from common.checkpoint import load_model
@@ -91,11 +92,15 @@ def test_artifacts_are_what_was_reported(finished):
 def test_pruned_model_can_be_pruned_again_from_another_folder(finished, tmp_path):
     _, folder = finished
     weights = folder / "resnet18_cifar10_pruned.pth"
-    again = run(*QUICK, "--layers", "linear", "--weights", weights, "--json", "--quiet",
+    again = run(*QUICK, "--layers", "linear", "--weights", weights, "--json", "--quiet", "--report",
                 "--output-dir", tmp_path / "out", cwd=tmp_path)  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert all(line.startswith("warning: ") for line in again.stderr.splitlines())
-    assert json.loads(again.stdout) == json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads(again.stdout)
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    page = check_page((tmp_path / "out" / results["artifacts"]["report"]).read_text())
+    assert f"{100 * results['linear_search']['max_amount']:.2f} %" in page.text
+    assert len(page.images) == len(results["artifacts"]["plots"])
 
 
 # --- the same results, however a run goes ---------------------------------------------------------

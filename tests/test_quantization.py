@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from check_page import check_page
 from check_results import check_results
 from torch.nn.utils import prune
 
@@ -169,10 +170,13 @@ def test_a_pruned_network_keeps_its_zeros_and_is_packed(tmp_path):
         prune.remove(layer, name)
     weights = tmp_path / "pruned.pth"
     torch.save(model.state_dict(), weights)
-    process = run(*QUICK, "--weights", weights, "--output-dir", tmp_path / "out")
+    process = run(*QUICK, "--weights", weights, "--report", "--output-dir", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     check_results(results, tmp_path / "out")
+    page = check_page((tmp_path / "out" / results["artifacts"]["report"]).read_text())
+    assert f"{1 / results['comparison']['size_ratio']:.2f}× smaller" in page.text
+    assert len(page.images) == len(results["artifacts"]["plots"])
     sparsity = results["sparsity"]
     zeros = sum(int((layer.weight == 0).sum()) for layer, _ in layers)
     assert sparsity["zeros_before"] == zeros

@@ -1,0 +1,86 @@
+"""The page that pruning.py's ``--report`` writes: what it tells of a results.json."""
+
+from __future__ import annotations
+
+from common.html_report import Story, Table
+from common.report import percent, points
+from pruning.tables import sensitivity_table
+
+CAPTIONS = {
+    "sensitivity_amounts.png": "Every layer at every amount: the steeper the curve, the more the "
+    "network needs that layer's small weights.",
+    "linear_search.png": "Accuracy at every possible amount of the linear layer, and the steps by "
+    "which the binary search found how far it can go.",
+}
+IN_ORDER = (
+    "Accuracy with each layer alone pruned, in network order; whiskers are paired with dense."
+)
+BY_DROP = "The same, the most sensitive layer first."
+
+
+def tell(results: dict) -> Story:
+    """Return what a run of pruning.py has to tell."""
+    linear, baseline = results["linear_search"], results["baseline"]
+    confirmed = linear["confirmed"]["comparison"]
+    low, high = (points(-limit) for limit in reversed(confirmed["ci95"]))
+    amounts = [ranking["amount"] for ranking in results["ranking"]]
+    worst = results["ranking"][-1]["layers"][0]["layer"]
+    drop = next(
+        entry["comparison"]["drop"]
+        for entry in results["sensitivity"]
+        if (entry["layer"], entry["amount"]) == (worst, amounts[-1])
+    )
+    return Story(
+        title="ResNet18 for CIFAR‑10, pruned layer by layer",
+        question="Which layers can lose their weights, and how many? Asked for: each layer alone, "
+        f"pruned by {' and '.join(percent(amount, 0) for amount in amounts)} (L1, unstructured), "
+        f"and the linear layer as far as {100 * linear['tolerance']:g} points allow, on "
+        f"{results['data']['test_images']:,} test images ({results['data']['source']}).",
+        numbers=[
+            (percent(baseline["value"]),
+             f"dense accuracy, 95 % interval {percent(baseline['ci95'][0])} to "
+             f"{percent(baseline['ci95'][1])}"),
+            (f"{points(-drop)} points",
+             f"with {percent(amounts[-1], 0)} of {worst} pruned: the most sensitive layer"),
+            (percent(linear["max_amount"]),
+             f"of the linear layer can go: {points(-confirmed['drop'])} points, {low} to {high}"),
+        ],
+        findings=_findings(results),
+        tables=_tables(results),
+        captions=_sensitivity_captions(results) | CAPTIONS,
+    )  # fmt: skip
+
+
+def _findings(results: dict) -> list[str]:
+    linear, savings = results["linear_search"], results["savings"]
+    saved = savings["dense_bytes"] - savings["packed_bytes"]
+    explanation = linear["explanation"]
+    return [
+        f"{explanation[0].upper()}{explanation[1:]}.",
+        f"The linear layer holds {percent(savings['linear_share'], 3)} of the weights, so its "
+        f"zeros save {saved:,} of {savings['dense_bytes']:,} bytes. They make nothing faster, for "
+        "dense kernels multiply them as well.",
+    ]
+
+
+def _tables(results: dict) -> list[Table]:
+    note = (
+        "Against dense on the same images: only dense gets those lost right, only the pruned "
+        "network those gained. ≈ says that chance explains the difference to the next row."
+    )
+    return [
+        Table(
+            f"Each layer alone, {percent(ranking['amount'], 0)} pruned",
+            *sensitivity_table(results, ranking["amount"]),
+            note,
+        )
+        for ranking in results["ranking"]
+    ]
+
+
+def _sensitivity_captions(results: dict) -> dict[str, str]:
+    captions = {}
+    for name in results["artifacts"]["plots"]:
+        if name.startswith("sensitivity") and name not in CAPTIONS:
+            captions[name] = BY_DROP if name.endswith("_sorted.png") else IN_ORDER
+    return captions
