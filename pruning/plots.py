@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.report import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
+from pruning.model_plots import MODEL_PLOT, plot_model_search
 
 MAX_CURVE_POINTS = 1500
 
@@ -38,6 +39,9 @@ def draw_all(results: dict, correct: np.ndarray, file: Callable[[str], Path]) ->
         path = named("sensitivity_amounts.png")
         plot_amounts(results["sensitivity"], dense, linear["tolerance"], path)
     plot_search(correct, linear, named("linear_search.png"))
+    if "model_search" in results:
+        path = named(MODEL_PLOT)
+        plot_model_search(results["model_search"], linear["tolerance"], path)
     return names
 
 

@@ -2,10 +2,12 @@
 
     python pruning.py                           # bundled weights or your resnet18_cifar10.pth
     python pruning.py --weights my.pth --data-dir ~/cifar10 --amounts 0.5,0.7,0.9
+    python pruning.py --scope all --recalibrate-bn     # how far can the whole network go?
 
 Describes the structure; prunes each layer alone (L1, unstructured) and measures what that costs on
 the same images; searches how far the linear layer can go within a tolerance, and proves the answer
-against every possible amount. Writes the pruned model, plain and packed, results.json and plots.
+against every possible amount; with --scope, how far all layers together. Writes the pruned model,
+plain and packed, results.json and plots.
 
 The scan goes through the images once, for all layers and amounts together. Its unit of progress is
 sixteen batches of images: killed at any moment, ``--resume`` repeats at most that much.
@@ -27,6 +29,8 @@ JOURNAL_NAME = "scan.journal"
 # Images in a batch. On a CPU small ones, which keep the activations of all branches in the cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
 SENSITIVITY_CSV, CURVE_CSV = "sensitivity.csv", "linear_curve.csv"
+# The choices of pruning.allocation, which imports torch, and --help must not.
+ALLOCATIONS = ("uniform", "global", "sensitivity")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,7 +81,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--holdout", action="store_true",
         help="choose the amount on one half of the images and confirm it on the other",
     )  # fmt: skip
+    _add_model_search_arguments(parser.add_argument_group("search over many layers together"))
     return parser
+
+
+def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--scope", choices=("linear", "conv", "all"),
+        help="search how far these layers can be pruned together, within --tolerance; the saved "
+        "model is then the sparsest one found",
+    )  # fmt: skip
+    group.add_argument(
+        "--allocation", type=cli.list_of(cli.one_of(*ALLOCATIONS)), metavar="NAME,...",
+        default=list(ALLOCATIONS),
+        help=f"how the total is shared out among the layers: {', '.join(ALLOCATIONS)}",
+    )  # fmt: skip
+    group.add_argument(
+        "--recalibrate-bn", action="store_true",
+        help="adds rows with batch-norm statistics re-estimated on training images after pruning",
+    )  # fmt: skip
 
 
 @cli.exit_codes
@@ -91,7 +113,16 @@ def main(argv: list[str] | None = None) -> int:
     from common import checkpoint, data, device, output, report, size, sources, workers
     from common.cascade import has_bf16
     from common.html_report import add_report
-    from pruning import artifacts, experiment, plots, savings, search, story, tables
+    from pruning import (
+        artifacts,
+        experiment,
+        model_search,
+        plots,
+        savings,
+        search,
+        story,
+        tables,
+    )
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
@@ -137,16 +168,24 @@ def main(argv: list[str] | None = None) -> int:
             model, scanned.features, test.labels.cpu(), args.tolerance,
             args.seed if args.holdout else None,
         )  # fmt: skip
-        plain = folder.file(artifacts.PRUNED_NAME)
-        sizes = savings.save_artifacts(
-            model, pruned_weights, plain, folder.file(artifacts.PACKED_NAME)
-        )
+        plain, packed = (folder.file(n) for n in (artifacts.PRUNED_NAME, artifacts.PACKED_NAME))
+        linear_pruned = savings.prune_linear(model, pruned_weights)
+        sizes = savings.save_artifacts(model, linear_pruned, plain, packed)
         pruned = checkpoint.load_model(plain)
         linear["confirmed"] = savings.confirm(
             pruned, test, scanned.features, scanned.dense_correct, batch_size, crew
         )
         results["linear_search"] = linear
         results["savings"] = savings.measure_savings(sizes, results["structure"], model, test)
+
+        if args.scope:
+            searched = model_search.ModelSearch.prepare(
+                model, args.scope, test, scanned.dense_correct, args.tolerance, args.seed, fast
+            )
+            if args.recalibrate_bn:
+                searched.training = model_search.load_training(source, args.seed).to(place)
+            results["model_search"] = searched.run(args.allocation, layers)
+            results["model_saved"] = searched.save_best(results["model_search"], plain, packed)
 
         results["artifacts"] = {
             "model": artifacts.PRUNED_NAME,

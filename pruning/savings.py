@@ -23,14 +23,19 @@ TIMED_BATCH_SIZE = 16
 TIMED_AMOUNT = 0.9
 
 
-def save_artifacts(model: ResNet18, pruned_weights: int, plain: Path, packed: Path) -> dict:
-    """Write the model with its linear layer pruned, plain and packed; return their real bytes.
+def prune_linear(model: ResNet18, pruned_weights: int) -> ResNet18:
+    """Return a copy, on the CPU, without the linear layer's ``pruned_weights`` smallest weights."""
+    pruned = copy.deepcopy(model).cpu()
+    prune_model(pruned, {"linear": l1_mask(pruned.linear.weight, pruned_weights)})
+    return pruned
+
+
+def save_artifacts(model: ResNet18, pruned: ResNet18, plain: Path, packed: Path) -> dict:
+    """Write the pruned model, plain and packed; return their real bytes, and the dense model's.
 
     Both are read back: each must give the same tensors, bit for bit.
     """
-    pruned = copy.deepcopy(model).cpu()
-    prune_model(pruned, {"linear": l1_mask(pruned.linear.weight, pruned_weights)})
-    state = {name: tensor.contiguous() for name, tensor in pruned.state_dict().items()}
+    state = {name: t.cpu().contiguous() for name, t in pruned.state_dict().items()}
     dense = plain.with_name(".dense.pth")
     torch.save({name: t.cpu().contiguous() for name, t in model.state_dict().items()}, dense)
     torch.save(state, plain)
@@ -81,8 +86,7 @@ def confirm(
     weight, bias = pruned.linear.weight.detach().cpu(), pruned.linear.bias.detach().cpu()
     expected = (features @ weight.T + bias).argmax(dim=1) == labels
     different = int((expected != correct).sum())
-    if different > max(1, MAX_FLIPS * len(labels)):
-        raise UserError(f"the reloaded model differs from the search on {different} images")
+    check_flips(different, len(labels))
     return {
         "accuracy": measure_accuracy(correct).as_dict(),
         "comparison": compare(dense_correct, correct).as_dict(),
@@ -90,19 +94,30 @@ def confirm(
     }
 
 
-def time_zeros(model: ResNet18, images: torch.Tensor) -> list[dict]:
-    """Time the dense model against the same one with 90 % zeros everywhere, on the CPU."""
-    dense = copy.deepcopy(model).cpu()
-    sparse = copy.deepcopy(dense)
+def check_flips(different: int, total: int) -> None:
+    """Raise UserError where the reloaded model is not the one that the search measured."""
+    if different > max(1, MAX_FLIPS * total):
+        raise UserError(f"the reloaded model differs from the search on {different} images")
+
+
+def prune_everywhere(model: ResNet18, amount: float) -> ResNet18:
+    """Return a copy, on the CPU, without a fraction ``amount`` of every layer."""
+    pruned = copy.deepcopy(model).cpu()
     masks = {
-        name: l1_mask(layer.weight, pruned_count(layer.weight.numel(), TIMED_AMOUNT))
-        for name, layer in prunable_layers(sparse).items()
+        name: l1_mask(layer.weight, pruned_count(layer.weight.numel(), amount))
+        for name, layer in prunable_layers(pruned).items()
     }
-    prune_model(sparse, masks)
+    prune_model(pruned, masks)
+    return pruned
+
+
+def time_zeros(model: ResNet18, sparse: ResNet18, name: str, dataset: Cifar10) -> list[dict]:
+    """Time the dense model against a sparse one, called ``name``, on the CPU."""
+    images = normalize(dataset.images[:TIMED_BATCH_SIZE].cpu())
     contenders = []
-    for name, contender in (("dense", dense), ("90 % zeros everywhere", sparse)):
-        run = torch.inference_mode()(contender.to(memory_format=torch.channels_last))
-        contenders.append(Contender(name, run))
+    for label, contender in (("dense", model), (name, sparse)):
+        laid_out = copy.deepcopy(contender).cpu().to(memory_format=torch.channels_last)
+        contenders.append(Contender(label, torch.inference_mode()(laid_out)))
     timings = time_interleaved(contenders, images, (TIMED_BATCH_SIZE,), seconds_per_batch_size=1.5)
     return [{"name": name, **entries[0].as_dict()} for name, entries in timings.items()]
 
@@ -110,8 +125,9 @@ def time_zeros(model: ResNet18, images: torch.Tensor) -> list[dict]:
 def measure_savings(sizes: dict, structure: dict, model: ResNet18, dataset: Cifar10) -> dict:
     """Return results.json's ``savings``: bytes, the linear layer's share, and the times."""
     weights = structure["conv_weights"] + structure["linear_weights"]
-    images = normalize(dataset.images[:TIMED_BATCH_SIZE].cpu())
+    sparse = prune_everywhere(model, TIMED_AMOUNT)
+    name = f"{100 * TIMED_AMOUNT:g} % zeros everywhere"
     return sizes | {
         "linear_share": structure["linear_weights"] / weights,
-        "latency": time_zeros(model, images),
+        "latency": time_zeros(model, sparse, name, dataset),
     }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.report import format_table, megabytes, percent, points
+from pruning.model_tables import format_model_search
 
 
 def structure_table(results: dict) -> str:
@@ -98,6 +99,8 @@ def format_results(results: dict, output_dir: Path) -> str:
             format_table(*sensitivity_table(results, ranking["amount"])),
         ]
     lines += ["", *_search_lines(results), "", *_saving_lines(results)]
+    if "model_search" in results:
+        lines += ["", format_model_search(results)]
     if "verification" in results:
         lines += ["", _verification_line(results["verification"])]
     lines += ["", f"written to {output_dir} in {results['wall_seconds']:.0f} s"]

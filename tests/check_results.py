@@ -83,6 +83,32 @@ def check_pruning(results: dict, folder: Path) -> None:
     assert 0 <= search["max_amount"] <= search["exhaustive_max_amount"] <= 1
     assert search["curve"]
     assert isinstance(search["monotone"], bool)
+    for entry in results.get("model_search", []):
+        check_model_search(entry)
+    if "model_search" in results:
+        saved = results["model_saved"]
+        assert saved["sparsity"] in [entry["max_sparsity"] for entry in results["model_search"]]
+        check_accuracy(saved["accuracy"], saved["accuracy"]["total"])
+        assert saved["packed_bytes"] <= saved["dense_bytes"]
+
+
+def check_model_search(entry: dict) -> None:
+    """Check one row of the search over many layers."""
+    total = entry["accuracy"]["total"]
+    check_accuracy(entry["accuracy"], total)
+    check_comparison(entry["comparison"], total)
+    assert entry["scope"] in ("linear", "conv", "all")
+    assert entry["allocation"] in ("uniform", "global", "sensitivity", "random")
+    assert isinstance(entry["recalibrated"], bool)
+    assert 0 <= entry["max_sparsity"] < 1
+    assert [entry["max_sparsity"], entry["accuracy"]["value"]] in entry["curve"]
+    assert entry["curve"] == sorted(entry["curve"])
+    for point in entry["points"]:
+        check_accuracy(point["accuracy"], total)
+        check_comparison(point["comparison"], total)
+        assert [point["sparsity"], point["accuracy"]["value"]] in entry["curve"]
+    assert len(entry["layers"]) == 21
+    assert 0 < entry["macs_kept"] <= 1
 
 
 def check_training(results: dict, folder: Path) -> None:

@@ -1,0 +1,60 @@
+"""How a pruned network classifies: in bf16 where that is fast, close cases again in FP32.
+
+The same two looks as in :mod:`common.cascade`, for one network instead of many branches.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from common.branching import FoldedNetwork, trace_dense
+from common.cascade import CALIBRATION_IMAGES, SAFETY_FACTOR
+from common.data import Cifar10, normalize
+from common.model import ResNet18
+
+BATCH_SIZE = 50
+
+
+class Classifier:
+    """A network folded for inference, and in bf16 the margin below which FP32 decides.
+
+    Args:
+        model: In eval mode; not changed.
+        sample: uint8 images to measure the rounding error on, on the model's device.
+        fast: Run in bf16 first.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: ResNet18, sample: torch.Tensor, fast: bool):
+        self._exact = FoldedNetwork.of(model)
+        self._fast = self._exact.to(torch.bfloat16) if fast else None
+        if fast:
+            images = normalize(sample[:CALIBRATION_IMAGES])
+            errors = run(self._fast, images) - run(self._exact, images)
+            # Only differences decide, so an error that all logits share does not count.
+            self._bound = SAFETY_FACTOR * (errors.amax(dim=1) - errors.amin(dim=1)).max()
+
+    @torch.inference_mode()
+    def find_correct(self, dataset: Cifar10) -> torch.Tensor:
+        """Return per-image correctness (bool, shape (N,)) on the CPU, as FP32 gives it."""
+        batches = zip(
+            dataset.images.split(BATCH_SIZE), dataset.labels.split(BATCH_SIZE), strict=True
+        )
+        correct = [self._classify(normalize(images)) == labels for images, labels in batches]
+        return torch.cat(correct).cpu()
+
+    def _classify(self, images: torch.Tensor) -> torch.Tensor:
+        if self._fast is None:
+            return run(self._exact, images).argmax(dim=1)
+        best, classes = run(self._fast, images).topk(2, dim=1)
+        predictions = classes[:, 0]
+        close = best[:, 0] - best[:, 1] < self._bound
+        if close.any():
+            predictions[close] = run(self._exact, images[close]).argmax(dim=1)
+        return predictions
+
+
+def run(network: FoldedNetwork, images: torch.Tensor) -> torch.Tensor:
+    """Map normalised images (N, 3, H, W) to FP32 logits (N, classes)."""
+    trace = trace_dense(network, images.to(network.stem.weight.dtype))
+    return network.classify(trace.features)

@@ -1,0 +1,87 @@
+"""The search over the whole network in words and columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from common.report import format_table, megabytes, percent, points
+from pruning.model_search import COMPRESSIONS
+
+SCOPES = {"linear": "the linear layer", "conv": "all convolutions", "all": "the whole network"}
+
+
+def method_name(entry: dict) -> str:
+    """Return what a row is called."""
+    name = entry["allocation"]
+    if entry["recalibrated"]:
+        name += " + BN"
+    if entry["finetune_epochs"]:
+        name += " + training"
+    return name
+
+
+def largest_table(entries: Sequence[dict]) -> str:
+    """Lay out the largest sparsity of each method, and its accuracy on the held-out images."""
+    rows = []
+    for entry in entries:
+        low, high = (points(-limit) for limit in reversed(entry["comparison"]["ci95"]))
+        rows.append(
+            [
+                method_name(entry),
+                percent(entry["max_sparsity"], 1),
+                f"{1 / (1 - entry['max_sparsity']):.1f}×",
+                percent(entry["accuracy"]["value"]),
+                points(0.0 - entry["comparison"]["drop"]),
+                f"{low} … {high}",
+                "yes" if entry["within_tolerance"] else "NO",
+                percent(entry["macs_kept"], 0),
+            ]
+        )
+    header = ["", "pruned", "", "accuracy", "points", "95 % interval", "within", "MACs"]
+    return format_table(header, rows)
+
+
+def curve_table(entries: Sequence[dict]) -> str:
+    """Lay out the points lost at each compression; ± is half the paired 95 % interval."""
+    rows = []
+    for entry in entries:
+        cells = []
+        for point in entry["points"]:
+            low, high = point["comparison"]["ci95"]
+            cells.append(f"{points(0.0 - point['comparison']['drop'], 1)} ±{50 * (high - low):.1f}")
+        rows.append([method_name(entry), *cells])
+    return format_table(["points at", *(f"{times}×" for times in COMPRESSIONS)], rows)
+
+
+def format_model_search(results: dict) -> str:
+    """Lay out the whole chapter for a terminal 80 columns wide."""
+    entries, saved = results["model_search"], results["model_saved"]
+    first = entries[0]
+    dense, sparse = saved["latency"]
+    tolerance = 100 * results["arguments"]["tolerance"]
+    summary = (
+        f"Chosen on {first['chosen_on_images']:,} images with one standard error to spare, "
+        f"measured on {first['accuracy']['total']:,} others. MACs: multiply-adds that are not with "
+        "a zero. BN: batch-norm statistics re-estimated on training images after pruning."
+    )
+    lines = [
+        f"{SCOPES[first['scope']].capitalize()}: the largest sparsity within {tolerance:g} points",
+        largest_table(entries),
+        *textwrap.wrap(summary, 78, initial_indent="  ", subsequent_indent="  "),
+        "",
+        "Points lost at each compression of the weights, on the same held-out images",
+        curve_table(entries),
+        "",
+        f"Saved: {method_name(saved)} at {percent(saved['sparsity'], 1)}; reloaded and measured "
+        f"again: {percent(saved['accuracy']['value'])}",
+        f"  plain file   {megabytes(saved['pruned_bytes'])}, "
+        f"compressed {megabytes(saved['pruned_compressed_bytes'])}",
+        f"  packed file  {megabytes(saved['packed_bytes'])}, "
+        f"{saved['dense_bytes'] / saved['packed_bytes']:.1f} times smaller than dense",
+        f"  in theory    {percent(1 - saved['macs_kept'], 0)} of the multiply-adds are saved; "
+        "dense kernels do them all:",
+        f"  measured     {sparse['median_ms']:.0f} ms for {dense['batch_size']} images, "
+        f"dense {dense['median_ms']:.0f} ms",
+    ]
+    return "\n".join(lines)

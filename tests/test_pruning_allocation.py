@@ -1,0 +1,143 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from common.model import ResNet18, prunable_layers
+from pruning import allocation, pruning
+from pruning.allocation import DamageCurve, greedy_counts
+
+
+def make_weights(seed, with_ties=False):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a": (4, 3, 3, 3), "b": (6, 5), "c": (2, 7)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: (w * 2).round() if with_ties else w for name, w in weights.items()}
+
+
+def as_modules(weights):
+    modules = []
+    for weight in weights.values():
+        module = nn.Module()
+        module.weight = nn.Parameter(weight.clone())
+        modules.append(module)
+    return modules
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**31), st.floats(0.01, 0.99), st.booleans())
+def test_global_keeps_what_torch_keeps(seed, sparsity, with_ties):
+    weights = make_weights(seed, with_ties)
+    modules = as_modules(weights)
+    prune.global_unstructured(
+        [(module, "weight") for module in modules], prune.L1Unstructured, amount=sparsity
+    )
+    found = allocation.global_masks(weights, sparsity)
+    for mask, module in zip(found.values(), modules, strict=True):
+        assert torch.equal(mask, module.weight_mask.bool())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**31), st.floats(0.01, 0.99), st.booleans())
+def test_uniform_keeps_what_torch_keeps(seed, sparsity, with_ties):
+    weights = make_weights(seed, with_ties)
+    found = allocation.uniform_masks(weights, sparsity)
+    for mask, module in zip(found.values(), as_modules(weights), strict=True):
+        prune.l1_unstructured(module, "weight", sparsity)
+        assert torch.equal(mask, module.weight_mask.bool())
+
+
+def test_random_takes_more_of_the_same_whatever_the_weights():
+    weights = make_weights(0)
+    less, more = (allocation.random_masks(weights, sparsity, 3) for sparsity in (0.3, 0.8))
+    other = allocation.random_masks(make_weights(1), 0.3, 3)
+    for name, weight in weights.items():
+        assert int((~less[name]).sum()) == round(0.3 * weight.numel())
+        assert not (more[name] & ~less[name]).any()
+        assert torch.equal(less[name], other[name])
+    assert not torch.equal(allocation.random_masks(weights, 0.3, 4)["a"], less["a"])
+
+
+def test_scopes_divide_the_layers():
+    model = ResNet18((4, 8, 8, 8))
+    everything = list(prunable_layers(model))
+    assert list(allocation.weights_in_scope(model, "all")) == everything
+    assert list(allocation.weights_in_scope(model, "conv")) == everything[:-1]
+    assert list(allocation.weights_in_scope(model, "linear")) == ["linear"]
+    assert pruning.ALLOCATIONS == allocation.ALLOCATIONS
+
+
+# --- by sensitivity ------------------------------------------------------------------------------
+
+steps = st.lists(
+    st.tuples(st.integers(1, 5), st.integers(0, 9)), min_size=1, max_size=4
+)  # weights, damage
+
+
+def make_curve(parts):
+    counts, damage = zip(*parts, strict=True)
+    return DamageCurve(
+        np.concatenate([[0], np.cumsum(counts)]), np.concatenate([[0.0], np.cumsum(damage)])
+    )
+
+
+def damage_at(curve, count):
+    return float(np.interp(count, curve.counts, curve.damage))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(steps, min_size=1, max_size=3), st.data())
+def test_greedy_finds_the_least_damage_there_is(parts, data):
+    """Against every way to share out the total, on the convex curves that greedy goes by."""
+    curves = {str(index): make_curve(part).convex() for index, part in enumerate(parts)}
+    total = data.draw(st.integers(0, int(sum(curve.counts[-1] for curve in curves.values()))))
+    found = greedy_counts(curves, total)
+    assert sum(found.values()) == total
+    ranges = [range(int(curve.counts[-1]) + 1) for curve in curves.values()]
+    least = min(
+        sum(map(damage_at, curves.values(), counts))
+        for counts in itertools.product(*ranges)
+        if sum(counts) == total
+    )
+    assert sum(map(damage_at, curves.values(), found.values())) == pytest.approx(least)
+
+
+@given(steps)
+def test_hull_is_convex_and_never_above(parts):
+    curve = make_curve(parts)
+    hull = curve.convex()
+    assert (hull.counts[0], hull.counts[-1]) == (curve.counts[0], curve.counts[-1])
+    assert (np.diff(np.diff(hull.damage) / np.diff(hull.counts)) >= -1e-12).all()
+    assert (np.interp(curve.counts, hull.counts, hull.damage) <= curve.damage + 1e-9).all()
+
+
+@given(st.lists(steps, min_size=1, max_size=4), st.data())
+def test_a_larger_budget_only_takes_more(parts, data):
+    curves = {str(index): make_curve(part) for index, part in enumerate(parts)}
+    capacity = int(sum(curve.counts[-1] for curve in curves.values()))
+    less, more = sorted(data.draw(st.tuples(*[st.integers(0, capacity)] * 2)))
+    smaller, larger = greedy_counts(curves, less), greedy_counts(curves, more)
+    assert all(smaller[name] <= larger[name] for name in curves)
+
+
+def test_budget_beyond_the_curves_is_a_bug():
+    with pytest.raises(ValueError, match="end 1 weights before"):
+        greedy_counts({"a": make_curve([(3, 1)])}, 4)
+
+
+def test_sensitivity_prunes_the_smallest_of_the_cheapest():
+    weights = make_weights(5)
+    curves = {
+        "a": DamageCurve(np.array([0, 54, 108]), np.array([0.0, 1.0, 9.0])),
+        "b": DamageCurve(np.array([0, 15, 30]), np.array([0.0, 0.0, 0.5])),
+        "c": DamageCurve(np.array([0, 7, 14]), np.array([0.0, 9.0, 99.0])),
+    }
+    found = allocation.sensitivity_masks(weights, curves, 60 / 152)
+    assert [int((~mask).sum()) for mask in found.values()] == [45, 15, 0]
+    smallest = weights["b"].abs().flatten().sort().values[:15]
+    assert torch.equal(weights["b"][~found["b"]].abs().sort().values, smallest)
