@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -295,38 +295,63 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
         _make_printing_safe()
-        try:
-            previous = signal.signal(signal.SIGTERM, _interrupt)
-        except ValueError:  # not the main thread: no signals to handle
-            previous = None
-        try:
-            code = main(argv)
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            return code
-        except UserError as error:
-            return _fail(str(error))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        except BrokenPipeError:  # the reader went away (`| head`): nobody is left to be told
-            return EXIT_FAILED
-        except OSError as error:
-            return _fail(f"{error.filename or 'system'}: {error.strerror or error}")
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            return _fail("out of memory; a smaller --batch-size needs less")
-        finally:
-            _release_stdout()
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
+        with _interruptions() as interrupted:
+            try:
+                code = main(argv)
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+                return code
+            except KeyboardInterrupt:
+                return _stop()
+            except Exception as error:
+                if interrupted:  # which a library has turned into another error
+                    return _stop()
+                if isinstance(error, BrokenPipeError):  # `| head`: nobody is left to be told
+                    return EXIT_FAILED
+                if (message := _message(error)) is None:
+                    raise
+                return _fail(message)
+            finally:
+                _release_stdout()
 
     return guarded
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Let SIGTERM do what Ctrl-C does; yields the signals that have come so far."""
+    interrupted = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # not the main thread: no signals to handle
+        previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, interrupt)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+            previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _message(error: Exception) -> str | None:
+    """Return what to tell the user of an expected failure; None of a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror or error}"
+    if _is_out_of_memory(error):
+        return "out of memory; a smaller --batch-size needs less"
+    return None
+
+
+def _stop() -> int:
+    print("interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 def _fail(message: str) -> int:

@@ -54,7 +54,7 @@ def run(body: str, stdin: str = "", **options: object) -> subprocess.CompletedPr
 
 BODY_IDS = (
     "done", "budget", "user-error", "hostile-text", "os-error", "disk-full", "interrupt", "sigint",
-    "sigterm", "memory", "torch-memory",
+    "sigterm", "sigterm-made-another-error", "memory", "torch-memory",
 )  # fmt: skip
 
 
@@ -73,6 +73,9 @@ BODY_IDS = (
         ("raise KeyboardInterrupt", 130, "", "interrupted\n"),
         ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, "", "interrupted\n"),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 130, "", "interrupted\n"),
+        ("try:\n    os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+         "except BaseException:\n    raise AttributeError('half imported')", 130, "",
+         "interrupted\n"),
         ("raise MemoryError", 1, "", "error: out of memory; a smaller --batch-size needs less\n"),
         ("import torch; torch.empty(1 << 60)", 1, "",
          "error: out of memory; a smaller --batch-size needs less\n"),
