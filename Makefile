@@ -1,5 +1,5 @@
 # make run    set up .venv and run the scripts: results in results/
-# make test   lint-free check of the code: the test suite
+# make test   the test suite
 # make lint   ruff
 # make bench  compare with other runtimes (installs them into .venv)
 #

@@ -105,7 +105,8 @@ def read_checkpoint(path: Path) -> StateDict:
         str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()
     }
     if dtypes != {"float32"}:
-        log.info("%s: %s weights, converted to float32", path, " and ".join(sorted(dtypes)))
+        name = "the bundled weights" if path == BUNDLED_WEIGHTS else path
+        log.info("%s: %s weights, converted to float32", name, " and ".join(sorted(dtypes)))
     return {name: tensors[name].to(value.dtype).contiguous() for name, value in expected.items()}
 
 

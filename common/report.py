@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import platform
+import re
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +71,39 @@ def environment(device: str) -> dict:
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
     }
+
+
+def run_cost(started: float) -> dict:
+    """Return what the run has cost so far: wall-clock seconds, and the peak of its memory.
+
+    Args:
+        started: What ``time.perf_counter()`` said at the start.
+    """
+    return {
+        "wall_seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the most main memory that this process has held; None where the system cannot say."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the process was before it became Python
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)[1])
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def format_cost(results: dict) -> str:
+    """Say how long the run took, and what memory."""
+    text = f"in {results['wall_seconds']:.0f} s"
+    if results["peak_memory_bytes"] is not None:
+        text += f" with at most {megabytes(results['peak_memory_bytes'], 0)} of memory"
+    return text
 
 
 def cpu_name() -> str:
@@ -135,9 +171,9 @@ def points(value: float, digits: int = 2) -> str:
     return f"{round(100 * value, digits) + 0.0:+.{digits}f}"  # 0.0: no minus before a zero
 
 
-def megabytes(size_bytes: float) -> str:
+def megabytes(size_bytes: float, digits: int = 2) -> str:
     """Format bytes as megabytes (10^6 bytes)."""
-    return f"{size_bytes / 1e6:.2f} MB"
+    return f"{size_bytes / 1e6:,.{digits}f} MB"
 
 
 # --- plots ---------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         tables.write_sensitivity_csv(results["sensitivity"], folder.file(SENSITIVITY_CSV))
         tables.write_curve_csv(linear["curve"], folder.file(CURVE_CSV))
-        results["wall_seconds"] = time.perf_counter() - started
+        results |= report.run_cost(started)
         if args.report:
             add_report(results, story.tell(results), folder)
         report.write_json(folder.file(output.RESULTS_NAME), results)

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.report import format_table, megabytes, percent, points
+from common.report import format_cost, format_table, megabytes, percent, points
 from pruning.model_tables import format_model_search
 
 
@@ -103,7 +103,7 @@ def format_results(results: dict, output_dir: Path) -> str:
         lines += ["", format_model_search(results)]
     if "verification" in results:
         lines += ["", _verification_line(results["verification"])]
-    lines += ["", f"written to {output_dir} in {results['wall_seconds']:.0f} s"]
+    lines += ["", format_cost(results), f"written to {output_dir}"]
     return "\n".join(lines) + "\n"
 
 

@@ -252,9 +252,10 @@ def main(argv: list[str] | None = None) -> int:
         results["artifacts"] = {
             "model": artifact_name(first.settings.engine),
             "models": [n for s in MODEL_SUFFIXES for n in folder.names(s)],
+            "csv": folder.names(".csv"),
             "plots": folder.names(".png"),
         }
-        results["wall_seconds"] = time.perf_counter() - started
+        results |= report.run_cost(started)
         if args.report:
             add_report(results, story.tell(results), folder)
         report.write_json(folder.file(output.RESULTS_NAME), results)

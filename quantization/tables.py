@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.report import format_table, megabytes, percent, points
+from common.report import format_cost, format_table, megabytes, percent, points
 from quantization.experiment import int8_entries
 from quantization.plots import label
 
@@ -14,17 +14,17 @@ WORST_SHOWN = 5
 
 def format_results(results: dict, sections: Sequence[str], output_dir: Path) -> str:
     """Lay out the table of models, each INT8 model's comparison, and further sections."""
-    environment = results["environment"]
+    environment, threads = results["environment"], results["environment"]["threads"]
     parts = [
         f"ResNet18 on CIFAR-10: {results['data']['test_images']:,} test images "
-        f"({results['data']['source']}), {environment['threads']} threads\n"
+        f"({results['data']['source']}), {threads} thread{'s' * (threads != 1)}\n"
         f"{environment['cpu']}\n",
         format_table(*model_table(results["models"])) + "\n",
         *(format_comparison(model) for model in int8_entries(results)),
         *(format_agreement(model) for model in results["models"] if "agreement" in model),
         format_classes(results["per_class"]),
         *sections,
-        f"written to {output_dir} in {results['wall_seconds']:.0f} s\n",
+        f"written to {output_dir} {format_cost(results)}\n",
     ]
     return "\n".join(parts)
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 COMMON = {
-    "schema", "script", "arguments", "environment", "data", "weights", "wall_seconds", "artifacts",
+    "schema", "script", "arguments", "environment", "data", "weights", "processes", "wall_seconds",
+    "peak_memory_bytes", "artifacts",
 }  # fmt: skip
 ENVIRONMENT = {"torch", "python", "cpu", "threads", "vnni", "device"}
 
@@ -29,16 +30,29 @@ def check_results(results: dict, folder: Path) -> None:
     assert results["data"]["source"] in ("cifar10", "folder", "bundled")
     assert len(results["weights"]["sha256"]) == 64
     assert results["wall_seconds"] > 0
+    assert results["processes"] >= 1
+    assert results["peak_memory_bytes"] is None or results["peak_memory_bytes"] > 50e6
     artifacts = results["artifacts"]
     reports = [artifacts["report"]] if "report" in artifacts else []
     for name in [artifacts["model"], *artifacts["plots"], *reports]:
         assert (folder / name).stat().st_size > 0, name
+    written = {path.name for path in folder.iterdir() if path.is_file()}
+    assert written - {"results.json"} == names_in(artifacts)
     checks = {
         "quantization": check_quantization,
         "pruning": check_pruning,
         "training": check_training,
     }
     checks[results["script"]](results, folder)
+
+
+def names_in(artifacts: object) -> set[str]:
+    """Return the file names listed under ``artifacts``, however nested."""
+    if isinstance(artifacts, dict):
+        artifacts = list(artifacts.values())
+    if isinstance(artifacts, list):
+        return set().union(*map(names_in, artifacts))
+    return {artifacts}
 
 
 def check_quantization(results: dict, folder: Path) -> None:

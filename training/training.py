@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
             "plots": [CURVES_PLOT],
             "epochs": journal.EPOCHS_NAME,
         }
-        results["wall_seconds"] = time.perf_counter() - started
+        results |= report.run_cost(started)
         report.write_json(folder.file(output.RESULTS_NAME), results)
         folder.commit()
         notes.remove()
