@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import platform
 import warnings
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,7 @@ with warnings.catch_warnings():
         QConfigMapping,
         default_per_channel_weight_observer,
     )
+    from torch.ao.quantization.fx.utils import assert_and_get_unique_device
     from torch.ao.quantization.observer import ObserverBase
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -195,7 +197,7 @@ def convert(observed: GraphModule, settings: Settings) -> GraphModule:
     Raises:
         RuntimeError: An operation would not run in INT8, though no setting keeps it in FP32.
     """
-    with quiet_torch(settings.engine), torch.inference_mode():
+    with quiet_torch(settings.engine), torch.inference_mode(), _models_forgotten():
         converted = convert_fx(copy.deepcopy(observed))
         _BiasRounder(converted).run(torch.zeros(1, 3, 32, 32))
     refused = {op.name for op in list_operations(converted) if not op.is_int8}
@@ -211,7 +213,7 @@ def build_skeleton(settings: Settings) -> GraphModule:
         UserError: torch has no such engine on this CPU.
     """
     choose_settings(settings.engine)
-    with quiet_torch(settings.engine):
+    with quiet_torch(settings.engine), _models_forgotten():
         return convert_fx(_prepare(ResNet18().eval(), settings))
 
 
@@ -317,11 +319,12 @@ def _prepare(model: ResNet18, settings: Settings) -> GraphModule:
     for layer in settings.fp32_layers:
         mapping.set_module_name(layer, None)
     example = torch.zeros(1, 3, 32, 32)
-    return prepare_fx(
-        copy.deepcopy(model).to(memory_format=torch.channels_last),
-        mapping,
-        (example,),
-    )
+    with _models_forgotten():
+        return prepare_fx(
+            copy.deepcopy(model).to(memory_format=torch.channels_last),
+            mapping,
+            (example,),
+        )
 
 
 @dataclass(frozen=True)
@@ -371,6 +374,19 @@ def _is_layer(module: nn.Module) -> bool:
     # A fused convolution is a Sequential of the convolution and its ReLU.
     first = module[0] if isinstance(module, nn.Sequential) and len(module) else module
     return isinstance(first, nn.Conv2d | nn.Linear)
+
+
+@contextlib.contextmanager
+def _models_forgotten() -> Iterator[None]:
+    """Free the models that ``torch.ao`` met on its way: 45 MB each.
+
+    It keeps them in a cache; and graphs are cycles, which Python would free by their number only.
+    """
+    try:
+        yield
+    finally:
+        assert_and_get_unique_device.cache_clear()
+        gc.collect()
 
 
 @contextlib.contextmanager
