@@ -311,3 +311,10 @@ def test_sigterm_during_cleanup_is_130():
         "finally:\n    print('cleaned')"
     )
     assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "cleaned\n")
+
+
+def test_help_shows_a_list_as_it_is_typed():
+    parser = argparse.ArgumentParser(formatter_class=cli.HelpFormatter)
+    parser.add_argument("--sizes", type=cli.list_of(cli.positive_int), default=[1, 32], help="s")
+    assert "s (default: 1,32)" in parser.format_help()
+    assert parser.parse_args([]).sizes == [1, 32]

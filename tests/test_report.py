@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,27 @@ def test_figures_need_no_display_and_repeat(tmp_path):
 def test_importing_report_imports_no_matplotlib():
     code = "import sys, common.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+def test_the_peak_of_memory_counts_what_was_freed_and_not_who_started_the_process():
+    code = (
+        "from common import report; import torch\n"
+        "before = report.peak_memory_bytes()\n"
+        "torch.ones(75_000_000)\n"  # 300 MB, freed at once
+        "print(before, report.peak_memory_bytes())\n"
+    )
+    held = torch.ones(250_000_000)  # 1 GB, which the new process has nothing of
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    del held
+    before, after = map(int, done.stdout.split())
+    assert 50e6 < before < 1e9
+    assert 290e6 < after - before < 400e6
+
+
+def test_the_cost_of_a_run_is_told():
+    cost = report.run_cost(time.perf_counter() - 3)
+    assert 3 <= cost["wall_seconds"] < 60
+    assert report.format_cost(cost).startswith(f"in {cost['wall_seconds']:.0f} s with at most ")
+    assert report.format_cost(cost | {"peak_memory_bytes": None}).endswith(" s")
