@@ -100,9 +100,9 @@ def peak_memory_bytes() -> int | None:
 
 def format_cost(results: dict) -> str:
     """Say how long the run took, and what memory."""
-    text = f"in {results['wall_seconds']:.0f} s"
+    text = f"took {results['wall_seconds']:.0f} s"
     if results["peak_memory_bytes"] is not None:
-        text += f" with at most {megabytes(results['peak_memory_bytes'], 0)} of memory"
+        text += f" and at most {megabytes(results['peak_memory_bytes'], 0)} of memory"
     return text
 
 

@@ -24,7 +24,7 @@ def format_results(results: dict, sections: Sequence[str], output_dir: Path) -> 
         *(format_agreement(model) for model in results["models"] if "agreement" in model),
         format_classes(results["per_class"]),
         *sections,
-        f"written to {output_dir} {format_cost(results)}\n",
+        f"{format_cost(results)}\nwritten to {output_dir}\n",
     ]
     return "\n".join(parts)
 

@@ -58,7 +58,9 @@ def test_run_keeps_the_contract_and_tells_its_story(finished):
     int8 = next(model for model in results["models"] if model["name"] == "int8")
     assert f"{100 * int8['accuracy']['value']:.2f} %" in process.stdout
     assert f"{int8['size_bytes'] / 1e6:.2f} MB" in process.stdout
-    assert max(map(len, process.stdout.splitlines())) <= 80
+    *lines, written_to = process.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert str(folder) in written_to
     assert "bundled weights" in process.stderr
     assert "bundled JPEG images" in process.stderr
     assert "Warning" not in process.stderr

@@ -166,5 +166,5 @@ def test_the_peak_of_memory_counts_what_was_freed_and_not_who_started_the_proces
 def test_the_cost_of_a_run_is_told():
     cost = report.run_cost(time.perf_counter() - 3)
     assert 3 <= cost["wall_seconds"] < 60
-    assert report.format_cost(cost).startswith(f"in {cost['wall_seconds']:.0f} s with at most ")
+    assert report.format_cost(cost).startswith(f"took {cost['wall_seconds']:.0f} s and at most ")
     assert report.format_cost(cost | {"peak_memory_bytes": None}).endswith(" s")
