@@ -89,31 +89,30 @@ def main(argv: list[str] | None = None) -> int:
 def run_ours(model, test, batch_size: int) -> tuple[dict, dict, int]:
     """Run pruning.py's own analysis, from describing the structure to confirming the answer.
 
+    Writing the pruned model is left out: the usual way writes nothing either.
+
     Returns:
         Seconds by chapter, correct images by layer, and pruned weights of the linear layer.
     """
-    from common import checkpoint, size
+    from common import size
     from common.cascade import has_bf16
     from common.model import prunable_layers
-    from pruning import artifacts, experiment, savings, search
+    from pruning import experiment, savings, search
 
     started = time.perf_counter()
     layers = size.describe_layers(model)
     experiment.describe_structure(model, layers)
     fast = test.images.device.type == "cpu" and has_bf16()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
         scanned, scan_seconds = experiment.run_scan(
-            model, test, list(prunable_layers(model)), [AMOUNT], folder / "journal", False,
+            model, test, list(prunable_layers(model)), [AMOUNT], Path(scratch) / "journal", False,
             batch_size, fast,
         )  # fmt: skip
         search_started = time.perf_counter()
         labels = test.labels.cpu()
         _, _, found = search.search_linear(model, scanned.features, labels, TOLERANCE, None)
         search_seconds = time.perf_counter() - search_started
-        plain = folder / artifacts.PRUNED_NAME
-        savings.save_artifacts(model, found, plain, folder / artifacts.PACKED_NAME)
-        pruned = checkpoint.load_model(plain).to(test.images.device)
+        pruned = savings.prune_linear(model, found).to(test.images.device)
         savings.confirm(pruned, test, scanned.features, scanned.dense_correct, batch_size)
     counts = {"dense": int(scanned.dense_correct.sum())}
     counts |= {layer: int(c.sum()) for (_, layer), c in scanned.correct.items()}

@@ -1,0 +1,72 @@
+"""Make a checkpoint that is hard to quantize, though in FP32 it computes the same.
+
+    python benchmarks/damage_checkpoint.py hard.pth
+    python quantization/quantization.py --weights hard.pth --max-drop 0.002 --diagnose
+
+A few channels of one convolution's output are scaled up and the next convolution's weights for them
+scaled down. The activation that lies between has a range set by these channels alone, and INT8
+leaves the others a few of its 256 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=cli.HelpFormatter
+    )
+    parser.add_argument("output", type=Path, metavar="FILE", help="to write; must not exist")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="to start from")
+    parser.add_argument("--block", default="layer2.1", metavar="NAME", help="basic block to damage")
+    parser.add_argument(
+        "--channels", type=cli.positive_int, metavar="N", default=4, help="to scale"
+    )
+    parser.add_argument("--factor", type=cli.positive_float, metavar="F", default=300.0, help="how")
+    return parser
+
+
+@cli.exit_codes
+def main(argv: list[str] | None = None) -> int:
+    """Load, scale, write."""
+    args = build_parser().parse_args(argv)
+    cli.set_up_messages(quiet=False)
+
+    import torch
+
+    from common import checkpoint, output
+    from common.model import BasicBlock
+
+    if args.output.exists():
+        raise cli.UserError(f"{args.output}: exists already")
+    model = checkpoint.load_model(checkpoint.find_weights(args.weights, Path(__file__).parent).path)
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, BasicBlock)}
+    if args.block not in blocks:
+        raise cli.UserError(f"no block {args.block}; there are {', '.join(blocks)}")
+    damage(blocks[args.block], args.channels, args.factor)
+    output.replace_file(args.output, lambda file: torch.save(model.state_dict(), file))
+    print(
+        f"{args.output}: {args.channels} channels of {args.block}.bn1 are {args.factor:g} times up"
+    )
+    return cli.EXIT_DONE
+
+
+def damage(block, channels: int, factor: float) -> None:
+    """Scale the first channels after ``bn1`` up and undo it in ``conv2``; ReLU lets it through."""
+    import torch
+
+    with torch.no_grad():
+        block.bn1.weight[:channels] *= factor
+        block.bn1.bias[:channels] *= factor
+        block.conv2.weight[:, :channels] /= factor
+
+
+if __name__ == "__main__":
+    sys.exit(main())
