@@ -25,11 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("output", type=Path, metavar="FILE", help="to write; must not exist")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="to start from")
-    parser.add_argument("--block", default="layer2.1", metavar="NAME", help="basic block to damage")
+    parser.add_argument("--block", default="layer2.1", metavar="NAME", help="block to damage")
     parser.add_argument(
         "--channels", type=cli.positive_int, metavar="N", default=4, help="to scale"
     )
-    parser.add_argument("--factor", type=cli.positive_float, metavar="F", default=300.0, help="how")
+    parser.add_argument("--factor", type=cli.positive_float, metavar="F", default=300.0)
     return parser
 
 
