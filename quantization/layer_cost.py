@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from common import cli
 from common.branching import Convolution, trace_dense
 from common.cascade import Branches, Cascade, Recomputation, has_bf16
 from common.data import Cifar10, batches, normalize
-from common.model import ResNet18
+from common.model import ResNet18, fold_batch_norm, prunable_layers
 from quantization import engines
 from quantization.engines import Quantizer, Settings
 
@@ -40,6 +41,24 @@ class QuantizedConvolution:
         """Map (N, in, H, W) to (N, out, H', W'), in the dtype of ``x``."""
         y = self.convolution(self.read(x.float()).to(x.dtype))
         return self.write(y.float()).to(x.dtype)
+
+
+class Fp32Layer(nn.Module):
+    """A layer of the folded FP32 network in the place of its INT8 form in a converted model."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, int8: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self.scale, self.zero_point = float(int8.scale), int(int8.zero_point)
+        self.has_relu = int8._get_name() == "QuantizedConvReLU2d"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map what the INT8 layer maps; the last layer's logits are left unrounded."""
+        y = self.layer(x.dequantize())
+        if isinstance(self.layer, nn.Linear):
+            return y
+        y = y.relu_() if self.has_relu else y
+        return torch.quantize_per_tensor(y, self.scale, self.zero_point, torch.quint8)
 
 
 @torch.inference_mode()
@@ -91,28 +110,28 @@ def scan_only_fp32(
 
     Args:
         model: FP32, in eval mode.
-        observed: The same model calibrated with no layer in FP32.
-        settings: Of the quantization.
+        observed: The same model calibrated.
+        settings: Of the quantization, with no layer in FP32.
         test: Images to measure on.
         batch_size: In images.
     """
-    layers = list(engines.layer_quantizers(observed))
+    folded = prunable_layers(fold_batch_norm(model).to(memory_format=torch.channels_last))
+    correct = {layer: [] for layer in folded}
     with engines.quiet_torch(settings.engine):
-        network = with_boundaries(engines.convert(observed, replace(settings, fp32_layers=())))
+        converted = engines.convert(observed, settings)
+        network = with_boundaries(converted)
         tails = {}
-        for layer in cli.progress(layers, "diagnose: convert", unit="layer"):
-            exempt = replace(settings, fp32_layers=(layer,))
-            variant = engines.convert(engines.reuse_ranges(observed, model, exempt), exempt)
-            tails[layer] = tail_from(variant, boundary_before(layer))
-        correct = {layer: [] for layer in layers}
+        for name, layer in folded.items():
+            tails[name] = tail_from(converted, boundary_before(name))
+            tails[name].set_submodule(name, Fp32Layer(layer, converted.get_submodule(name)))
         for start in cli.progress(range(0, len(test), batch_size), "diagnose: alone in FP32"):
             images = normalize(test.images[start : start + batch_size])
             labels = test.labels[start : start + batch_size]
             values = [images, *network(images)]
-            for layer, tail in tails.items():
-                logits = tail(values[boundary_before(layer)])
-                correct[layer].append(logits.argmax(dim=1) == labels)
-    return {layer: torch.cat(parts) for layer, parts in correct.items()}
+            for name, tail in tails.items():
+                logits = tail(values[boundary_before(name)])
+                correct[name].append(logits.argmax(dim=1) == labels)
+    return {name: torch.cat(parts) for name, parts in correct.items()}
 
 
 def boundary_before(layer: str) -> int:

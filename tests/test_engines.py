@@ -7,9 +7,11 @@ import copy
 import gc
 from dataclasses import replace
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch.fx import GraphModule
 
 from common.cli import UserError
@@ -168,3 +170,17 @@ def test_conversions_leave_no_models_behind(tiny_model, random_images):
         exempt = replace(settings, fp32_layers=("conv1",))
         engines.convert(engines.reuse_ranges(observed, tiny_model, exempt), exempt)
     assert alive() == before
+
+
+@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.given(
+    scale=st.floats(2**-13, 1024, width=32),
+    zero_point=st.integers(0, 127),
+    quant_max=st.sampled_from([127, 255]),
+    seed=st.integers(0, 1000),
+)
+def test_rounding_is_torchs_own(scale, zero_point, quant_max, seed):
+    x = 200 * scale * torch.randn(500, generator=torch.Generator().manual_seed(seed))
+    rounded = engines.Quantizer(scale, zero_point, 0, quant_max)(x)
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, quant_max)
+    assert torch.equal(rounded, expected)
