@@ -20,10 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
-OVERVIEW_PLOT, RANGES_PLOT, FLIPS_PLOT = "overview.png", "ranges.png", "flips.png"
-DIAGNOSIS_PLOT, DIAGNOSIS_CSV = "diagnosis.png", "diagnosis.csv"
-STUDY_PLOT = "calibration_study.png"
-MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".safetensors")
 ONNX_NAME = "resnet18_cifar10_int8.onnx"
 # The choices of quantization.engines, which imports torch, and --help must not.
 ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
@@ -127,19 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     # torch takes seconds to import, so nothing that needs it is imported before this line.
     from common import checkpoint, data, device, output, report, sources, workers
     from common.html_report import add_report
-    from common.model import fold_batch_norm
-    from quantization import (
-        diagnosis,
-        engines,
-        experiment,
-        inspection,
-        onnx_export,
-        plots,
-        sparsity,
-        story,
-        study,
-        tables,
-    )
+    from quantization import chapters, engines, experiment, inspection, onnx_export, story, tables
 
     device.set_threads(args.threads)
     device.keep_freed_memory()
@@ -196,18 +180,10 @@ def main(argv: list[str] | None = None) -> int:
 
         results = report.common_results("quantization", args, crew.device, images, weights)
         results["processes"] = crew.count
-        sections = []
+        account = chapters.Account(results, folder)
         if args.calibration_study:
-            rows = study.run_study(model, source, test, settings[0], args.batch_size)
-            results["calibration_study"] = study.as_dicts(rows)
-            study.plot_study(rows, study.accuracy_of(fp32, test), folder.file(STUDY_PLOT))
-            sections.append(study.format_study(rows, study.accuracy_of(fp32, test)))
-        paths = {
-            candidate.settings.engine: experiment.save_and_verify(
-                candidate, folder.file(artifact_name(candidate.settings.engine)), test
-            )
-            for candidate in quantized
-        }
+            chapters.add_study(account, model, source, test, fp32, settings[0], args.batch_size)
+        paths = chapters.save_models(account, quantized, test)
         onnx = None
         if args.export_onnx:
             onnx = experiment.export_onnx(
@@ -218,43 +194,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         if pick_fastest:
             quantized = experiment.fastest_first(quantized, timings)
-        results["models"] = experiment.describe_models(
-            model, fp32, quantized, paths, onnx, test, timings
-        )
         first = quantized[0]
-        results["comparison"] = experiment.int8_entries(results)[0]["comparison"]
-        results["per_class"] = inspection.accuracy_by_class(test.labels, fp32, first.predictions)
+        chapters.add_models(account, model, fp32, quantized, paths, onnx, test, timings)
+        chapters.add_ranges(account, source_model, first)
         if plan is not None:
-            results["budget"] = experiment.describe_budget(plan, args.max_drop, results)
-            sections.append(tables.format_budget(results["budget"]))
+            chapters.add_budget(account, plan, args.max_drop)
         if args.diagnose:
-            rows = diagnosis.diagnose(
-                source_model, first.observed, first.settings, calibration, test, args.batch_size
-            )
-            results["diagnosis"] = rows
-            report.write_csv(folder.file(DIAGNOSIS_CSV), rows)
-            plots.plot_diagnosis(rows, folder.file(DIAGNOSIS_PLOT))
-            sections.append(tables.format_diagnosis(rows))
-
-        if sparsity.measure_sparsity(model) >= sparsity.MIN_SPARSITY:
-            results["sparsity"] = sparsity.describe_sparsity(
-                model, first, results["models"][0]["size_bytes"],
-                folder.file(sparsity.PACKED_NAME), test,
-            )  # fmt: skip
-            sections.append(tables.format_sparsity(results["sparsity"]))
-        plots.plot_overview(results["models"], folder.file(OVERVIEW_PLOT))
-        plots.plot_ranges(
-            engines.weight_ranges(fold_batch_norm(source_model)),
-            engines.activation_ranges(first.observed),
-            folder.file(RANGES_PLOT),
-        )
-        inspection.plot_flips(test, fp32, first.predictions, folder.file(FLIPS_PLOT))
-        results["artifacts"] = {
-            "model": artifact_name(first.settings.engine),
-            "models": [n for s in MODEL_SUFFIXES for n in folder.names(s)],
-            "csv": folder.names(".csv"),
-            "plots": folder.names(".png"),
-        }
+            chapters.add_diagnosis(account, source_model, first, calibration, test, args.batch_size)
+        chapters.add_sparsity(account, model, first, test)
+        chapters.list_artifacts(account, first)
         results |= report.run_cost(started)
         if args.report:
             add_report(results, story.tell(results), folder)
@@ -263,15 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(report.to_json(results), end="")
     else:
-        print(tables.format_results(results, sections, args.output_dir), end="")
+        print(tables.format_results(results, account.sections, args.output_dir), end="")
     over_budget = plan is not None and not results["budget"]["met"]
     return cli.EXIT_OVER_BUDGET if over_budget else cli.EXIT_DONE
-
-
-def artifact_name(engine: str) -> str:
-    """Return the file name of an engine's INT8 model; fbgemm's is the plain one."""
-    stem = "resnet18_cifar10_int8"
-    return f"{stem}.pth" if engine == "fbgemm" else f"{stem}_{engine}.pth"
 
 
 if __name__ == "__main__":
