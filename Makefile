@@ -1,7 +1,8 @@
-# make run    set up .venv and run the scripts: results in results/
-# make test   the test suite
-# make lint   ruff
-# make bench  compare with other runtimes (installs them into .venv)
+# make run       set up .venv and run the two scripts: results in results/
+# make pipeline  prune the whole network, quantize what is left, and compare
+# make test      the test suite
+# make lint      ruff
+# make bench     compare with other runtimes (installs them into .venv)
 #
 # PYTHON chooses the interpreter, ARGS adds flags: make run ARGS='--test-images all'
 
@@ -10,12 +11,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test lint bench clean
+.PHONY: run pipeline test lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.runtime
 	$(BIN)/python quantization/quantization.py $(ARGS)
 	$(BIN)/python pruning/pruning.py $(ARGS)
+
+pipeline: $(VENV)/.runtime
+	$(BIN)/python pipeline/pipeline.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

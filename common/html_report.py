@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.output import OutputFolder, replace_file
+from common.report import format_cost
 
 REPORT_NAME = "report.html"
 STYLE = Path(__file__).with_suffix(".css")
@@ -83,6 +84,7 @@ def render(results: dict, story: Story, plots: Mapping[str, bytes]) -> str:
         for group in ("weights", "data")
         for key, value in results[group].items()
     }
+    cost = {"this run": format_cost(results)}
     body = [
         f"<h1>{text(story.title)}</h1>",
         f'<p class="asked">{text(story.question)}</p>',
@@ -91,7 +93,7 @@ def render(results: dict, story: Story, plots: Mapping[str, bytes]) -> str:
         *(_section(table.title, _table(table)) for table in story.tables),
         _section("Plots", "\n".join(figures)) if plots else "",
         _section("Settings", _pairs(arguments)),
-        _section("Where it ran, and on what", _pairs(results["environment"] | sources)),
+        _section("Where it ran, and on what", _pairs(results["environment"] | sources | cost)),
     ]
     content = "\n".join(filter(None, body))
     return (

@@ -41,7 +41,7 @@ def common_results(
     """Return the part of results.json that all scripts share, but for what is known at the end.
 
     Args:
-        script: ``quantization`` or ``pruning``.
+        script: Its name, such as ``quantization``.
         arguments: As parsed.
         device: Where FP32 ran.
         data: The source's name, and how many images were used for what.

@@ -21,8 +21,8 @@ def method_name(entry: dict) -> str:
     return name
 
 
-def largest_table(entries: Sequence[dict]) -> str:
-    """Lay out the largest sparsity of each method, and its accuracy on the held-out images."""
+def largest_table(entries: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: each method's largest sparsity, its accuracy on held-out images."""
     rows = []
     for entry in entries:
         low, high = (points(-limit) for limit in reversed(entry["comparison"]["ci95"]))
@@ -38,12 +38,11 @@ def largest_table(entries: Sequence[dict]) -> str:
                 percent(entry["macs_kept"], 0),
             ]
         )
-    header = ["", "pruned", "", "accuracy", "points", "95 % interval", "within", "MACs"]
-    return format_table(header, rows)
+    return ["", "pruned", "", "accuracy", "points", "95 % interval", "within", "MACs"], rows
 
 
-def curve_table(entries: Sequence[dict]) -> str:
-    """Lay out the points lost at each compression; ± is half the paired 95 % interval."""
+def curve_table(entries: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: points lost at each compression, ± half the paired 95 % interval."""
     rows = []
     for entry in entries:
         cells = []
@@ -51,7 +50,7 @@ def curve_table(entries: Sequence[dict]) -> str:
             low, high = point["comparison"]["ci95"]
             cells.append(f"{points(0.0 - point['comparison']['drop'], 1)} ±{50 * (high - low):.1f}")
         rows.append([method_name(entry), *cells])
-    return format_table(["points at", *(f"{times}×" for times in COMPRESSIONS)], rows)
+    return ["points at", *(f"{times}×" for times in COMPRESSIONS)], rows
 
 
 def format_model_search(results: dict) -> str:
@@ -67,11 +66,11 @@ def format_model_search(results: dict) -> str:
     )
     lines = [
         f"{SCOPES[first['scope']].capitalize()}: the largest sparsity within {tolerance:g} points",
-        largest_table(entries),
+        format_table(*largest_table(entries)),
         *textwrap.wrap(summary, 78, initial_indent="  ", subsequent_indent="  "),
         "",
         "Points lost at each compression of the weights, on the same held-out images",
-        curve_table(entries),
+        format_table(*curve_table(entries)),
         "",
         f"Saved: {method_name(saved)} at {percent(saved['sparsity'], 1)}; reloaded and measured "
         f"again: {percent(saved['accuracy']['value'])}",

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from common.html_report import Story, Table
 from common.report import percent, points
+from pruning.model_tables import SCOPES, curve_table, largest_table
 from pruning.tables import sensitivity_table
 
 CAPTIONS = {
     "sensitivity_amounts.png": "Every layer at every amount: the steeper the curve, the more the "
     "network needs that layer's small weights.",
+    "model_search.png": "How far the layers can go together: a line for each way to share the "
+    "pruning out among them, random pruning as the control.",
     "linear_search.png": "Accuracy at every possible amount of the linear layer, and the steps by "
     "which the binary search found how far it can go.",
 }
 IN_ORDER = (
     "Accuracy with each layer alone pruned, in network order; whiskers are paired with dense."
+)
+SEARCH_NOTE = (
+    "Chosen on one half of the test images, measured on the other. MACs: multiply-adds that are "
+    "not with a zero; dense kernels do them all the same. BN: batch-norm statistics re-estimated "
+    "on training images after pruning."
 )
 BY_DROP = "The same, the most sensitive layer first."
 
@@ -68,7 +76,7 @@ def _tables(results: dict) -> list[Table]:
         "Against dense on the same images: only dense gets those lost right, only the pruned "
         "network those gained. ≈ says that chance explains the difference to the next row."
     )
-    return [
+    tables = [
         Table(
             f"Each layer alone, {percent(ranking['amount'], 0)} pruned",
             *sensitivity_table(results, ranking["amount"]),
@@ -76,6 +84,15 @@ def _tables(results: dict) -> list[Table]:
         )
         for ranking in results["ranking"]
     ]
+    if "model_search" in results:
+        entries = results["model_search"]
+        tolerance = f"{100 * results['arguments']['tolerance']:g} points"
+        title = f"{SCOPES[entries[0]['scope']].capitalize()}, as far as {tolerance} allow"
+        tables += [
+            Table(title, *largest_table(entries), SEARCH_NOTE),
+            Table("Points lost at each compression", *curve_table(entries)),
+        ]
+    return tables
 
 
 def _sensitivity_captions(results: dict) -> dict[str, str]:

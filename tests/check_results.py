@@ -42,6 +42,7 @@ def check_results(results: dict, folder: Path) -> None:
         "quantization": check_quantization,
         "pruning": check_pruning,
         "training": check_training,
+        "pipeline": check_pipeline,
     }
     checks[results["script"]](results, folder)
 
@@ -137,6 +138,27 @@ def check_training(results: dict, folder: Path) -> None:
     assert sum(entry["correct"] for entry in by_class) == results["accuracy"]["correct"]
     assert results["recipe"]["epochs"] > 0
     assert results["parameters"] > 0
+
+
+def check_pipeline(results: dict, folder: Path) -> None:
+    """Check pipeline.py's own part."""
+    total, stages = results["data"]["test_images"], results["stages"]
+    names = [stage["name"] for stage in stages]
+    assert (names[0], names[-1]) == ("dense", "pruned-int8")
+    assert ("pruned-recalibrated" in names) == results["arguments"]["recalibrate_bn"]
+    dense, last = stages[0], stages[-1]
+    for stage in stages:
+        check_accuracy(stage["accuracy"], total)
+        check_comparison(stage["comparison"], total)
+        lost = dense["accuracy"]["correct"] - stage["accuracy"]["correct"]
+        assert abs(stage["comparison"]["drop"] - lost / total) < 1e-12
+        assert stage["size_ratio"] == stage["packed_bytes"] / dense["plain_bytes"]
+        assert (stage["engine"] is None) == ("int8" not in stage["name"])
+        for entry in stage["latency"]:
+            assert entry["median_ms"] > 0
+    assert last["sparsity"] >= results["arguments"]["sparsity"] - 1e-3
+    packed = folder / results["artifacts"]["model"]
+    assert packed.stat().st_size == last["packed_bytes"]
 
 
 def check_accuracy(accuracy: dict, total: int) -> None:

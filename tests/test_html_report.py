@@ -23,6 +23,8 @@ RESULTS = {
     "environment": {"torch": "2", "vnni": True},
     "weights": {"source": "bundled", "sha256": "ab"},
     "data": {"source": "folder", "test_images": 100},
+    "wall_seconds": 61.7,
+    "peak_memory_bytes": None,
     "artifacts": {"plots": ["first.png", "second.png", "third.png"]},
 }
 
@@ -33,6 +35,7 @@ def test_everything_told_is_on_the_page():
         "A title", "A question?", "4×", "smaller", "A finding.", "A table", "1", "4", "A note.",
         "The first plot.", "--seed", "--quiet", "no", "–", "0.5, 0.9", "yes", "bundled", "ab",
         "weights: sha256", "data: test images", "100",
+        "took 62 s",
     ):  # fmt: skip
         assert piece in page.text
     assert page.images == [PNG + b"1"]
@@ -66,7 +69,8 @@ def test_no_name_becomes_markup(name):
     hostile = Story(
         name, name, [(name, name)], [name], [Table(name, [name], [[name]], name)], {name: name}
     )
-    results = {group: {name: name} for group in ("arguments", "environment", "weights", "data")}
+    groups = ("arguments", "environment", "weights", "data")
+    results = RESULTS | {group: {name: name} for group in groups}
     content = render(results, hostile, {name: PNG})
     content.encode()
     page = check_page(content)  # no tag and no attribute that the page would not have anyway
