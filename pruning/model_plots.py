@@ -28,15 +28,15 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
         color = RED if entry["finetune_epochs"] else COLORS[entry["allocation"]]
         style = "--" if entry["recalibrated"] else "-"
         times = [1.0, *(1 / (1 - point["sparsity"]) for point in entry["points"])]
-        value = [100 * dense, *(100 * point["accuracy"]["value"] for point in entry["points"])]
+        value = [100 * dense, *(100 * (dense - p["comparison"]["drop"]) for p in entry["points"])]
         axes.plot(times, value, style, color=color, lw=1.6, label=method_name(entry))
         for x, y, point in zip(times[1:], value[1:], entry["points"], strict=True):
-            low, high = (100 * (dense - limit) for limit in point["comparison"]["ci95"])
-            whiskers = [[max(0.0, y - high)], [max(0.0, low - y)]]
+            low, high = (100 * (dense - limit) for limit in point["comparison"]["ci95"][::-1])
+            whiskers = [[max(0.0, y - low)], [max(0.0, high - y)]]
             axes.errorbar(x, y, whiskers, fmt=".", ms=4, color=color, capsize=2, lw=1)
         if entry["max_sparsity"] > 0 and entry["allocation"] != RANDOM:
             found = 1 / (1 - entry["max_sparsity"])
-            y = 100 * entry["accuracy"]["value"]
+            y = 100 * (dense - entry["comparison"]["drop"])
             face = "white" if entry["recalibrated"] else color
             axes.plot(found, y, "*", ms=12, color=color, mfc=face, zorder=4)
     axes.axhline(100 * dense, color="black", lw=1)

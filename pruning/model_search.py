@@ -8,22 +8,16 @@ as not, so a choice must leave one standard error to spare.
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
-from common import checkpoint, cli
-from common.data import Cifar10, load_images
-from common.evaluate import compare, measure_accuracy, predict
-from common.model import ResNet18, prunable_layers
-from common.size import Layer
-from common.sources import Source
-from pruning import savings
+from common.data import Cifar10
+from common.model import ResNet18
 from pruning.allocation import (
     RANDOM,
+    DamageCurve,
     Masks,
     global_masks,
     random_masks,
@@ -34,7 +28,7 @@ from pruning.allocation import (
 from pruning.classify import Classifier
 from pruning.damage import measure_damage
 from pruning.masks import prune_model
-from pruning.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
+from pruning.recalibration import recalibrate_batch_norm
 
 COMPRESSIONS = (2, 4, 8, 16, 32)
 # Sparsities are searched in steps of 1/256, up to one weight kept in 64.
@@ -52,6 +46,10 @@ class Half:
 
     images: Cifar10
     dense_correct: torch.Tensor
+
+    def first(self, most: int | None) -> Half:
+        """Return at most the first ``most`` of them; None for all."""
+        return Half(self.images.rows(slice(most)), self.dense_correct[:most])
 
 
 @dataclass(frozen=True)
@@ -73,15 +71,17 @@ class Step:
 
 
 def split_test(test: Cifar10, dense_correct: torch.Tensor, seed: int) -> tuple[Half, Half]:
-    """Return the half to choose on, in random order, and the half to confirm on."""
+    """Return the half to choose on and the half to confirm on, each in random order.
+
+    Sorted by class as images may be, the first ones would not speak for the rest.
+    """
     positions = Cifar10(torch.arange(len(test)), test.labels.cpu()).split_halves(seed)
-    chosen, held_out = (half.images for half in positions)
-    # Sorted by class as they are, the first images would not speak for the rest.
-    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
-    return tuple(
-        Half(Cifar10(test.images[rows], test.labels[rows]), dense_correct[rows])
-        for rows in (chosen, held_out)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    halves = []
+    for half in positions:
+        rows = half.images[torch.randperm(len(half), generator=generator)]
+        halves.append(Half(Cifar10(test.images[rows], test.labels[rows]), dense_correct[rows]))
+    return tuple(halves)
 
 
 def clearance(dense_correct: torch.Tensor, correct: torch.Tensor, tolerance: float) -> float:
@@ -140,7 +140,7 @@ class ModelSearch:
     fast: bool
     training: torch.Tensor | None = None
     _found: dict[Method, tuple[float, list[Step]]] = field(default_factory=dict)
-    _damage: dict[bool, dict] = field(default_factory=dict)
+    _damage: dict[bool, dict[str, DamageCurve]] = field(default_factory=dict)
 
     def __post_init__(self):
         self.weights = weights_in_scope(self.model, self.scope)
@@ -180,83 +180,31 @@ class ModelSearch:
             steps: list[Step] = []
 
             def is_kept(level: int) -> bool:
-                steps.append(self._try(method, level / LEVELS))
+                sparsity = level / LEVELS
+                steps.append(self.judge(self.prune(method, sparsity), sparsity))
                 return steps[-1].kept
 
             self._found[method] = (largest_level(is_kept) / LEVELS, steps)
         return self._found[method]
 
-    def run(self, allocations: Sequence[str], layers: Sequence[Layer]) -> list[dict]:
-        """Run every method, random pruning last: results.json's ``model_search``."""
-        methods = [
-            Method(allocation, recalibrated)
-            for recalibrated in ((False,) if self.training is None else (False, True))
-            for allocation in (*allocations, RANDOM)
-        ]
-        entries = []
-        for method in methods:
-            entries.append(describe_method(self, method, layers))
-            cli.log.info(
-                "%s%s: %.1f %% of the weights can go (%.0f s)",
-                method.allocation,
-                ", batch norms recalibrated" if method.recalibrated else "",
-                100 * entries[-1]["max_sparsity"],
-                entries[-1]["search_seconds"],
-            )
-        return entries
-
-    def save_best(self, entries: Sequence[dict], plain: Path, packed: Path) -> dict:
-        """Write the sparsest model found, reload it and measure it again.
-
-        Returns:
-            results.json's ``model_saved``.
-
-        Raises:
-            UserError: More than 1 prediction in 1,000 differs from the search's.
-        """
-        entry = best_entry(entries)
-        method = Method(entry["allocation"], entry["recalibrated"])
-        pruned = self.prune(method, entry["max_sparsity"])
-        sizes = savings.save_artifacts(self.model, pruned, plain, packed)
-        images = self.held_out.images
-        reloaded = checkpoint.load_model(plain).to(images.images.device)
-        correct = predict(reloaded, images, description="confirm") == images.labels.cpu()
-        unlike = int((correct != self.correct_on(self.held_out, pruned)).sum())
-        savings.check_flips(unlike, len(correct))
-        return {
-            "allocation": method.allocation,
-            "recalibrated": method.recalibrated,
-            "finetune_epochs": entry["finetune_epochs"],
-            "sparsity": entry["max_sparsity"],
-            "macs_kept": entry["macs_kept"],
-            "accuracy": measure_accuracy(correct).as_dict(),
-            "comparison": compare(self.held_out.dense_correct, correct).as_dict(),
-            "images_unlike_search": unlike,
-            **sizes,
-            "latency": savings.time_zeros(self.model, reloaded, "pruned", images),
-        }
-
-    def correct_on(self, half: Half, model: ResNet18) -> torch.Tensor:
-        """Return which images of ``half`` a pruned model gets right."""
+    def find_correct(self, half: Half, model: ResNet18) -> torch.Tensor:
+        """Return which images of ``half`` a pruned model gets right (bool, on the CPU)."""
         return Classifier(model, self.chosen.images.images, self.fast).find_correct(half.images)
 
-    def _try(self, method: Method, sparsity: float) -> Step:
-        chosen = self.chosen
-        model = self.prune(method, sparsity)
-        classifier = Classifier(model, chosen.images.images, self.fast)
+    def judge(self, model: ResNet18, sparsity: float) -> Step:
+        """Decide on the half to choose on whether a model, pruned by ``sparsity``, is kept."""
+        images, dense_correct = self.chosen.images, self.chosen.dense_correct
+        classifier = Classifier(model, images.images, self.fast)
         correct = torch.empty(0, dtype=torch.bool)
-        for images, labels in zip(
-            chosen.images.images.split(CHUNK_IMAGES),
-            chosen.images.labels.split(CHUNK_IMAGES),
-            strict=True,
-        ):
-            correct = torch.cat([correct, classifier.find_correct(Cifar10(images, labels))])
-            spare = clearance(chosen.dense_correct[: len(correct)], correct, self.tolerance)
+        for start in range(0, len(images), CHUNK_IMAGES):
+            chunk = images.rows(slice(start, start + CHUNK_IMAGES))
+            correct = torch.cat([correct, classifier.find_correct(chunk)])
+            spare = clearance(dense_correct[: len(correct)], correct, self.tolerance)
             if abs(spare) > CLEAR_ERRORS:
                 break
         return Step(sparsity, len(correct), int(correct.sum()), spare >= SPARE_ERRORS)
 
-    def _curves(self, recalibrated: bool) -> dict:
+    def _curves(self, recalibrated: bool) -> dict[str, DamageCurve]:
         """Measure the layers' damage around what global pruning leaves at its own limit."""
         if recalibrated not in self._damage:
             around = Method("global", recalibrated)
@@ -266,71 +214,3 @@ class ModelSearch:
                 self.model, context, list(self.weights), images, self.fast
             )
         return self._damage[recalibrated]
-
-
-def describe_method(search: ModelSearch, method: Method, layers: Sequence[Layer]) -> dict:
-    """Search with one method and measure it on the held-out half: an entry of ``model_search``."""
-    started = time.perf_counter()
-    sparsity, steps = search.find_largest(method)
-    search_seconds = time.perf_counter() - started
-    points = [measure_point(search, method, 1 - 1 / times) for times in COMPRESSIONS]
-    pruned = search.prune(method, sparsity)
-    found = measure_model(search, pruned)
-    curve = [(0.0, float(search.held_out.dense_correct.float().mean()))]
-    curve += [(p["sparsity"], p["accuracy"]["value"]) for p in points]
-    curve.append((sparsity, found["accuracy"]["value"]))
-    return {
-        "scope": search.scope,
-        "allocation": method.allocation,
-        "recalibrated": method.recalibrated,
-        "finetune_epochs": 0,
-        "max_sparsity": sparsity,
-        "chosen_on_images": len(search.chosen.dense_correct),
-        **found,
-        "within_tolerance": found["comparison"]["drop"] <= search.tolerance + 1e-12,
-        "curve": [list(point) for point in sorted(set(curve))],
-        "points": points,
-        "steps": [asdict(step) for step in steps],
-        "search_seconds": search_seconds,
-        **describe_density(pruned, layers),
-    }
-
-
-def measure_point(search: ModelSearch, method: Method, sparsity: float) -> dict:
-    """Measure one sparsity on the held-out half."""
-    return {"sparsity": sparsity, **measure_model(search, search.prune(method, sparsity))}
-
-
-def measure_model(search: ModelSearch, model: ResNet18) -> dict:
-    """Return a model's accuracy on the held-out half, and its comparison with dense."""
-    correct = search.correct_on(search.held_out, model)
-    return {
-        "accuracy": measure_accuracy(correct).as_dict(),
-        "comparison": compare(search.held_out.dense_correct, correct).as_dict(),
-    }
-
-
-def describe_density(model: ResNet18, layers: Sequence[Layer]) -> dict:
-    """Return a pruned model's zeros by layer, and the multiply-adds that are not with a zero."""
-    kept = {
-        name: int(module.weight.count_nonzero()) / module.weight.numel()
-        for name, module in prunable_layers(model).items()
-    }
-    macs = sum(layer.macs for layer in layers)
-    return {
-        "layers": [{"layer": name, "sparsity": 1 - density} for name, density in kept.items()],
-        "macs_kept": sum(layer.macs * kept[layer.name] for layer in layers) / macs,
-    }
-
-
-def best_entry(entries: Sequence[dict]) -> dict:
-    """Return the entry with the most weights pruned; random pruning is no candidate."""
-    return max(
-        (entry for entry in entries if entry["allocation"] != RANDOM),
-        key=lambda entry: (entry["max_sparsity"], entry["accuracy"]["value"]),
-    )
-
-
-def load_training(source: Source, seed: int) -> torch.Tensor:
-    """Return the training images that batch norms are re-estimated on: uint8, (N, 3, 32, 32)."""
-    return load_images(source, "train", RECALIBRATION_IMAGES, seed).images

@@ -45,12 +45,17 @@ def curve_table(entries: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows: points lost at each compression, ± half the paired 95 % interval."""
     rows = []
     for entry in entries:
-        cells = []
-        for point in entry["points"]:
-            low, high = point["comparison"]["ci95"]
-            cells.append(f"{points(0.0 - point['comparison']['drop'], 1)} ±{50 * (high - low):.1f}")
+        found = {point["sparsity"]: point["comparison"] for point in entry["points"]}
+        cells = [_loss(found.get(1 - 1 / times)) for times in COMPRESSIONS]
         rows.append([method_name(entry), *cells])
     return ["points at", *(f"{times}×" for times in COMPRESSIONS)], rows
+
+
+def _loss(comparison: dict | None) -> str:
+    if comparison is None:
+        return ""
+    low, high = comparison["ci95"]
+    return f"{points(0.0 - comparison['drop'], 1)} ±{50 * (high - low):.1f}"
 
 
 def format_model_search(results: dict) -> str:
@@ -65,11 +70,13 @@ def format_model_search(results: dict) -> str:
         "a zero. BN: batch-norm statistics re-estimated on training images after pruning."
     )
     lines = [
-        f"{SCOPES[first['scope']].capitalize()}: the largest sparsity within {tolerance:g} points",
+        f"{SCOPES[first['scope']].capitalize()}: the largest sparsity within {tolerance:g} points "
+        f"({results['model_search_seconds']:.0f} s)",
         format_table(*largest_table(entries)),
         *textwrap.wrap(summary, 78, initial_indent="  ", subsequent_indent="  "),
         "",
-        "Points lost at each compression of the weights, on the same held-out images",
+        "Points lost at each compression of the weights, on "
+        f"{first['points'][0]['accuracy']['total']:,} of the held-out images",
         format_table(*curve_table(entries)),
         "",
         f"Saved: {method_name(saved)} at {percent(saved['sparsity'], 1)}; reloaded and measured "

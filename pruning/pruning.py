@@ -100,6 +100,15 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
         "--recalibrate-bn", action="store_true",
         help="adds rows with batch-norm statistics re-estimated on training images after pruning",
     )  # fmt: skip
+    group.add_argument(
+        "--finetune-epochs", type=cli.positive_int, metavar="N",
+        help="adds a row: the best of the others trained for N epochs, its zeros held, at its own "
+        "sparsity and at higher ones for as long as they are within --tolerance",
+    )  # fmt: skip
+    group.add_argument(
+        "--finetune-images", type=cli.image_count, metavar="N|all", default="all",
+        help="training images for --finetune-epochs",
+    )  # fmt: skip
 
 
 @cli.exit_codes
@@ -116,6 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     from pruning import (
         artifacts,
         experiment,
+        finetuning,
+        model_results,
         model_search,
         plots,
         savings,
@@ -179,13 +190,24 @@ def main(argv: list[str] | None = None) -> int:
         results["savings"] = savings.measure_savings(sizes, results["structure"], model, test)
 
         if args.scope:
+            search_started = time.perf_counter()
             searched = model_search.ModelSearch.prepare(
                 model, args.scope, test, scanned.dense_correct, args.tolerance, args.seed, fast
             )
             if args.recalibrate_bn:
-                searched.training = model_search.load_training(source, args.seed).to(place)
-            results["model_search"] = searched.run(args.allocation, layers)
-            results["model_saved"] = searched.save_best(results["model_search"], plain, packed)
+                searched.training = model_results.load_training(source, args.seed).to(place)
+            found = model_results.run_all(searched, args.allocation, layers)
+            if args.finetune_epochs:
+                train = data.load_images(source, "train", args.finetune_images, args.seed)
+                best = model_results.best_of(found)
+                found.append(
+                    finetuning.run_finetuned(
+                        searched, best, train.to(place), args.finetune_epochs, layers
+                    )
+                )
+            results["model_search"] = [one.entry for one in found]
+            results["model_search_seconds"] = time.perf_counter() - search_started
+            results["model_saved"] = model_results.save_best(searched, found, plain, packed)
 
         results["artifacts"] = {
             "model": artifacts.PRUNED_NAME,

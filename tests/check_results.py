@@ -119,8 +119,9 @@ def check_model_search(entry: dict) -> None:
     assert [entry["max_sparsity"], entry["accuracy"]["value"]] in entry["curve"]
     assert entry["curve"] == sorted(entry["curve"])
     for point in entry["points"]:
-        check_accuracy(point["accuracy"], total)
-        check_comparison(point["comparison"], total)
+        check_accuracy(point["accuracy"], point["accuracy"]["total"])
+        check_comparison(point["comparison"], point["accuracy"]["total"])
+        assert point["accuracy"]["total"] <= total
         assert [point["sparsity"], point["accuracy"]["value"]] in entry["curve"]
     assert len(entry["layers"]) == 21
     assert 0 < entry["macs_kept"] <= 1

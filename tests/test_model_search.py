@@ -13,7 +13,7 @@ from common.checkpoint import load_model
 from common.data import normalize
 from common.model import prunable_layers
 from common.size import describe_layers
-from pruning import model_search
+from pruning import model_results, model_search
 from pruning.allocation import ALLOCATIONS, RANDOM, uniform_masks, weights_in_scope
 from pruning.artifacts import load_packed
 from pruning.model_plots import plot_model_search
@@ -50,7 +50,7 @@ def test_clearance_is_the_paired_z_score():
     assert model_search.clearance(dense, dense, 0.0) == 0
 
 
-def test_halves_share_no_image_and_no_order(random_images):
+def test_halves_share_no_image_and_are_shuffled(random_images):
     test = random_images(40)
     right = torch.arange(40) % 3 > 0
     chosen, held_out = model_search.split_test(test, right, seed=1)
@@ -84,10 +84,10 @@ def test_prunes_a_copy_within_the_scope(search):
 
 def test_entry_is_what_plain_passes_measure(search):
     method, layers = Method("global", True), describe_layers(search.model)
-    entry = model_search.describe_method(search, method, layers)
+    entry = model_results.run_method(search, method, layers).entry
     pruned = search.prune(method, entry["max_sparsity"])
     held_out = search.held_out.images
-    correct = search.correct_on(search.held_out, pruned)
+    correct = search.find_correct(search.held_out, pruned)
     assert entry["accuracy"]["correct"] == int(correct.sum())
     assert entry["accuracy"]["total"] == len(held_out)
     kept = sum(
@@ -99,14 +99,16 @@ def test_entry_is_what_plain_passes_measure(search):
 
 
 def test_every_method_gets_its_row(search, tmp_path):
-    entries = search.run(ALLOCATIONS, describe_layers(search.model))
+    layers = describe_layers(search.model)
+    found = model_results.run_all(search, ALLOCATIONS, layers)
+    entries = [one.entry for one in found]
     rows = [(entry["allocation"], entry["recalibrated"]) for entry in entries]
-    names = (*ALLOCATIONS, RANDOM)
-    assert rows == [(name, recalibrated) for recalibrated in (False, True) for name in names]
+    expected = [(name, recalibrated) for recalibrated in (False, True) for name in ALLOCATIONS]
+    assert rows == [*expected, (RANDOM, False)]
     for entry in entries:
         check_model_search(json.loads(json.dumps(entry)))
-    best = model_search.best_entry(entries)
-    assert best["max_sparsity"] == max(
+    best = model_results.best_of(found)
+    assert best.entry["max_sparsity"] == max(
         entry["max_sparsity"] for entry in entries if entry["allocation"] != RANDOM
     )
     plot_model_search(entries, 0.1, tmp_path / "plot.png")

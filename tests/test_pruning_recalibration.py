@@ -1,0 +1,39 @@
+import torch
+
+from common.data import normalize
+from common.model import prunable_layers
+from pruning import recalibration
+from pruning.recalibration import recalibrate_batch_norm
+
+
+def test_first_statistics_are_those_of_a_hand_computation(tiny_model, random_images, monkeypatch):
+    monkeypatch.setattr(recalibration, "BATCH_SIZE", 8)
+    images = random_images(16).images
+    with torch.no_grad():
+        prunable_layers(tiny_model)["conv1"].weight.mul_(0.5)
+        batches = [tiny_model.conv1(normalize(half)) for half in images.split(8)]
+    mean = torch.stack([batch.mean(dim=(0, 2, 3)) for batch in batches]).mean(dim=0)
+    variance = torch.stack([batch.var(dim=(0, 2, 3), correction=1) for batch in batches]).mean(0)
+    weights = {name: p.clone() for name, p in tiny_model.named_parameters()}
+    recalibrate_batch_norm(tiny_model, images)
+    torch.testing.assert_close(tiny_model.bn1.running_mean, mean)
+    torch.testing.assert_close(tiny_model.bn1.running_var, variance)
+    assert not tiny_model.training
+    assert all(torch.equal(p, weights[name]) for name, p in tiny_model.named_parameters())
+
+
+def test_one_batch_gives_every_layer_what_training_mode_computes(tiny_model, random_images):
+    """But for the variance, which is divided by one less there: the running one is unbiased."""
+    images = random_images(32, seed=3).images
+    recalibrate_batch_norm(tiny_model, images)
+    outputs = {}
+    norms = {n: m for n, m in tiny_model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    for name, norm in norms.items():
+        norm.register_forward_hook(lambda m, x, y, name=name: outputs.update({name: (x[0], m)}))
+    with torch.inference_mode():
+        tiny_model(normalize(images))
+    assert len(outputs) == 20
+    for activations, norm in outputs.values():
+        torch.testing.assert_close(
+            norm.running_mean, activations.mean(dim=(0, 2, 3)), rtol=2e-2, atol=2e-3
+        )
