@@ -63,7 +63,7 @@ def add_study(
     batch_size: int,
 ) -> None:
     """Compare calibrations; ``fp32`` are the predictions (int64, (N,)) to hold them against."""
-    rows = study.run_study(model, source, test, settings, batch_size)
+    rows = study.run_study(model, source, test, fp32, settings, batch_size)
     fp32_accuracy = study.accuracy_of(fp32, test)
     account.results["calibration_study"] = study.as_dicts(rows)
     study.plot_study(rows, fp32_accuracy, account.folder.file(STUDY_PLOT))

@@ -24,17 +24,19 @@ STUDY_SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class StudyRow:
-    """INT8 accuracy with one observer and number of images, over seeds; fractions of images.
+    """What INT8 gives with one observer and number of images, over seeds; fractions of images.
 
     Attributes:
         observer: Its name.
         calibration_images: Their number.
         accuracies: One a seed.
+        agreements: The share of images that get FP32's answer, right or wrong; one a seed.
     """
 
     observer: str
     calibration_images: int
     accuracies: tuple[float, ...]
+    agreements: tuple[float, ...]
 
     @property
     def mean(self) -> float:
@@ -48,7 +50,12 @@ class StudyRow:
 
 
 def run_study(
-    model: ResNet18, source: Source, test: Cifar10, settings: Settings, batch_size: int
+    model: ResNet18,
+    source: Source,
+    test: Cifar10,
+    fp32: torch.Tensor,
+    settings: Settings,
+    batch_size: int,
 ) -> list[StudyRow]:
     """Quantize with every observer, number of calibration images and seed; measure each.
 
@@ -56,6 +63,7 @@ def run_study(
         model: FP32.
         source: Of calibration images.
         test: Images to measure on.
+        fp32: FP32's predictions on them (int64, shape (N,)).
         settings: Of the quantization, but for the observer.
         batch_size: In images.
     """
@@ -66,19 +74,24 @@ def run_study(
     rows = []
     cells = list(itertools.product(engines.OBSERVERS, STUDY_SIZES))
     for observer, size in cli.progress(cells, "calibration study", unit="cell"):
-        accuracies = []
+        accuracies, agreements = [], []
         for seed in STUDY_SEEDS:
             chosen = replace(settings, observer=observer)
             observed = engines.calibrate(model, batches(train[size, seed], batch_size), chosen)
             predictions = evaluate.predict(engines.convert(observed, chosen), test, batch_size)
             accuracies.append(accuracy_of(predictions, test))
-        rows.append(StudyRow(observer, size, tuple(accuracies)))
+            agreements.append(float((predictions == fp32).double().mean()))
+        rows.append(StudyRow(observer, size, tuple(accuracies), tuple(agreements)))
     return rows
 
 
 def best_row(rows: Sequence[StudyRow]) -> StudyRow:
-    """Return the row that the study supports: the best worst seed, then the best mean."""
-    return max(rows, key=lambda row: (min(row.accuracies), row.mean, -row.calibration_images))
+    """Return the row that the study supports: where the worst seed agrees most with FP32.
+
+    Not the most accurate: an INT8 model that beats FP32 does so by luck, which new images do not
+    repeat, and agreement tells settings apart that accuracy cannot.
+    """
+    return max(rows, key=lambda row: (min(row.agreements), -row.calibration_images))
 
 
 def as_dicts(rows: Sequence[StudyRow]) -> list[dict]:
@@ -94,39 +107,49 @@ def accuracy_of(predictions: torch.Tensor, dataset: Cifar10) -> float:
 def format_study(rows: Sequence[StudyRow], fp32_accuracy: float) -> str:
     """Lay out the study as a table, and say what it supports."""
     table = report.format_table(
-        ["observer", "images", "mean", "worst seed", "spread", "drop"],
+        ["observer", "images", "mean", "spread", "drop", "as FP32", "worst seed"],
         [
             [
                 row.observer,
                 f"{row.calibration_images}",
                 report.percent(row.mean),
-                report.percent(min(row.accuracies)),
                 f"{100 * row.spread:.2f}",
                 f"{100 * (fp32_accuracy - row.mean):+.2f}",
+                report.percent(statistics.mean(row.agreements)),
+                report.percent(min(row.agreements)),
             ]
             for row in rows
         ],
     )
     best = best_row(rows)
     return (
-        f"calibration study ({len(STUDY_SEEDS)} seeds; spread and drop in points)\n{table}\n"
-        f"best worst case: {best.observer} on {best.calibration_images} images\n"
+        f"calibration study: accuracy, and answers that are FP32's, right or wrong\n"
+        f"({len(STUDY_SEEDS)} seeds; spread and drop in points)\n{table}\n"
+        f"most like FP32 at its worst: {best.observer} on {best.calibration_images} images\n"
     )
 
 
 def plot_study(rows: Sequence[StudyRow], fp32_accuracy: float, path: Path) -> None:
-    """Plot accuracy by number of calibration images, one line an observer, one dot a seed."""
-    figure, axis = report.new_figure(7.5, 4.2)
-    axis.axhline(100 * fp32_accuracy, color="black", lw=1, ls="--", label="FP32")
+    """Plot accuracy and agreement by calibration images: one line an observer, one dot a seed."""
+    figure, (left, right) = report.new_figure(11, 4.2, columns=2)
+    left.axhline(100 * fp32_accuracy, color="black", lw=1, ls="--", label="FP32")
     colors = (report.BLUE, report.ORANGE, report.GREEN, report.RED)
     for position, (observer, color) in enumerate(zip(engines.OBSERVERS, colors, strict=True)):
         own = [row for row in rows if row.observer == observer]
         x = np.arange(len(own)) + (position - 1.5) * 0.08
-        axis.plot(x, [100 * row.mean for row in own], "-", color=color, label=observer)
-        for at, row in zip(x, own, strict=True):
-            points = [100 * accuracy for accuracy in row.accuracies]
-            axis.plot([at] * len(points), points, "o", color=color, ms=4, alpha=0.8)
-    axis.set_xticks(range(len(STUDY_SIZES)), [str(size) for size in STUDY_SIZES])
-    axis.set(title="INT8 accuracy by calibration", xlabel="calibration images", ylabel="top-1, %")
-    axis.legend(ncols=2, fontsize=8)
+        for axis, seeds in (
+            (left, [row.accuracies for row in own]),
+            (right, [row.agreements for row in own]),
+        ):
+            means = [100 * statistics.mean(values) for values in seeds]
+            axis.plot(x, means, "-", color=color, label=observer)
+            for at, values in zip(x, seeds, strict=True):
+                points = [100 * value for value in values]
+                axis.plot([at] * len(points), points, "o", color=color, ms=4, alpha=0.8)
+    left.set(title="INT8 accuracy by calibration", ylabel="top-1, %")
+    right.set(title="Answers that are FP32's, right or wrong", ylabel="of all images, %")
+    for axis in (left, right):
+        axis.set_xticks(range(len(STUDY_SIZES)), [str(size) for size in STUDY_SIZES])
+        axis.set_xlabel("calibration images")
+    left.legend(ncols=2, fontsize=8)
     report.save_figure(figure, path)
