@@ -78,7 +78,10 @@ def render(results: dict, story: Story, plots: Mapping[str, bytes]) -> str:
         plots: For each plot's file name its PNG, in the order of the page.
     """
     figures = (_figure(story.captions.get(name, name), png) for name, png in plots.items())
-    arguments = {f"--{k.replace('_', '-')}": v for k, v in results["arguments"].items()}
+    given = results["arguments"]
+    arguments = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+    if given.get("test_images", 0) is None:
+        arguments["--test-images"] = "all"
     sources = {
         f"{group}: {key.replace('_', ' ')}": value
         for group in ("weights", "data")

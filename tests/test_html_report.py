@@ -41,6 +41,13 @@ def test_everything_told_is_on_the_page():
     assert page.images == [PNG + b"1"]
 
 
+def test_all_test_images_are_called_all():
+    results = RESULTS | {"arguments": {"test_images": None, "threads": None}}
+    content = render(results, STORY, {})
+    assert "<dt>--test-images</dt><dd>all</dd>" in content
+    assert "<dt>--threads</dt><dd>–</dd>" in content
+
+
 def test_plots_come_in_the_order_of_the_story(tmp_path):
     results = RESULTS | {"artifacts": dict(RESULTS["artifacts"])}
     with OutputFolder(tmp_path / "out") as folder:
