@@ -31,11 +31,16 @@ from common.output import replace_file
 from quantization import deploy, engines
 from quantization.engines import Settings
 from quantization.packing import SUFFIX as PACKED_SUFFIX
-from quantization.packing import load_packed
+from quantization.packing import load_packed, parse_settings
 
 FORMAT = "resnet18-cifar10-int8"
 FROZEN_SUFFIX = ".torchscript.pt"
 ENGINE_ENTRY = "engine"  # of the TorchScript archive
+# What reading a damaged or forged file can raise, out of torch.load and load_state_dict.
+DAMAGE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError,
+    AttributeError,
+)  # fmt: skip
 
 
 def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
@@ -85,15 +90,15 @@ def _load_plain(path: Path) -> tuple[GraphModule, Settings]:
     try:
         with engines.quiet_torch():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{path}: not written by quantization.py")
+        settings = parse_settings(content.get("settings"))
+        model = engines.build_skeleton(settings)
+        with engines.quiet_torch(settings.engine):
+            model.load_state_dict(content.get("state_dict"))
+    except DAMAGE as error:
         reason = str(error).split("\n")[0][:120]
         raise UserError(f"{path}: damaged or no INT8 model ({reason})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not written by quantization.py")
-    settings = Settings(**content["settings"])
-    model = engines.build_skeleton(settings)
-    with engines.quiet_torch(settings.engine):
-        model.load_state_dict(content["state_dict"])
     return model, settings
 
 

@@ -71,7 +71,7 @@ def load_packed(path: Path) -> tuple[GraphModule, Settings]:
             raise ValueError("no packed INT8 model")
         if _checksum(tensors, metadata) != metadata.get("sha256"):
             raise ValueError("checksum differs")
-        settings = parse_settings(metadata.get("settings", ""))
+        settings = parse_settings(json.loads(metadata.get("settings", "")))
         model = engines.build_skeleton(settings)
         state = model.state_dict()  # carries the versions that torch's modules ask for
         state |= unpack(tensors, state)
@@ -85,13 +85,12 @@ def load_packed(path: Path) -> tuple[GraphModule, Settings]:
     return model, settings
 
 
-def parse_settings(text: str) -> Settings:
-    """Read settings from JSON that may come from anywhere.
+def parse_settings(fields: object) -> Settings:
+    """Return the settings that a file tells, which may come from anywhere.
 
     Raises:
         ValueError: They are not settings that a model could have been made with.
     """
-    fields = json.loads(text)
     known = {"engine", "observer", "reduce_range", "fp32_layers"}
     if not isinstance(fields, dict) or fields.keys() != known:
         raise ValueError("settings are incomplete or unknown")
@@ -100,7 +99,7 @@ def parse_settings(text: str) -> Settings:
         fields["engine"] in engines.ENGINES
         and fields["observer"] in tuple(engines.OBSERVERS)
         and isinstance(fields["reduce_range"], bool)
-        and isinstance(layers, list)
+        and isinstance(layers, list | tuple)
         and {*map(str, layers)} <= {*prunable_layers(engines.ResNet18())}
     ):
         raise ValueError("settings that no INT8 model is made with")

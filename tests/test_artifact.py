@@ -112,3 +112,24 @@ def test_full_range_without_vnni_is_warned_of(
     artifact.load_int8(path)
     warned = "no VNNI" in capsys.readouterr().err
     assert warned == (not vnni and not reduce_range)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"settings": {"engine": "abacus"}},
+        {"settings": None},
+        {"settings": {"colour": "red"}},
+        {"state_dict": None},
+        {"state_dict": {"conv1.weight": 3}},
+    ],
+)
+def test_forged_content_is_refused_in_one_line(convert, tmp_path, forged):
+    settings, path = Settings(ENGINES[0]), tmp_path / "forged.pth"
+    artifact.save_int8(convert(settings), settings, path)
+    with engines.quiet_torch():
+        content = torch.load(path, weights_only=True)
+        torch.save(content | forged, path)
+    with pytest.raises(UserError, match=r"forged\.pth: damaged or no INT8 model") as caught:
+        artifact.load_int8(path)
+    assert "\n" not in str(caught.value)
