@@ -152,6 +152,16 @@ def candidate_engines() -> list[str]:
     return [name for name in supported if name != "qnnpack"] or supported
 
 
+def default_engines() -> list[str]:
+    """Return fbgemm; where torch is built without it, as for Arm, what it has, said in one line."""
+    supported = torch.backends.quantized.supported_engines
+    if "fbgemm" in supported:
+        return ["fbgemm"]
+    engine = "qnnpack" if "qnnpack" in supported else candidate_engines()[0]
+    cli.log.info("torch has no fbgemm on this %s CPU: using %s", platform.machine(), engine)
+    return [engine]
+
+
 def calibrate(
     model: ResNet18,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],

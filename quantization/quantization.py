@@ -41,9 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--engines",
         type=cli.list_of(cli.one_of(*ENGINES, "auto")),
         metavar="NAME,...",
-        default=["fbgemm"],
         help=f"INT8 kernels to compare: {', '.join(ENGINES)}; the first makes the headline. auto: "
-        "all that suit this CPU, the fastest makes it",
+        "all that suit this CPU, the fastest makes it (default: fbgemm, or qnnpack where torch has "
+        "no fbgemm)",
     )
     quantizing.add_argument(
         "--calibration-images",
@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     device.set_threads(args.threads)
     device.keep_freed_memory()
     place = device.choose_device(args.device)
+    args.engines = args.engines or engines.default_engines()
     pick_fastest = "auto" in args.engines
     settings = [
         engines.choose_settings(engine, args.observer, args.reduce_range)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch.fx import GraphModule
 
+from common import cli
 from common.cli import UserError
 from common.data import batches, normalize
 from quantization import engines
@@ -184,3 +185,17 @@ def test_rounding_is_torchs_own(scale, zero_point, quant_max, seed):
     rounded = engines.Quantizer(scale, zero_point, 0, quant_max)(x)
     expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, quant_max)
     assert torch.equal(rounded, expected)
+
+
+@pytest.mark.parametrize(
+    ("supported", "expected"),
+    [(["none", "qnnpack"], "qnnpack"), (["qnnpack", "onednn"], "qnnpack"), (["onednn"], "onednn"),
+     (["qnnpack", "fbgemm", "x86"], "fbgemm")],
+)  # fmt: skip
+def test_where_there_is_no_fbgemm_one_line_says_what_is_used(
+    supported, expected, monkeypatch, capsys
+):
+    cli.set_up_messages(quiet=False)
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", supported)
+    assert engines.default_engines() == [expected]
+    assert capsys.readouterr().err.count("\n") == (expected != "fbgemm")

@@ -11,12 +11,14 @@ import pytest
 import torch
 from check_page import check_page
 from check_results import check_results
+from printed import read_table, shows
 from torch.nn.utils import prune
 
 from common.checkpoint import BUNDLED_WEIGHTS, load_model
 from common.model import prunable_layers
 from quantization import deploy
 from quantization.artifact import load_int8
+from quantization.quantization import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "quantization" / "quantization.py"
@@ -204,3 +206,46 @@ def test_targets_on_the_full_size_weights_and_images(tmp_path):
     comparison = json.loads(process.stdout)["comparison"]
     assert comparison["size_ratio"] <= 0.26
     assert comparison["accuracy"]["drop"] <= 0.003
+
+
+def test_where_there_is_no_fbgemm_all_is_done_with_qnnpack(tmp_path, monkeypatch, capsys):
+    """As on Arm: x86 builds of torch have qnnpack too."""
+    engine, threads = torch.backends.quantized.engine, torch.get_num_threads()
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none", "qnnpack"])
+    try:
+        assert main([*QUICK, "--threads", "1", "--output-dir", str(tmp_path / "out")]) == 0
+    finally:
+        torch.backends.quantized.engine = engine
+        torch.set_num_threads(threads)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    check_results(results, tmp_path / "out")
+    assert results["models"][-1]["engine"] == "qnnpack"
+    assert results["comparison"]["accuracy"]["drop"] < 0.05
+    assert "using qnnpack" in capsys.readouterr().err
+
+
+def test_every_number_in_the_tables_is_that_of_results_json(finished):
+    process, folder = finished
+    results = json.loads((folder / "results.json").read_text())
+    for row, model in zip(read_table(process.stdout, "images/s at"), results["models"],
+                          strict=True):  # fmt: skip
+        speeds = [entry["images_per_second"] for entry in model["latency"]]
+        assert shows(" ".join(row[1:]), model["size_bytes"] / 1e6, 100 * model["accuracy"]["value"],
+                     *speeds)  # fmt: skip
+    lines = process.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.endswith("on the same images"))
+    model = results["models"][-1]
+    comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
+    ratio, (low, high) = comparison["size_ratio"], accuracy["ci95"]
+    expected = [
+        [100 * (1 - ratio), 1 / ratio],
+        [-100 * accuracy["drop"], 95, -100 * high, -100 * low],
+        [accuracy["only_a_correct"], accuracy["only_b_correct"], accuracy["mcnemar_p"]],
+        [number for e in comparison["speedup"] for number in (e["value"], e["batch_size"])],
+        [32, *(entry["value"] for entry in model["speedup_over_nchw"])],
+        [len(model["int8_operations"]) + len(model["fp32_operations"]), 8],
+    ]
+    for line, values in zip(lines[start + 1 :], expected, strict=False):
+        assert shows(line, *values), line
+    took = next(line for line in lines if line.startswith("took "))
+    assert shows(took, results["wall_seconds"], results["peak_memory_bytes"] / 1e6)
