@@ -38,9 +38,18 @@ def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
 
 
 def without_times(results):
-    """Drop what differs between two runs: times, how they were started, where results went."""
+    """Drop what differs between two runs: times, memory, how they were started, where results went."""
     if isinstance(results, dict):
-        timed = {"latency", "wall_seconds", "output_dir", "resume", "json", "quiet", "overwrite"}
+        timed = {
+            "latency",
+            "wall_seconds",
+            "peak_memory_bytes",
+            "output_dir",
+            "resume",
+            "json",
+            "quiet",
+            "overwrite",
+        }
         return {k: without_times(v) for k, v in results.items() if k not in timed}
     return [without_times(v) for v in results] if isinstance(results, list) else results
 

@@ -39,9 +39,10 @@ def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
 
 
 def without_times(results):
-    """Drop what differs between two runs: times, and where results went."""
+    """Drop what differs between two runs: times, memory, and where results went."""
     if isinstance(results, dict):
         timed = {"latency", "speedup", "speedup_over_nchw", "wall_seconds", "output_dir"}
+        timed |= {"peak_memory_bytes"}
         return {k: without_times(v) for k, v in results.items() if k not in timed}
     return [without_times(v) for v in results] if isinstance(results, list) else results
 
