@@ -38,7 +38,7 @@ def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
 
 
 def without_times(results):
-    """Drop what differs between two runs: times, memory, how they were started, where results went."""
+    """Drop what differs between two runs: times, memory, how they started, where they wrote."""
     if isinstance(results, dict):
         timed = {
             "latency",
