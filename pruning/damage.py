@@ -64,7 +64,7 @@ def measure_damage(
             changed[amount] += (found != expected).sum(dim=1)
     damage = (changed / len(images)).cpu().double().numpy()
     return {
-        name: _curve(prunable_layers(model)[name].weight.numel(), damage[:, index])
+        name: _curve(prunable_layers(model)[name].weight.numel(), damage[:, index], len(images))
         for index, name in enumerate(layers)
     }
 
@@ -78,9 +78,14 @@ def _with_weights_of(model: ResNet18, context: ResNet18, layers: list[str]) -> R
     return regrown
 
 
-def _curve(weights: int, damage: np.ndarray) -> DamageCurve:
-    """Make a curve from the damage at ``AMOUNTS``: what pruning gains by chance counts nothing."""
+def _curve(weights: int, damage: np.ndarray, images: int) -> DamageCurve:
+    """Make a curve from the damage at ``AMOUNTS``: what pruning gains by chance counts nothing.
+
+    Each step costs one image more than was seen. Where no prediction of a few hundred changed, one
+    of the next few hundred may: taken for free, the steps of small layers would all come first,
+    though they save next to nothing and together cost a point.
+    """
     counts = [pruned_count(weights, amount) for amount in AMOUNTS]
     distinct = np.unique(counts, return_index=True)[1]  # tiny layers round to the same count
-    rising = np.maximum.accumulate(damage - damage[0])
+    rising = np.maximum.accumulate(damage - damage[0]) + np.arange(len(AMOUNTS)) / images
     return DamageCurve(np.array(counts)[distinct], rising[distinct])
