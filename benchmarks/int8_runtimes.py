@@ -6,9 +6,9 @@ Every runtime gets the same FP32 weights and calibration images, or our calibrat
 file; all of them are timed in turns, in one process. The table shows images a second and, in
 brackets, the share of the rate that a large INT8 matrix product reaches on the same cores.
 
-What is out of reach: OpenVINO's time at batch 1. From batch 8 on both run the same kernels at
-about 90 % of the matrix product's rate. One image leaves them 60 % of a call of 0.8 ms (sampled with
-perf on two Zen 5 cores); 14 % is torch's and ideep's work around each of 22 kernels, which sets up
+What is out of reach: OpenVINO's time at batch 1. From batch 8 on both run the same kernels at about
+90 % of the matrix product's rate. One image leaves them 60 % of a call of 0.8 ms (sampled with perf
+on two Zen 5 cores); 14 % is torch's and ideep's work around each of 22 kernels, which sets up
 arguments, scales and attributes anew every time, 11 % is malloc, since every activation is a new
 tensor where OpenVINO plans its memory once, and 13 % waits for the second thread. Tried: oneDNN's
 primitive kept for every batch size (+21 %, in use), torch's static runtime (refuses quantized
