@@ -121,12 +121,12 @@ def plot(results: dict, path: Path) -> None:
         bars = axis.bar(
             positions, speeds, width * 0.94, color=shades.get(name, report.GREY), label=label(name)
         )
-        axis.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=2, fontsize=7.5)
+        axis.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=2, fontsize=6.8)
     ceiling = results["gemm_macs_per_second"] / results["macs_per_image"]
     axis.axhline(ceiling, color="#444444", lw=1, ls="--")
     axis.annotate(
-        f"rate of a large INT8 matrix product: {ceiling:.0f}", (len(sizes) - 0.5, ceiling),
-        xytext=(0, 4), textcoords="offset points", ha="right", fontsize=8.5,
+        f"rate of a large INT8 matrix product: {ceiling:.0f}", (-0.42, ceiling),
+        xytext=(0, 4), textcoords="offset points", fontsize=8.5,
     )  # fmt: skip
     axis.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
     environment = results["environment"]
