@@ -15,7 +15,7 @@ from torch import nn
 
 from common.data import Cifar10, batches
 from common.model import ResNet18
-from common.sources import IMAGE_SIZE
+from quantization.deploy import blank_images
 
 CALIBRATION_BATCH = 64
 
@@ -40,7 +40,7 @@ class Pt2eModel:
         if not path.exists():
             with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "To copy construct from a tensor")  # its own
-                program = torch.export.export(self._converted, (_blank_images(batch_size),))
+                program = torch.export.export(self._converted, (blank_images(batch_size),))
                 torch._inductor.aoti_compile_and_package(
                     program, package_path=str(path), inductor_configs={"freezing": True}
                 )
@@ -59,15 +59,10 @@ def quantize(model: ResNet18, calibration: Cifar10) -> nn.Module:
 
     with torch.inference_mode(False), torch.no_grad():
         any_batch = {0: torch.export.Dim("N", max=1024)}
-        program = torch.export.export(model, (_blank_images(2),), dynamic_shapes=(any_batch,))
+        program = torch.export.export(model, (blank_images(2),), dynamic_shapes=(any_batch,))
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
         prepared = prepare_pt2e(program.module(), quantizer)
         for images, _ in batches(calibration, CALIBRATION_BATCH):
             prepared(images)
         return convert_pt2e(prepared)
-
-
-def _blank_images(count: int) -> torch.Tensor:
-    shape = (count, 3, IMAGE_SIZE, IMAGE_SIZE)
-    return torch.zeros(shape).to(memory_format=torch.channels_last)

@@ -148,11 +148,16 @@ def freeze(model: nn.Module, batch_size: int = 1) -> nn.Module:
         model: Maps channels_last images (N, 3, 32, 32) to logits; left as it is.
         batch_size: Of its first call, which is made here; the result takes any.
     """
-    example = torch.zeros(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
-    example = example.to(memory_format=torch.channels_last)
+    example = blank_images(batch_size)
     # Tensors made in inference mode could not be saved.
     with quiet_torch(), torch.inference_mode(False), torch.no_grad():
         if CAN_FREEZE:
             return torch.jit.freeze(torch.jit.trace(model, example, check_trace=False))
         model(example)
         return model
+
+
+def blank_images(count: int) -> torch.Tensor:
+    """Return float32 zeros (count, 3, 32, 32), channels_last: what a model is traced with."""
+    shape = (count, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return torch.zeros(shape).to(memory_format=torch.channels_last)
