@@ -112,6 +112,20 @@ def image_count(text: str) -> int | None:
         ) from None
 
 
+def path(text: str) -> Path:
+    """Parse a path; empty text, as of an unset shell variable, is not the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
+
+
+def name(text: str) -> str:
+    """Parse a name, for use within ``list_of``."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name")
+    return text
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     """Make a type for one of some names, for use within ``list_of``."""
 
@@ -167,7 +181,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> N
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument(
         "--weights",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="checkpoint; by default resnet18_cifar10.pth in the working directory, beside the "
         "script or in the repository root, else the bundled weights",
@@ -191,7 +205,7 @@ def add_image_arguments(inputs: argparse._ArgumentGroup, test_images: int | None
     """Add the flags that say where images come from; ``test_images`` is the default, None all."""
     inputs.add_argument(
         "--data-dir",
-        type=Path,
+        type=path,
         metavar="DIR",
         default=REPOSITORY / "data",
         help="folder with cifar-10-batches-py/ (downloaded there when missing) or with image "
@@ -237,7 +251,7 @@ def add_machine_arguments(running: argparse._ArgumentGroup) -> None:
 def add_output_arguments(outputs: argparse._ArgumentGroup, output_dir: Path) -> None:
     """Add the flags that say where results go; ``output_dir`` is the script's default."""
     outputs.add_argument(
-        "--output-dir", type=Path, metavar="DIR", default=output_dir, help="where results go"
+        "--output-dir", type=path, metavar="DIR", default=output_dir, help="where results go"
     )
     outputs.add_argument(
         "--overwrite",

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="several fractions: adds a curve a layer and a heat map",
     )  # fmt: skip
     scanning.add_argument(
-        "--layers", type=cli.list_of(str), metavar="NAME,...",
+        "--layers", type=cli.list_of(cli.name), metavar="NAME,...",
         help="layers to prune, by name or pattern (layer4.*); all by default",
     )  # fmt: skip
     scanning.add_argument(

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import struct
 import zipfile
 import zlib
@@ -26,18 +27,26 @@ from common.device import set_threads
 from common.model import ResNet18
 from common.output import OutputFolder
 from common.sources import BATCHES_FOLDER, CLASSES, open_source
+from pipeline import pipeline
+from pruning import pruning
+from quantization import quantization
+from training import training
 
 State = dict[str, torch.Tensor]
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "bad_input.md"
 ROWS = re.findall(r"^\| (.+?) \| `(.+?)` \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
+def shared_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    cli.add_shared_arguments(parser, Path("results"))
+    return parser
+
+
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Do what both scripts do with their shared flags."""
-    parser = argparse.ArgumentParser(prog="script")
-    cli.add_shared_arguments(parser, Path("results"))
-    args = parser.parse_args(argv)
+    args = shared_parser().parse_args(argv)
     cli.set_up_messages(args.quiet)
     set_threads(args.threads)
     with OutputFolder(args.output_dir, args.overwrite):
@@ -269,6 +278,9 @@ DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
     "`cifar-10-batches-py/` with a file missing": batches(
         lambda folder: (folder / "test_batch").unlink()
     ),
+    "`cifar-10-batches-py/` with a file half downloaded": batches(
+        lambda folder: cut_in_half(folder / "test_batch")
+    ),
     "`--data-dir` is a file": lambda root: (root.rename(root.parent / "aside"), root.touch()),
     "`--no-bundled`, CIFAR-10 absent, and no network": lambda root: root.rename(
         root.parent / "aside"
@@ -280,10 +292,16 @@ OUTPUT_FOLDERS: dict[str, Callable[[Path], object]] = {
     "`--output-dir` may not be written": lambda path: path.mkdir(mode=0o555, parents=True),
     "another run is using `--output-dir`": lambda path: path.mkdir(parents=True),
 }
+PARSERS = {
+    f"{script.__name__.rpartition('.')[2]}.py": script.build_parser
+    for script in (pruning, quantization, pipeline, training)
+}
 FLAGS = {
-    row: row.strip("`").split()
+    row: shlex.split(row.strip("`"))
     for row, _ in ROWS
-    if row.startswith("`--") and row not in DATA_FOLDERS and row not in OUTPUT_FOLDERS
+    if row.startswith(("`--", *(f"`{name} --" for name in PARSERS)))
+    and row not in DATA_FOLDERS
+    and row not in OUTPUT_FOLDERS
 }
 
 
@@ -362,12 +380,23 @@ def test_output_folder(row, folder, without_privileges, capsys):
 
 @pytest.mark.parametrize("row", FLAGS)
 def test_flag(row, capsys):
+    """A row without a script's name is of the flags that the scripts share."""
+    first, *rest = FLAGS[row]
+    parser = PARSERS[first]() if first in PARSERS else shared_parser()
     with pytest.raises(SystemExit) as exit_:
-        main(FLAGS[row])
-    usage, _, line = capsys.readouterr().err.rpartition("script: error: ")
-    assert usage.startswith("usage: script")
+        parser.parse_args(rest if first in PARSERS else [first, *rest])
+    usage, _, line = capsys.readouterr().err.rpartition(f"{parser.prog}: error: ")
+    assert usage.startswith("usage: ")
     assert expected_line(row).fullmatch(line.removesuffix("\n")), line
     assert exit_.value.code == cli.EXIT_USAGE
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_every_flag_that_takes_a_value_has_a_row(script):
+    tested = {word for row in FLAGS.values() if row[0] == script for word in row}
+    tested |= {word for row in FLAGS.values() if row[0].startswith("--") for word in row}
+    with_value = {a.option_strings[0] for a in PARSERS[script]()._actions if a.nargs is None}
+    assert with_value - tested == set()
 
 
 def test_without_bad_input_all_is_well(folder, image_folders, blank_state, capsys):

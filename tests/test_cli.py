@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import tqdm
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common import cli
+from pipeline import pipeline
+from pruning import pruning
+from quantization import quantization
+from training import training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -214,7 +219,8 @@ def test_progress_yields_everything(quiet, capsys, monkeypatch):
         (cli.image_count, "all", None),
         (cli.image_count, "10000", 10_000),
         (cli.list_of(cli.fraction), "0.5, 0.9,0.5", [0.5, 0.9]),
-        (cli.list_of(str), "b,a", ["b", "a"]),
+        (cli.list_of(cli.name), "b, a", ["b", "a"]),
+        (cli.path, "~/a b", Path("~/a b")),
     ],
 )
 def test_values(parse, text, value):
@@ -233,6 +239,8 @@ def test_values(parse, text, value):
         (cli.fraction, ["-0.1", "1.0001", "nan", "inf", "-inf", "half", "", "50%"]),
         (cli.image_count, ["0", "ALL", "", "-3"]),
         (cli.list_of(cli.fraction), ["", "0.5,", "0.5;0.6"]),
+        (cli.list_of(cli.name), ["", "conv1,", "linear, ,"]),
+        (cli.path, [""]),
     ],
 )
 def test_values_out_of_range(parse, texts):
@@ -276,24 +284,32 @@ def shared_parser() -> argparse.ArgumentParser:
     return parser
 
 
-words = st.sampled_from([*FLAGS, "all", "cpu", "--", "-", "=", "--b", "--se=3"])
+VALUES = st.sampled_from(["all", "cpu", "auto", "0", "1", "0.9", "nan", "1,", ",", "--", "-", "="])
 
 
-@given(st.lists(words | st.text(max_size=5), max_size=6))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example(["--test-images", "-1"])
-@example(["--weights="])
-def test_any_command_line_parses_or_is_wrong_usage(capsys, argv):
-    try:
-        args = shared_parser().parse_args(argv)
-    except SystemExit as exit_:
-        code = exit_.code
-    else:
-        code = cli.EXIT_DONE
-        assert args.batch_size >= 1
-        assert not (args.bundled and args.no_bundled)
-    assert code in (cli.EXIT_DONE, cli.EXIT_USAGE)
-    capsys.readouterr()
+@pytest.mark.parametrize("script", [pruning, quantization, pipeline, training])
+def test_any_command_line_parses_or_is_wrong_usage(script, capsys):
+    parser = script.build_parser()
+    flags = st.sampled_from([*parser._option_string_actions, "--b", "--se=3"])
+
+    @given(st.lists(flags | VALUES | st.text(max_size=5), max_size=6))
+    @settings(deadline=None)
+    @example(["--test-images", "-1"])
+    @example(["--data-dir="])
+    def check(argv: list[str]) -> None:
+        try:
+            args = parser.parse_args(argv)
+        except SystemExit as exit_:
+            code = exit_.code
+        else:
+            code = cli.EXIT_DONE
+            assert not (args.bundled and args.no_bundled)
+            for value in vars(args).values():
+                assert not isinstance(value, float) or 0 <= value < math.inf
+        assert code in (cli.EXIT_DONE, cli.EXIT_USAGE)
+        capsys.readouterr()
+
+    check()
 
 
 def test_help_shows_every_flag_and_its_default():
