@@ -15,21 +15,18 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import cli
+from common import arguments, cli
+from common.argument_types import positive_float, positive_int
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=cli.HelpFormatter
-    )
+    parser = arguments.make_parser(__doc__)
     parser.add_argument("output", type=Path, metavar="FILE", help="to write; must not exist")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="to start from")
     parser.add_argument("--block", default="layer2.1", metavar="NAME", help="block to damage")
-    parser.add_argument(
-        "--channels", type=cli.positive_int, metavar="N", default=4, help="to scale"
-    )
-    parser.add_argument("--factor", type=cli.positive_float, metavar="F", default=300.0)
+    parser.add_argument("--channels", type=positive_int, metavar="N", default=4, help="to scale")
+    parser.add_argument("--factor", type=positive_float, metavar="F", default=300.0)
     return parser
 
 

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import cli
+from common import arguments, cli
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "int8_runtimes"
 PLOT = "int8_runtimes.png"
@@ -33,28 +33,15 @@ EVALUATION_BATCH = 128
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+    parser = arguments.make_parser(
+        __doc__,
         epilog="examples:\n"
         "  python benchmarks/int8_runtimes.py --bundled\n"
         "  python benchmarks/int8_runtimes.py --data-dir ~/cifar10 --test-images all --threads 2",
-        formatter_class=cli.HelpFormatter,
     )
-    cli.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
-    parser.add_argument("--calibration-images", type=cli.positive_int, metavar="N", default=512)
-    parser.add_argument(
-        "--batch-sizes",
-        type=cli.list_of(cli.positive_int),
-        metavar="N,...",
-        default=[1, 8, 32, 128],
-    )
-    parser.add_argument(
-        "--timing-seconds",
-        type=cli.positive_float,
-        metavar="S",
-        default=20.0,
-        help="time to spend on each batch size",
-    )
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    arguments.add_calibration_argument(parser)
+    arguments.add_timing_arguments(parser, batch_sizes=[1, 8, 32, 128], seconds=20.0)
     return parser
 
 

@@ -17,21 +17,20 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import cli
+from common import arguments, cli
+from common.argument_types import batch_size, positive_int, thread_count
 from common.report import format_table, percent
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=cli.HelpFormatter
-    )
-    parser.add_argument("--batch-size", type=cli.batch_size, metavar="N", default=64)
-    parser.add_argument("--threads", type=cli.thread_count, metavar="N", help="CPU threads")
-    parser.add_argument("--rounds", type=cli.positive_int, metavar="N", default=5)
+    parser = arguments.make_parser(__doc__)
+    parser.add_argument("--batch-size", type=batch_size, metavar="N", default=64)
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads")
+    parser.add_argument("--rounds", type=positive_int, metavar="N", default=5)
     parser.add_argument(
         "--network-images",
-        type=cli.positive_int,
+        type=positive_int,
         metavar="N",
         default=384,
         help="images that the network is run on in each round",

@@ -17,17 +17,15 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import cli
+from common import arguments, cli
 
 AMOUNT, TOLERANCE = 0.9, 0.02
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=cli.HelpFormatter
-    )
-    cli.add_shared_arguments(parser, cli.REPOSITORY / "results" / "pruning_brute_force")
+    parser = arguments.make_parser(__doc__)
+    arguments.add_shared_arguments(parser, cli.REPOSITORY / "results" / "pruning_brute_force")
     parser.set_defaults(batch_size=16, test_images=1000, device="cpu")
     parser.add_argument(
         "--channels-last", action="store_true", help="brute force in channels_last instead of NCHW"

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import cli
+from common import arguments, cli
+from common.argument_types import fraction
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pipeline"
 PLOT = "pipeline.png"
@@ -27,17 +28,16 @@ ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+    parser = arguments.make_parser(
+        __doc__,
         epilog="examples:\n"
         "  python pipeline.py\n"
         "  python pipeline.py --sparsity 0.85 --recalibrate-bn --test-images all",
-        formatter_class=cli.HelpFormatter,
     )
-    cli.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     pruning = parser.add_argument_group("pruning")
     pruning.add_argument(
-        "--sparsity", type=cli.fraction, metavar="S", default=0.75,
+        "--sparsity", type=fraction, metavar="S", default=0.75,
         help="fraction of all convolution and linear weights to prune; pruning.py --scope all "
         "finds how far a network can go",
     )  # fmt: skip
@@ -52,19 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     quantizing = parser.add_argument_group("quantization")
     quantizing.add_argument("--engine", choices=ENGINES, default="fbgemm", help="INT8 kernels")
-    quantizing.add_argument(
-        "--calibration-images", type=cli.positive_int, metavar="N", default=512,
-        help="training images that set the activations' ranges: class-balanced, seeded",
-    )  # fmt: skip
-    timing = parser.add_argument_group("timing")
-    timing.add_argument(
-        "--batch-sizes", type=cli.list_of(cli.batch_size), metavar="N,...", default=[1, 32],
-        help="batch sizes to time",
-    )  # fmt: skip
-    timing.add_argument(
-        "--timing-seconds", type=cli.positive_float, metavar="S", default=5.0,
-        help="time to spend on each batch size",
-    )  # fmt: skip
+    arguments.add_calibration_argument(quantizing)
+    arguments.add_timing_arguments(parser, batch_sizes=[1, 32], seconds=5.0)
     return parser
 
 

@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import cli
+from common import arguments, cli
+from common.argument_types import fraction, image_count, list_of, name, one_of, positive_int
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
 JOURNAL_NAME = "scan.journal"
@@ -35,29 +36,28 @@ ALLOCATIONS = ("uniform", "global", "sensitivity")
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+    parser = arguments.make_parser(
+        __doc__,
         epilog="examples:\n"
         "  python pruning.py\n"
         "  python pruning.py --amounts 0.5,0.7,0.9 --layers 'layer4.*,linear' --test-images all\n\n"
         f"A batch is {CPU_BATCH_SIZE} images on a CPU, where the activations of all branches then\n"
         f"stay in the cache, and {GPU_BATCH_SIZE} on a GPU, unless --batch-size says otherwise.",
-        formatter_class=cli.HelpFormatter,
     )
-    cli.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     parser.set_defaults(batch_size=None)
     scanning = parser.add_argument_group("sensitivity scan")
     amounts = scanning.add_mutually_exclusive_group()
     amounts.add_argument(
-        "--amount", type=cli.fraction, metavar="A", default=0.9,
+        "--amount", type=fraction, metavar="A", default=0.9,
         help="fraction of each layer's weights to prune",
     )  # fmt: skip
     amounts.add_argument(
-        "--amounts", type=cli.list_of(cli.fraction), metavar="A,...",
+        "--amounts", type=list_of(fraction), metavar="A,...",
         help="several fractions: adds a curve a layer and a heat map",
     )  # fmt: skip
     scanning.add_argument(
-        "--layers", type=cli.list_of(cli.name), metavar="NAME,...",
+        "--layers", type=list_of(name), metavar="NAME,...",
         help="layers to prune, by name or pattern (layer4.*); all by default",
     )  # fmt: skip
     scanning.add_argument(
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     searching = parser.add_argument_group("search over the linear layer")
     searching.add_argument(
-        "--tolerance", type=cli.fraction, metavar="T", default=0.02,
+        "--tolerance", type=fraction, metavar="T", default=0.02,
         help="accuracy that may be lost, as a fraction",
     )  # fmt: skip
     searching.add_argument(
@@ -92,7 +92,7 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
         "model is then the sparsest one found",
     )  # fmt: skip
     group.add_argument(
-        "--allocation", type=cli.list_of(cli.one_of(*ALLOCATIONS)), metavar="NAME,...",
+        "--allocation", type=list_of(one_of(*ALLOCATIONS)), metavar="NAME,...",
         default=list(ALLOCATIONS),
         help=f"how the total is shared out among the layers: {', '.join(ALLOCATIONS)}",
     )  # fmt: skip
@@ -101,12 +101,12 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
         help="adds rows with batch-norm statistics re-estimated on training images after pruning",
     )  # fmt: skip
     group.add_argument(
-        "--finetune-epochs", type=cli.positive_int, metavar="N",
+        "--finetune-epochs", type=positive_int, metavar="N",
         help="adds a row: the best of the others trained for N epochs, its zeros held, at its own "
         "sparsity and at higher ones for as long as they are within --tolerance",
     )  # fmt: skip
     group.add_argument(
-        "--finetune-images", type=cli.image_count, metavar="N|all", default="all",
+        "--finetune-images", type=image_count, metavar="N|all", default="all",
         help="training images for --finetune-epochs",
     )  # fmt: skip
 

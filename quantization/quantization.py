@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import cli
+from common import arguments, cli
+from common.argument_types import fraction, list_of, one_of, positive_int
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
 ONNX_NAME = "resnet18_cifar10_int8.onnx"
@@ -28,30 +29,23 @@ OBSERVERS = ("histogram", "minmax", "moving-average", "percentile")
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+    parser = arguments.make_parser(
+        __doc__,
         epilog="examples:\n"
         "  python quantization.py\n"
         "  python quantization.py --weights my.pth --data-dir ~/cifar10 --test-images all",
-        formatter_class=cli.HelpFormatter,
     )
-    cli.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     quantizing = parser.add_argument_group("quantization")
     quantizing.add_argument(
         "--engines",
-        type=cli.list_of(cli.one_of(*ENGINES, "auto")),
+        type=list_of(one_of(*ENGINES, "auto")),
         metavar="NAME,...",
         help=f"INT8 kernels to compare: {', '.join(ENGINES)}; the first makes the headline. auto: "
         "all that suit this CPU, the fastest makes it (default: fbgemm, or qnnpack where torch has "
         "no fbgemm)",
     )
-    quantizing.add_argument(
-        "--calibration-images",
-        type=cli.positive_int,
-        metavar="N",
-        default=512,
-        help="training images that set the activations' ranges: class-balanced, seeded",
-    )
+    arguments.add_calibration_argument(quantizing)
     quantizing.add_argument(
         "--observer",
         choices=OBSERVERS,
@@ -73,14 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     budget = parser.add_argument_group("accuracy")
     budget.add_argument(
         "--max-drop",
-        type=cli.fraction,
+        type=fraction,
         metavar="F",
         help="accuracy that INT8 may lose, such as 0.001: corrects what costs no time, then "
         "returns layers to FP32, worst first; exit code 3 where the budget cannot be met",
     )
     budget.add_argument(
         "--held-out-images",
-        type=cli.positive_int,
+        type=positive_int,
         metavar="N",
         default=1400,
         help="training images that decide for --max-drop; none of the calibration images",
@@ -95,21 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compare observers, numbers of calibration images and seeds",
     )
-    timing = parser.add_argument_group("timing")
-    timing.add_argument(
-        "--batch-sizes",
-        type=cli.list_of(cli.batch_size),
-        metavar="N,...",
-        default=[1, 32, 128],
-        help="batch sizes to time",
-    )
-    timing.add_argument(
-        "--timing-seconds",
-        type=cli.positive_float,
-        metavar="S",
-        default=5.0,
-        help="time to spend on each batch size",
-    )
+    arguments.add_timing_arguments(parser, batch_sizes=[1, 32, 128], seconds=5.0)
     return parser
 
 

@@ -20,7 +20,7 @@ import torchvision
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from common import cli
+from common import arguments, cli
 from common.checkpoint import find_weights, load_model
 from common.data import load_images
 from common.device import set_threads
@@ -39,7 +39,7 @@ ROWS = re.findall(r"^\| (.+?) \| `(.+?)` \|$", TABLE.read_text(encoding="utf-8")
 
 def shared_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
-    cli.add_shared_arguments(parser, Path("results"))
+    arguments.add_shared_arguments(parser, Path("results"))
     return parser
 
 

@@ -1,10 +1,8 @@
-"""Flags, messages, and exit codes as a shell sees them."""
+"""Messages, and exit codes as a shell sees them."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import math
 import os
 import signal
 import subprocess
@@ -13,14 +11,8 @@ from pathlib import Path
 
 import pytest
 import tqdm
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from common import cli
-from pipeline import pipeline
-from pruning import pruning
-from quantization import quantization
-from training import training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -172,9 +164,19 @@ def test_main_may_run_in_a_thread_and_restores_the_signal():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_importing_cli_is_cheap():
-    done = run("assert not {'torch', 'numpy', 'scipy'} & sys.modules.keys()")
+def test_importing_what_answers_help_is_cheap():
+    done = run(
+        "from common import arguments; assert not {'torch', 'numpy', 'scipy'} & sys.modules.keys()"
+    )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_sigterm_during_cleanup_is_130():
+    done = run(
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+        "finally:\n    print('cleaned')"
+    )
+    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "cleaned\n")
 
 
 # --- messages ------------------------------------------------------------------------------------
@@ -199,138 +201,3 @@ def test_progress_yields_everything(quiet, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert ("count" in err) != quiet
-
-
-# --- flags ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("parse", "text", "value"),
-    [
-        (cli.positive_int, "7", 7),
-        (cli.non_negative_int, "0", 0),
-        (cli.seed_int, "4294967295", 2**32 - 1),
-        (cli.thread_count, "1024", 1024),
-        (cli.batch_size, "4096", 4096),
-        (cli.positive_float, "1e-3", 0.001),
-        (cli.fraction, "0", 0.0),
-        (cli.fraction, "1", 1.0),
-        (cli.fraction, "2.5e-1", 0.25),
-        (cli.image_count, "all", None),
-        (cli.image_count, "10000", 10_000),
-        (cli.list_of(cli.fraction), "0.5, 0.9,0.5", [0.5, 0.9]),
-        (cli.list_of(cli.name), "b, a", ["b", "a"]),
-        (cli.path, "~/a b", Path("~/a b")),
-    ],
-)
-def test_values(parse, text, value):
-    assert parse(text) == value
-
-
-@pytest.mark.parametrize(
-    ("parse", "texts"),
-    [
-        (cli.positive_int, ["0", "-1", "", " 7", "7 ", "1_000", "1e3", "0x1", "٣", "²", "9" * 30]),
-        (cli.non_negative_int, ["-1", "--1", "-", "+1"]),
-        (cli.seed_int, ["4294967296", "-1"]),
-        (cli.thread_count, ["0", "1025"]),
-        (cli.batch_size, ["0", "4097"]),
-        (cli.positive_float, ["0", "-1", "nan", "inf", "", "much", "1e999"]),
-        (cli.fraction, ["-0.1", "1.0001", "nan", "inf", "-inf", "half", "", "50%"]),
-        (cli.image_count, ["0", "ALL", "", "-3"]),
-        (cli.list_of(cli.fraction), ["", "0.5,", "0.5;0.6"]),
-        (cli.list_of(cli.name), ["", "conv1,", "linear, ,"]),
-        (cli.path, [""]),
-    ],
-)
-def test_values_out_of_range(parse, texts):
-    for text in texts:
-        with pytest.raises(argparse.ArgumentTypeError) as error:
-            parse(text)
-        assert str(error.value).startswith(repr(text.rpartition(",")[2]))
-
-
-@given(st.text(max_size=12))
-@example("1_0")
-@example("0" * 400)
-@example("٠.٥")
-@example("-0")
-def test_any_text_is_a_value_in_range_or_refused(text):
-    bounds = {
-        cli.positive_int: (1, 10**18),
-        cli.non_negative_int: (0, 10**18),
-        cli.seed_int: (0, 2**32 - 1),
-        cli.thread_count: (1, cli.MAX_THREADS),
-        cli.batch_size: (1, cli.MAX_BATCH_SIZE),
-        cli.fraction: (0, 1),
-    }
-    for parse, (low, high) in bounds.items():
-        try:
-            value = parse(text)
-        except argparse.ArgumentTypeError:
-            continue
-        assert low <= value <= high
-
-
-FLAGS = (
-    "--weights", "--data-dir", "--bundled", "--no-bundled", "--test-images", "--batch-size",
-    "--device", "--threads", "--seed", "--output-dir", "--overwrite", "--json", "--quiet",
-)  # fmt: skip
-
-
-def shared_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="script", formatter_class=cli.HelpFormatter)
-    cli.add_shared_arguments(parser, Path("results"))
-    return parser
-
-
-VALUES = st.sampled_from(["all", "cpu", "auto", "0", "1", "0.9", "nan", "1,", ",", "--", "-", "="])
-
-
-@pytest.mark.parametrize("script", [pruning, quantization, pipeline, training])
-def test_any_command_line_parses_or_is_wrong_usage(script, capsys):
-    parser = script.build_parser()
-    flags = st.sampled_from([*parser._option_string_actions, "--b", "--se=3"])
-
-    @given(st.lists(flags | VALUES | st.text(max_size=5), max_size=6))
-    @settings(deadline=None)
-    @example(["--test-images", "-1"])
-    @example(["--data-dir="])
-    def check(argv: list[str]) -> None:
-        try:
-            args = parser.parse_args(argv)
-        except SystemExit as exit_:
-            code = exit_.code
-        else:
-            code = cli.EXIT_DONE
-            assert not (args.bundled and args.no_bundled)
-            for value in vars(args).values():
-                assert not isinstance(value, float) or 0 <= value < math.inf
-        assert code in (cli.EXIT_DONE, cli.EXIT_USAGE)
-        capsys.readouterr()
-
-    check()
-
-
-def test_help_shows_every_flag_and_its_default():
-    text = shared_parser().format_help()
-    assert all(flag in text for flag in FLAGS)
-    assert "(default: 2000)" in text
-    assert "where results go (default: results)" in text
-    assert "None" not in text
-    assert "False" not in text
-
-
-def test_sigterm_during_cleanup_is_130():
-    done = run(
-        "try:\n    os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
-        "finally:\n    print('cleaned')"
-    )
-    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "cleaned\n")
-
-
-def test_help_shows_a_list_as_it_is_typed():
-    parser = argparse.ArgumentParser(formatter_class=cli.HelpFormatter)
-    parser.add_argument("--sizes", type=cli.list_of(cli.positive_int), default=[1, 32], help="s")
-    assert "s (default: 1,32)" in parser.format_help()
-    assert parser.parse_args([]).sizes == [1, 32]

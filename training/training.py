@@ -19,7 +19,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import cli
+from common import arguments, cli
+from common.argument_types import (
+    fraction,
+    image_count,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
 from common.sources import IMAGE_SIZE
 from training.recipe import PRESETS, SIZE_STEP, Recipe
 
@@ -29,25 +36,24 @@ CURVES_PLOT = "curves.png"
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+    parser = arguments.make_parser(
+        __doc__,
         epilog=_describe_presets() + "\n\nexamples:\n"
         "  python training.py --preset gpu --data-dir ~/cifar10\n"
         "  torchrun --nproc-per-node 4 training.py --preset gpu",
-        formatter_class=cli.HelpFormatter,
     )
     inputs = parser.add_argument_group("inputs")
-    cli.add_image_arguments(inputs, test_images=None)
+    arguments.add_image_arguments(inputs, test_images=None)
     inputs.add_argument(
         "--train-images",
-        type=cli.image_count,
+        type=image_count,
         metavar="N|all",
         default="all",
         help="training images, held-out ones included: a class-balanced, seeded subset, or all",
     )
     inputs.add_argument(
         "--held-out-images",
-        type=cli.positive_int,
+        type=positive_int,
         metavar="N",
         default=2500,
         help="training images that are not trained on, for choices; the same for every seed",
@@ -59,13 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     running.add_argument(
         "--checkpoint-every",
-        type=cli.positive_int,
+        type=positive_int,
         metavar="N",
         default=1,
         help="epochs between checkpoints, each of 134 MB",
     )
-    cli.add_machine_arguments(running)
-    cli.add_output_arguments(parser.add_argument_group("outputs"), DEFAULT_OUTPUT_DIR)
+    arguments.add_machine_arguments(running)
+    arguments.add_output_arguments(parser.add_argument_group("outputs"), DEFAULT_OUTPUT_DIR)
     return parser
 
 
@@ -77,18 +83,18 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         help="auto takes gpu where there is one, else cpu",
     )
     for flag, parse, text in (
-        ("--epochs", cli.positive_int, "passes over the training images"),
-        ("--batch-size", cli.positive_int, "images a step, over all processes together"),
-        ("--learning-rate", cli.positive_float, "peak of the schedule"),
-        ("--warmup", cli.fraction, "fraction of the steps in which the learning rate rises"),
-        ("--weight-decay", cli.fraction, "of weights; biases and batch-norm have none"),
-        ("--label-smoothing", cli.fraction, "probability spread over all classes"),
-        ("--cutout", cli.non_negative_int, "side of the hidden square in pixels; 0: none"),
-        ("--cutmix", cli.fraction, "fraction of images partly covered by another"),
-        ("--jitter", cli.fraction, "fraction of images bent, and of images recoloured"),
+        ("--epochs", positive_int, "passes over the training images"),
+        ("--batch-size", positive_int, "images a step, over all processes together"),
+        ("--learning-rate", positive_float, "peak of the schedule"),
+        ("--warmup", fraction, "fraction of the steps in which the learning rate rises"),
+        ("--weight-decay", fraction, "of weights; biases and batch-norm have none"),
+        ("--label-smoothing", fraction, "probability spread over all classes"),
+        ("--cutout", non_negative_int, "side of the hidden square in pixels; 0: none"),
+        ("--cutmix", fraction, "fraction of images partly covered by another"),
+        ("--jitter", fraction, "fraction of images bent, and of images recoloured"),
         ("--start-size", image_size, "side of the first epochs' images in pixels"),
-        ("--full-size-from", cli.fraction, "fraction of the epochs before the full size"),
-        ("--ema-decay", cli.fraction, "of the weights' moving average, a step"),
+        ("--full-size-from", fraction, "fraction of the epochs before the full size"),
+        ("--ema-decay", fraction, "of the weights' moving average, a step"),
     ):
         group.add_argument(flag, type=parse, metavar="N" if "int" in str(parse) else "X", help=text)
     group.add_argument(
@@ -106,7 +112,7 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
 
 def image_size(text: str) -> int:
     """Parse the side of shrunk images: a multiple of 4 from 8 to 32 pixels."""
-    if (value := cli.positive_int(text)) not in range(2 * SIZE_STEP, IMAGE_SIZE + 1, SIZE_STEP):
+    if (value := positive_int(text)) not in range(2 * SIZE_STEP, IMAGE_SIZE + 1, SIZE_STEP):
         raise argparse.ArgumentTypeError(f"{text!r} is not 8, 12, 16, 20, 24, 28 or 32")
     return value
 

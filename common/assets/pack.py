@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import cli
+from common import arguments, cli
+from common.argument_types import positive_int
 from common.checkpoint import BUNDLED_WEIGHTS, read_checkpoint
 from common.data import CLASSES, balanced_subset
 from common.output import replace_file
@@ -58,11 +59,16 @@ def pack_weights(checkpoint: Path) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = arguments.make_parser(
+        __doc__,
+        epilog="examples:\n"
+        "  python common/assets/pack.py images cifar10_jpeg_train.tar.xz --count 2000\n"
+        "  python common/assets/pack.py weights resnet18_cifar10.pth",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser("images", help="pack a class-balanced subset of an archive")
     images.add_argument("archive", type=Path)
-    images.add_argument("--count", type=cli.positive_int, default=2000)
+    images.add_argument("--count", type=positive_int, default=2000)
     weights = commands.add_parser("weights", help="pack a checkpoint")
     weights.add_argument("checkpoint", type=Path)
     return parser
