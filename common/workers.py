@@ -119,11 +119,13 @@ def join_workers(device: torch.device) -> Iterator[Workers]:
         device: Each process takes the GPU of its number on its machine.
 
     Raises:
-        UserError: The processes cannot meet, a machine has too few GPUs, or one process ended.
+        UserError: The processes cannot meet, are too many for the GPUs, or one of them ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Workers(device)
         return
+    if device.type == "mps":
+        raise UserError("an Apple GPU serves one process; start without torchrun, or --device cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():

@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR10
 from common import arguments, cli
 from common.checkpoint import find_weights, load_model
 from common.data import load_images
-from common.device import set_threads
+from common.device import choose_device, set_threads
 from common.model import ResNet18
 from common.output import OutputFolder
 from common.sources import BATCHES_FOLDER, CLASSES, open_source
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = shared_parser().parse_args(argv)
     cli.set_up_messages(args.quiet)
     set_threads(args.threads)
+    choose_device(args.device)
     with OutputFolder(args.output_dir, args.overwrite):
         if args.weights:
             load_model(find_weights(args.weights, Path()).path)
@@ -292,6 +293,10 @@ OUTPUT_FOLDERS: dict[str, Callable[[Path], object]] = {
     "`--output-dir` may not be written": lambda path: path.mkdir(mode=0o555, parents=True),
     "another run is using `--output-dir`": lambda path: path.mkdir(parents=True),
 }
+DEVICES = {
+    "`--device cuda`, and no NVIDIA GPU that torch can use": "cuda",
+    "`--device mps`, and no Apple GPU": "mps",
+}
 PARSERS = {
     f"{script.__name__.rpartition('.')[2]}.py": script.build_parser
     for script in (pruning, quantization, pipeline, training)
@@ -302,6 +307,7 @@ FLAGS = {
     if row.startswith(("`--", *(f"`{name} --" for name in PARSERS)))
     and row not in DATA_FOLDERS
     and row not in OUTPUT_FOLDERS
+    and row not in DEVICES
 }
 
 
@@ -330,8 +336,8 @@ def check(argv: list[object], line: re.Pattern[str], root: Path, capsys) -> None
 
 def test_every_row_is_tested():
     assert len(dict(ROWS)) == len(ROWS)
-    tested = CHECKPOINTS.keys() | DATA_FOLDERS.keys() | OUTPUT_FOLDERS.keys() | FLAGS.keys()
-    assert tested == dict(ROWS).keys()
+    tables = (CHECKPOINTS, DATA_FOLDERS, OUTPUT_FOLDERS, DEVICES, FLAGS)
+    assert set().union(*tables) == dict(ROWS).keys()
 
 
 @pytest.mark.parametrize("row", CHECKPOINTS)
@@ -376,6 +382,14 @@ def test_output_folder(row, folder, without_privileges, capsys):
     else:
         with without_privileges():
             check(argv, expected_line(row, DIR=path), folder, capsys)
+
+
+@pytest.mark.parametrize("row", DEVICES)
+def test_device(row, folder, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    argv = ["--bundled", "--device", DEVICES[row], "--output-dir", folder / "results"]
+    check(argv, expected_line(row), folder, capsys)
 
 
 @pytest.mark.parametrize("row", FLAGS)

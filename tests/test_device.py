@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from common import device
+from common import data, device
+from common.branching import Convolution
+from common.cascade import Cascade
 from common.cli import UserError
-from common.data import normalize
+from common.data import Cifar10, normalize
 from common.evaluate import predict
+from common.model import ResNet18
+from pruning.classify import Classifier
+from pruning.scan import Variants, Walk, norm_of
+from training.augment import make_batch, plan_epoch, resize
+from training.recipe import Recipe
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -42,6 +54,77 @@ def test_tf32_is_off_on_a_gpu(monkeypatch):
     device.choose_device("cuda")
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+# --- a GPU that is not there: shapes, devices and dtypes without numbers --------------------------
+
+
+class Devices(TorchDispatchMode):
+    """Counts the tensors that go from one device to another; FP64 may be on the CPU alone.
+
+    Apple's GPUs have no FP64.
+    """
+
+    crossings = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        made = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        assert all(x.device.type == "cpu" or x.dtype != torch.float64 for x in made), function
+        self.crossings += len({x.device.type for x in given + made}) > 1
+        return found
+
+
+@pytest.fixture
+def imagined() -> Iterator[tuple[ResNet18, Cifar10]]:
+    """A network and 64 images on a GPU that fails where a number is asked for, as waiting does."""
+    data._mean_and_std.cache_clear()
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = ResNet18((4, 8, 8, 8)).eval()
+            images = torch.empty(64, 3, 32, 32, dtype=torch.uint8)
+            labels = torch.empty(64, dtype=torch.int64)
+        normalize(images)  # whose constants go to the GPU once
+        with torch.inference_mode():
+            yield model, Cifar10(images, labels)
+    data._mean_and_std.cache_clear()
+
+
+def test_the_scan_neither_waits_nor_leaves_the_gpu(imagined):
+    model, images = imagined
+    pruned = {
+        name: Convolution.folded(model.get_submodule(name), model.get_submodule(norm_of(name)))
+        for name in ("conv1", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0")
+    }
+    variants = Variants(pruned | {"linear": model.linear.weight}, None, 0.9, {})
+    with Devices() as devices:
+        chunk = Walk(Cascade.of(model, fast=False)).run(images, [variants], 16, lambda count: None)
+    assert chunk.correct.shape == (5, 64)
+    assert chunk.correct.is_cuda
+    assert devices.crossings == 0
+
+
+def test_classifying_leaves_the_gpu_once_at_the_end(imagined):
+    model, images = imagined
+    with Devices() as devices:
+        correct = Classifier(model, images.images, fast=False).find_correct(images)
+    assert not correct.is_cuda
+    assert devices.crossings == 1
+
+
+def test_batches_to_train_on_are_made_on_the_gpu(imagined):
+    _, images = imagined
+    recipe = Recipe(epochs=1, batch_size=16, learning_rate=0.1, cutout=8, cutmix=0.5, jitter=0.5)
+    plan = plan_epoch(64, 32, recipe, 0, 0, images.images.device)
+    pixels = resize(images.images, 32)
+    with Devices() as devices:
+        batch, _ = make_batch(pixels, images.labels, plan, slice(16))
+    assert batch.is_cuda
+    assert devices.crossings == 0
+
+
+# --- where there is a GPU ------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import device
-from common.workers import ALONE, Workers
+from common import cli, device
+from common.cli import UserError
+from common.workers import ALONE, Workers, join_workers
 
 CPU = torch.device("cpu")
 
@@ -173,10 +174,16 @@ def test_a_process_that_falls_silent_ends_the_run(tmp_path, torchrun):
     assert "error: another process of this run ended, or no longer answers\n" in done.stderr
 
 
-def test_processes_that_cannot_meet_are_told(monkeypatch, capsys):
-    from common import cli
-    from common.workers import join_workers
+def test_processes_cannot_share_an_apple_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(UserError, match="one process; start without torchrun"),
+        join_workers(torch.device("mps")),
+    ):
+        pass
 
+
+def test_processes_that_cannot_meet_are_told(monkeypatch, capsys):
     @cli.exit_codes
     def main(argv=None):
         with join_workers(CPU):
