@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,20 +79,37 @@ def blank_state() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a Python program in two processes, one thread each unless it says otherwise."""
+def start_torchrun() -> Callable[..., subprocess.Popen[str]]:
+    """Start a Python program in two processes, one thread each unless it says otherwise."""
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def start(*arguments: object) -> subprocess.Popen[str]:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments]
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, *map(str, command)],
             cwd=REPOSITORY,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=600,
+            start_new_session=True,
             env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
             | {"PYTHONPATH": str(REPOSITORY)},
         )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def torchrun(start_torchrun) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a Python program in two processes to its end."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        process = start_torchrun(*arguments)
+        try:
+            out, err = process.communicate(timeout=600)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import random
 import re
 import signal
@@ -18,6 +19,7 @@ from check_results import check_results
 from printed import read_table, shows
 
 from common.checkpoint import load_model
+from common.output import STAGING_PREFIX
 from pruning.artifacts import load_packed
 from pruning.journal import Journal
 from pruning.pruning import main
@@ -182,6 +184,54 @@ def test_two_processes_find_what_one_finds(whole, torchrun, tmp_path):
     assert sum(line.startswith("weights: ") for line in done.stderr.splitlines()) == 1
     pruned = "resnet18_cifar10_pruned.pth"
     assert (tmp_path / "out" / pruned).read_bytes() == (whole[0] / pruned).read_bytes()
+
+
+def process_of(rank, folder):
+    """Return the number of the process of ``rank`` in the run that writes to ``folder``."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            writes_there = os.fsencode(folder) in (process / "cmdline").read_bytes()
+            if writes_there and f"\0RANK={rank}\0".encode() in (process / "environ").read_bytes():
+                return int(process.name)
+    raise AssertionError(f"process {rank} is not there")
+
+
+@pytest.mark.parametrize("stopped", ["one killed", "all killed", "terminated"])
+def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(
+    stopped, whole, start_torchrun, torchrun, tmp_path
+):
+    folder, journal = tmp_path / "out", tmp_path / "out" / "scan.journal"
+    folder.mkdir()
+    earlier = {"results.json": '{"artifacts": {"model": "model.pth"}}', "model.pth": "earlier"}
+    for name, content in earlier.items():
+        (folder / name).write_text(content)
+    arguments = [*SMALL, "--threads", 1, "--resume", "--output-dir", folder]
+    process = start_torchrun(SCRIPT, *arguments)
+    while not (journal.exists() and b'"images 0-' in journal.read_bytes()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    if stopped == "terminated":
+        process.terminate()
+    else:
+        workers = [process_of(rank, folder) for rank in (0, 1)]
+        for victim in [process.pid, *workers] if stopped == "all killed" else workers[1:]:
+            os.kill(victim, signal.SIGKILL)
+    process.communicate(timeout=600)
+    assert process.returncode != 0
+    staging = {p.name for p in folder.iterdir() if p.name.startswith(STAGING_PREFIX)}
+    assert bool(staging) == (stopped == "all killed")  # nobody was left to remove it
+    left = {path.name: path for path in folder.iterdir() if path.name not in staging}
+    assert left.pop("scan.journal") == journal
+    assert {name: path.read_text() for name, path in left.items()} == earlier
+
+    again = run(*arguments) if stopped == "all killed" else torchrun(SCRIPT, *arguments)
+    assert again.returncode == 0, again.stderr
+    afresh = "cannot resume: the number of processes changed; the scan starts afresh"
+    assert (afresh if stopped == "all killed" else "resuming") in again.stderr
+    resumed, unbroken = without_times(read(folder)), without_times(read(whole[0]))
+    assert resumed | {"processes": 1} == unbroken
+    expected = {path.name for path in whole[0].iterdir()} | {"earlier"}
+    assert {path.name for path in folder.iterdir()} == expected
 
 
 def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole, tmp_path):
