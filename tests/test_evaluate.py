@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from common.evaluate import (
     predict,
 )
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 Z = 1.959963984540054
 
 
@@ -169,3 +173,25 @@ def test_predict_is_a_plain_loop(tiny_model, random_images, batch_size):
     assert predictions.tolist() == expected
     assert len(set(expected)) > 1
     assert predictions.dtype == torch.int64
+
+
+def test_memory_does_not_grow_with_the_images():
+    """4,000 normalised images would be 49 MB; only one batch of them may exist at a time."""
+    code = """
+import torch
+from common import report
+from common.data import Cifar10
+from common.evaluate import predict
+from common.model import ResNet18
+
+model = ResNet18((4, 8, 8, 8)).eval()
+images = Cifar10(torch.zeros(4000, 3, 32, 32, dtype=torch.uint8), torch.zeros(4000).long())
+predict(model, images.rows(slice(64)), 64)
+before = report.peak_memory_bytes()
+predict(model, images, 64)
+print(report.peak_memory_bytes() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 20e6

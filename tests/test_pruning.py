@@ -84,6 +84,10 @@ def test_run_keeps_the_contract_and_tells_its_story(finished):
     assert {p.name for p in folder.iterdir()} == expected
 
 
+def test_memory_stays_under_2_gib(finished):
+    assert read(finished[1])["peak_memory_bytes"] < 2 << 30
+
+
 def test_artifacts_are_what_was_reported(finished):
     _, folder = finished
     results = json.loads((folder / "results.json").read_text())

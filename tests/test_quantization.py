@@ -73,6 +73,10 @@ def test_run_keeps_the_contract_and_tells_its_story(finished):
     }  # fmt: skip
 
 
+def test_memory_stays_under_2_gib(finished):
+    assert json.loads((finished[1] / "results.json").read_text())["peak_memory_bytes"] < 2 << 30
+
+
 def test_every_layer_is_int8(finished):
     results = json.loads((finished[1] / "results.json").read_text())
     operations = results["models"][-1]["int8_operations"]
@@ -123,6 +127,18 @@ def test_two_processes_find_what_one_finds(torchrun, tmp_path):
     assert (two.pop("processes"), one.pop("processes")) == (2, 1)
     assert without_times(two) == without_times(one)
     assert done.stdout.count("written to") == 1
+
+
+def test_two_threads_agree_with_one_but_at_the_edge(tmp_path):
+    found = []
+    for threads in ("1", "2"):
+        process = run(*QUICK, "--threads", threads, "--json", "--output-dir", tmp_path / threads)
+        assert process.returncode == 0, process.stderr
+        found.append(json.loads(process.stdout)["models"])
+    for one, two in zip(*found, strict=True):
+        assert abs(one["accuracy"]["correct"] - two["accuracy"]["correct"]) <= 1
+        for name in ("name", "size_bytes", "settings", "int8_operations"):
+            assert one.get(name) == two.get(name)
 
 
 def test_earlier_results_are_kept_and_a_failure_changes_nothing(finished, tmp_path):
