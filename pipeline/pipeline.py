@@ -18,12 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import arguments, cli
 from common.argument_types import fraction
+from quantization.settings import ENGINES
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pipeline"
 PLOT = "pipeline.png"
-# The choices of pruning.allocation and quantization.engines, which import torch.
+# The choices of pipeline.stages, which imports torch.
 ALLOCATIONS = ("global", "uniform")
-ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,9 +21,9 @@ from pruning.allocation import global_masks, uniform_masks, weights_in_scope
 from pruning.artifacts import compressed_bytes, load_packed, save_packed
 from pruning.masks import prune_model
 from pruning.recalibration import recalibrate_batch_norm
-from quantization import artifact, deploy, engines, packing, sparsity
-from quantization.engines import Settings
+from quantization import artifact, conversion, deploy, packing, sparsity
 from quantization.experiment import verify_reloaded
+from quantization.settings import Settings
 
 ALLOCATIONS = {"global": global_masks, "uniform": uniform_masks}
 FP32_NAME, FP32_PACKED_NAME = "resnet18_cifar10_pruned.pth", "resnet18_cifar10_pruned.safetensors"
@@ -116,7 +116,7 @@ class Bench:
     ) -> Stage:
         """Quantize, write, read back, evaluate; the packed file is what the accuracy is of."""
         loader = batches(self.calibration, self.batch_size)
-        converted = engines.convert(engines.calibrate(model, loader, settings), settings)
+        converted = conversion.convert(conversion.calibrate(model, loader, settings), settings)
         counted = sparsity.count_zeros(model, converted)
         with tempfile.TemporaryDirectory() as scratch:
             plain = self._path(INT8_NAME, scratch, keep)

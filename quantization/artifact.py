@@ -25,13 +25,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from common import report
 from common.cli import UserError, log
 from common.output import replace_file
-from quantization import deploy, engines
-from quantization.engines import Settings
+from quantization import conversion, deploy, engines
 from quantization.packing import SUFFIX as PACKED_SUFFIX
-from quantization.packing import load_packed, parse_settings
+from quantization.packing import load_packed
+from quantization.settings import Settings, parse_settings
 
 FORMAT = "resnet18-cifar10-int8"
 FROZEN_SUFFIX = ".torchscript.pt"
@@ -47,7 +46,7 @@ def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
     """Write an INT8 model whole or not at all; return its size in bytes.
 
     Args:
-        model: From :func:`quantization.engines.convert`.
+        model: From :func:`quantization.conversion.convert`.
         settings: How it was made.
         path: Of the file.
     """
@@ -74,8 +73,7 @@ def load_int8(path: str | Path) -> nn.Module:
     """
     path = Path(path)
     model, settings = (load_packed if path.suffix == PACKED_SUFFIX else _load_plain)(path)
-    saturates = settings.engine in engines.SATURATING_ENGINES and not report.has_vnni()
-    if saturates and not settings.reduce_range:
+    if engines.saturates(settings.engine) and not settings.reduce_range:
         log.warning(
             "%s uses 8-bit activations; this CPU has no VNNI, where sums saturate and accuracy is "
             "lost: quantize it again here",
@@ -93,7 +91,7 @@ def _load_plain(path: Path) -> tuple[GraphModule, Settings]:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path}: not written by quantization.py")
         settings = parse_settings(content.get("settings"))
-        model = engines.build_skeleton(settings)
+        model = conversion.build_skeleton(settings)
         with engines.quiet_torch(settings.engine):
             model.load_state_dict(content.get("state_dict"))
     except DAMAGE as error:
@@ -106,7 +104,7 @@ def save_frozen(model: GraphModule, engine: str, path: Path) -> int:
     """Write an INT8 model as frozen TorchScript, whole or not at all; return its size in bytes.
 
     Args:
-        model: From :func:`quantization.engines.convert`.
+        model: From :func:`quantization.conversion.convert`.
         engine: Its engine, kept in the file.
         path: Of the file.
     """
@@ -132,7 +130,7 @@ def load_frozen(path: str | Path) -> torch.jit.ScriptModule:
         with zipfile.ZipFile(path) as archive:
             (entry,) = (n for n in archive.namelist() if n.endswith(f"/extra/{ENGINE_ENTRY}"))
             engine = archive.read(entry).decode()
-        engines.choose_settings(engine)
+        engines.require_engine(engine)
         torch.backends.quantized.engine = engine
         with engines.quiet_torch():
             # Loading warns once from C++, past Python's filters; after this it no longer does.

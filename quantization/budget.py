@@ -17,9 +17,9 @@ from common import cli, evaluate
 from common.data import Cifar10, batches
 from common.model import ResNet18
 from common.workers import ALONE, Workers
-from quantization import corrections, engines
+from quantization import conversion, corrections
 from quantization.diagnosis import rank_layers
-from quantization.engines import Settings
+from quantization.settings import OBSERVERS, Settings
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Trial:
 
     def calibrate(self, model: ResNet18, settings: Settings) -> GraphModule:
         """Return ``model`` with its activations observed on the calibration images."""
-        return engines.calibrate(model, batches(self.calibration, self.batch_size), settings)
+        return conversion.calibrate(model, batches(self.calibration, self.batch_size), settings)
 
     def measure_drop(self, model: ResNet18, settings: Settings) -> float:
         """Return the accuracy that ``model`` loses in INT8, as a fraction of held-out images."""
@@ -85,7 +85,7 @@ class Trial:
 
     def measure_drop_of(self, observed: GraphModule, settings: Settings) -> float:
         """Return the same for a model that is calibrated already."""
-        converted = engines.convert(observed, settings)
+        converted = conversion.convert(observed, settings)
         predictions = evaluate.predict(
             converted, self._held_out, self.batch_size, "try", self._workers
         )
@@ -129,7 +129,7 @@ def _free_corrections(
         "equalise channels across layers",
         lambda plan: (corrections.equalize_cross_layer(plan.model), plan.settings),
     )
-    for observer in engines.OBSERVERS:
+    for observer in OBSERVERS:
         yield (
             f"{observer} observer",
             lambda plan, observer=observer: (plan.model, replace(plan.settings, observer=observer)),
@@ -151,7 +151,8 @@ def _restore_layers(trial: Trial, plan: Plan, max_drop: float) -> Plan:
     for layer in ranking[:-1]:
         restored = (*restored, layer)
         settings = replace(plan.settings, fp32_layers=restored)
-        drop = trial.measure_drop_of(engines.reuse_ranges(observed, plan.model, settings), settings)
+        calibrated = conversion.reuse_ranges(observed, plan.model, settings)
+        drop = trial.measure_drop_of(calibrated, settings)
         best = _keep_if_better(best, f"{layer} in FP32", plan.model, settings, drop)
         if best.drop <= max_drop:
             break

@@ -18,19 +18,10 @@ from common.latency import Timing
 from common.model import ResNet18, fold_batch_norm
 from common.output import OutputFolder
 from common.sources import Source
-from quantization import (
-    diagnosis,
-    engines,
-    experiment,
-    inspection,
-    plots,
-    sparsity,
-    study,
-    tables,
-)
+from quantization import diagnosis, experiment, inspection, plots, ranges, sparsity, study, tables
 from quantization.budget import Plan
-from quantization.engines import Settings
 from quantization.experiment import OnnxModel, Quantized
+from quantization.settings import Settings
 
 OVERVIEW_PLOT, RANGES_PLOT, FLIPS_PLOT = "overview.png", "ranges.png", "flips.png"
 DIAGNOSIS_PLOT, DIAGNOSIS_CSV = "diagnosis.png", "diagnosis.csv"
@@ -106,8 +97,8 @@ def add_models(
 def add_ranges(account: Account, source_model: ResNet18, quantized: Quantized) -> None:
     """Draw the ranges of weights and activations; ``source_model`` is what was quantized."""
     plots.plot_ranges(
-        engines.weight_ranges(fold_batch_norm(source_model)),
-        engines.activation_ranges(quantized.observed),
+        ranges.weight_ranges(fold_batch_norm(source_model)),
+        ranges.activation_ranges(quantized.observed),
         account.folder.file(RANGES_PLOT),
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from common.data import Cifar10, batches
 from common.model import BasicBlock, ResNet18, fold_batch_norm, prunable_layers
-from quantization.engines import quantize_weight
+from quantization.quantizers import quantize_weight
 
 
 def absorb_batch_norm(model: ResNet18) -> ResNet18:

@@ -59,7 +59,7 @@ def deploy(converted: GraphModule, engine: str) -> nn.Module:
     """Return the model in the form that is fastest in this process.
 
     Args:
-        converted: From :func:`quantization.engines.convert` for ``engine``; left as it is.
+        converted: From :func:`quantization.conversion.convert` for ``engine``; left as it is.
         engine: Its engine; onednn's is set in ``torch.backends.quantized``, and stays.
     """
     if engine in ONEDNN_ENGINES:
@@ -74,7 +74,7 @@ def flatten(converted: GraphModule, engine: str) -> GraphModule:
     also ask for ``torch.backends.quantized.engine`` when they run, so it is set, and stays.
 
     Args:
-        converted: From :func:`quantization.engines.convert` for ``engine``; left as it is.
+        converted: From :func:`quantization.conversion.convert` for ``engine``; left as it is.
         engine: Its engine.
     """
     graph = Graph()

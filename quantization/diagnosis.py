@@ -18,8 +18,9 @@ from torch.fx import GraphModule
 from common import evaluate
 from common.data import Cifar10, batches, normalize
 from common.model import ResNet18, fold_batch_norm, prunable_layers
-from quantization import engines, layer_cost
-from quantization.engines import Quantizer, Settings
+from quantization import conversion, layer_cost
+from quantization.quantizers import Quantizer, layer_quantizers, quantize_weight
+from quantization.settings import Settings
 
 NOISE_IMAGES = 128
 # A ratio beyond this is only rounding of FP32 itself.
@@ -60,7 +61,7 @@ def diagnose(
     """
     if settings.fp32_layers:  # of these it knows no ranges
         settings = replace(settings, fp32_layers=())
-        observed = engines.calibrate(model, batches(calibration, batch_size), settings)
+        observed = conversion.calibrate(model, batches(calibration, batch_size), settings)
     dense, only_quantized = layer_cost.scan_only_quantized(model, observed, test)
     only_fp32 = layer_cost.scan_only_fp32(model, observed, settings, test, batch_size)
     return [
@@ -102,14 +103,14 @@ def measure_noise(model: ResNet18, observed: GraphModule, images: Cifar10) -> li
         hook.remove()
     return [
         _layer_noise(name, folded.get_submodule(name), inputs[name], *quantizers)
-        for name, quantizers in engines.layer_quantizers(observed).items()
+        for name, quantizers in layer_quantizers(observed).items()
     ]
 
 
 def _layer_noise(
     name: str, layer: nn.Module, x: torch.Tensor, read: Quantizer, write: Quantizer
 ) -> LayerNoise:
-    rounded_weight = engines.quantize_weight(layer.weight)
+    rounded_weight = quantize_weight(layer.weight)
 
     def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if isinstance(layer, nn.Linear):

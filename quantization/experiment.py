@@ -20,9 +20,10 @@ from common.latency import Contender, Timing, time_interleaved
 from common.model import ResNet18, fold_batch_norm
 from common.size import saved_size_bytes
 from common.workers import ALONE, Workers
-from quantization import artifact, budget, deploy, engines, onnx_export
+from quantization import artifact, budget, conversion, deploy, onnx_export
 from quantization.budget import Plan
-from quantization.engines import Settings
+from quantization.operations import list_operations
+from quantization.settings import Settings
 
 RELOAD_IMAGES = 64  # their logits are compared bit by bit after reloading
 FP32, FP32_NCHW, ONNX = "fp32", "fp32-nchw", "int8-onnx"
@@ -85,9 +86,9 @@ def quantize(
         ranges = replace(choice, engine="")
         if ranges not in calibrated:
             loader = batches(calibration, batch_size)
-            calibrated[ranges] = engines.calibrate(model, loader, choice)
+            calibrated[ranges] = conversion.calibrate(model, loader, choice)
         observed = calibrated[ranges]
-        converted = engines.convert(observed, choice)
+        converted = conversion.convert(observed, choice)
         deployed = deploy.deploy(converted, choice.engine)
         description = f"evaluate INT8 {choice.engine}"
         predictions = evaluate.predict(deployed, test, batch_size, description, workers)
@@ -278,7 +279,7 @@ def _describe_int8(
 
 
 def _coverage(candidate: Quantized) -> dict:
-    operations = engines.list_operations(candidate.model)
+    operations = list_operations(candidate.model)
     return {
         "int8_operations": [op.name for op in operations if op.is_int8],
         "fp32_operations": [

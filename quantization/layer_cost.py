@@ -19,8 +19,9 @@ from common.branching import Convolution, trace_dense
 from common.cascade import Branches, Cascade, Recomputation, has_bf16
 from common.data import Cifar10, batches, normalize
 from common.model import ResNet18, fold_batch_norm, prunable_layers
-from quantization import engines
-from quantization.engines import Quantizer, Settings
+from quantization import conversion, engines
+from quantization.quantizers import Quantizer, layer_quantizers, quantize_weight
+from quantization.settings import Settings
 
 BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
 ADDITIONS = (torch.ops.quantized.add, torch.ops.quantized.add_relu)
@@ -74,11 +75,11 @@ def scan_only_quantized(
         fast: Run branches in bf16 first; by default where the CPU is made for it.
     """
     fast = has_bf16() if fast is None else fast
-    cascade, quantizers = Cascade.of(model, fast), engines.layer_quantizers(observed)
+    cascade, quantizers = Cascade.of(model, fast), layer_quantizers(observed)
     network = cascade.network
     exact = {
         name: QuantizedConvolution(
-            replace(convolution, weight=engines.quantize_weight(convolution.weight)),
+            replace(convolution, weight=quantize_weight(convolution.weight)),
             *quantizers[name],
         )
         for name, convolution in network.convolutions().items()
@@ -90,7 +91,7 @@ def scan_only_quantized(
     branches, recomputation = Branches(exact, rounded if fast else None), Recomputation()
     bounds = cascade.measure_bounds(test, branches, BRANCH_BATCH) if fast else None
     read, write = quantizers["linear"]
-    linear_weight = engines.quantize_weight(network.linear_weight)
+    linear_weight = quantize_weight(network.linear_weight)
     dense, alone = [], []
     for images, labels in cli.progress(batches(test, BRANCH_BATCH), "diagnose: alone in INT8"):
         trace = trace_dense(network, images)
@@ -118,7 +119,7 @@ def scan_only_fp32(
     folded = prunable_layers(fold_batch_norm(model).to(memory_format=torch.channels_last))
     correct = {layer: [] for layer in folded}
     with engines.quiet_torch(settings.engine):
-        converted = engines.convert(observed, settings)
+        converted = conversion.convert(observed, settings)
         network = with_boundaries(converted)
         tails = {}
         for name, layer in folded.items():

@@ -42,7 +42,7 @@ def export_onnx(model: GraphModule, path: Path) -> None:
     """Write a converted model to ``path``, checked by onnx; its batch size is free.
 
     Args:
-        model: From :func:`quantization.engines.convert`.
+        model: From :func:`quantization.conversion.convert`.
         path: Of the file; input ``images`` (normalised, float32), output ``logits``.
     """
     import onnx

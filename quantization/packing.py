@@ -25,10 +25,9 @@ from safetensors.torch import save
 from torch.fx import GraphModule
 
 from common.cli import UserError
-from common.model import prunable_layers
 from common.output import replace_file
-from quantization import engines, weight_coding
-from quantization.engines import Settings
+from quantization import conversion, engines, weight_coding
+from quantization.settings import Settings, parse_settings
 
 FORMAT = "resnet18-cifar10-int8-packed"
 SUFFIX = ".safetensors"
@@ -42,7 +41,7 @@ def save_packed(model: GraphModule, settings: Settings, path: Path) -> int:
     """Write an INT8 model packed, whole or not at all; return its size in bytes.
 
     Args:
-        model: From :func:`quantization.engines.convert`.
+        model: From :func:`quantization.conversion.convert`.
         settings: How it was made.
         path: Of the file.
     """
@@ -72,7 +71,7 @@ def load_packed(path: Path) -> tuple[GraphModule, Settings]:
         if _checksum(tensors, metadata) != metadata.get("sha256"):
             raise ValueError("checksum differs")
         settings = parse_settings(json.loads(metadata.get("settings", "")))
-        model = engines.build_skeleton(settings)
+        model = conversion.build_skeleton(settings)
         state = model.state_dict()  # carries the versions that torch's modules ask for
         state |= unpack(tensors, state)
         with engines.quiet_torch(settings.engine):
@@ -83,27 +82,6 @@ def load_packed(path: Path) -> tuple[GraphModule, Settings]:
         reason = str(error).split("\n")[0][:120]
         raise UserError(f"{path}: damaged or no packed INT8 model ({reason})") from None
     return model, settings
-
-
-def parse_settings(fields: object) -> Settings:
-    """Return the settings that a file tells, which may come from anywhere.
-
-    Raises:
-        ValueError: They are not settings that a model could have been made with.
-    """
-    known = {"engine", "observer", "reduce_range", "fp32_layers"}
-    if not isinstance(fields, dict) or fields.keys() != known:
-        raise ValueError("settings are incomplete or unknown")
-    layers = fields["fp32_layers"]
-    if not (
-        fields["engine"] in engines.ENGINES
-        and fields["observer"] in tuple(engines.OBSERVERS)
-        and isinstance(fields["reduce_range"], bool)
-        and isinstance(layers, list | tuple)
-        and {*map(str, layers)} <= {*prunable_layers(engines.ResNet18())}
-    ):
-        raise ValueError("settings that no INT8 model is made with")
-    return Settings(**fields | {"fp32_layers": tuple(layers)})
 
 
 # --- packing -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import report
-from quantization.engines import ActivationRange, ChannelRanges
+from quantization.ranges import ActivationRange, ChannelRanges
 
 COLORS = ("#C4C4C4", "#777777", report.ORANGE, report.BLUE, report.GREEN, report.RED)
 

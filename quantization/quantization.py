@@ -19,12 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import arguments, cli
 from common.argument_types import fraction, list_of, one_of, positive_int
+from quantization.settings import ENGINES, OBSERVERS
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
 ONNX_NAME = "resnet18_cifar10_int8.onnx"
-# The choices of quantization.engines, which imports torch, and --help must not.
-ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
-OBSERVERS = ("histogram", "minmax", "moving-average", "percentile")
 
 
 def build_parser() -> argparse.ArgumentParser:

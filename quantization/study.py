@@ -15,8 +15,8 @@ from common import cli, evaluate, report
 from common.data import Cifar10, batches, load_images
 from common.model import ResNet18
 from common.sources import Source
-from quantization import engines
-from quantization.engines import Settings
+from quantization import conversion
+from quantization.settings import OBSERVERS, Settings
 
 STUDY_SIZES = (32, 128, 512)
 STUDY_SEEDS = (0, 1, 2)
@@ -72,13 +72,13 @@ def run_study(
         for size, seed in itertools.product(STUDY_SIZES, STUDY_SEEDS)
     }
     rows = []
-    cells = list(itertools.product(engines.OBSERVERS, STUDY_SIZES))
+    cells = list(itertools.product(OBSERVERS, STUDY_SIZES))
     for observer, size in cli.progress(cells, "calibration study", unit="cell"):
         accuracies, agreements = [], []
         for seed in STUDY_SEEDS:
             chosen = replace(settings, observer=observer)
-            observed = engines.calibrate(model, batches(train[size, seed], batch_size), chosen)
-            predictions = evaluate.predict(engines.convert(observed, chosen), test, batch_size)
+            observed = conversion.calibrate(model, batches(train[size, seed], batch_size), chosen)
+            predictions = evaluate.predict(conversion.convert(observed, chosen), test, batch_size)
             accuracies.append(accuracy_of(predictions, test))
             agreements.append(float((predictions == fp32).double().mean()))
         rows.append(StudyRow(observer, size, tuple(accuracies), tuple(agreements)))
@@ -134,7 +134,7 @@ def plot_study(rows: Sequence[StudyRow], fp32_accuracy: float, path: Path) -> No
     figure, (left, right) = report.new_figure(11, 4.2, columns=2)
     left.axhline(100 * fp32_accuracy, color="black", lw=1, ls="--", label="FP32")
     colors = (report.BLUE, report.ORANGE, report.GREEN, report.RED)
-    for position, (observer, color) in enumerate(zip(engines.OBSERVERS, colors, strict=True)):
+    for position, (observer, color) in enumerate(zip(OBSERVERS, colors, strict=True)):
         own = [row for row in rows if row.observer == observer]
         x = np.arange(len(own)) + (position - 1.5) * 0.08
         for axis, seeds in (

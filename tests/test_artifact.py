@@ -9,8 +9,8 @@ from common import cli, report
 from common.cli import UserError
 from common.data import batches, normalize
 from common.model import ResNet18
-from quantization import artifact, deploy, engines
-from quantization.engines import Settings
+from quantization import artifact, conversion, deploy, engines
+from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
 
@@ -24,7 +24,7 @@ def _keep_engine():
 
 @pytest.fixture(autouse=True)
 def _tiny_skeleton(monkeypatch):
-    monkeypatch.setattr(engines, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
+    monkeypatch.setattr(conversion, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def images(random_images):
 @pytest.fixture
 def convert(tiny_model, random_images):
     def make(settings):
-        observed = engines.calibrate(tiny_model, batches(random_images(32), 16), settings)
-        return engines.convert(observed, settings)
+        observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
+        return conversion.convert(observed, settings)
 
     return make
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from quantization import budget, engines
-from quantization.engines import Settings
+from quantization import budget
+from quantization.settings import OBSERVERS, Settings
 
 
 class ScriptedTrial:
@@ -31,7 +31,7 @@ class ScriptedTrial:
 def _no_real_work(monkeypatch):
     monkeypatch.setattr(budget.corrections, "equalize_cross_layer", lambda model: "equalized")
     monkeypatch.setattr(budget.corrections, "correct_biases", lambda model, *_: f"{model}, biased")
-    monkeypatch.setattr(budget.engines, "reuse_ranges", lambda observed, *_: observed)
+    monkeypatch.setattr(budget.conversion, "reuse_ranges", lambda observed, *_: observed)
     monkeypatch.setattr(budget, "rank_layers", lambda *_: ["worst", "bad", "fine"])
 
 
@@ -48,7 +48,7 @@ def test_what_does_not_help_is_not_kept():
     trial = ScriptedTrial(drops, {("worst",): 0.02, ("worst", "bad"): 0.0})
     plan = budget.meet_budget(trial, "model", Settings(), 0.01)
     assert plan.model == "model"
-    assert plan.settings.observer == list(engines.OBSERVERS)[1]
+    assert plan.settings.observer == OBSERVERS[1]
     assert plan.settings.fp32_layers == ("worst", "bad")
     assert plan.drop == 0.0
     kept = [step.action for step in plan.steps if step.kept]

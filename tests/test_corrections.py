@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from common.data import normalize
 from common.model import BasicBlock, fold_batch_norm
 from quantization import corrections
-from quantization.engines import quantize_weight
+from quantization.quantizers import quantize_weight
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from torch.fx import Graph
 
 from common.data import batches, normalize
 from common.model import fold_batch_norm
-from quantization import deploy, engines
-from quantization.engines import Settings
+from quantization import conversion, deploy, engines
+from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
 MIXED = [(), ("conv1",), ("layer1.0.conv2",), ("layer2.0.shortcut.0",), ("linear",)]
@@ -31,8 +31,8 @@ def images(random_images):
 def convert(tiny_model, random_images):
     def make(engine, fp32_layers=()):
         settings = Settings(engine, fp32_layers=fp32_layers)
-        observed = engines.calibrate(tiny_model, batches(random_images(32), 16), settings)
-        return engines.convert(observed, settings)
+        observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
+        return conversion.convert(observed, settings)
 
     return make
 

@@ -7,8 +7,8 @@ import torch
 
 from common.data import batches
 from common.model import prunable_layers
-from quantization import diagnosis, engines
-from quantization.engines import Settings
+from quantization import conversion, diagnosis, engines
+from quantization.settings import Settings
 
 ENGINE = engines.candidate_engines()[0]
 
@@ -20,7 +20,7 @@ def test_the_damaged_place_is_the_noisiest(tiny_model, random_images):
         block.bn1.bias[:2] *= 300
         block.conv2.weight[:, :2] /= 300
     images = random_images(32)
-    observed = engines.calibrate(tiny_model, batches(images, 16), Settings())
+    observed = conversion.calibrate(tiny_model, batches(images, 16), Settings())
     ranking = diagnosis.rank_layers(tiny_model, observed, images)
     assert set(ranking[:2]) == {"layer3.1.conv1", "layer3.1.conv2"}
 
@@ -36,7 +36,7 @@ def test_sqnr_is_signal_power_over_noise_power():
 @pytest.mark.parametrize("fp32_layers", [(), ("conv1", "layer1.0.conv2", "linear")])
 def test_costs_have_an_entry_a_layer(tiny_model, random_images, fp32_layers):
     settings = Settings(ENGINE, fp32_layers=fp32_layers)
-    observed = engines.calibrate(tiny_model, batches(random_images(16), 16), settings)
+    observed = conversion.calibrate(tiny_model, batches(random_images(16), 16), settings)
     test = random_images(12, seed=3)
     rows = diagnosis.diagnose(tiny_model, observed, settings, random_images(16), test, 12)
     assert [row["layer"] for row in rows] == list(prunable_layers(tiny_model))

@@ -11,9 +11,9 @@ from common import evaluate
 from common.cli import UserError
 from common.latency import Timing
 from common.model import ResNet18
-from quantization import artifact, deploy, engines, experiment
-from quantization.engines import Settings
+from quantization import artifact, conversion, deploy, engines, experiment
 from quantization.experiment import OnnxModel, Quantized
+from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
 
@@ -35,9 +35,9 @@ def quantized_with(engine, predictions=None):
 
 def test_engines_with_the_same_ranges_are_calibrated_once(tiny_model, random_images, monkeypatch):
     calls = []
-    calibrate = engines.calibrate
+    calibrate = conversion.calibrate
     monkeypatch.setattr(
-        engines, "calibrate", lambda *arguments: calls.append(1) or calibrate(*arguments)
+        conversion, "calibrate", lambda *arguments: calls.append(1) or calibrate(*arguments)
     )
     settings = [Settings(engine) for engine in ENGINES]
     settings.append(Settings(ENGINES[0], observer="minmax"))
@@ -65,7 +65,7 @@ def test_the_fastest_comes_first_by_the_geometric_mean():
 def test_both_files_are_verified_and_a_difference_is_an_error(
     tiny_model, random_images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(engines, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
+    monkeypatch.setattr(conversion, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
     test = random_images(8)
     (candidate,) = experiment.quantize(tiny_model, test, test, [Settings(ENGINES[0])], 8)
     reload = artifact._run_saved
@@ -92,9 +92,9 @@ def test_models_are_compared_on_the_same_images(tiny_model, random_images, tmp_p
     fp32 = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, 0])  # 8 right
     int8 = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 8, 0])  # 7 right: loses 6 and 7, gains 8
     onnx = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 0, 0])  # 6 right: agrees with INT8 on 9
-    loader = engines.calibrate(tiny_model, [], Settings(ENGINES[0]))
+    loader = conversion.calibrate(tiny_model, [], Settings(ENGINES[0]))
     loader(torch.zeros(1, 3, 32, 32))
-    converted = engines.convert(loader, Settings(ENGINES[0]))
+    converted = conversion.convert(loader, Settings(ENGINES[0]))
     candidate = replace(quantized_with(ENGINES[0], int8), model=converted)
     paths = [tmp_path / name for name in ("a.pth", "a.torchscript.pt", "a.onnx")]
     for size, path in zip((100, 200, 50), paths, strict=True):

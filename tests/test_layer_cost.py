@@ -9,15 +9,16 @@ import torch
 
 from common.data import batches, normalize
 from common.model import fold_batch_norm
-from quantization import engines, layer_cost
-from quantization.engines import Settings
+from quantization import conversion, engines, layer_cost
+from quantization.quantizers import layer_quantizers, quantize_weight
+from quantization.settings import Settings
 
 SETTINGS = Settings(engines.candidate_engines()[0])
 
 
 @pytest.fixture
 def observed(tiny_model, random_images):
-    return engines.calibrate(tiny_model, batches(random_images(32), 16), SETTINGS)
+    return conversion.calibrate(tiny_model, batches(random_images(32), 16), SETTINGS)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -27,12 +28,12 @@ def test_only_quantized_equals_whole_forward_passes(tiny_model, observed, random
     dense, alone = layer_cost.scan_only_quantized(tiny_model, observed, test, fast)
     x = normalize(test.images)
     assert torch.equal(dense, tiny_model(x).argmax(dim=1) == test.labels)
-    quantizers = engines.layer_quantizers(observed)
+    quantizers = layer_quantizers(observed)
     assert list(alone) == list(quantizers)
     for name, (read, write) in quantizers.items():
         whole = fold_batch_norm(tiny_model)
         layer = whole.get_submodule(name)
-        layer.weight = torch.nn.Parameter(engines.quantize_weight(layer.weight))
+        layer.weight = torch.nn.Parameter(quantize_weight(layer.weight))
         layer.register_forward_pre_hook(lambda _, args, read=read: (read(args[0]),))
         layer.register_forward_hook(lambda _, args, y, write=write: write(y))
         correct = whole(x).argmax(dim=1) == test.labels
@@ -43,16 +44,16 @@ def test_only_quantized_equals_whole_forward_passes(tiny_model, observed, random
 def test_only_fp32_equals_whole_forward_passes(tiny_model, observed, random_images):
     test = random_images(24, seed=2)
     alone = layer_cost.scan_only_fp32(tiny_model, observed, SETTINGS, test, batch_size=10)
-    assert list(alone) == list(engines.layer_quantizers(observed))
+    assert list(alone) == list(layer_quantizers(observed))
     for name, correct in alone.items():
         exempt = replace(SETTINGS, fp32_layers=(name,))
-        whole = engines.convert(engines.reuse_ranges(observed, tiny_model, exempt), exempt)
+        whole = conversion.convert(conversion.reuse_ranges(observed, tiny_model, exempt), exempt)
         assert torch.equal(whole(normalize(test.images)).argmax(dim=1) == test.labels, correct)
 
 
 @torch.inference_mode()
 def test_a_tail_continues_where_the_boundary_lies(tiny_model, observed, random_images):
-    converted = engines.convert(observed, SETTINGS)
+    converted = conversion.convert(observed, SETTINGS)
     images = normalize(random_images(4).images)
     values = [images, *layer_cost.with_boundaries(converted)(images)]
     assert len(values) == 1 + 1 + 8  # the images, the stem, the blocks

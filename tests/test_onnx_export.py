@@ -13,8 +13,8 @@ from onnx import numpy_helper
 
 from common.cli import UserError
 from common.data import batches, normalize
-from quantization import engines, onnx_export
-from quantization.engines import Settings
+from quantization import conversion, engines, onnx_export
+from quantization.settings import Settings
 
 ENGINE = engines.candidate_engines()[0]
 
@@ -22,8 +22,8 @@ ENGINE = engines.candidate_engines()[0]
 @pytest.fixture
 def converted(tiny_model, random_images):
     settings = Settings(ENGINE)
-    observed = engines.calibrate(tiny_model, batches(random_images(32), 16), settings)
-    return engines.convert(observed, settings)
+    observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
+    return conversion.convert(observed, settings)
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_onnx_runtime_computes_what_torch_computes(
     tiny_model, random_images, tmp_path, fp32_layers
 ):
     settings = Settings(ENGINE, fp32_layers=fp32_layers)
-    observed = engines.calibrate(tiny_model, batches(random_images(32), 16), settings)
-    model = engines.convert(observed, settings)
+    observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
+    model = conversion.convert(observed, settings)
     path = tmp_path / "model.onnx"
     onnx_export.export_onnx(model, path)
     images = normalize(random_images(64, seed=1).images)

@@ -16,8 +16,8 @@ from torch.nn.utils import prune
 from common.cli import UserError
 from common.data import batches, normalize
 from common.model import ResNet18, prunable_layers
-from quantization import artifact, deploy, engines, packing
-from quantization.engines import Settings
+from quantization import artifact, conversion, deploy, engines, packing
+from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
 PLAIN = Settings(ENGINES[0], observer="minmax")
@@ -33,7 +33,7 @@ def _keep_engine():
 
 @pytest.fixture(autouse=True)
 def _tiny_skeleton(monkeypatch):
-    monkeypatch.setattr(engines, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
+    monkeypatch.setattr(conversion, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def pruned(tiny_model):
 @pytest.fixture
 def convert(pruned, random_images):
     def make(how):
-        observed = engines.calibrate(pruned, batches(random_images(32), 16), how)
-        return engines.convert(observed, how)
+        observed = conversion.calibrate(pruned, batches(random_images(32), 16), how)
+        return conversion.convert(observed, how)
 
     return make
 

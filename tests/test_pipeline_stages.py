@@ -13,8 +13,8 @@ from common.latency import Timing
 from common.model import ResNet18, prunable_layers
 from common.output import OutputFolder
 from pipeline import stages
-from quantization import artifact, engines
-from quantization.engines import Settings
+from quantization import artifact, conversion, engines
+from quantization.settings import Settings
 
 TINY = (4, 8, 8, 8)
 SETTINGS = Settings(engines.candidate_engines()[0], observer="minmax")
@@ -22,7 +22,7 @@ SETTINGS = Settings(engines.candidate_engines()[0], observer="minmax")
 
 @pytest.fixture(autouse=True)
 def _tiny_networks(monkeypatch):
-    for module in (engines, checkpoint):
+    for module in (conversion, checkpoint):
         monkeypatch.setattr(module, "ResNet18", lambda: ResNet18(stage_channels=TINY))
     # A fresh process would know nothing of tiny networks.
     monkeypatch.setattr(artifact, "logits_in_fresh_process", load_and_run)

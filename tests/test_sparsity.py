@@ -8,8 +8,8 @@ from torch.nn.utils import prune
 
 from common.data import batches
 from common.model import prunable_layers
-from quantization import corrections, engines, sparsity
-from quantization.engines import Settings
+from quantization import conversion, corrections, engines, sparsity
+from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
 
@@ -24,7 +24,7 @@ def pruned(tiny_model):
 
 
 def quantize(model, images, settings):
-    return engines.convert(engines.calibrate(model, batches(images, 16), settings), settings)
+    return conversion.convert(conversion.calibrate(model, batches(images, 16), settings), settings)
 
 
 CORRECTIONS = {

@@ -1,0 +1,76 @@
+"""A converted model, run operation by operation: what is INT8 in it, and its biases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from common.sources import IMAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a converted model: its name, what it is, and whether it runs in INT8."""
+
+    name: str
+    kind: str
+    is_int8: bool
+
+
+def list_operations(converted: GraphModule) -> list[Operation]:
+    """List what a converted model runs between its first quantize and its last dequantize.
+
+    The model is run on a blank image, and an operation is INT8 if what it returned is: the proof
+    does not rest on the names of classes.
+    """
+    recorder = _Recorder(converted)
+    _run_blank(recorder)
+    return recorder.operations
+
+
+def round_biases(converted: GraphModule) -> None:
+    """Round a converted model's biases, in place, to the INT32 steps in which products are summed.
+
+    torch's kernels would take them in FP32, other runtimes cannot; rounded, all of them compute the
+    same.
+    """
+    _run_blank(_BiasRounder(converted))
+
+
+@torch.inference_mode()
+def _run_blank(interpreter: Interpreter) -> None:
+    interpreter.run(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+
+
+class _Recorder(Interpreter):
+    """Notes which operations computed on INT8."""
+
+    def __init__(self, module: GraphModule):
+        super().__init__(module)
+        self.operations: list[Operation] = []
+
+    def run_node(self, node: Node) -> object:
+        result = super().run_node(node)
+        is_boundary = node.target in (torch.quantize_per_tensor, "dequantize")
+        if node.op.startswith("call_") and not is_boundary:
+            kind = getattr(node.target, "__name__", str(node.target))
+            if node.op == "call_module":
+                kind = type(self.fetch_attr(node.target)).__name__
+            name = node.target if node.op == "call_module" else node.name
+            self.operations.append(Operation(name, kind, result.is_quantized))
+        return result
+
+
+class _BiasRounder(Interpreter):
+    """Rounds the bias of every INT8 layer before it runs: only then is its input's scale known."""
+
+    def run_node(self, node: Node) -> object:
+        module = self.fetch_attr(node.target) if node.op == "call_module" else None
+        if hasattr(module, "set_weight_bias"):
+            (image, *_), _ = self.fetch_args_kwargs_from_env(node)
+            weight, bias = module.weight(), module.bias().double()
+            steps = image.q_scale() * weight.q_per_channel_scales().double()
+            module.set_weight_bias(weight, ((bias / steps).round() * steps).float())
+        return super().run_node(node)

@@ -1,0 +1,50 @@
+"""How a model is quantized: what a run chooses, and what a file tells; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
+OBSERVERS = ("histogram", "minmax", "moving-average", "percentile")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is quantized; kept in the artefact, for loading needs the same again.
+
+    Attributes:
+        engine: One of ``ENGINES``.
+        reduce_range: Use 7 of the 8 bits of activations, which x86 CPUs without VNNI need: there
+            the sum of two full products does not fit the 16 bits that it is added in.
+        observer: How activations' ranges follow from what was seen, one of ``OBSERVERS``.
+        fp32_layers: Convolution and linear layers that stay in FP32.
+    """
+
+    engine: str = "fbgemm"
+    reduce_range: bool = False
+    observer: str = "histogram"
+    fp32_layers: tuple[str, ...] = ()
+
+
+def parse_settings(fields: object) -> Settings:
+    """Return the settings that a file tells, which may come from anywhere.
+
+    Raises:
+        ValueError: They are not settings that a model could have been made with.
+    """
+    # torch takes seconds to import, and --help, which names the engines, has no need of it.
+    from common.model import ResNet18, prunable_layers
+
+    known = {"engine", "observer", "reduce_range", "fp32_layers"}
+    if not isinstance(fields, dict) or fields.keys() != known:
+        raise ValueError("settings are incomplete or unknown")
+    layers = fields["fp32_layers"]
+    if not (
+        fields["engine"] in ENGINES
+        and fields["observer"] in OBSERVERS
+        and isinstance(fields["reduce_range"], bool)
+        and isinstance(layers, list | tuple)
+        and {*map(str, layers)} <= {*prunable_layers(ResNet18())}
+    ):
+        raise ValueError("settings that no INT8 model is made with")
+    return Settings(**fields | {"fp32_layers": tuple(layers)})

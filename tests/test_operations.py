@@ -1,0 +1,37 @@
+"""What a converted model runs in INT8, and its rounded biases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.data import batches
+from quantization import conversion, engines
+from quantization.operations import list_operations
+from quantization.settings import Settings
+
+ENGINE = engines.candidate_engines()[0]
+
+
+@pytest.fixture
+def observed(tiny_model, random_images):
+    return conversion.calibrate(tiny_model, batches(random_images(32), 16), Settings())
+
+
+def test_every_operation_is_int8(observed):
+    operations = list_operations(conversion.convert(observed, Settings(ENGINE)))
+    assert all(operation.is_int8 for operation in operations)
+    # 20 convolutions, 8 additions, pooling, flattening, the linear layer.
+    assert len(operations) == 31
+
+
+def test_biases_are_multiples_of_the_steps_of_the_sums(observed):
+    converted = conversion.convert(observed, Settings(ENGINE))
+    scales = {"conv1": converted.conv1_input_scale_0.item()}
+    scales["layer1.0.conv1"] = converted.get_submodule("conv1").scale
+    scales["layer1.0.conv2"] = converted.get_submodule("layer1.0.conv1").scale
+    for name, scale in scales.items():
+        layer = converted.get_submodule(name)
+        multiples = layer.bias().double() / (scale * layer.weight().q_per_channel_scales())
+        assert torch.allclose(multiples, multiples.round(), rtol=0, atol=0.01), name
+        assert multiples.abs().max() > 10, name

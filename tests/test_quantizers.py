@@ -1,0 +1,55 @@
+"""INT8's rounding in FP32, against torch's own and against a converted model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.data import batches
+from common.model import fold_batch_norm, prunable_layers
+from quantization import conversion, engines
+from quantization.quantizers import Quantizer, layer_quantizers, quantize_weight
+from quantization.settings import Settings
+
+SETTINGS = Settings(engines.candidate_engines()[0])
+
+
+@pytest.fixture
+def observed(tiny_model, random_images):
+    return conversion.calibrate(tiny_model, batches(random_images(32), 16), SETTINGS)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    scale=st.floats(2**-13, 1024, width=32),
+    zero_point=st.integers(0, 127),
+    quant_max=st.sampled_from([127, 255]),
+    seed=st.integers(0, 1000),
+)
+def test_rounding_is_torchs_own(scale, zero_point, quant_max, seed):
+    x = 200 * scale * torch.randn(500, generator=torch.Generator().manual_seed(seed))
+    rounded = Quantizer(scale, zero_point, 0, quant_max)(x)
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, quant_max)
+    assert torch.equal(rounded, expected)
+
+
+def test_layers_read_and_write_on_the_grids_of_the_converted_model(tiny_model, observed):
+    converted = conversion.convert(observed, SETTINGS)
+    quantizers = layer_quantizers(observed)
+    assert list(quantizers) == list(prunable_layers(tiny_model))
+    for name, (_, write) in quantizers.items():
+        layer = converted.get_submodule(name)
+        assert write.scale == pytest.approx(layer.scale), name
+        assert write.zero_point == layer.zero_point, name
+    read, _ = quantizers["conv1"]
+    assert read.scale == pytest.approx(converted.conv1_input_scale_0.item())
+    assert quantizers["layer1.0.conv2"][0] == quantizers["layer1.0.conv1"][1]
+
+
+def test_rounded_weights_are_those_of_the_converted_model(tiny_model, observed):
+    converted = conversion.convert(observed, SETTINGS)
+    for name, layer in prunable_layers(fold_batch_norm(tiny_model)).items():
+        expected = converted.get_submodule(name).weight().dequantize()
+        assert torch.allclose(quantize_weight(layer.weight), expected, rtol=0, atol=1e-6), name

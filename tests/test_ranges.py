@@ -1,0 +1,46 @@
+"""Ranges that INT8 has to cover, against what was fed in."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.data import batches, normalize
+from common.model import prunable_layers
+from quantization import conversion, engines
+from quantization.ranges import ChannelRanges, activation_ranges, weight_ranges
+from quantization.settings import OBSERVERS, Settings
+
+ENGINE = engines.candidate_engines()[0]
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_kept_ranges_lie_within_what_was_seen(observer, tiny_model, random_images):
+    settings = Settings(ENGINE, observer=observer)
+    observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
+    ranges = activation_ranges(observed)
+    assert ranges[0].name == "input"
+    pixels = normalize(random_images(32).images)
+    if observer != "moving-average":
+        assert ranges[0].seen_min == pytest.approx(float(pixels.min()))
+        assert ranges[0].seen_max == pytest.approx(float(pixels.max()))
+    for kept in ranges:
+        step = (kept.kept_max - kept.kept_min) / 255
+        assert kept.kept_min >= min(kept.seen_min, 0) - 1.01 * step
+        assert kept.kept_max <= max(kept.seen_max, 0) + 1.01 * step
+
+
+def test_pooling_and_flattening_have_no_range_of_their_own(tiny_model, random_images):
+    observed = conversion.calibrate(tiny_model, batches(random_images(8), 8), Settings(ENGINE))
+    names = [activation.name for activation in activation_ranges(observed)]
+    assert len(names) == len(set(names))
+    assert len(names) == 1 + 20 + 8 + 1  # the images, convolutions, additions, the linear layer
+
+
+def test_channels_spread_from_the_weakest_to_the_strongest(tiny_model):
+    weight = tiny_model.layer2[0].conv1.weight.data  # 8 channels
+    for channel, largest in enumerate((3, 1, 8, 2, 5, 7, 6, 4)):
+        weight[channel] = 0.5
+        weight[channel, 0, 1, 2] = -largest
+    ranges = {row.layer: row for row in weight_ranges(tiny_model)}
+    assert list(ranges) == list(prunable_layers(tiny_model))
+    assert ranges["layer2.0.conv1"] == ChannelRanges("layer2.0.conv1", 1.0, 4.0, 8.0)
