@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.argument_types import (
@@ -47,6 +48,28 @@ def make_parser(script_doc: str, epilog: str | None = None) -> argparse.Argument
     return argparse.ArgumentParser(
         description=script_doc.split("\n\n")[0], epilog=epilog, formatter_class=HelpFormatter
     )
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None, needed: Mapping[str, str]
+) -> argparse.Namespace:
+    """Parse the command line; a flag that would do nothing for want of another is wrong usage.
+
+    Args:
+        parser: Of the script.
+        argv: The command line; None for the process's own.
+        needed: For some flags the flag without which they have no effect.
+    """
+    args, defaults = parser.parse_args(argv), parser.parse_args([])
+
+    def is_given(flag: str) -> bool:
+        name = flag.removeprefix("--").replace("-", "_")
+        return getattr(args, name) != getattr(defaults, name)
+
+    for flag, other in needed.items():
+        if is_given(flag) and not is_given(other):
+            parser.error(f"argument {flag}: does nothing without {other}")
+    return args
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> None:

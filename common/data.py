@@ -57,7 +57,15 @@ class Cifar10(Dataset):
         return Cifar10(self.images[rows], self.labels[rows])
 
     def split_halves(self, seed: int) -> tuple[Cifar10, Cifar10]:
-        """Return two disjoint, class-balanced halves: one to choose on, one to confirm on."""
+        """Return two disjoint, class-balanced halves: one to choose on, one to confirm on.
+
+        Raises:
+            UserError: There is only one image.
+        """
+        if len(self) < 2:
+            raise UserError(
+                "choosing on one half of the images and confirming on the other takes two"
+            )
         labels = self.labels.cpu().numpy()
         order = np.random.default_rng(seed).permutation(len(self))
         order = order[np.argsort(labels[order], kind="stable")]  # shuffled within each class

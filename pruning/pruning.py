@@ -32,6 +32,12 @@ CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
 SENSITIVITY_CSV, CURVE_CSV = "sensitivity.csv", "linear_curve.csv"
 # The choices of pruning.allocation, which imports torch, and --help must not.
 ALLOCATIONS = ("uniform", "global", "sensitivity")
+NEEDED_FLAGS = {
+    "--allocation": "--scope",
+    "--recalibrate-bn": "--scope",
+    "--finetune-epochs": "--scope",
+    "--finetune-images": "--finetune-epochs",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,7 +120,7 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Load, describe, scan, search, write, confirm, report."""
-    args = build_parser().parse_args(argv)
+    args = arguments.parse_arguments(build_parser(), argv, NEEDED_FLAGS)
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 

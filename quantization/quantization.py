@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Load, measure, quantize, measure again, compare, write."""
-    args = build_parser().parse_args(argv)
+    args = arguments.parse_arguments(build_parser(), argv, {"--held-out-images": "--max-drop"})
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 

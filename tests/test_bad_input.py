@@ -297,14 +297,14 @@ DEVICES = {
     "`--device cuda`, and no NVIDIA GPU that torch can use": "cuda",
     "`--device mps`, and no Apple GPU": "mps",
 }
-PARSERS = {
-    f"{script.__name__.rpartition('.')[2]}.py": script.build_parser
+SCRIPTS = {
+    f"{script.__name__.rpartition('.')[2]}.py": script
     for script in (pruning, quantization, pipeline, training)
 }
 FLAGS = {
     row: shlex.split(row.strip("`"))
     for row, _ in ROWS
-    if row.startswith(("`--", *(f"`{name} --" for name in PARSERS)))
+    if row.startswith(("`--", *(f"`{name} --" for name in SCRIPTS)))
     and row not in DATA_FOLDERS
     and row not in OUTPUT_FOLDERS
     and row not in DEVICES
@@ -396,20 +396,20 @@ def test_device(row, folder, monkeypatch, capsys):
 def test_flag(row, capsys):
     """A row without a script's name is of the flags that the scripts share."""
     first, *rest = FLAGS[row]
-    parser = PARSERS[first]() if first in PARSERS else shared_parser()
     with pytest.raises(SystemExit) as exit_:
-        parser.parse_args(rest if first in PARSERS else [first, *rest])
-    usage, _, line = capsys.readouterr().err.rpartition(f"{parser.prog}: error: ")
+        SCRIPTS[first].main(rest) if first in SCRIPTS else main([first, *rest])
+    usage, _, line = capsys.readouterr().err.rpartition(": error: ")
     assert usage.startswith("usage: ")
     assert expected_line(row).fullmatch(line.removesuffix("\n")), line
     assert exit_.value.code == cli.EXIT_USAGE
 
 
-@pytest.mark.parametrize("script", PARSERS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_that_takes_a_value_has_a_row(script):
     tested = {word for row in FLAGS.values() if row[0] == script for word in row}
     tested |= {word for row in FLAGS.values() if row[0].startswith("--") for word in row}
-    with_value = {a.option_strings[0] for a in PARSERS[script]()._actions if a.nargs is None}
+    actions = SCRIPTS[script].build_parser()._actions
+    with_value = {action.option_strings[0] for action in actions if action.nargs is None}
     assert with_value - tested == set()
 
 

@@ -53,7 +53,7 @@ def test_balanced_subset_depends_on_the_seed():
     assert not np.array_equal(balanced_subset(labels, 100, 0), balanced_subset(labels, 100, 1))
 
 
-@given(label_arrays, st.integers(0, 2**32 - 1))
+@given(label_arrays.filter(lambda labels: len(labels) > 1), st.integers(0, 2**32 - 1))
 def test_split_halves(labels, seed):
     # Pixels that tell which image it is.
     images = torch.arange(len(labels))[:, None, None, None].expand(-1, 3, 1, 1)
@@ -64,6 +64,11 @@ def test_split_halves(labels, seed):
         assert half.labels.tolist() == labels[members].tolist()
     counts = [np.bincount(half.labels, minlength=10) for half in (first, second)]
     assert np.all(np.abs(counts[0] - counts[1]) <= 1)
+
+
+def test_one_image_has_no_halves(random_images):
+    with pytest.raises(UserError, match="takes two"):
+        random_images(1).split_halves(0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 64])
