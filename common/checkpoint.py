@@ -1,4 +1,4 @@
-"""Checkpoints: finding one, reading every layout in use into the canonical state dict.
+"""Checkpoints: finding and writing one, reading every layout into the canonical state dict.
 
 Reading never runs code that a file brings (``weights_only=True``, always), and ends in weights that
 fit the network, or in one line that says why not.
@@ -7,6 +7,7 @@ fit the network, or in one line that says why not.
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 import re
 import warnings
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from common.cli import REPOSITORY, UserError, log
 from common.model import CLASS_COUNT, ResNet18
+from common.output import replace_file
 from common.sources import ASSETS
 
 WEIGHTS_NAME = "resnet18_cifar10.pth"
@@ -108,6 +110,21 @@ def read_checkpoint(path: Path) -> StateDict:
         name = "the bundled weights" if path == BUNDLED_WEIGHTS else path
         log.info("%s: %s weights, converted to float32", name, " and ".join(sorted(dtypes)))
     return {name: tensors[name].to(value.dtype).contiguous() for name, value in expected.items()}
+
+
+def serialize(content: object) -> bytes:
+    """Return what ``torch.save`` writes of ``content``: tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def save_checkpoint(content: object, path: Path) -> None:
+    """Write ``content`` as ``torch.save`` does, whole or not at all.
+
+    By way of memory: where a disk is full, torch's own writer ends in an internal error.
+    """
+    replace_file(path, lambda file: file.write(serialize(content)))
 
 
 def _read_file(path: Path) -> object:

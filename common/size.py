@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from common.checkpoint import serialize
 from common.model import prunable_layers
 
 
@@ -36,10 +35,7 @@ class Layer:
 
 def saved_size_bytes(state: Mapping[str, object]) -> int:
     """Return the bytes that ``torch.save`` of a state dict takes on disk."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.pth"
-        torch.save(state, path)
-        return path.stat().st_size
+    return len(serialize(state))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common import evaluate
-from common.checkpoint import load_model
+from common.checkpoint import load_model, save_checkpoint
 from common.data import Cifar10, batches, normalize
 from common.latency import Contender, Timing, time_interleaved
 from common.model import ResNet18, fold_batch_norm
@@ -93,11 +93,11 @@ class Bench:
 
     def measure_fp32(self, name: str, model: ResNet18, keep: bool = False) -> Stage:
         """Write an FP32 model, read both files back, evaluate; ``keep`` leaves them as results."""
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=self.folder.file(".")) as scratch:
             plain = self._path(FP32_NAME, scratch, keep)
             packed = self._path(FP32_PACKED_NAME, scratch, keep)
             state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-            torch.save(state, plain)
+            save_checkpoint(state, plain)
             save_packed(state, packed)
             files, reloaded = _measure(plain, packed), load_model(plain)
             unpacked = load_packed(packed)
@@ -118,7 +118,7 @@ class Bench:
         loader = batches(self.calibration, self.batch_size)
         converted = conversion.convert(conversion.calibrate(model, loader, settings), settings)
         counted = sparsity.count_zeros(model, converted)
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=self.folder.file(".")) as scratch:
             plain = self._path(INT8_NAME, scratch, keep)
             packed = self._path(INT8_PACKED_NAME, scratch, keep)
             artifact.save_int8(converted, settings, plain)

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from common.checkpoint import StateDict
 from common.cli import UserError
+from common.output import replace_file
 
 PRUNED_NAME = "resnet18_cifar10_pruned.pth"
 PACKED_NAME = "resnet18_cifar10_pruned_packed.safetensors"
@@ -46,9 +47,9 @@ def pack(state: Mapping[str, torch.Tensor]) -> tuple[StateDict, dict[str, str]]:
 
 
 def save_packed(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a state dict packed, as safetensors."""
+    """Write a state dict packed, as safetensors, whole or not at all."""
     tensors, metadata = pack(state)
-    save_file(tensors, path, metadata=metadata)
+    replace_file(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def load_packed(path: Path) -> StateDict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import read_checkpoint
+from common.checkpoint import read_checkpoint, save_checkpoint
 from common.cli import UserError
 from common.data import Cifar10, normalize
 from common.evaluate import compare, measure_accuracy, predict
@@ -37,8 +37,8 @@ def save_artifacts(model: ResNet18, pruned: ResNet18, plain: Path, packed: Path)
     """
     state = {name: t.cpu().contiguous() for name, t in pruned.state_dict().items()}
     dense = plain.with_name(".dense.pth")
-    torch.save({name: t.cpu().contiguous() for name, t in model.state_dict().items()}, dense)
-    torch.save(state, plain)
+    save_checkpoint({name: t.cpu().contiguous() for name, t in model.state_dict().items()}, dense)
+    save_checkpoint(state, plain)
     artifacts.save_packed(state, packed)
     for path, read in ((plain, read_checkpoint), (packed, artifacts.load_packed)):
         reloaded = read(path)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from common.checkpoint import save_checkpoint
 from common.cli import UserError, log
 from common.output import replace_file
 from quantization import conversion, deploy, engines
@@ -56,7 +57,7 @@ def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
         "torch": str(torch.__version__),
         "state_dict": model.state_dict(),
     }
-    replace_file(path, lambda file: torch.save(content, file))
+    save_checkpoint(content, path)
     return path.stat().st_size
 
 

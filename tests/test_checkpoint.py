@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import resource
 import warnings
 from pathlib import Path
 
@@ -298,3 +299,26 @@ def test_a_legacy_file_may_not_claim_huge_storages(tmp_path):
 def test_protocols_of_pickle(tmp_path):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         assert read_bytes(tmp_path, pickle.dumps({"conv1.weight": None}, protocol)) is None
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def test_a_written_checkpoint_is_what_torch_would_write(tiny, tmp_path):
+    checkpoint.save_checkpoint(tiny, tmp_path / "weights.pth")
+    with (tmp_path / "expected.pth").open("wb") as file:
+        torch.save(tiny, file)
+    assert (tmp_path / "weights.pth").read_bytes() == (tmp_path / "expected.pth").read_bytes()
+
+
+def test_a_disk_that_fills_up_is_an_os_error(tiny, tmp_path):
+    """A limit on file size stands in for a full disk; torch's own writer ends in RuntimeError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "weights.pth").write_text("earlier")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large: 'weights\.pth'"):
+            checkpoint.save_checkpoint(tiny, tmp_path / "weights.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]

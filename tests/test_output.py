@@ -226,7 +226,7 @@ def test_a_disk_that_fills_up_keeps_earlier_results(tmp_path):
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: system: File too large\n"
+    assert done.stderr == "error: results.json: File too large\n"
     assert read(path) == before
     assert sorted(p.name for p in path.iterdir()) == sorted(before)
 

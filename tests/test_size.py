@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from common.checkpoint import save_checkpoint
 from common.model import ResNet18
 from common.size import count_parameters, describe_layers, saved_size_bytes
 
@@ -44,6 +45,6 @@ def test_count_parameters():
 
 def test_saved_size_is_that_of_the_file(tmp_path):
     state = {"weight": torch.zeros(1000), "half": torch.zeros(1000, dtype=torch.float16)}
-    torch.save(state, tmp_path / "model.pth")  # the same name: it is part of the file
+    save_checkpoint(state, tmp_path / "model.pth")
     assert saved_size_bytes(state) == (tmp_path / "model.pth").stat().st_size
     assert 6000 < saved_size_bytes(state) < 8000

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from common import cli, evaluate, report
+from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from common.data import CLASSES, Cifar10, balanced_subset
 from common.sources import IMAGE_SIZE
@@ -125,7 +126,7 @@ def measure_test(model: nn.Module, test: Cifar10) -> dict:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights in the course's layout: a plain FP32 state dict."""
     state = model.state_dict()
-    torch.save({name: value.cpu().contiguous() for name, value in state.items()}, path)
+    save_checkpoint({name: value.cpu().contiguous() for name, value in state.items()}, path)
 
 
 def format_results(results: dict, output_dir: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from common.data import Cifar10
 from common.output import replace_file
@@ -104,7 +105,7 @@ class Journal:
             "rows": [asdict(row) for row in self.rows],
             "state": state.state_dict(),
         }
-        replace_file(self.checkpoint, lambda file: torch.save(content, file))
+        save_checkpoint(content, self.checkpoint)
         write_epochs(self.folder / EPOCHS_NAME, self.rows)
 
     def remove(self) -> None:
