@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.cli import REPOSITORY, UserError, log
+from common.data import normalize
 from common.model import CLASS_COUNT, ResNet18
 from common.output import replace_file
 from common.sources import ASSETS
@@ -79,11 +80,12 @@ def load_model(path: Path) -> ResNet18:
     """Return the network with the checkpoint's weights, in eval mode, FP32, on the CPU.
 
     Raises:
-        UserError: See :func:`read_checkpoint`.
+        UserError: See :func:`read_checkpoint`; or its numbers are too large to compute with.
     """
     model = ResNet18()
     model.load_state_dict(read_checkpoint(path))
-    return model.eval()
+    _check_activations(path, model.eval())
+    return model
 
 
 def read_checkpoint(path: Path) -> StateDict:
@@ -110,6 +112,17 @@ def read_checkpoint(path: Path) -> StateDict:
         name = "the bundled weights" if path == BUNDLED_WEIGHTS else path
         log.info("%s: %s weights, converted to float32", name, " and ".join(sorted(dtypes)))
     return {name: tensors[name].to(value.dtype).contiguous() for name, value in expected.items()}
+
+
+def _check_activations(path: Path, model: ResNet18) -> None:
+    """Run a black, a white and a noisy image: weights may be finite and what they give not."""
+    noise = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(0))
+    images = torch.stack([torch.zeros_like(noise), torch.full_like(noise, 255), noise])
+    with torch.inference_mode():
+        if not torch.isfinite(model(normalize(images.to(torch.uint8)))).all():
+            raise UserError(
+                f"{path}: weights so large that the network's logits are NaN or infinite"
+            )
 
 
 def serialize(content: object) -> bytes:

@@ -187,6 +187,7 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "infinite weights": with_tensor("conv1.weight", STEM + float("inf")),
     "FP64 weights beyond FP32's range": with_tensor("conv1.weight", STEM.double() + 1e300),
     "a negative variance": with_tensor("bn1.running_var", torch.full((64,), -1.0)),
+    "finite weights whose products are not": with_tensor("conv1.weight", STEM + 1e38),
     "a missing tensor": saved(lambda s: {k: v for k, v in s.items() if k != "linear.bias"}),
     "an extra tensor": with_tensor("linear2.bias", torch.zeros(10)),
     "a wrong shape": with_tensor("conv1.weight", torch.zeros(32, 3, 3, 3)),
