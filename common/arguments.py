@@ -38,15 +38,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._expand_help(action)
 
 
-def make_parser(script_doc: str, epilog: str | None = None) -> argparse.ArgumentParser:
+def make_parser(script_doc: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser without flags.
 
     Args:
-        script_doc: The script's docstring, of which the first paragraph introduces ``--help``.
+        script_doc: The script's docstring, of which the first paragraph introduces ``--help``; None
+            under ``python -OO``.
         epilog: What ends it: examples, line by line.
     """
     return argparse.ArgumentParser(
-        description=script_doc.split("\n\n")[0], epilog=epilog, formatter_class=HelpFormatter
+        description=(script_doc or "").split("\n\n")[0],
+        epilog=epilog,
+        formatter_class=HelpFormatter,
     )
 
 

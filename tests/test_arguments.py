@@ -68,6 +68,11 @@ def test_help_shows_every_flag_and_its_default():
     assert "False" not in text
 
 
+def test_without_docstrings_there_is_still_help():
+    """As under ``python -OO``."""
+    assert arguments.make_parser(None, "examples").format_help().startswith("usage: ")
+
+
 def test_help_shows_a_list_as_it_is_typed():
     parser = arguments.make_parser("Time it.")
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32], seconds=5.0)
