@@ -79,6 +79,9 @@ def path(text: str) -> Path:
     """Parse a path; empty text, as of an unset shell variable, is not the working directory."""
     if not text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        # Of bytes that are no UTF-8; the libraries that read and write models take no such path.
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
     return Path(text)
 
 

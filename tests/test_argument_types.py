@@ -62,7 +62,7 @@ def test_values(parse, text, value):
         (image_count, ["0", "ALL", "", "-3"]),
         (list_of(fraction), ["", "0.5,", "0.5;0.6"]),
         (list_of(name), ["", "conv1,", "linear, ,"]),
-        (path, [""]),
+        (path, ["", "caf\udce9"]),
     ],
 )
 def test_values_out_of_range(parse, texts):

@@ -48,7 +48,8 @@ def test_interrupted_at_any_moment(script, number, tmp_path):
     if (tmp_path / "results.json").read_text() != EARLIER["results.json"]:
         assert "written" in out  # it was quicker than the signal
         return
-    assert (process.returncode, out) == (cli.EXIT_INTERRUPTED, "")
-    assert "Traceback" not in err
+    before_main = process.returncode == -number  # on a busy machine: Python's own ending
+    assert before_main or (process.returncode == cli.EXIT_INTERRUPTED and "Traceback" not in err)
+    assert out == ""
     left = [path for path in tmp_path.iterdir() if path.name not in TO_RESUME_FROM]
     assert {path.name: path.read_text() for path in left} == EARLIER
