@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
     are that large.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  (other C libraries may number these differently)
         libc.mallopt(m_mmap_max, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
@@ -54,6 +55,15 @@ def test_tf32_is_off_on_a_gpu(monkeypatch):
     device.choose_device("cuda")
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("error", [OSError, TypeError])
+def test_where_there_is_no_glibc_memory_is_freed_as_ever(error, monkeypatch):
+    def missing(name: None) -> None:
+        raise error
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    device.keep_freed_memory()
 
 
 # --- a GPU that is not there: shapes, devices and dtypes without numbers --------------------------
