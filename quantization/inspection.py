@@ -58,16 +58,19 @@ def accuracy_by_class(
 def plot_flips(dataset: Cifar10, fp32: torch.Tensor, int8: torch.Tensor, path: Path) -> int:
     """Draw a contact sheet of images that the two models answer differently; return their number.
 
-    Losses come first, then gains, then images that both get wrong in different ways.
+    Losses come first, then gains, then images that both get wrong in different ways. Where no
+    answer changes there is nothing to see, and no file is written.
     """
     flipped = (fp32 != int8).nonzero().flatten().tolist()
+    if not flipped:
+        return 0
     labels = dataset.labels.tolist()
 
     def kind(index: int) -> int:
         return 0 if fp32[index] == labels[index] else 1 if int8[index] == labels[index] else 2
 
     shown = sorted(flipped, key=kind)[: SHEET_COLUMNS * SHEET_ROWS]
-    rows = max(1, -(-len(shown) // SHEET_COLUMNS))
+    rows = -(-len(shown) // SHEET_COLUMNS)
     figure, axes = report.new_figure(11, 1.75 * rows + 0.5, rows, SHEET_COLUMNS, squeeze=False)
     losses, gains = (sum(kind(i) == k for i in flipped) for k in (0, 1))
     figure.suptitle(
