@@ -21,6 +21,7 @@ from common.sources import Source
 from quantization import diagnosis, experiment, inspection, plots, ranges, sparsity, study, tables
 from quantization.budget import Plan
 from quantization.experiment import OnnxModel, Quantized
+from quantization.results import describe_budget, describe_models, int8_entries
 from quantization.settings import Settings
 
 OVERVIEW_PLOT, RANGES_PLOT, FLIPS_PLOT = "overview.png", "ranges.png", "flips.png"
@@ -85,10 +86,8 @@ def add_models(
 ) -> None:
     """Describe FP32, the INT8 models, of which the first makes the headline, and the ONNX file."""
     results, first = account.results, quantized[0]
-    results["models"] = experiment.describe_models(
-        model, fp32, quantized, paths, onnx, test, timings
-    )
-    results["comparison"] = experiment.int8_entries(results)[0]["comparison"]
+    results["models"] = describe_models(model, fp32, quantized, paths, onnx, test, timings)
+    results["comparison"] = int8_entries(results)[0]["comparison"]
     results["per_class"] = inspection.accuracy_by_class(test.labels, fp32, first.predictions)
     plots.plot_overview(results["models"], account.folder.file(OVERVIEW_PLOT))
     inspection.plot_flips(test, fp32, first.predictions, account.folder.file(FLIPS_PLOT))
@@ -105,7 +104,7 @@ def add_ranges(account: Account, source_model: ResNet18, quantized: Quantized) -
 
 def add_budget(account: Account, plan: Plan, max_drop: float) -> None:
     """Say how the budget was met, or not."""
-    account.results["budget"] = experiment.describe_budget(plan, max_drop, account.results)
+    account.results["budget"] = describe_budget(plan, max_drop, account.results)
     account.sections.append(tables.format_budget(account.results["budget"]))
 
 

@@ -1,12 +1,11 @@
-"""The steps of quantization.py, from a loaded model to the entries of results.json."""
+"""The steps of quantization.py: from a loaded model to INT8 models that are saved and timed."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,11 +17,9 @@ from common.cli import UserError
 from common.data import Cifar10, batches, normalize
 from common.latency import Contender, Timing, time_interleaved
 from common.model import ResNet18, fold_batch_norm
-from common.size import saved_size_bytes
 from common.workers import ALONE, Workers
 from quantization import artifact, budget, conversion, deploy, onnx_export
 from quantization.budget import Plan
-from quantization.operations import list_operations
 from quantization.settings import Settings
 
 RELOAD_IMAGES = 64  # their logits are compared bit by bit after reloading
@@ -206,111 +203,3 @@ def fastest_first(
         return sum(math.log(timing.median_ms) for timing in timings[candidate.settings.engine])
 
     return sorted(quantized, key=log_time)
-
-
-def describe_models(
-    model: ResNet18,
-    predictions: torch.Tensor,
-    quantized: Sequence[Quantized],
-    paths: dict[str, list[Path]],
-    onnx: OnnxModel | None,
-    test: Cifar10,
-    timings: dict[str, list[Timing]],
-) -> list[dict]:
-    """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.
-
-    Args:
-        model: FP32.
-        predictions: FP32's, on ``test``.
-        quantized: The INT8 models; the ONNX file is compared with the first.
-        paths: The files of each engine's model, that with the state dict first.
-        onnx: The exported model, if any.
-        test: The images.
-        timings: From :func:`time_models`.
-    """
-    dense_correct = predictions == test.labels
-    size_bytes = saved_size_bytes(model.state_dict())
-    nchw, best = (
-        {
-            "name": name,
-            "engine": None,
-            "size_bytes": size_bytes,
-            "accuracy": evaluate.measure_accuracy(dense_correct).as_dict(),
-            "latency": [timing.as_dict() for timing in timings[name]],
-        }
-        for name in (FP32_NCHW, FP32)
-    )
-    entries = []
-    for candidate in quantized:
-        engine = candidate.settings.engine
-        path, *frozen = paths[engine]
-        correct = candidate.predictions == test.labels
-        entry = _describe_int8("int8", engine, path, correct, timings[engine])
-        entry |= {"frozen": frozen[0].name if frozen else None}
-        entry |= {"settings": asdict(candidate.settings), **_coverage(candidate)}
-        entries.append((entry, correct))
-    if onnx is not None:
-        correct = onnx.predictions == test.labels
-        entry = _describe_int8(ONNX, "onnxruntime", onnx.path, correct, timings[ONNX])
-        agreeing = onnx.predictions == quantized[0].predictions
-        entries.append((entry | {"agreement": float(agreeing.double().mean())}, correct))
-    for entry, correct in entries:
-        entry["comparison"] = {
-            "size_ratio": entry["size_bytes"] / size_bytes,
-            "accuracy": evaluate.compare(dense_correct, correct).as_dict(),
-            "speedup": _speedups(best, entry),
-        }
-        entry["speedup_over_nchw"] = _speedups(nchw, entry)
-    return [nchw, best, *(entry for entry, _ in entries)]
-
-
-def _describe_int8(
-    name: str, engine: str, path: Path, correct: torch.Tensor, timings: Sequence[Timing]
-) -> dict:
-    return {
-        "name": name,
-        "engine": engine,
-        "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "size_bytes": path.stat().st_size,
-        "accuracy": evaluate.measure_accuracy(correct).as_dict(),
-        "latency": [timing.as_dict() for timing in timings],
-    }
-
-
-def _coverage(candidate: Quantized) -> dict:
-    operations = list_operations(candidate.model)
-    return {
-        "int8_operations": [op.name for op in operations if op.is_int8],
-        "fp32_operations": [
-            {"name": op.name, "reason": "kept in FP32 to hold the accuracy budget"}
-            for op in operations
-            if not op.is_int8
-        ],
-    }
-
-
-def _speedups(fp32: dict, int8: dict) -> list[dict]:
-    """Return the ratio of median latencies by batch size; above 1 the INT8 entry is faster."""
-    return [
-        {"batch_size": b["batch_size"], "value": a["median_ms"] / b["median_ms"]}
-        for a, b in zip(fp32["latency"], int8["latency"], strict=True)
-    ]
-
-
-def int8_entries(results: dict) -> list[dict]:
-    """Return the INT8 models of results.json."""
-    return [model for model in results["models"] if model["name"] == "int8"]
-
-
-def describe_budget(plan: Plan, max_drop: float, results: dict) -> dict:
-    """Return results.json's ``budget``: met only if the test images agree with the plan."""
-    test_drop = results["comparison"]["accuracy"]["drop"]
-    return {
-        "max_drop": max_drop,
-        "met": plan.drop <= max_drop and test_drop <= max_drop,
-        "fp32_layers": list(plan.settings.fp32_layers),
-        "held_out_drop": plan.drop,
-        "test_drop": test_drop,
-        "steps": [asdict(step) for step in plan.steps],
-    }

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.report import format_cost, format_table, megabytes, percent, points
-from quantization.experiment import int8_entries
 from quantization.plots import label
+from quantization.results import int8_entries
 
 WORST_SHOWN = 5
 

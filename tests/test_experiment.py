@@ -12,7 +12,7 @@ from common.cli import UserError
 from common.latency import Timing
 from common.model import ResNet18
 from quantization import artifact, conversion, deploy, engines, experiment
-from quantization.experiment import OnnxModel, Quantized
+from quantization.experiment import Quantized
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
@@ -85,42 +85,3 @@ def test_both_files_are_verified_and_a_difference_is_an_error(
         layer.set_weight_bias(layer.weight(), layer.bias() + 1)  # not what deployed computes
     with pytest.raises(UserError, match=r"model\.pth: reloaded logits differ by up to"):
         experiment.save_and_verify(replace(candidate, deployed=candidate.deployed), path, test)
-
-
-def test_models_are_compared_on_the_same_images(tiny_model, random_images, tmp_path):
-    test = random_images(10)  # classes 0 to 9
-    fp32 = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, 0])  # 8 right
-    int8 = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 8, 0])  # 7 right: loses 6 and 7, gains 8
-    onnx = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 0, 0])  # 6 right: agrees with INT8 on 9
-    loader = conversion.calibrate(tiny_model, [], Settings(ENGINES[0]))
-    loader(torch.zeros(1, 3, 32, 32))
-    converted = conversion.convert(loader, Settings(ENGINES[0]))
-    candidate = replace(quantized_with(ENGINES[0], int8), model=converted)
-    paths = [tmp_path / name for name in ("a.pth", "a.torchscript.pt", "a.onnx")]
-    for size, path in zip((100, 200, 50), paths, strict=True):
-        path.write_bytes(bytes(size))
-    timings = {
-        "fp32-nchw": [timing(1, 40.0)],
-        "fp32": [timing(1, 20.0)],
-        ENGINES[0]: [timing(1, 5.0)],
-        "int8-onnx": [timing(1, 8.0)],
-    }
-    models = experiment.describe_models(
-        tiny_model, fp32, [candidate], {ENGINES[0]: paths[:2]}, OnnxModel(paths[2], None, onnx),
-        test, timings,
-    )  # fmt: skip
-    assert [model["name"] for model in models] == ["fp32-nchw", "fp32", "int8", "int8-onnx"]
-    assert [model["accuracy"]["correct"] for model in models] == [8, 8, 7, 6]
-    _, best, ours, exported = models
-    assert (ours["file"], ours["frozen"], ours["size_bytes"]) == ("a.pth", "a.torchscript.pt", 100)
-    assert ours["comparison"]["size_ratio"] == 100 / best["size_bytes"]
-    assert ours["comparison"]["speedup"] == [{"batch_size": 1, "value": 4.0}]
-    assert ours["speedup_over_nchw"] == [{"batch_size": 1, "value": 8.0}]
-    accuracy = ours["comparison"]["accuracy"]
-    assert (accuracy["only_a_correct"], accuracy["only_b_correct"]) == (2, 1)
-    assert accuracy["drop"] == pytest.approx(0.1)
-    assert exported["engine"] == "onnxruntime"
-    assert exported["agreement"] == pytest.approx(0.9)
-    assert exported["comparison"]["accuracy"]["drop"] == pytest.approx(0.2)
-    assert len(ours["int8_operations"]) == 31
-    assert ours["fp32_operations"] == []

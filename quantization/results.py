@@ -1,0 +1,139 @@
+"""What results.json says of the models, each against FP32, and of the accuracy budget."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from common import evaluate
+from common.data import Cifar10
+from common.evaluate import Comparison
+from common.latency import Timing
+from common.model import ResNet18
+from common.size import saved_size_bytes
+from quantization.budget import Plan
+from quantization.experiment import FP32, FP32_NCHW, ONNX, OnnxModel, Quantized
+from quantization.operations import list_operations
+
+
+def describe_models(
+    model: ResNet18,
+    predictions: torch.Tensor,
+    quantized: Sequence[Quantized],
+    paths: dict[str, list[Path]],
+    onnx: OnnxModel | None,
+    test: Cifar10,
+    timings: dict[str, list[Timing]],
+) -> list[dict]:
+    """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.
+
+    Args:
+        model: FP32.
+        predictions: FP32's, on ``test``.
+        quantized: The INT8 models; the ONNX file is compared with the first.
+        paths: The files of each engine's model, that with the state dict first.
+        onnx: The exported model, if any.
+        test: The images.
+        timings: From :func:`quantization.experiment.time_models`.
+    """
+    dense = predictions == test.labels
+    size_bytes = saved_size_bytes(model.state_dict())
+    fp32 = [_entry(name, None, size_bytes, dense, timings[name]) for name in (FP32_NCHW, FP32)]
+    entries = []
+    for candidate in quantized:
+        engine = candidate.settings.engine
+        correct = candidate.predictions == test.labels
+        entry = _file_entry("int8", engine, paths[engine][0], correct, timings[engine])
+        entry |= _describe_conversion(candidate, paths[engine])
+        entries.append(entry | _against_fp32(entry, fp32, evaluate.compare(dense, correct)))
+    if onnx is not None:
+        correct = onnx.predictions == test.labels
+        entry = _file_entry(ONNX, "onnxruntime", onnx.path, correct, timings[ONNX])
+        agreeing = onnx.predictions == quantized[0].predictions
+        entry |= {"agreement": float(agreeing.double().mean())}
+        entries.append(entry | _against_fp32(entry, fp32, evaluate.compare(dense, correct)))
+    return [*fp32, *entries]
+
+
+def _entry(
+    name: str,
+    engine: str | None,
+    size_bytes: int,
+    correct: torch.Tensor,
+    timings: Sequence[Timing],
+) -> dict:
+    """Return what is said of every model."""
+    return {
+        "name": name,
+        "engine": engine,
+        "size_bytes": size_bytes,
+        "accuracy": evaluate.measure_accuracy(correct).as_dict(),
+        "latency": [timing.as_dict() for timing in timings],
+    }
+
+
+def _file_entry(
+    name: str, engine: str, path: Path, correct: torch.Tensor, timings: Sequence[Timing]
+) -> dict:
+    entry = _entry(name, engine, path.stat().st_size, correct, timings)
+    return entry | {
+        "file": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+
+def _describe_conversion(candidate: Quantized, paths: Sequence[Path]) -> dict:
+    operations = list_operations(candidate.model)
+    return {
+        "frozen": paths[1].name if len(paths) > 1 else None,
+        "settings": asdict(candidate.settings),
+        "int8_operations": [op.name for op in operations if op.is_int8],
+        "fp32_operations": [
+            {"name": op.name, "reason": "kept in FP32 to hold the accuracy budget"}
+            for op in operations
+            if not op.is_int8
+        ],
+    }
+
+
+def _against_fp32(entry: dict, fp32: Sequence[dict], accuracy: Comparison) -> dict:
+    """Return how an INT8 entry compares with FP32 as usually written and at its best."""
+    nchw, best = fp32
+    return {
+        "comparison": {
+            "size_ratio": entry["size_bytes"] / best["size_bytes"],
+            "accuracy": accuracy.as_dict(),
+            "speedup": _speedups(best, entry),
+        },
+        "speedup_over_nchw": _speedups(nchw, entry),
+    }
+
+
+def _speedups(fp32: dict, int8: dict) -> list[dict]:
+    """Return the ratio of median latencies by batch size; above 1 the INT8 entry is faster."""
+    return [
+        {"batch_size": b["batch_size"], "value": a["median_ms"] / b["median_ms"]}
+        for a, b in zip(fp32["latency"], int8["latency"], strict=True)
+    ]
+
+
+def int8_entries(results: dict) -> list[dict]:
+    """Return the INT8 models of results.json."""
+    return [model for model in results["models"] if model["name"] == "int8"]
+
+
+def describe_budget(plan: Plan, max_drop: float, results: dict) -> dict:
+    """Return results.json's ``budget``: met only if the test images agree with the plan."""
+    test_drop = results["comparison"]["accuracy"]["drop"]
+    return {
+        "max_drop": max_drop,
+        "met": plan.drop <= max_drop and test_drop <= max_drop,
+        "fp32_layers": list(plan.settings.fp32_layers),
+        "held_out_drop": plan.drop,
+        "test_drop": test_drop,
+        "steps": [asdict(step) for step in plan.steps],
+    }
