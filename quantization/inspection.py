@@ -10,7 +10,7 @@ from common import cli, report
 from common.data import CLASSES, Cifar10, normalize
 from common.model import ResNet18
 
-SANITY_IMAGES = 500
+SANITY_IMAGES, SANITY_BATCH = 500, 50
 CHANCE_MARGIN = 0.1  # accuracy this close above chance is no training worth the name
 OVERCONFIDENCE = 0.25  # a trained network on its own kind of images stays far below this
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
@@ -26,8 +26,9 @@ def warn_of_insane_fp32(model: ResNet18, test: Cifar10, predictions: torch.Tenso
         predictions: int64, shape (N,).
     """
     accuracy = float((predictions == test.labels).float().mean())
-    probabilities = model(normalize(test.images[:SANITY_IMAGES])).softmax(dim=1)
-    confidence = float(probabilities.amax(dim=1).mean())
+    batches = test.images[:SANITY_IMAGES].split(SANITY_BATCH)  # all at once would take 0.8 GB
+    logits = torch.cat([model(normalize(images)) for images in batches])
+    confidence = float(logits.softmax(dim=1).amax(dim=1).mean())
     causes = (
         "likely causes: images normalised otherwise than in training, classes in another order, or "
         "a checkpoint of another data set or layout"
