@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.html_report import Story, Table
 from common.report import percent, points
-from pruning.model_tables import SCOPES, curve_table, largest_table
+from pruning.model_tables import SCOPES, curve_table, largest_table, method_name
 from pruning.tables import sensitivity_table
 
 CAPTIONS = {
@@ -28,35 +28,60 @@ BY_DROP = "The same, the most sensitive layer first."
 
 def tell(results: dict) -> Story:
     """Return what a run of pruning.py has to tell."""
-    linear, baseline = results["linear_search"], results["baseline"]
-    confirmed = linear["confirmed"]["comparison"]
-    low, high = (points(-limit) for limit in reversed(confirmed["ci95"]))
-    amounts = [ranking["amount"] for ranking in results["ranking"]]
-    worst = results["ranking"][-1]["layers"][0]["layer"]
-    drop = next(
-        entry["comparison"]["drop"]
-        for entry in results["sensitivity"]
-        if (entry["layer"], entry["amount"]) == (worst, amounts[-1])
-    )
     return Story(
         title="ResNet18 for CIFAR‑10, pruned layer by layer",
-        question="Which layers can lose their weights, and how many? Asked for: each layer alone, "
-        f"pruned by {' and '.join(percent(amount, 0) for amount in amounts)} (L1, unstructured), "
-        f"and the linear layer as far as {100 * linear['tolerance']:g} points allow, on "
-        f"{results['data']['test_images']:,} test images ({results['data']['source']}).",
-        numbers=[
-            (percent(baseline["value"]),
-             f"dense accuracy, 95 % interval {percent(baseline['ci95'][0])} to "
-             f"{percent(baseline['ci95'][1])}"),
-            (f"{points(-drop)} points",
-             f"with {percent(amounts[-1], 0)} of {worst} pruned: the most sensitive layer"),
-            (percent(linear["max_amount"]),
-             f"of the linear layer can go: {points(-confirmed['drop'])} points, {low} to {high}"),
-        ],
+        question=_question(results),
+        numbers=_numbers(results),
         findings=_findings(results),
         tables=_tables(results),
         captions=_sensitivity_captions(results) | CAPTIONS,
-    )  # fmt: skip
+    )
+
+
+def _question(results: dict) -> str:
+    amounts = " and ".join(percent(ranking["amount"], 0) for ranking in results["ranking"])
+    together = ""
+    if "model_search" in results and (scope := results["model_search"][0]["scope"]) != "linear":
+        together = f" and {SCOPES[scope]}"
+    return (
+        "Which layers can lose their weights, and how many? Asked for: each layer alone, pruned by "
+        f"{amounts} (L1, unstructured), and the linear layer{together} as far as "
+        f"{100 * results['arguments']['tolerance']:g} points allow, on "
+        f"{results['data']['test_images']:,} test images ({results['data']['source']})."
+    )
+
+
+def _numbers(results: dict) -> list[tuple[str, str]]:
+    baseline, linear = results["baseline"], results["linear_search"]
+    ranking = results["ranking"][-1]
+    amount, worst = percent(ranking["amount"], 0), ranking["layers"][0]["layer"]
+    drop = next(
+        entry["comparison"]["drop"]
+        for entry in results["sensitivity"]
+        if (entry["layer"], entry["amount"]) == (worst, ranking["amount"])
+    )
+    rank = ": the most sensitive layer" if len(ranking["layers"]) > 1 else ""
+    numbers = [
+        (percent(baseline["value"]),
+         f"dense accuracy, 95 % interval {percent(baseline['ci95'][0])} to "
+         f"{percent(baseline['ci95'][1])}"),
+        (f"{points(-drop)} points", f"with {amount} of {worst} pruned{rank}"),
+        (percent(linear["max_amount"]),
+         f"of the linear layer can go: {_loss(linear['confirmed']['comparison'])}"),
+    ]  # fmt: skip
+    if "model_search" in results:
+        saved = results["model_saved"]
+        numbers.append(
+            (percent(saved["sparsity"], 1),
+             f"of {SCOPES[saved['scope']]} can go ({method_name(saved)}): "
+             f"{_loss(saved['comparison'])}")
+        )  # fmt: skip
+    return numbers
+
+
+def _loss(comparison: dict) -> str:
+    low, high = (points(-limit) for limit in reversed(comparison["ci95"]))
+    return f"{points(0.0 - comparison['drop'])} points, {low} to {high}"
 
 
 def _findings(results: dict) -> list[str]:
