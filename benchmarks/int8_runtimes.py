@@ -52,18 +52,21 @@ def main(argv: list[str] | None = None) -> int:
     cli.set_up_messages(args.quiet)
 
     from benchmarks import runtimes_report
-    from common import checkpoint, data, device, latency, output, report, size, sources
+    from common import data, device, latency, output, report, size
+    from common.inputs import load_inputs
+    from common.workers import ALONE
 
     device.set_threads(args.threads)
     device.keep_freed_memory()
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
-        weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
-        model = checkpoint.load_model(weights.path)
-        source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
-        test = data.load_images(source, "test", args.test_images, args.seed)
-        calibration = data.load_images(source, "train", args.calibration_images, args.seed)
+        inputs = load_inputs(
+            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
+            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
+            calibration_images=args.calibration_images, seed=args.seed,
+        )  # fmt: skip
+        model, test = inputs.model, inputs.test
         with tempfile.TemporaryDirectory() as models:
-            runners = make_runners(model, calibration, test, Path(models))
+            runners = make_runners(model, inputs.calibration, test, Path(models))
             accuracies = evaluate_runners(runners, test)
             contenders = [
                 latency.Contender(name, runner.run, runner.memory_format)
@@ -77,9 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         gemm_rate = measure_gemm()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 
-        images = {"source": source.name, "test_images": len(test)}
         results = report.common_results(
-            "int8_runtimes", args, device.choose_device("cpu"), images, weights
+            "int8_runtimes", args, ALONE, inputs.describe_images(), inputs.weights
         )
         results |= {"gemm_macs_per_second": gemm_rate, "macs_per_image": macs}
         results["rows"] = runtimes_report.describe(runners, accuracies, timings, macs / gemm_rate)

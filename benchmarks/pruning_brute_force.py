@@ -41,18 +41,21 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from common import checkpoint, data, device, output, report, sources
+    from common import device, output, report
+    from common.inputs import load_inputs
     from common.model import prunable_layers
+    from common.workers import Workers
     from pruning import brute_force, search
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
-        weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
-        model = checkpoint.load_model(weights.path).to(place)
-        source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
-        test = data.load_images(source, "test", args.test_images, args.seed).to(place)
-
+        inputs = load_inputs(
+            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
+            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
+            seed=args.seed,
+        ).to(place)  # fmt: skip
+        model, test = inputs.model, inputs.test
         seconds, counts, found = run_ours(model, test, args.batch_size)
         started = time.perf_counter()
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -65,8 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         usual_found, steps = brute_force.search_brute_force(model, test, required, total, layout)
         usual_seconds = time.perf_counter() - started
 
-        data_info = {"source": source.name, "test_images": len(test)}
-        results = report.common_results("pruning_brute_force", args, place, data_info, weights)
+        results = report.common_results(
+            "pruning_brute_force", args, Workers(place), inputs.describe_images(), inputs.weights
+        )
         usual_counts = {"dense": dense} | {name: int(c.sum()) for name, c in scanned.items()}
         results |= {
             "seconds": {**seconds, "brute_force": usual_seconds},
@@ -108,7 +112,7 @@ def run_ours(model, test, batch_size: int) -> tuple[dict, dict, int]:
         )  # fmt: skip
         search_started = time.perf_counter()
         labels = test.labels.cpu()
-        _, _, found = search.search_linear(model, scanned.features, labels, TOLERANCE, None)
+        _, found = search.search_linear(model, scanned.features, labels, TOLERANCE, None)
         search_seconds = time.perf_counter() - search_started
         pruned = savings.prune_linear(model, found).to(test.images.device)
         savings.confirm(pruned, test, scanned.features, scanned.dense_correct, batch_size)

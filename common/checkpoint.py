@@ -51,10 +51,10 @@ class WeightsFile:
     path: Path
     found: str
 
-    def sha256(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def describe(self) -> dict:
+        """Return results.json's ``weights``: where the file was found, the SHA-256 of its bytes."""
+        digest = hashlib.sha256(self.path.read_bytes())
+        return {"source": self.found, "sha256": digest.hexdigest()}
 
 
 def find_weights(chosen: Path | None, script_dir: Path) -> WeightsFile:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from common.checkpoint import WeightsFile
+    from common.workers import Workers
 
 SCHEMA = 1
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
@@ -34,18 +34,18 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9
 def common_results(
     script: str,
     arguments: argparse.Namespace,
-    device: torch.device,
+    workers: Workers,
     data: dict,
-    weights: WeightsFile,
+    weights: dict,
 ) -> dict:
     """Return the part of results.json that all scripts share, but for what is known at the end.
 
     Args:
         script: Its name, such as ``quantization``.
         arguments: As parsed.
-        device: Where FP32 ran.
+        workers: The processes that shared the run, and where FP32 ran.
         data: The source's name, and how many images were used for what.
-        weights: The checkpoint.
+        weights: From :meth:`common.checkpoint.WeightsFile.describe`.
     """
     return {
         "schema": SCHEMA,
@@ -54,9 +54,10 @@ def common_results(
             name: str(value) if isinstance(value, Path) else value
             for name, value in sorted(vars(arguments).items())
         },
-        "environment": environment(device.type),
+        "environment": environment(workers.device.type),
+        "processes": workers.count,
         "data": data,
-        "weights": {"source": weights.found, "sha256": weights.sha256()},
+        "weights": weights,
     }
 
 

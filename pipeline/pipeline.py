@@ -65,59 +65,42 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
-    from common import checkpoint, data, device, output, report, sources
-    from common.html_report import add_report
+    from common import device, report
+    from common.inputs import load_inputs
+    from common.run import finish_run, print_results, start_run
     from pipeline import plots, stages, story, tables
     from quantization import engines
 
     device.set_threads(args.threads)
     device.keep_freed_memory()
-    fp32_device = device.choose_device(args.device)
+    place = device.choose_device(args.device)
     settings = engines.choose_settings(args.engine)
-    with output.OutputFolder(args.output_dir, args.overwrite) as folder:
-        weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
-        cli.log.info("weights: %s", weights.found)
-        dense = checkpoint.load_model(weights.path)
-        source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
-        test = data.load_images(source, "test", args.test_images, args.seed)
-        calibration = data.load_images(source, "train", args.calibration_images, args.seed)
-        cli.log.info("images: %d for testing, %d for calibration, from %s",
-                     len(test), len(calibration), source.description)  # fmt: skip
-        images = {
-            "source": source.name,
-            "test_images": len(test),
-            "calibration_images": len(calibration),
-        }
-        results = report.common_results("pipeline", args, fp32_device, images, weights)
-        results["processes"] = 1
+    with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
+        inputs = load_inputs(
+            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
+            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
+            calibration_images=args.calibration_images, seed=args.seed, workers=crew,
+        )  # fmt: skip
+        bench = stages.Bench(folder, inputs.test, inputs.calibration, args.batch_size, crew)
+        measured = stages.measure_all(
+            bench, inputs.model, settings, args.sparsity, args.allocation, args.recalibrate_bn
+        )
+        if not crew.is_first:  # all that follows is timed and written once
+            return cli.EXIT_DONE
 
-        bench = stages.Bench(folder, test, calibration, fp32_device, args.batch_size)
-        compressed = [
-            bench.measure_fp32("dense", dense),
-            bench.measure_int8("dense-int8", dense, settings),
-        ]
-        pruned = stages.prune(dense, args.sparsity, args.allocation)
-        compressed.append(bench.measure_fp32("pruned", pruned, keep=not args.recalibrate_bn))
-        if args.recalibrate_bn:
-            pruned = stages.recalibrate(pruned, calibration)
-            compressed.append(bench.measure_fp32("pruned-recalibrated", pruned, keep=True))
-        compressed.append(bench.measure_int8("pruned-int8", pruned, settings, keep=True))
-        timings = bench.time(compressed, args.batch_sizes, args.timing_seconds)
-        results["stages"] = stages.describe(compressed, test.labels, timings)
-
+        timings = bench.time(measured, args.batch_sizes, args.timing_seconds)
+        results = report.common_results(
+            "pipeline", args, crew, inputs.describe_images(), inputs.weights
+        )
+        results["stages"] = stages.describe(measured, inputs.test.labels, timings)
         plots.plot_pipeline(results["stages"], folder.file(PLOT))
         results["artifacts"] = {
             "model": stages.INT8_PACKED_NAME,
             "models": [*folder.names(".pth"), *folder.names(".safetensors")],
             "plots": [PLOT],
         }
-        results |= report.run_cost(started)
-        if args.report:
-            add_report(results, story.tell(results), folder)
-        report.write_json(folder.file(output.RESULTS_NAME), results)
-        folder.commit()
-    text = tables.format_results(results, args.output_dir)
-    print(report.to_json(results) if args.json else text, end="")
+        finish_run(results, folder, started, story.tell if args.report else None)
+    print_results(results, tables.format_results(results, args.output_dir), args.json)
     return cli.EXIT_DONE
 
 

@@ -17,6 +17,7 @@ from common.data import Cifar10, batches, normalize
 from common.latency import Contender, Timing, time_interleaved
 from common.model import ResNet18, fold_batch_norm
 from common.output import OutputFolder
+from common.workers import ALONE, Workers
 from pruning.allocation import global_masks, uniform_masks, weights_in_scope
 from pruning.artifacts import compressed_bytes, load_packed, save_packed
 from pruning.masks import prune_model
@@ -83,13 +84,21 @@ def recalibrate(pruned: ResNet18, calibration: Cifar10) -> ResNet18:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where every stage is measured: the same images, the same device, the same folder."""
+    """Where every stage is measured: the same images, by the same processes.
 
-    folder: OutputFolder
+    Attributes:
+        folder: Of the files to keep; None in all processes but the first.
+        test: Images to measure on.
+        calibration: Images that set the ranges of INT8.
+        batch_size: In images.
+        workers: Each makes and reads every model itself, and evaluates a share of the images.
+    """
+
+    folder: OutputFolder | None
     test: Cifar10
     calibration: Cifar10
-    device: torch.device
     batch_size: int
+    workers: Workers = ALONE
 
     def measure_fp32(self, name: str, model: ResNet18, keep: bool = False) -> Stage:
         """Write an FP32 model, read both files back, evaluate; ``keep`` leaves them as results."""
@@ -106,9 +115,8 @@ class Bench:
                 raise AssertionError(f"{name}: {key} is not what was saved")
         best = deploy.freeze(fold_batch_norm(reloaded).to(memory_format=torch.channels_last))
         zeros = sparsity.measure_sparsity(reloaded)
-        moved = reloaded.to(self.device, memory_format=torch.channels_last)
-        test = self.test.to(self.device)
-        predictions = evaluate.predict(moved, test, self.batch_size, f"evaluate {name}")
+        moved = reloaded.to(self.workers.device, memory_format=torch.channels_last)
+        predictions = self._predict(moved, self.test.to(self.workers.device), name)
         return Stage(name, None, zeros, files, predictions, best)
 
     def measure_int8(
@@ -126,7 +134,7 @@ class Bench:
             files, reloaded = _measure(plain, packed), artifact.load_int8(packed)
             for path in (plain, packed):
                 verify_reloaded(path, reloaded, self.test)
-        predictions = evaluate.predict(reloaded, self.test, self.batch_size, f"evaluate {name}")
+        predictions = self._predict(reloaded, self.test, name)
         zeros = counted["zeros_after"] / counted["weights"]
         return Stage(name, settings.engine, zeros, files, predictions, reloaded)
 
@@ -138,8 +146,43 @@ class Bench:
         images = normalize(self.test.images[: max(batch_sizes)])
         return time_interleaved(contenders, images, batch_sizes, seconds)
 
+    def _predict(self, model: nn.Module, test: Cifar10, name: str) -> torch.Tensor:
+        return evaluate.predict(model, test, self.batch_size, f"evaluate {name}", self.workers)
+
     def _path(self, name: str, scratch: str, keep: bool) -> Path:
+        keep = keep and self.folder is not None
         return self.folder.file(name) if keep else Path(scratch, name)
+
+
+def measure_all(
+    bench: Bench,
+    dense: ResNet18,
+    settings: Settings,
+    sparsity: float,
+    allocation: str,
+    recalibrated: bool,
+) -> list[Stage]:
+    """Make and measure every stage; of FP32 and INT8, the last that is pruned is kept.
+
+    Args:
+        bench: Where.
+        dense: FP32.
+        settings: Of INT8.
+        sparsity: Fraction of all weights to prune.
+        allocation: A key of ``ALLOCATIONS``.
+        recalibrated: Re-estimate batch-norm statistics after pruning, as a stage of its own.
+    """
+    measured = [
+        bench.measure_fp32("dense", dense),
+        bench.measure_int8("dense-int8", dense, settings),
+    ]
+    pruned = prune(dense, sparsity, allocation)
+    measured.append(bench.measure_fp32("pruned", pruned, keep=not recalibrated))
+    if recalibrated:
+        pruned = recalibrate(pruned, bench.calibration)
+        measured.append(bench.measure_fp32("pruned-recalibrated", pruned, keep=True))
+    measured.append(bench.measure_int8("pruned-int8", pruned, settings, keep=True))
+    return measured
 
 
 def _measure(plain: Path, packed: Path) -> Files:

@@ -19,8 +19,10 @@ from common.size import Layer
 from common.workers import Workers
 from pruning.model_results import Found, describe_found, measure_point
 from pruning.model_search import COMPRESSIONS, Method, ModelSearch
-from training.fit import TrainingState, choose_precision, fit
+from training.fit import fit
+from training.precision import choose_precision
 from training.recipe import Recipe
+from training.state import TrainingState
 
 # A tenth of the rate that trained the network: it is to mend, not to learn anew.
 RECIPE = Recipe(epochs=1, batch_size=128, learning_rate=0.02, warmup=0.1)

@@ -6,19 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from common import checkpoint, cli
-from common.data import load_images
 from common.evaluate import compare, measure_accuracy, predict
 from common.model import ResNet18, prunable_layers
 from common.report import points
 from common.size import Layer
-from common.sources import Source
 from pruning import savings
 from pruning.allocation import RANDOM
 from pruning.model_search import COMPRESSIONS, Method, ModelSearch, Step
-from pruning.recalibration import RECALIBRATION_IMAGES
 
 # The curve's points are for orientation, and losses there are large or none.
 CURVE_IMAGES = 2000
@@ -30,11 +25,6 @@ class Found:
 
     entry: dict
     model: ResNet18
-
-
-def load_training(source: Source, seed: int) -> torch.Tensor:
-    """Return the training images that batch norms are re-estimated on: uint8, (N, 3, 32, 32)."""
-    return load_images(source, "train", RECALIBRATION_IMAGES, seed).images
 
 
 def run_all(

@@ -13,12 +13,11 @@ from pruning.model_plots import MODEL_PLOT, plot_model_search
 MAX_CURVE_POINTS = 1500
 
 
-def draw_all(results: dict, correct: np.ndarray, file: Callable[[str], Path]) -> list[str]:
+def draw_all(results: dict, file: Callable[[str], Path]) -> list[str]:
     """Draw every plot of a run; return their file names.
 
     Args:
         results: results.json, with its scan and search.
-        correct: For every number of the linear layer's pruned weights, the correct images.
         file: Gives the path to write a name to.
     """
     names = []
@@ -38,7 +37,7 @@ def draw_all(results: dict, correct: np.ndarray, file: Callable[[str], Path]) ->
     if len(amounts) > 1:
         path = named("sensitivity_amounts.png")
         plot_amounts(results["sensitivity"], dense, linear["tolerance"], path)
-    plot_search(correct, linear, named("linear_search.png"))
+    plot_search(linear, named("linear_search.png"))
     if "model_search" in results:
         path = named(MODEL_PLOT)
         plot_model_search(results["model_search"], linear["tolerance"], path)
@@ -138,15 +137,15 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
     save_figure(figure, path)
 
 
-def plot_search(correct: np.ndarray, linear: dict, path: Path) -> None:
+def plot_search(linear: dict, path: Path) -> None:
     """Draw accuracy against the linear layer's amount, the limit and the search's steps.
 
     Args:
-        correct: For every number of pruned weights, the correct images.
         linear: results.json's ``linear_search``.
         path: Of the PNG.
     """
-    weights, total, steps = len(correct) - 1, linear["images"], linear["steps"]
+    accuracies = 100 * np.array([accuracy for _, accuracy in linear["curve"]])
+    weights, steps = len(accuracies) - 1, linear["steps"]
     found = round(linear["max_amount"] * weights)
     stride = max(1, weights // MAX_CURVE_POINTS)
     amounts = 100 * np.arange(0, weights + 1, stride) / weights
@@ -158,8 +157,8 @@ def plot_search(correct: np.ndarray, linear: dict, path: Path) -> None:
             100 * found / weights, color=GREEN, lw=1.2, label=f"found {found / weights:.2%}"
         )
         axes.set_xlabel("linear layer's weights pruned (%)")
-    whole.plot(amounts, 100 * correct[::stride] / total, color=BLUE, lw=1.4, label="every amount")
-    near.plot(100 * np.arange(weights + 1) / weights, 100 * correct / total, color=BLUE, lw=1.2)
+    whole.plot(amounts, accuracies[::stride], color=BLUE, lw=1.4, label="every amount")
+    near.plot(100 * np.arange(weights + 1) / weights, accuracies, color=BLUE, lw=1.2)
     for kept, color, label in ((True, GREEN, "step kept"), (False, RED, "step rejected")):
         chosen = [step for step in steps if step["kept"] is kept]
         x = [100 * step["amount"] for step in chosen]
@@ -173,7 +172,7 @@ def plot_search(correct: np.ndarray, linear: dict, path: Path) -> None:
     near.axvline(largest, color=GREY, ls=":", lw=1.5)
     left = max(0.0, 100 * found / weights - 4)
     near.set_xlim(left, min(100.0, max(largest, 100 * found / weights) + 0.5))
-    near.set_ylim(limit - 3, 100 * correct[int(weights * left / 100) :].max() / total + 0.5)
+    near.set_ylim(limit - 3, accuracies[int(weights * left / 100) :].max() + 0.5)
     near.text(largest, near.get_ylim()[0], f" true maximum {largest:.2f} %", rotation=90,
               ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
     near.set_title("Near the answer")

@@ -16,7 +16,6 @@ sixteen batches of images: killed at any moment, ``--resume`` repeats at most th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,6 @@ DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
 JOURNAL_NAME = "scan.journal"
 # Images in a batch. On a CPU small ones, which keep the activations of all branches in the cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
-SENSITIVITY_CSV, CURVE_CSV = "sensitivity.csv", "linear_curve.csv"
 # The choices of pruning.allocation, which imports torch, and --help must not.
 ALLOCATIONS = ("uniform", "global", "sensitivity")
 NEEDED_FLAGS = {
@@ -119,118 +117,61 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
 
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
-    """Load, describe, scan, search, write, confirm, report."""
+    """Load, scan, search, write, confirm, report."""
     args = arguments.parse_arguments(build_parser(), argv, NEEDED_FLAGS)
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
-    from common import checkpoint, data, device, output, report, size, sources, workers
-    from common.cascade import has_bf16
-    from common.html_report import add_report
-    from pruning import (
-        artifacts,
-        experiment,
-        finetuning,
-        model_results,
-        model_search,
-        plots,
-        savings,
-        search,
-        story,
-        tables,
-    )
+    from common import cascade, device, report
+    from common.inputs import load_inputs
+    from common.run import finish_run, print_results, start_run
+    from pruning import chapters, experiment, model_search, savings, story, tables
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
     amounts = args.amounts or [args.amount]
     batch_size = args.batch_size or (CPU_BATCH_SIZE if place.type == "cpu" else GPU_BATCH_SIZE)
-    fast = args.precision == "auto" and place.type == "cpu" and has_bf16()
-    with contextlib.ExitStack() as stack:
-        crew = stack.enter_context(workers.join_workers(place))
-        place = crew.device
-        if crew.is_first:
-            folder = stack.enter_context(
-                output.OutputFolder(args.output_dir, args.overwrite, keep=(JOURNAL_NAME,))
-            )
-        weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
-        cli.log.info("weights: %s", weights.found)
-        model = checkpoint.load_model(weights.path)
-        chosen = experiment.choose_layers(model, args.layers)
-        with crew.one_a_machine_first():
-            source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
-        test = data.load_images(source, "test", args.test_images, args.seed)
-        cli.log.info("images: %d for testing, from %s", len(test), source.description)
-        layers = size.describe_layers(model)
-        model, test = model.to(place), test.to(place)
-        journal_path = args.output_dir / JOURNAL_NAME
+    fast = args.precision == "auto" and place.type == "cpu" and cascade.has_bf16()
+    journal_path = args.output_dir / JOURNAL_NAME
+    with start_run(place, args.output_dir, args.overwrite, (JOURNAL_NAME,)) as (crew, folder):
+        inputs = load_inputs(
+            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
+            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
+            seed=args.seed, workers=crew,
+        ).to(crew.device)  # fmt: skip
+        model, test = inputs.model, inputs.test
+        layers = experiment.choose_layers(model, args.layers)
         scanned, scan_seconds = experiment.run_scan(
-            model, test, chosen, amounts, journal_path, args.resume, batch_size, fast, crew
+            model, test, layers, amounts, journal_path, args.resume, batch_size, fast, crew
         )
         verification = None
         if args.verify:
             verification = experiment.verify(scanned, model, test, scan_seconds, crew)
         if not crew.is_first:
-            savings.predict_together(None, test, batch_size, crew)
+            savings.predict_together(None, test, batch_size, crew)  # what the first will confirm
             return cli.EXIT_DONE
 
         results = report.common_results(
-            "pruning", args, place, {"source": source.name, "test_images": len(test)}, weights
+            "pruning", args, crew, inputs.describe_images(), inputs.weights
         )
-        results |= experiment.scan_results(scanned, model, layers, amounts)
-        results["processes"] = crew.count
-        if verification is not None:
-            results["verification"] = verification
-        linear, correct, pruned_weights = search.search_linear(
-            model, scanned.features, test.labels.cpu(), args.tolerance,
-            args.seed if args.holdout else None,
-        )  # fmt: skip
-        plain, packed = (folder.file(n) for n in (artifacts.PRUNED_NAME, artifacts.PACKED_NAME))
-        linear_pruned = savings.prune_linear(model, pruned_weights)
-        sizes = savings.save_artifacts(model, linear_pruned, plain, packed)
-        pruned = checkpoint.load_model(plain)
-        linear["confirmed"] = savings.confirm(
-            pruned, test, scanned.features, scanned.dense_correct, batch_size, crew
+        account = chapters.Account(results, folder, inputs, scanned)
+        chapters.add_scan(account, amounts, verification)
+        chapters.add_linear_search(
+            account, args.tolerance, args.seed if args.holdout else None, batch_size, crew
         )
-        results["linear_search"] = linear
-        results["savings"] = savings.measure_savings(sizes, results["structure"], model, test)
-
         if args.scope:
-            search_started = time.perf_counter()
             searched = model_search.ModelSearch.prepare(
                 model, args.scope, test, scanned.dense_correct, args.tolerance, args.seed, fast
             )
-            if args.recalibrate_bn:
-                searched.training = model_results.load_training(source, args.seed).to(place)
-            found = model_results.run_all(searched, args.allocation, layers)
-            if args.finetune_epochs:
-                train = data.load_images(source, "train", args.finetune_images, args.seed)
-                best = model_results.best_of(found)
-                found.append(
-                    finetuning.run_finetuned(
-                        searched, best, train.to(place), args.finetune_epochs, layers
-                    )
-                )
-            results["model_search"] = [one.entry for one in found]
-            results["model_search_seconds"] = time.perf_counter() - search_started
-            results["model_saved"] = model_results.save_best(searched, found, plain, packed)
-
-        results["artifacts"] = {
-            "model": artifacts.PRUNED_NAME,
-            "packed": artifacts.PACKED_NAME,
-            "csv": [SENSITIVITY_CSV, CURVE_CSV],
-            "plots": plots.draw_all(results, correct, folder.file),
-        }
-        tables.write_sensitivity_csv(results["sensitivity"], folder.file(SENSITIVITY_CSV))
-        tables.write_curve_csv(linear["curve"], folder.file(CURVE_CSV))
-        results |= report.run_cost(started)
-        if args.report:
-            add_report(results, story.tell(results), folder)
-        report.write_json(folder.file(output.RESULTS_NAME), results)
-        folder.commit()
+            chapters.add_model_search(
+                account, searched, args.allocation, args.recalibrate_bn,
+                args.finetune_epochs, args.finetune_images,
+            )  # fmt: skip
+        chapters.add_files(account)
+        finish_run(results, folder, started, story.tell if args.report else None)
         journal_path.unlink(missing_ok=True)
-    text = tables.format_results(results, args.output_dir)
-    print(report.to_json(results) if args.json else text, end="")
+    print_results(results, tables.format_results(results, args.output_dir), args.json)
     return cli.EXIT_DONE
 
 

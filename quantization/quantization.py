@@ -11,7 +11,6 @@ times both. Writes the INT8 model, reloads it in a fresh process, and writes res
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -99,8 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
-    from common import checkpoint, data, device, output, report, sources, workers
-    from common.html_report import add_report
+    from common import device, report
+    from common.inputs import load_inputs
+    from common.run import finish_run, print_results, start_run
     from quantization import chapters, engines, experiment, inspection, onnx_export, story, tables
 
     device.set_threads(args.threads)
@@ -114,37 +114,18 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if args.export_onnx:
         onnx_export.require_packages()
-    with contextlib.ExitStack() as stack:
-        crew = stack.enter_context(workers.join_workers(place))
-        if crew.is_first:
-            folder = stack.enter_context(output.OutputFolder(args.output_dir, args.overwrite))
-        weights = checkpoint.find_weights(args.weights, Path(__file__).parent)
-        cli.log.info("weights: %s", weights.found)
-        model = checkpoint.load_model(weights.path)
-        with crew.one_a_machine_first():
-            source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
-        test = data.load_images(source, "test", args.test_images, args.seed)
-        calibration = data.load_images(source, "train", args.calibration_images, args.seed)
-        cli.log.info("images: %d for testing, %d for calibration, from %s",
-                     len(test), len(calibration), source.description)  # fmt: skip
-        images = {
-            "source": source.name,
-            "test_images": len(test),
-            "calibration_images": len(calibration),
-        }
-        crew.require_same(
-            {
-                "the checkpoint": weights.sha256(),
-                "the images": data.checksum([test.images, test.labels, calibration.images]),
-            }
-        )
+    with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
+        inputs = load_inputs(
+            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
+            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
+            calibration_images=args.calibration_images, seed=args.seed, workers=crew,
+        )  # fmt: skip
+        model, test, calibration = inputs.model, inputs.test, inputs.calibration
         fp32 = experiment.predict_fp32(model, test, args.batch_size, crew)
         inspection.warn_of_insane_fp32(model, test, fp32)
         source_model, plan = model, None
         if args.max_drop is not None:
-            held_out = data.load_images(
-                source, "train", args.held_out_images, args.seed, skip=args.calibration_images
-            )
+            held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
             plan = experiment.plan_within_budget(
                 model, calibration, held_out, settings[0], args.max_drop, args.batch_size, crew
             )
@@ -157,11 +138,14 @@ def main(argv: list[str] | None = None) -> int:
         if not crew.is_first:  # all that follows is measured, timed and written once
             return cli.EXIT_DONE
 
-        results = report.common_results("quantization", args, crew.device, images, weights)
-        results["processes"] = crew.count
+        results = report.common_results(
+            "quantization", args, crew, inputs.describe_images(), inputs.weights
+        )
         account = chapters.Account(results, folder)
         if args.calibration_study:
-            chapters.add_study(account, model, source, test, fp32, settings[0], args.batch_size)
+            chapters.add_study(
+                account, model, inputs.source, test, fp32, settings[0], args.batch_size
+            )
         paths = chapters.save_models(account, quantized, test)
         onnx = None
         if args.export_onnx:
@@ -182,15 +166,9 @@ def main(argv: list[str] | None = None) -> int:
             chapters.add_diagnosis(account, source_model, first, calibration, test, args.batch_size)
         chapters.add_sparsity(account, model, first, test)
         chapters.list_artifacts(account, first)
-        results |= report.run_cost(started)
-        if args.report:
-            add_report(results, story.tell(results), folder)
-        report.write_json(folder.file(output.RESULTS_NAME), results)
-        folder.commit()
-    if args.json:
-        print(report.to_json(results), end="")
-    else:
-        print(tables.format_results(results, account.sections, args.output_dir), end="")
+        finish_run(results, folder, started, story.tell if args.report else None)
+    text = tables.format_results(results, account.sections, args.output_dir)
+    print_results(results, text, args.json)
     over_budget = plan is not None and not results["budget"]["met"]
     return cli.EXIT_OVER_BUDGET if over_budget else cli.EXIT_DONE
 

@@ -145,7 +145,8 @@ def test_weights_are_looked_for_in_order(tmp_path, monkeypatch):
 def test_sha256(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_bytes(b"weights")
-    assert find_weights(path, tmp_path).sha256() == hashlib.sha256(b"weights").hexdigest()
+    described = find_weights(path, tmp_path).describe()
+    assert described["sha256"] == hashlib.sha256(b"weights").hexdigest()
 
 
 # --- hostile bytes: a UserError or good weights, never anything else -----------------------------

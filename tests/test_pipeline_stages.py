@@ -35,7 +35,7 @@ def load_and_run(path, images, threads):
 @pytest.fixture
 def bench(tmp_path, random_images):
     with OutputFolder(tmp_path / "out") as folder:
-        yield stages.Bench(folder, random_images(40), random_images(32, 1), torch.device("cpu"), 16)
+        yield stages.Bench(folder, random_images(40), random_images(32, 1), 16)
 
 
 @pytest.mark.parametrize("allocation", stages.ALLOCATIONS)

@@ -19,6 +19,7 @@ from PIL import Image
 from common import report
 from common.checkpoint import WeightsFile
 from common.report import format_table, megabytes, percent, points
+from common.workers import ALONE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CPUINFO = Path("/proc/cpuinfo")
@@ -30,9 +31,9 @@ def test_common_results(tmp_path):
     results = report.common_results(
         "pruning",
         arguments,
-        torch.device("cpu"),
+        ALONE,
         {"source": "bundled", "test_images": 10},
-        WeightsFile(tmp_path / "weights.pth", "--weights weights.pth"),
+        WeightsFile(tmp_path / "weights.pth", "--weights weights.pth").describe(),
     )
     assert {"schema", "script", "arguments", "environment", "data", "weights"} <= results.keys()
     assert results["schema"] == 1
@@ -48,6 +49,7 @@ def test_common_results(tmp_path):
     assert isinstance(environment["vnni"], bool)
     assert environment["cpu"]
     assert environment["device"] == "cpu"
+    assert results["processes"] == 1
     assert json.loads(report.to_json(results)) == results
 
 

@@ -22,10 +22,12 @@ from common.model import ResNet18
 from common.sources import bundled_source
 from common.workers import Workers
 from tests.check_results import check_results
+from training.averaging import averaged_model
 from training.experiment import EpochMeter, choose, split_held_out
-from training.fit import TrainingState, averaged_model, fit, make_optimizer
+from training.fit import fit
 from training.journal import EpochRow, Journal, describe_settings
 from training.recipe import Recipe
+from training.state import TrainingState, make_optimizer
 from training.training import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -320,7 +322,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path, monkeypatch):
         "from torch import nn\n"
         "from common.data import Cifar10\n"
         "from common.workers import join_workers\n"
-        "from training.fit import TrainingState, fit\n"
+        "from training.fit import fit\n"
+        "from training.state import TrainingState\n"
         "from training.recipe import Recipe\n"
         "recipe = Recipe(epochs=2, batch_size=20, learning_rate=0.01, cutout=8, precision='fp32')\n"
         "pixels = torch.Generator().manual_seed(0)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,19 +10,26 @@ import torch
 from torch import nn
 
 from common import cli, evaluate, report
-from common.checkpoint import save_checkpoint
+from common.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
 from common.cli import UserError
 from common.data import CLASSES, Cifar10, balanced_subset
+from common.output import OutputFolder
 from common.sources import IMAGE_SIZE
+from common.workers import Workers
 from training.augment import resize
-from training.fit import EpochSummary, TrainingState, autocast, averaged_model
-from training.journal import EpochRow, Journal
+from training.averaging import averaged_model
+from training.curves import plot_curves
+from training.fit import EpochSummary, fit
+from training.journal import EPOCHS_NAME, EpochRow, Journal, write_epochs
+from training.precision import autocast
 from training.recipe import Recipe
+from training.state import TrainingState
 
 HELD_OUT_SEED = 0  # every run, whatever its seed, is judged on the same images
 PREDICT_BATCH = 500
 # Which of the two is written is decided on the held-out images; of equals, the first.
 AVERAGED, LAST = "averaged", "last"
+CURVES_PLOT = "curves.png"
 
 
 def split_held_out(images: Cifar10, count: int) -> tuple[Cifar10, Cifar10]:
@@ -33,7 +41,7 @@ def split_held_out(images: Cifar10, count: int) -> tuple[Cifar10, Cifar10]:
     if count >= len(images):
         raise UserError(f"{count} held-out images leave none of {len(images)} to train on")
     held = torch.zeros(len(images), dtype=torch.bool)
-    held[balanced_subset(images.labels.numpy(), count, HELD_OUT_SEED)] = True
+    held[balanced_subset(images.labels.cpu().numpy(), count, HELD_OUT_SEED)] = True
     parts = (Cifar10(images.images[part], images.labels[part]) for part in (~held, held))
     return tuple(parts)
 
@@ -93,6 +101,50 @@ def _announce(row: EpochRow, recipe: Recipe) -> None:
     )  # fmt: skip
 
 
+def open_journal(
+    output_dir: Path,
+    settings: dict,
+    state: TrainingState,
+    resume: bool,
+    overwrite: bool,
+    workers: Workers,
+) -> Journal:
+    """Begin a journal, or take up that of an unfinished run, its state too.
+
+    Raises:
+        UserError: There is one and it is not to be resumed, or there is none that can be.
+    """
+    journal = Journal(output_dir, settings)
+    if resume:
+        journal.resume(state)
+        cli.log.info("resumed after epoch %d of %d", state.epochs_done, settings["epochs"])
+    elif workers.is_first:
+        journal.start(overwrite)
+    return journal
+
+
+def train_on(
+    images: Cifar10,
+    state: TrainingState,
+    recipe: Recipe,
+    seed: int,
+    workers: Workers,
+    meter: EpochMeter,
+) -> None:
+    """Train to the last epoch; the first of the ``workers`` measures and saves each.
+
+    Raises:
+        UserError: See :func:`training.fit.fit`.
+    """
+    after_epoch = meter if workers.is_first else None
+    try:
+        fit(state, images, recipe, seed, workers, after_epoch=after_epoch)
+    except KeyboardInterrupt:
+        if workers.is_first and meter.journal.checkpoint.exists():
+            cli.log.warning("unfinished: the same command with --resume goes on")
+        raise
+
+
 def choose(
     state: TrainingState, train: Cifar10, held_out: Cifar10, recipe: Recipe, seed: int
 ) -> tuple[nn.Module, dict]:
@@ -123,39 +175,23 @@ def measure_test(model: nn.Module, test: Cifar10) -> dict:
     return {"accuracy": evaluate.measure_accuracy(correct).as_dict(), "per_class": by_class}
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the weights in the course's layout: a plain FP32 state dict."""
+def save_weights(model: nn.Module, folder: OutputFolder) -> dict:
+    """Write the weights in the course's layout: a plain FP32 state dict.
+
+    Returns:
+        results.json's ``weights``.
+    """
+    file = WeightsFile(folder.file(WEIGHTS_NAME), "this run")
     state = model.state_dict()
-    save_checkpoint({name: value.cpu().contiguous() for name, value in state.items()}, path)
+    save_checkpoint({name: value.cpu().contiguous() for name, value in state.items()}, file.path)
+    return file.describe()
 
 
-def format_results(results: dict, output_dir: Path) -> str:
-    """Lay out the run's outcome for the console."""
-    held_out, test = results["held_out"], results["accuracy"]
-
-    def row(name: str, accuracy: dict) -> list[str]:
-        low, high = accuracy["ci95"]
-        return [
-            name,
-            report.percent(accuracy["value"]),
-            f"{100 * low:.2f} – {100 * high:.2f}",
-            f"{accuracy['total']:,}",
-        ]
-
-    rows = [
-        row("held-out, last weights", held_out[LAST]),
-        row("held-out, averaged weights", held_out[AVERAGED]),
-        row(f"test, {results['chosen']} weights", test),
-    ]
-    table = report.format_table(["accuracy (FP32)", "top-1", "95 % interval", "images"], rows)
-    classes = {name: entry["value"] for name, entry in results["per_class"].items()}
-    worst, best = min(classes, key=classes.get), max(classes, key=classes.get)
-    return (
-        f"{table}\n\n"
-        f"test, by class: from {report.percent(classes[worst], 1)} ({worst}) to "
-        f"{report.percent(classes[best], 1)} ({best})\n"
-        f"written: {output_dir / results['artifacts']['model']}\n"
-    )
+def save_epochs(rows: Sequence[EpochRow], folder: OutputFolder) -> dict:
+    """Write the table and the plot of the epochs; return results.json's ``artifacts``."""
+    write_epochs(folder.file(EPOCHS_NAME), rows)
+    plot_curves(folder.file(CURVES_PLOT), rows)
+    return {"model": WEIGHTS_NAME, "plots": [CURVES_PLOT], "epochs": EPOCHS_NAME}
 
 
 def _correct(model: nn.Module, images: Cifar10) -> torch.Tensor:

@@ -20,8 +20,9 @@ from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from common.data import Cifar10
 from common.output import replace_file
-from training.fit import EpochSummary, TrainingState
+from training.fit import EpochSummary
 from training.recipe import Recipe
+from training.state import TrainingState
 
 FOLDER_NAME = "unfinished"
 CHECKPOINT_NAME = "checkpoint.pt"

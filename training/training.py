@@ -12,7 +12,6 @@ the epochs. A checkpoint is written after each epoch: a run that was killed goes
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 import time
@@ -31,7 +30,6 @@ from common.sources import IMAGE_SIZE
 from training.recipe import PRESETS, SIZE_STEP, Recipe
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "training"
-CURVES_PLOT = "curves.png"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -147,78 +145,52 @@ def main(argv: list[str] | None = None) -> int:
     # torch takes seconds to import, so nothing that needs it is imported before this line.
     import torch
 
-    from common import checkpoint, data, device, output, report, size, sources, workers
+    from common import data, device, report, sources
     from common.model import ResNet18
-    from training import curves, experiment, fit, journal
+    from common.run import finish_run, print_results, start_run
+    from common.size import count_parameters
+    from training import experiment, journal, precision, tables
+    from training.state import TrainingState
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
     recipe = choose_recipe(args.preset, vars(args), place.type)
     if recipe.precision == "auto":
-        recipe = dataclasses.replace(recipe, precision=fit.choose_precision(place))
-    with contextlib.ExitStack() as stack:
-        crew = stack.enter_context(workers.join_workers(place))
-        if crew.is_first:
-            folder = stack.enter_context(output.OutputFolder(args.output_dir, args.overwrite))
+        recipe = dataclasses.replace(recipe, precision=precision.choose_precision(place))
+    with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
         with crew.one_a_machine_first():
             source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
-        images = data.load_images(source, "train", args.train_images, args.seed)
+        images = data.load_images(source, "train", args.train_images, args.seed).to(crew.device)
         train, held_out = experiment.split_held_out(images, args.held_out_images)
-        train, held_out = train.to(crew.device), held_out.to(crew.device)
         cli.log.info("images: %d to train on, %d held out, from %s",
                      len(train), len(held_out), source.description)  # fmt: skip
 
         torch.manual_seed(args.seed)
-        state = fit.TrainingState.start(ResNet18(), recipe, crew.device)
+        state = TrainingState.start(ResNet18(), recipe, crew.device)
         settings = journal.describe_settings(recipe, args.seed, train)
-        notes = journal.Journal(args.output_dir, settings)
-        if args.resume:
-            notes.resume(state)
-            cli.log.info("resumed after epoch %d of %d", state.epochs_done, recipe.epochs)
-        elif crew.is_first:
-            notes.start(args.overwrite)
+        crew.require_same(settings)
+        notes = experiment.open_journal(
+            args.output_dir, settings, state, args.resume, args.overwrite, crew
+        )
         meter = experiment.EpochMeter(
             train, held_out, recipe, args.seed, notes, args.checkpoint_every
         )
-        after_epoch = meter if crew.is_first else None
-        try:
-            fit.fit(state, train, recipe, args.seed, crew, after_epoch=after_epoch)
-        except KeyboardInterrupt:
-            if crew.is_first and notes.checkpoint.exists():
-                cli.log.warning("unfinished: the same command with --resume goes on")
-            raise
+        experiment.train_on(train, state, recipe, args.seed, crew, meter)
         if not crew.is_first:
             return cli.EXIT_DONE
 
         model, choice = experiment.choose(state, train, held_out, recipe, args.seed)
         test = data.load_images(source, "test", args.test_images, args.seed).to(crew.device)
-        weights = checkpoint.WeightsFile(folder.file(checkpoint.WEIGHTS_NAME), "this run")
-        experiment.save_weights(model, weights.path)
-        counts = {
-            "source": source.name,
-            "train_images": len(train),
-            "held_out_images": len(held_out),
-            "test_images": len(test),
-        }
-        results = report.common_results("training", args, crew.device, counts, weights)
-        results |= {"recipe": dataclasses.asdict(recipe), "processes": crew.count}
-        results |= {"parameters": size.count_parameters(model)}
+        weights = experiment.save_weights(model, folder)
+        described = {"source": source.name, "train_images": len(train),
+                     "held_out_images": len(held_out), "test_images": len(test)}  # fmt: skip
+        results = report.common_results("training", args, crew, described, weights)
+        results |= {"recipe": dataclasses.asdict(recipe), "parameters": count_parameters(model)}
         results |= choice | experiment.measure_test(model, test)
-        journal.write_epochs(folder.file(journal.EPOCHS_NAME), notes.rows)
-        curves.plot_curves(folder.file(CURVES_PLOT), notes.rows)
-        results["artifacts"] = {
-            "model": weights.path.name,
-            "plots": [CURVES_PLOT],
-            "epochs": journal.EPOCHS_NAME,
-        }
-        results |= report.run_cost(started)
-        report.write_json(folder.file(output.RESULTS_NAME), results)
-        folder.commit()
+        results["artifacts"] = experiment.save_epochs(notes.rows, folder)
+        finish_run(results, folder, started)
         notes.remove()
-    if args.json:
-        print(report.to_json(results), end="")
-    else:
-        print(experiment.format_results(results, args.output_dir), end="")
+    print_results(results, tables.format_results(results, args.output_dir), args.json)
     return cli.EXIT_DONE
 
 

@@ -1,0 +1,103 @@
+"""What a script that compresses works on: a checkpoint, and images to measure it with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import find_weights, load_model
+from common.cli import log
+from common.data import Cifar10, checksum, load_images
+from common.model import ResNet18
+from common.sources import Source, open_source
+from common.workers import ALONE, Workers
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A checkpoint and images, loaded.
+
+    Attributes:
+        weights: results.json's ``weights``: where the checkpoint was found, and its SHA-256.
+        model: The network with these weights, FP32, in eval mode.
+        source: Where images come from.
+        seed: Of their choice.
+        test: Images to measure on.
+        calibration: Training images to calibrate on; none, where the script asks for none.
+    """
+
+    weights: dict
+    model: ResNet18
+    source: Source
+    seed: int
+    test: Cifar10
+    calibration: Cifar10 | None
+
+    def describe_images(self) -> dict:
+        """Return results.json's ``data``."""
+        counts = {"source": self.source.name, "test_images": len(self.test)}
+        if self.calibration is not None:
+            counts["calibration_images"] = len(self.calibration)
+        return counts
+
+    def identify(self) -> dict[str, str]:
+        """Return checksums, named for the user."""
+        splits = [self.test] if self.calibration is None else [self.test, self.calibration]
+        return {
+            "the checkpoint": checksum(self.model.state_dict().values()),
+            "the images": checksum(t for split in splits for t in (split.images, split.labels)),
+        }
+
+    def load_training(self, count: int | None, skip: int = 0) -> Cifar10:
+        """Load other training images; arguments as of :func:`common.data.load_images`."""
+        return load_images(self.source, "train", count, self.seed, skip)
+
+    def to(self, device: torch.device) -> Inputs:
+        """Move the model to a device; return the inputs with it and the test images there."""
+        return replace(self, model=self.model.to(device), test=self.test.to(device))
+
+
+def load_inputs(
+    *,
+    weights: Path | None,
+    script_dir: Path,
+    data_dir: Path,
+    bundled: bool,
+    allow_bundled: bool,
+    test_images: int | None,
+    calibration_images: int | None = None,
+    seed: int,
+    workers: Workers = ALONE,
+) -> Inputs:
+    """Load the checkpoint, then the images, and say which they are.
+
+    Args:
+        weights: The checkpoint; None for the usual places (:func:`common.checkpoint.find_weights`).
+        script_dir: One of these.
+        data_dir: See :func:`common.sources.open_source`, as for the next two.
+        bundled: Use the bundled images at once.
+        allow_bundled: Fall back on them.
+        test_images: Size of the class-balanced subset of the test images; None for all.
+        calibration_images: The same of training images; None for none at all.
+        seed: Of both subsets.
+        workers: All load the same; one a machine downloads.
+
+    Raises:
+        UserError: The checkpoint or the images cannot be had, or the workers found different ones.
+    """
+    file = find_weights(weights, script_dir)
+    log.info("weights: %s", file.found)
+    model, described = load_model(file.path), file.describe()
+    with workers.one_a_machine_first():
+        source = open_source(data_dir, bundled, allow_bundled)
+    test, calibration = load_images(source, "test", test_images, seed), None
+    counts = f"{len(test)} for testing"
+    if calibration_images is not None:
+        calibration = load_images(source, "train", calibration_images, seed)
+        counts += f", {len(calibration)} for calibration"
+    log.info("images: %s, from %s", counts, source.description)
+    inputs = Inputs(described, model, source, seed, test, calibration)
+    workers.require_same(inputs.identify())
+    return inputs

@@ -1,0 +1,63 @@
+"""A run from its start to its end: the processes that share it, and the results that it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from common import report
+from common.html_report import Story, add_report
+from common.output import RESULTS_NAME, OutputFolder
+from common.workers import Workers, join_workers
+
+
+@contextlib.contextmanager
+def start_run(
+    device: torch.device, output_dir: Path, overwrite: bool, keep: tuple[str, ...] = ()
+) -> Iterator[tuple[Workers, OutputFolder | None]]:
+    """Join the processes that share the run; the first of them opens the output folder.
+
+    Args:
+        device: Asked for; each process takes its own GPU.
+        output_dir: Of the results.
+        overwrite: Replace those of an earlier run.
+        keep: Names of files there that outlive a run that fails.
+
+    Yields:
+        The processes, and the folder: None in all but the first.
+    """
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(join_workers(device))
+        folder = None
+        if workers.is_first:
+            folder = stack.enter_context(OutputFolder(output_dir, overwrite, keep))
+        yield workers, folder
+
+
+def finish_run(
+    results: dict,
+    folder: OutputFolder,
+    started: float,
+    tell: Callable[[dict], Story] | None = None,
+) -> None:
+    """Add what the run has cost, write results.json, and move everything into place.
+
+    Args:
+        results: Changed in place.
+        folder: With the run's other files.
+        started: What ``time.perf_counter()`` said at the start.
+        tell: Makes of the results what report.html tells; None for no such page.
+    """
+    results |= report.run_cost(started)
+    if tell is not None:
+        add_report(results, tell(results), folder)
+    report.write_json(folder.file(RESULTS_NAME), results)
+    folder.commit()
+
+
+def print_results(results: dict, text: str, as_json: bool) -> None:
+    """Print ``text``, or results.json in its place."""
+    print(report.to_json(results) if as_json else text, end="")

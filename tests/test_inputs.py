@@ -1,0 +1,92 @@
+"""The checkpoint and the images that a script works on, loaded together."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.checkpoint import WEIGHTS_NAME
+from common.cli import UserError, set_up_messages
+from common.data import load_images
+from common.inputs import load_inputs
+from common.sources import folder_source
+from common.workers import Workers
+
+
+@pytest.fixture
+def load(tmp_path, image_folders, blank_state, monkeypatch):
+    """Load from a folder with a checkpoint and four images in each class of both splits."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(blank_state, tmp_path / WEIGHTS_NAME)
+    data_dir = image_folders(tmp_path / "data", per_class=4)
+
+    def load(**changes):
+        values = {
+            "weights": None, "script_dir": tmp_path, "data_dir": data_dir, "bundled": False,
+            "allow_bundled": False, "test_images": 20, "seed": 3,
+        }  # fmt: skip
+        return load_inputs(**values | changes)
+
+    return load
+
+
+def test_both_splits_are_the_seeds(load, tmp_path):
+    inputs = load(calibration_images=10)
+    source = folder_source(tmp_path / "data")
+    for found, split, count in ((inputs.test, "test", 20), (inputs.calibration, "train", 10)):
+        expected = load_images(source, split, count, seed=3)
+        assert torch.equal(found.images, expected.images)
+        assert torch.equal(found.labels, expected.labels)
+    assert not inputs.model.training
+    assert inputs.describe_images() == {
+        "source": "folder", "test_images": 20, "calibration_images": 10,
+    }  # fmt: skip
+    assert inputs.weights["source"] == f"{WEIGHTS_NAME} in the working directory"
+
+
+def test_calibration_images_are_loaded_only_where_asked_for(load):
+    inputs = load(test_images=None)
+    assert inputs.calibration is None
+    assert inputs.describe_images() == {"source": "folder", "test_images": 40}
+
+
+def test_other_training_images_are_none_of_the_calibration_images(load):
+    inputs = load(calibration_images=20)
+    others = inputs.load_training(20, skip=20)
+    seen = {image.numpy().tobytes() for image in inputs.calibration.images}
+    assert not seen & {image.numpy().tobytes() for image in others.images}
+
+
+def test_what_was_found_is_said(load, tmp_path, capsys):
+    set_up_messages(quiet=False)
+    load(calibration_images=10)
+    place = f"the image folders in {tmp_path / 'data'}"
+    assert capsys.readouterr().err.splitlines() == [
+        f"weights: {WEIGHTS_NAME} in the working directory",
+        f"images: 20 for testing, 10 for calibration, from {place}",
+    ]
+    load()
+    assert capsys.readouterr().err.splitlines()[-1] == f"images: 20 for testing, from {place}"
+
+
+def test_the_checkpoint_is_read_before_images_are_looked_for(load):
+    with pytest.raises(UserError, match=r"no\.pth: no such file"):
+        load(weights=Path("no.pth"), data_dir=Path("nowhere"))
+
+
+def test_processes_must_find_the_same(load, monkeypatch):
+    """The other process is imagined: it found other images."""
+    crew = Workers(torch.device("cpu"), rank=0, count=2)
+    monkeypatch.setattr(Workers, "one_a_machine_first", lambda crew: contextlib.nullcontext())
+    monkeypatch.setattr(Workers, "gather", lambda crew, own: [own, own | {"the images": "others"}])
+    with pytest.raises(UserError, match="processes 0 and 1 differ in the images"):
+        load(workers=crew)
+
+
+def test_moving_takes_model_and_test_images(load):
+    inputs = load().to(torch.device("meta"))
+    assert inputs.test.images.is_meta
+    assert next(inputs.model.parameters()).is_meta

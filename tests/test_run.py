@@ -1,0 +1,67 @@
+"""A run's start and end: who opens the folder, what is written, what is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+
+import pytest
+import torch
+
+from common import run
+from common.html_report import Story
+from common.workers import Workers
+
+CPU = torch.device("cpu")
+
+
+def tell(results: dict) -> Story:
+    return Story(f"{results['peak_memory_bytes'] is None}", "Why?", [("1", "one")])
+
+
+def results() -> dict:
+    return {
+        "arguments": {}, "environment": {}, "weights": {}, "data": {}, "artifacts": {"plots": []},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("told", [None, tell])
+def test_a_finished_run_leaves_its_results(tmp_path, told):
+    found = results()
+    with run.start_run(CPU, tmp_path, overwrite=False) as (crew, folder):
+        assert (crew.count, crew.is_first) == (1, True)
+        run.finish_run(found, folder, time.perf_counter() - 2, told)
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert 2 <= found["wall_seconds"] < 60
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"results.json"} | ({"report.html"} if told else set())
+    assert found["artifacts"].get("report") == ("report.html" if told else None)
+
+
+def test_a_run_that_fails_leaves_nothing(tmp_path):
+    def fail() -> None:
+        with run.start_run(CPU, tmp_path / "out", False) as (_, folder):
+            folder.file("model.pth").touch()
+            raise ValueError("midway")
+
+    with pytest.raises(ValueError, match="midway"):
+        fail()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_process_alone_opens_the_folder(tmp_path, monkeypatch):
+    second = Workers(CPU, rank=1, count=2)
+    monkeypatch.setattr(run, "join_workers", lambda device: contextlib.nullcontext(second))
+    with run.start_run(CPU, tmp_path / "out", False) as (crew, folder):
+        assert crew is second
+        assert folder is None
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_is_printed_in_place_of_text(capsys):
+    run.print_results({"a": 1}, "a is 1\n", as_json=False)
+    run.print_results({"a": 1}, "a is 1\n", as_json=True)
+    text, _, printed = capsys.readouterr().out.partition("\n")
+    assert text == "a is 1"
+    assert json.loads(printed) == {"a": 1}
