@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from benchmarks import pt2e
+from common.cifar10 import IMAGE_SIZE
 from common.cli import log
 from common.data import Cifar10, batches, normalize
 from common.latency import Contender, time_interleaved
 from common.model import ResNet18, fold_batch_norm
 from common.size import saved_size_bytes
-from common.sources import IMAGE_SIZE
 from quantization import artifact, deploy, engines, onnx_export
 from quantization.experiment import Quantized
 

@@ -15,12 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from common.cifar10 import MEAN, STD
 from common.cli import UserError
-from common.sources import CLASSES, Source
-
-# What the course's checkpoint was trained with.
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2023, 0.1994, 0.2010)
+from common.sources import Source
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Cifar10(Dataset):
 
     Attributes:
         images: uint8, shape (N, 3, 32, 32), RGB.
-        labels: int64, shape (N,), indices into ``CLASSES``.
+        labels: int64, shape (N,), indices into :data:`common.cifar10.CLASSES`.
     """
 
     images: torch.Tensor
@@ -177,16 +174,3 @@ def _normalize_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = batch
     return normalize(images), labels
-
-
-__all__ = [
-    "CLASSES",
-    "MEAN",
-    "STD",
-    "Cifar10",
-    "balanced_subset",
-    "batches",
-    "checksum",
-    "load_images",
-    "normalize",
-]

@@ -6,39 +6,28 @@ pixels that are asked for: 512 calibration images of a folder cost 512 JPEGs, no
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import io
-import logging
 import lzma
 import os
-import socket
 import tarfile
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from common.cifar10 import CLASSES
 from common.cli import UserError, log
+from common.decoding import decode_images
+from common.download import BATCHES_FOLDER, download_cifar10
 
-CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
-IMAGE_SIZE = 32
-BATCHES_FOLDER = "cifar-10-batches-py"
 ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED_ARCHIVES = {
     "train": ASSETS / "cifar10_jpeg_train_2000.tar.xz",
     "test": ASSETS / "cifar10_jpeg_test.tar.xz",
 }
-# Of each socket operation, so that a stalled download ends and a slow one does not.
-DOWNLOAD_TIMEOUT_SECONDS = 20.0
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow would also hand EPS to ghostscript
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,7 @@ def open_source(data_dir: Path, bundled: bool = False, allow_bundled: bool = Tru
     if any((data_dir / split).exists() for split in ("train", "test")):
         return folder_source(data_dir)
     try:
-        download(data_dir)
+        download_cifar10(data_dir)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         cause = getattr(error, "reason", None) or error or type(error).__name__
         reason = f"CIFAR-10 is not in {data_dir} and could not be downloaded ({cause})"
@@ -100,39 +89,6 @@ def open_source(data_dir: Path, bundled: bool = False, allow_bundled: bool = Tru
 
 
 # --- torchvision's archive -----------------------------------------------------------------------
-
-
-def download(data_dir: Path) -> None:
-    """Download CIFAR-10 into ``data_dir``; it appears there complete or not at all.
-
-    Raises:
-        OSError, http.client.HTTPException: The network or the disk failed.
-        RuntimeError: What came is not CIFAR-10 (torchvision checks the MD5).
-    """
-    from torchvision.datasets import CIFAR10
-
-    log.info("downloading CIFAR-10 (170 MB) to %s", data_dir)
-    created = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
-    data_dir.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as staging:
-            with contextlib.ExitStack() as muted:
-                # torchvision prints to stdout, which belongs to the results.
-                muted.enter_context(contextlib.redirect_stdout(io.StringIO()))
-                if not log.isEnabledFor(logging.INFO):  # --quiet: no progress bar either
-                    muted.enter_context(contextlib.redirect_stderr(io.StringIO()))
-                CIFAR10(staging, download=True)
-            if not (data_dir / BATCHES_FOLDER).exists():  # another run may have been faster
-                (Path(staging) / BATCHES_FOLDER).rename(data_dir / BATCHES_FOLDER)
-    except BaseException:
-        for folder in created:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def torchvision_source(data_dir: Path) -> Source:
@@ -184,7 +140,7 @@ def folder_source(data_dir: Path) -> Source:
             labels += [label] * len(images)
 
         def read(indices: np.ndarray) -> np.ndarray:
-            return _decode_all((str(paths[i]), paths[i].read_bytes) for i in indices)
+            return decode_images((str(paths[i]), paths[i].read_bytes) for i in indices)
 
         return Split(np.asarray(labels, dtype=np.int64), read)
 
@@ -229,39 +185,8 @@ def bundled_source() -> Source:
 
         def read(indices: np.ndarray) -> np.ndarray:
             chosen = (members[i] for i in indices)
-            return _decode_all((m.name, tar.extractfile(m).read) for m in chosen)
+            return decode_images((m.name, tar.extractfile(m).read) for m in chosen)
 
         return Split(np.asarray(labels, dtype=np.int64), read)
 
     return Source("bundled", "the bundled JPEG images", open_split)
-
-
-# --- decoding ------------------------------------------------------------------------------------
-
-
-def _decode_all(files: Iterator[tuple[str, Callable[[], bytes]]]) -> np.ndarray:
-    with warnings.catch_warnings():  # Pillow's remarks on odd files that it reads all the same
-        warnings.simplefilter("ignore")
-        pixels = [_decode(name, read) for name, read in files]
-    return np.stack(pixels).transpose(0, 3, 1, 2).copy()
-
-
-def _decode(name: str, read: Callable[[], bytes]) -> np.ndarray:
-    """Decode one image to uint8 (32, 32, 3); grey-scale, palette and CMYK become RGB."""
-    try:
-        with Image.open(io.BytesIO(read()), formats=IMAGE_FORMATS) as image:
-            if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-                width, height = image.size
-                raise UserError(f"{name}: {width}×{height} pixels; CIFAR-10 images are 32×32")
-            # Pillow cuts 16-bit colours to 8 bits unasked; only the decoder's argument tells.
-            if any("16" in str(tile[3]) for tile in image.tile):
-                raise UserError(f"{name}: more than 8 bits a channel")
-            return np.asarray(image.convert("RGB"))
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        raise UserError(f"{name}: no JPEG, PNG, BMP or WebP image") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{name}: far too large for a CIFAR-10 image") from None
-    except Exception as error:  # damaged files make Pillow fail in too many ways to list
-        raise UserError(f"{name}: a damaged image ({error})") from None

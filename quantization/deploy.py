@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from common.sources import IMAGE_SIZE
+from common.cifar10 import IMAGE_SIZE
 from quantization.engines import quiet_torch
 
 # torch.jit is not supported from Python 3.14 on; the flat model is as fast, but needs Python.

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from common import cli, report
-from common.data import CLASSES, Cifar10, normalize
+from common.cifar10 import CLASSES
+from common.data import Cifar10, normalize
 from common.model import ResNet18
 
 SANITY_IMAGES, SANITY_BATCH = 500, 50

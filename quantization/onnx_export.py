@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from common.cifar10 import IMAGE_SIZE
 from common.cli import UserError
 from common.output import replace_file
-from common.sources import IMAGE_SIZE
 
 OPSET = 17  # of 2022: per-channel DequantizeLinear came with 13
 IR_VERSION = 8

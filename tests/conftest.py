@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from common import cli
+from common.cifar10 import CLASSES
 from common.data import Cifar10, normalize
 from common.model import ResNet18
-from common.sources import CLASSES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = (4, 8, 8, 8)

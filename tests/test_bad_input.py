@@ -22,11 +22,13 @@ from torchvision.datasets import CIFAR10
 
 from common import arguments, cli
 from common.checkpoint import find_weights, load_model
+from common.cifar10 import CLASSES
 from common.data import load_images
 from common.device import choose_device, set_threads
+from common.download import BATCHES_FOLDER
 from common.model import ResNet18
 from common.output import OutputFolder
-from common.sources import BATCHES_FOLDER, CLASSES, open_source
+from common.sources import open_source
 from pipeline import pipeline
 from pruning import pruning
 from quantization import quantization

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchvision import transforms
 
+from common.cifar10 import MEAN, STD
 from common.cli import UserError
-from common.data import MEAN, STD, Cifar10, balanced_subset, batches, load_images, normalize
+from common.data import Cifar10, balanced_subset, batches, load_images, normalize
 from common.sources import Source, Split
 
 label_arrays = arrays(np.int64, st.integers(1, 200), elements=st.integers(0, 9))

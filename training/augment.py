@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.cifar10 import IMAGE_SIZE
 from common.data import normalize
 from common.model import CLASS_COUNT
-from common.sources import IMAGE_SIZE
 from training.recipe import Recipe
 
 # Half-widths of what jitter draws: turn (radians), log zoom, two shears; saturation, log contrast,

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 
+from common.cifar10 import IMAGE_SIZE
 from common.data import Cifar10
-from common.sources import IMAGE_SIZE
 from training.augment import make_batch, plan_epoch, resize
 from training.precision import autocast
 from training.recipe import Recipe

@@ -11,10 +11,10 @@ from torch import nn
 
 from common import cli, evaluate, report
 from common.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
+from common.cifar10 import CLASSES, IMAGE_SIZE
 from common.cli import UserError
-from common.data import CLASSES, Cifar10, balanced_subset
+from common.data import Cifar10, balanced_subset
 from common.output import OutputFolder
-from common.sources import IMAGE_SIZE
 from common.workers import Workers
 from training.augment import resize
 from training.averaging import averaged_model

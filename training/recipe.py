@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.sources import IMAGE_SIZE
+from common.cifar10 import IMAGE_SIZE
 
 SIZE_STEP = 4  # of progressive resizing, in pixels
 

@@ -26,7 +26,7 @@ from common.argument_types import (
     positive_float,
     positive_int,
 )
-from common.sources import IMAGE_SIZE
+from common.cifar10 import IMAGE_SIZE
 from training.recipe import PRESETS, SIZE_STEP, Recipe
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "training"

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import arguments, cli
 from common.argument_types import positive_int
 from common.checkpoint import BUNDLED_WEIGHTS, read_checkpoint
-from common.data import CLASSES, balanced_subset
+from common.cifar10 import CLASSES
+from common.data import balanced_subset
 from common.output import replace_file
 from common.sources import ASSETS
 
