@@ -1,35 +1,28 @@
 """Checkpoints: finding and writing one, reading every layout into the canonical state dict.
 
-Reading never runs code that a file brings (``weights_only=True``, always), and ends in weights that
-fit the network, or in one line that says why not.
+Reading ends in weights that fit the network, or in one line that says why not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import re
-import warnings
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from common.cli import REPOSITORY, UserError, log
 from common.data import normalize
 from common.model import CLASS_COUNT, ResNet18
 from common.output import replace_file
 from common.sources import ASSETS
+from common.untrusted import read_untrusted
 
 WEIGHTS_NAME = "resnet18_cifar10.pth"
 BUNDLED_WEIGHTS = ASSETS / "resnet18_cifar10_fp16.pth"
-MAX_UNPACKED_BYTES = 1 << 30  # a ResNet18 in FP64 with its optimizer is 0.3 GB
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # torchvision's names, and what wrappers put before them.
@@ -38,8 +31,6 @@ RENAMES = (
     (re.compile(r"\.downsample\."), ".shortcut."),
     (re.compile(r"^fc\."), "linear."),
 )
-
-NO_CHECKPOINT = "truncated, damaged or no PyTorch checkpoint"
 
 StateDict = dict[str, torch.Tensor]
 
@@ -97,7 +88,7 @@ def read_checkpoint(path: Path) -> StateDict:
     Raises:
         UserError: The file is missing, no checkpoint, unsafe, damaged, or of another network.
     """
-    tensors = _rename(path, _unnest(path, _read_file(path)))
+    tensors = _rename(path, _unnest(path, read_untrusted(path)))
     _check_architecture(path, tensors)
     expected = ResNet18().state_dict()
     for name, value in expected.items():  # old checkpoints lack this counter, which eval ignores
@@ -138,64 +129,6 @@ def save_checkpoint(content: object, path: Path) -> None:
     By way of memory: where a disk is full, torch's own writer ends in an internal error.
     """
     replace_file(path, lambda file: file.write(serialize(content)))
-
-
-def _read_file(path: Path) -> object:
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():
-        raise UserError(f"{path}: not a regular file")
-    size_bytes = path.stat().st_size
-    if size_bytes == 0:
-        raise UserError(f"{path}: empty file")
-    if size_bytes > MAX_UNPACKED_BYTES:
-        raise UserError(f"{path}: {size_bytes:,} bytes is too large for a ResNet18")
-    with path.open("rb") as file:
-        head = file.read(512)
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
-        raise UserError(f"{path}: an HTML page, not weights; download it with a browser")
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a Git LFS pointer, not weights; run 'git lfs pull'")
-    if path.suffix.lower() == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError:
-            raise UserError(f"{path}: truncated, damaged or no safetensors file") from None
-    if head[:4] == b"PK\x03\x04":
-        _check_archive(path)
-    try:
-        with warnings.catch_warnings():  # torch's remarks on odd pickles; what counts is said here
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path}: holds a Python object ({found[1]}), which is never loaded; save the "
-                "model's state_dict() alone"
-            ) from None
-        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
-    except Exception:  # a hostile or cut file makes torch's reader fail in too many ways to list
-        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
-
-
-def _check_archive(path: Path) -> None:
-    """Check a zip checkpoint before torch reads it: torch looks at neither sizes nor CRCs."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
-            if unpacked_bytes > MAX_UNPACKED_BYTES:
-                raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a ResNet18")
-            damaged = archive.testzip()
-            members = {name.partition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError,
-            NotImplementedError, EOFError):  # fmt: skip
-        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
-    if damaged is not None:
-        raise UserError(f"{path}: damaged (checksum of {damaged} differs)")
-    if "constants.pkl" in members:
-        raise UserError(f"{path}: a TorchScript archive; save the model's state_dict() instead")
-    if "data.pkl" not in members:
-        raise UserError(f"{path}: a zip archive, but no PyTorch checkpoint")
 
 
 def _unnest(path: Path, content: object) -> Mapping[str, object]:

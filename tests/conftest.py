@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import cli
+from common import checkpoint, cli
 from common.cifar10 import CLASSES
 from common.data import Cifar10, normalize
 from common.model import ResNet18
@@ -67,6 +67,13 @@ def tiny_model(random_images) -> ResNet18:
         with torch.no_grad():
             model(normalize(random_images(32).images))
     return model.eval()
+
+
+@pytest.fixture
+def tiny_state(monkeypatch, tiny_model) -> dict[str, torch.Tensor]:
+    """The tiny network's weights, which are taken for the full-size one's here."""
+    monkeypatch.setattr(checkpoint, "ResNet18", lambda: ResNet18(stage_channels=TINY))
+    return tiny_model.state_dict()
 
 
 @pytest.fixture
