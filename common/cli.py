@@ -10,13 +10,14 @@ import functools
 import io
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from common import interruptions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -86,7 +87,7 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
         _make_printing_safe()
-        with _interruptions() as interrupted:
+        with interruptions.as_keyboard_interrupts() as interrupted:
             try:
                 code = main(argv)
                 if sys.stdout is not None:
@@ -106,27 +107,6 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
                 _release_stdout()
 
     return guarded
-
-
-@contextlib.contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """Let SIGTERM do what Ctrl-C does; yields the signals that have come so far."""
-    interrupted = []
-
-    def interrupt(number: int, frame: object) -> None:
-        interrupted.append(number)
-        raise KeyboardInterrupt
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # not the main thread: no signals to handle
-        previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, interrupt)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
-            previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield interrupted
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _message(error: Exception) -> str | None:

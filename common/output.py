@@ -11,14 +11,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
+from common import interruptions
 from common.cli import UserError, log
 
 try:
@@ -90,7 +89,7 @@ class OutputFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with _interruptions_deferred():
+        with interruptions.deferred():
             if self._staging is not None:
                 self._staging.cleanup()
             for folder in self._created:  # and left empty by a run that failed
@@ -111,7 +110,7 @@ class OutputFolder:
         if self._lock is not None:
             for leftover in self.path.glob(f"{STAGING_PREFIX}*"):  # of a run that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
-        with _interruptions_deferred():  # which removes itself, should __exit__ never be reached
+        with interruptions.deferred():  # which removes itself, should __exit__ never be reached
             self._staging = tempfile.TemporaryDirectory(
                 prefix=STAGING_PREFIX, dir=self.path, ignore_cleanup_errors=True
             )
@@ -131,7 +130,7 @@ class OutputFolder:
         until all is done.
         """
         names = _results_last(os.listdir(self._staging.name))
-        with _interruptions_deferred():
+        with interruptions.deferred():
             self._clear_away(_artifacts(self.path / RESULTS_NAME).union(names))
             for name in names:
                 self.file(name).chmod(0o666 & ~_umask())
@@ -196,26 +195,6 @@ def _artifacts(results: Path) -> set[str]:
 
 def _results_last(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (name == RESULTS_NAME, name))
-
-
-@contextlib.contextmanager
-def _interruptions_deferred() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM take effect after the block, not in it."""
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield
-        return
-    waiting = []
-    previous = {
-        number: signal.signal(number, lambda number, frame: waiting.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for number in waiting:
-            signal.raise_signal(number)
 
 
 def _umask() -> int:

@@ -21,8 +21,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from common import cli
+from common.cifar10 import IMAGE_SIZE
 from common.model import ResNet18
-from common.sources import IMAGE_SIZE
 from quantization.engines import quiet_torch, require_engine
 from quantization.operations import list_operations, round_biases
 from quantization.settings import Settings

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from common.sources import IMAGE_SIZE
+from common.cifar10 import IMAGE_SIZE
 
 
 @dataclass(frozen=True)

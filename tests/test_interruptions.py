@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common import cli
+from common import cli, interruptions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EARLIER = {"results.json": '{"artifacts": {"model": "model.pth"}}', "model.pth": "earlier"}
@@ -24,6 +24,24 @@ ARGUMENTS = {
                  "--held-out-images", "20"],
 }  # fmt: skip
 TO_RESUME_FROM = {"scan.journal", "unfinished"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_keyboard_interrupt_and_waits_where_it_is_deferred(number):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    done = []
+
+    def finish() -> None:
+        with interruptions.deferred():
+            signal.raise_signal(number)
+            done.append("what must be whole")
+
+    with interruptions.as_keyboard_interrupts() as came:
+        with pytest.raises(KeyboardInterrupt):
+            finish()
+        assert came == [number]
+    assert done
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
