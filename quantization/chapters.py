@@ -13,84 +13,103 @@ from pathlib import Path
 import torch
 
 from common import report
-from common.data import Cifar10
-from common.latency import Timing
+from common.inputs import Inputs
 from common.model import ResNet18, fold_batch_norm
 from common.output import OutputFolder
-from common.sources import Source
 from quantization import diagnosis, experiment, inspection, plots, ranges, sparsity, study, tables
 from quantization.budget import Plan
-from quantization.experiment import OnnxModel, Quantized
+from quantization.experiment import Quantized
 from quantization.results import describe_budget, describe_models, int8_entries
 from quantization.settings import Settings
 
 OVERVIEW_PLOT, RANGES_PLOT, FLIPS_PLOT = "overview.png", "ranges.png", "flips.png"
 DIAGNOSIS_PLOT, DIAGNOSIS_CSV = "diagnosis.png", "diagnosis.csv"
 STUDY_PLOT = "calibration_study.png"
+ONNX_NAME = "resnet18_cifar10_int8.onnx"
 MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".safetensors")
 
 
 @dataclass
 class Account:
-    """What a run has to tell.
+    """What a run has to tell, and of what.
 
     Attributes:
         results: Of results.json.
         folder: Of the files.
+        inputs: The FP32 model and the images.
+        fp32: FP32's predictions on the test images (int64, shape (N,)).
+        batch_size: In images.
         sections: Of the console's report, after the main table.
     """
 
     results: dict
     folder: OutputFolder
+    inputs: Inputs
+    fp32: torch.Tensor
+    batch_size: int
     sections: list[str] = field(default_factory=list)
 
 
-def add_study(
-    account: Account,
-    model: ResNet18,
-    source: Source,
-    test: Cifar10,
-    fp32: torch.Tensor,
-    settings: Settings,
-    batch_size: int,
-) -> None:
-    """Compare calibrations; ``fp32`` are the predictions (int64, (N,)) to hold them against."""
-    rows = study.run_study(model, source, test, fp32, settings, batch_size)
-    fp32_accuracy = study.accuracy_of(fp32, test)
+def add_study(account: Account, settings: Settings) -> None:
+    """Compare calibrations: observers, numbers of images and seeds."""
+    inputs, fp32 = account.inputs, account.fp32
+    rows = study.run_study(
+        inputs.model, inputs.source, inputs.test, fp32, settings, account.batch_size
+    )
+    fp32_accuracy = study.accuracy_of(fp32, inputs.test)
     account.results["calibration_study"] = study.as_dicts(rows)
     study.plot_study(rows, fp32_accuracy, account.folder.file(STUDY_PLOT))
     account.sections.append(study.format_study(rows, fp32_accuracy))
 
 
-def save_models(
-    account: Account, quantized: Sequence[Quantized], test: Cifar10
-) -> dict[str, list[Path]]:
-    """Write every engine's model, reload it, and return its files by engine."""
-    return {
-        candidate.settings.engine: experiment.save_and_verify(
-            candidate, account.folder.file(artifact_name(candidate.settings.engine)), test
-        )
-        for candidate in quantized
-    }
-
-
 def add_models(
     account: Account,
-    model: ResNet18,
-    fp32: torch.Tensor,
     quantized: Sequence[Quantized],
-    paths: dict[str, list[Path]],
-    onnx: OnnxModel | None,
-    test: Cifar10,
-    timings: dict[str, list[Timing]],
-) -> None:
-    """Describe FP32, the INT8 models, of which the first makes the headline, and the ONNX file."""
-    results, first = account.results, quantized[0]
+    with_onnx: bool,
+    pick_fastest: bool,
+    batch_sizes: Sequence[int],
+    seconds: float,
+) -> Quantized:
+    """Write every INT8 model, time it against FP32, and describe them all.
+
+    Args:
+        account: Changed in place.
+        quantized: The INT8 models, one an engine.
+        with_onnx: Write the first as ONNX too, and measure that.
+        pick_fastest: Let the fastest make the headline, rather than the first.
+        batch_sizes: To time, in images.
+        seconds: To spend on each.
+
+    Returns:
+        The INT8 model that makes the headline.
+    """
+    model, test, fp32 = account.inputs.model, account.inputs.test, account.fp32
+    results, file = account.results, account.folder.file
+    paths, onnx = _save_models(account, quantized), None
+    if with_onnx:
+        onnx = experiment.export_onnx(quantized[0], file(ONNX_NAME), test, account.batch_size)
+    timings = experiment.time_models(model, quantized, onnx, test, batch_sizes, seconds)
+    if pick_fastest:
+        quantized = experiment.fastest_first(quantized, timings)
+    first = quantized[0]
     results["models"] = describe_models(model, fp32, quantized, paths, onnx, test, timings)
     results["comparison"] = int8_entries(results)[0]["comparison"]
     results["per_class"] = inspection.accuracy_by_class(test.labels, fp32, first.predictions)
-    plots.plot_overview(results["models"], account.folder.file(OVERVIEW_PLOT))
-    inspection.plot_flips(test, fp32, first.predictions, account.folder.file(FLIPS_PLOT))
+    plots.plot_overview(results["models"], file(OVERVIEW_PLOT))
+    inspection.plot_flips(test, fp32, first.predictions, file(FLIPS_PLOT))
+    return first
+
+
+def _save_models(account: Account, quantized: Sequence[Quantized]) -> dict[str, list[Path]]:
+    """Write every engine's model, reload it, and return its files by engine."""
+    return {
+        candidate.settings.engine: experiment.save_and_verify(
+            candidate,
+            account.folder.file(artifact_name(candidate.settings.engine)),
+            account.inputs.test,
+        )
+        for candidate in quantized
+    }
 
 
 def add_ranges(account: Account, source_model: ResNet18, quantized: Quantized) -> None:
@@ -108,17 +127,15 @@ def add_budget(account: Account, plan: Plan, max_drop: float) -> None:
     account.sections.append(tables.format_budget(account.results["budget"]))
 
 
-def add_diagnosis(
-    account: Account,
-    source_model: ResNet18,
-    quantized: Quantized,
-    calibration: Cifar10,
-    test: Cifar10,
-    batch_size: int,
-) -> None:
+def add_diagnosis(account: Account, source_model: ResNet18, quantized: Quantized) -> None:
     """Measure what quantizing each layer of ``source_model`` costs."""
     rows = diagnosis.diagnose(
-        source_model, quantized.observed, quantized.settings, calibration, test, batch_size
+        source_model,
+        quantized.observed,
+        quantized.settings,
+        account.inputs.calibration,
+        account.inputs.test,
+        account.batch_size,
     )
     account.results["diagnosis"] = rows
     report.write_csv(account.folder.file(DIAGNOSIS_CSV), rows)
@@ -126,8 +143,9 @@ def add_diagnosis(
     account.sections.append(tables.format_diagnosis(rows))
 
 
-def add_sparsity(account: Account, model: ResNet18, quantized: Quantized, test: Cifar10) -> None:
+def add_sparsity(account: Account, quantized: Quantized) -> None:
     """Check that a pruned model's zeros are still zeros, and write it packed."""
+    model, test = account.inputs.model, account.inputs.test
     if sparsity.measure_sparsity(model) < sparsity.MIN_SPARSITY:
         return
     path = account.folder.file(sparsity.PACKED_NAME)

@@ -21,7 +21,6 @@ from common.argument_types import fraction, list_of, one_of, positive_int
 from quantization.settings import ENGINES, OBSERVERS
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
-ONNX_NAME = "resnet18_cifar10_int8.onnx"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -108,10 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     place = device.choose_device(args.device)
     args.engines = args.engines or engines.default_engines()
     pick_fastest = "auto" in args.engines
-    settings = [
-        engines.choose_settings(engine, args.observer, args.reduce_range)
-        for engine in (engines.candidate_engines() if pick_fastest else args.engines)
-    ]
+    names = engines.candidate_engines() if pick_fastest else args.engines
+    settings = [engines.choose_settings(n, args.observer, args.reduce_range) for n in names]
     if args.export_onnx:
         onnx_export.require_packages()
     with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
@@ -120,57 +117,41 @@ def main(argv: list[str] | None = None) -> int:
             bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
             calibration_images=args.calibration_images, seed=args.seed, workers=crew,
         )  # fmt: skip
-        model, test, calibration = inputs.model, inputs.test, inputs.calibration
-        fp32 = experiment.predict_fp32(model, test, args.batch_size, crew)
-        inspection.warn_of_insane_fp32(model, test, fp32)
-        source_model, plan = model, None
+        test, calibration = inputs.test, inputs.calibration
+        fp32 = experiment.predict_fp32(inputs.model, test, args.batch_size, crew)
+        inspection.warn_of_insane_fp32(inputs.model, test, fp32)
+        source, plan = inputs.model, None
         if args.max_drop is not None:
             held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
             plan = experiment.plan_within_budget(
-                model, calibration, held_out, settings[0], args.max_drop, args.batch_size, crew
+                source, calibration, held_out, settings[0], args.max_drop, args.batch_size, crew
             )
-            source_model = plan.model
-            settings = [experiment.apply_plan(plan, setting) for setting in settings]
-
-        quantized = experiment.quantize(
-            source_model, calibration, test, settings, args.batch_size, crew
-        )
+            source, settings = plan.model, [experiment.apply_plan(plan, s) for s in settings]
+        quantized = experiment.quantize(source, calibration, test, settings, args.batch_size, crew)
         if not crew.is_first:  # all that follows is measured, timed and written once
             return cli.EXIT_DONE
 
         results = report.common_results(
             "quantization", args, crew, inputs.describe_images(), inputs.weights
         )
-        account = chapters.Account(results, folder)
+        account = chapters.Account(results, folder, inputs, fp32, args.batch_size)
         if args.calibration_study:
-            chapters.add_study(
-                account, model, inputs.source, test, fp32, settings[0], args.batch_size
-            )
-        paths = chapters.save_models(account, quantized, test)
-        onnx = None
-        if args.export_onnx:
-            onnx = experiment.export_onnx(
-                quantized[0], folder.file(ONNX_NAME), test, args.batch_size
-            )
-        timings = experiment.time_models(
-            model, quantized, onnx, test, args.batch_sizes, args.timing_seconds
-        )
-        if pick_fastest:
-            quantized = experiment.fastest_first(quantized, timings)
-        first = quantized[0]
-        chapters.add_models(account, model, fp32, quantized, paths, onnx, test, timings)
-        chapters.add_ranges(account, source_model, first)
+            chapters.add_study(account, settings[0])
+        first = chapters.add_models(
+            account, quantized, args.export_onnx, pick_fastest, args.batch_sizes,
+            args.timing_seconds,
+        )  # fmt: skip
+        chapters.add_ranges(account, source, first)
         if plan is not None:
             chapters.add_budget(account, plan, args.max_drop)
         if args.diagnose:
-            chapters.add_diagnosis(account, source_model, first, calibration, test, args.batch_size)
-        chapters.add_sparsity(account, model, first, test)
+            chapters.add_diagnosis(account, source, first)
+        chapters.add_sparsity(account, first)
         chapters.list_artifacts(account, first)
         finish_run(results, folder, started, story.tell if args.report else None)
     text = tables.format_results(results, account.sections, args.output_dir)
     print_results(results, text, args.json)
-    over_budget = plan is not None and not results["budget"]["met"]
-    return cli.EXIT_OVER_BUDGET if over_budget else cli.EXIT_DONE
+    return cli.EXIT_DONE if plan is None or results["budget"]["met"] else cli.EXIT_OVER_BUDGET
 
 
 if __name__ == "__main__":
