@@ -7,7 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from common.checkpoint import load_model
+from common.data import Cifar10
 from common.inputs import Inputs
 from common.output import OutputFolder
 from common.size import Layer, describe_layers
@@ -49,6 +52,39 @@ class Account:
     def layers(self) -> list[Layer]:
         """The network's convolutions and linear layers."""
         return describe_layers(self.inputs.model)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the search over many layers needs beside the test images.
+
+    Attributes:
+        recalibration: uint8 images (N, 3, 32, 32) for batch-norm statistics; None: none are
+            re-estimated.
+        finetuning: To train on; None: nothing is trained.
+        epochs: Of that training.
+    """
+
+    recalibration: torch.Tensor | None
+    finetuning: Cifar10 | None
+    epochs: int | None
+
+    @classmethod
+    def read(
+        cls, inputs: Inputs, recalibrated: bool, epochs: int | None, count: int | None
+    ) -> Training:
+        """Read it to the device of ``inputs``; ``count`` images to train on, None for all.
+
+        Raises:
+            UserError: There are too few: better found before the scan than after it.
+        """
+        device = inputs.test.images.device
+        recalibration = finetuning = None
+        if recalibrated:
+            recalibration = inputs.load_training(RECALIBRATION_IMAGES).images.to(device)
+        if epochs:
+            finetuning = inputs.load_training(count).to(device)
+        return cls(recalibration, finetuning, epochs)
 
 
 def add_scan(account: Account, amounts: Sequence[float], verification: dict | None) -> None:
@@ -93,20 +129,19 @@ def add_model_search(
     account: Account,
     searched: ModelSearch,
     allocations: Sequence[str],
-    recalibrated: bool,
-    finetune_epochs: int | None,
-    finetune_images: int | None,
+    training: Training,
 ) -> None:
     """Search how far many layers can go together; the saved model is then the sparsest found."""
     started = time.perf_counter()
-    results, inputs, device = account.results, account.inputs, account.inputs.test.images.device
-    if recalibrated:
-        searched.training = inputs.load_training(RECALIBRATION_IMAGES).images.to(device)
+    results = account.results
+    searched.training = training.recalibration
     found = model_results.run_all(searched, allocations, account.layers)
-    if finetune_epochs:
-        train, best = inputs.load_training(finetune_images).to(device), model_results.best_of(found)
+    if training.epochs:
+        best = model_results.best_of(found)
         found.append(
-            finetuning.run_finetuned(searched, best, train, finetune_epochs, account.layers)
+            finetuning.run_finetuned(
+                searched, best, training.finetuning, training.epochs, account.layers
+            )
         )
     results["model_search"] = [one.entry for one in found]
     results["model_search_seconds"] = time.perf_counter() - started

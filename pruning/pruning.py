@@ -142,6 +142,9 @@ def main(argv: list[str] | None = None) -> int:
         ).to(crew.device)  # fmt: skip
         model, test = inputs.model, inputs.test
         layers = experiment.choose_layers(model, args.layers)
+        training = chapters.Training.read(
+            inputs, args.recalibrate_bn, args.finetune_epochs, args.finetune_images
+        )
         scanned, scan_seconds = experiment.run_scan(
             model, test, layers, amounts, journal_path, args.resume, batch_size, fast, crew
         )
@@ -164,10 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             searched = model_search.ModelSearch.prepare(
                 model, args.scope, test, scanned.dense_correct, args.tolerance, args.seed, fast
             )
-            chapters.add_model_search(
-                account, searched, args.allocation, args.recalibrate_bn,
-                args.finetune_epochs, args.finetune_images,
-            )  # fmt: skip
+            chapters.add_model_search(account, searched, args.allocation, training)
         chapters.add_files(account)
         finish_run(results, folder, started, story.tell if args.report else None)
         journal_path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from printed import read_table, shows
 
 from common.checkpoint import load_model
 from common.output import STAGING_PREFIX
+from pruning import experiment
 from pruning.artifacts import load_packed
 from pruning.journal import Journal
 from pruning.pruning import main
@@ -255,10 +256,16 @@ def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole,
     [
         (["--layers", "layer9.*"], "error: --layers layer9.*: matches none of conv1,"),
         (["--weights", "nowhere.pth"], "error: nowhere.pth: no such file"),
+        (
+            ["--scope", "all", "--finetune-epochs", "1", "--finetune-images", "2001"],
+            "error: 2001 train images asked for, only 2000 in the bundled JPEG images",
+        ),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
-    assert main(["--bundled", *arguments, "--output-dir", str(tmp_path / "out")]) == 1
+def test_bad_input_is_one_line_before_the_scan(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "run_scan", None)
+    arguments = ["--bundled", "--test-images", "20", *arguments]
+    assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith(message)
     assert not (tmp_path / "out").exists()

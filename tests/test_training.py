@@ -352,6 +352,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, monkeypatch):
     [
         (["--held-out-images", "60"], "leave none"),
         (["--train-images", "2001"], "only 2000"),
+        (["--test-images", "10001"], "only 10000"),
         (["--batch-size", "41"], "only 40 training images"),
         (["--resume"], "nothing to resume"),
     ],

@@ -162,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
             source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
         images = data.load_images(source, "train", args.train_images, args.seed).to(crew.device)
         train, held_out = experiment.split_held_out(images, args.held_out_images)
+        # Not used before the end, but what is amiss with them must not cost the training.
+        test = data.load_images(source, "test", args.test_images, args.seed)
         cli.log.info("images: %d to train on, %d held out, from %s",
                      len(train), len(held_out), source.description)  # fmt: skip
 
@@ -180,13 +182,12 @@ def main(argv: list[str] | None = None) -> int:
             return cli.EXIT_DONE
 
         model, choice = experiment.choose(state, train, held_out, recipe, args.seed)
-        test = data.load_images(source, "test", args.test_images, args.seed).to(crew.device)
         weights = experiment.save_weights(model, folder)
         described = {"source": source.name, "train_images": len(train),
                      "held_out_images": len(held_out), "test_images": len(test)}  # fmt: skip
         results = report.common_results("training", args, crew, described, weights)
         results |= {"recipe": dataclasses.asdict(recipe), "parameters": count_parameters(model)}
-        results |= choice | experiment.measure_test(model, test)
+        results |= choice | experiment.measure_test(model, test.to(crew.device))
         results["artifacts"] = experiment.save_epochs(notes.rows, folder)
         finish_run(results, folder, started)
         notes.remove()
