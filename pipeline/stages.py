@@ -39,7 +39,7 @@ class Files:
     Attributes:
         plain_bytes: As torch saves it; every weight takes its 4 bytes, or 1.
         compressed_bytes: The same through zlib.
-        packed_bytes: A bit a weight and the values that are not zero; INT8 also through LZMA.
+        packed_bytes: A bit a weight and the values that are not zero, through LZMA.
     """
 
     plain_bytes: int

@@ -24,12 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.fx import GraphModule
 
+from common import weight_coding
 from common.cli import UserError
 from common.output import replace_file
-from quantization import conversion, engines, weight_coding
+from quantization import conversion, engines
 from quantization.settings import Settings, parse_settings
 
-FORMAT = "resnet18-cifar10-int8-packed"
+FORMAT = "resnet18-cifar10-int8-packed-2"
 SUFFIX = ".safetensors"
 BITS, VALUES = "weights.kept_bits.xz", "weights.kept_values.xz"
 SCALES_SUFFIX = ".scales"  # of a weight, one an output channel

@@ -31,7 +31,8 @@ def test_packing_pays(tmp_path):
     kept = int(weight.count_nonzero())
     artifacts.save_packed({"weight": weight}, tmp_path / "packed")
     size = (tmp_path / "packed").stat().st_size
-    assert abs(size - (512 * 512 / 8 + 4 * kept)) < 400  # the format's own header
+    # A bit a weight is at most 1, here 0.47 by entropy; signs and exponents take less than a byte.
+    assert 3 * kept < size < 512 * 512 / 8 * 0.55 + 3.7 * kept
     data = (tmp_path / "packed").read_bytes()
     assert artifacts.compressed_bytes(tmp_path / "packed") == len(zlib.compress(data, 1))
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantization.weight_coding import decode, encode
+from common.weight_coding import decode, encode
 
 VALUES = {
     torch.int8: st.integers(-128, 127) | st.just(0),
@@ -37,10 +37,10 @@ def test_every_bit_comes_back(original):
 
 def test_streams_are_what_the_format_says():
     first = torch.tensor([[0, 5, 0], [-7, 0, 0]], dtype=torch.int8)
-    second = torch.tensor([0.0, -0.0, 2.0])
+    second = torch.tensor([0.0, -0.0, 2.0])  # -0.0 is 80 00 00 00, 2.0 is 40 00 00 00
     bits, values = encode([first, second])
     assert lzma.decompress(bits) == bytes([0b010100_01, 0b1_0000000])
-    expected = bytes([5, 256 - 7]) + second[1:].numpy().tobytes()
+    expected = bytes([5, 256 - 7]) + bytes([0, 0, 0, 0, 0, 0, 0x80, 0x40])
     assert lzma.decompress(values) == expected
 
 

@@ -4,6 +4,10 @@ Measured on the 11,164,352 INT8 weights of a ResNet18 with 75 % zeros: mask and 
 as they are and 2.96 MB through LZMA. The INT8 values alone, zeros and all, take 3.04 MB through
 LZMA, 3.36 MB through bzip2 and 3.43 MB through zlib. A coder that was told every channel's
 distribution for free would need 2.88 MB: one written for this purpose could gain less than 3 %.
+
+The same weights in FP32, 12.56 MB as mask and values, take 9.6 MB with the values' bytes apart:
+signs and exponents are alike, and mantissas, which nothing makes smaller, no longer part them.
+Value after value, LZMA would leave 10.5 MB.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ def encode(weights: Sequence[torch.Tensor]) -> tuple[bytes, bytes]:
     kept = [(weight != 0) | weight.signbit() for weight in weights]
     mask = np.packbits(torch.cat([k.flatten() for k in kept]).numpy()).tobytes()
     pairs = zip(weights, kept, strict=True)
-    values = b"".join(weight[k].numpy().tobytes() for weight, k in pairs)
+    values = b"".join(_byte_planes(weight[k]) for weight, k in pairs)
     return lzma.compress(mask, filters=BITS_FILTERS), lzma.compress(values)
 
 
@@ -39,7 +43,7 @@ def decode(bits: bytes, values: bytes, like: Sequence[torch.Tensor]) -> list[tor
     Args:
         bits: The compressed mask; may come from anywhere.
         values: The compressed values; may come from anywhere.
-        like: Tensors of the shapes and types to return.
+        like: Tensors of the shapes and types to return; their values are not read.
 
     Raises:
         ValueError, lzma.LZMAError: The streams do not hold such weights.
@@ -48,15 +52,22 @@ def decode(bits: bytes, values: bytes, like: Sequence[torch.Tensor]) -> list[tor
     mask = np.frombuffer(_decompress(bits, -(-sum(counts) // 8)), np.uint8)
     kept = torch.from_numpy(np.unpackbits(mask, count=sum(counts)).astype(bool)).split(counts)
     sizes = [int(k.sum()) * weight.element_size() for k, weight in zip(kept, like, strict=True)]
-    # A copy, for torch warns of memory that it may not write to.
-    pending, dense = bytearray(_decompress(values, sum(sizes))), []
+    pending, dense = np.frombuffer(_decompress(values, sum(sizes)), np.uint8), []
     for weight, k, size in zip(like, kept, sizes, strict=True):
         filled = torch.zeros(weight.numel(), dtype=weight.dtype)
         if size:
-            filled[k] = torch.frombuffer(pending[:size], dtype=weight.dtype)
+            planes = pending[:size].reshape(weight.element_size(), -1)
+            # A copy, for torch warns of memory that it may not write to.
+            filled[k] = torch.from_numpy(planes.T.copy()).view(weight.dtype).flatten()
         dense.append(filled.reshape(weight.shape))
-        del pending[:size]
+        pending = pending[size:]
     return dense
+
+
+def _byte_planes(values: torch.Tensor) -> bytes:
+    """Return the first byte of every value (n,), then the second of every value, and so on."""
+    rows = values.numpy().view(np.uint8).reshape(len(values), values.element_size())
+    return rows.T.tobytes()
 
 
 def _decompress(stream: bytes, size_bytes: int) -> bytes:
