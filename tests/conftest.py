@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.utils import prune
 
 from common import checkpoint, cli
 from common.cifar10 import CLASSES
 from common.data import Cifar10, normalize
-from common.model import ResNet18
+from common.model import ResNet18, prunable_layers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = (4, 8, 8, 8)
@@ -38,6 +39,14 @@ def _quiet_log() -> Iterator[None]:
     cli.log.handlers.clear()
     cli.log.setLevel(logging.NOTSET)
     cli.log.propagate = True
+
+
+@pytest.fixture(autouse=True)
+def _keep_engine() -> Iterator[None]:
+    """Leave torch with the INT8 engine that it had: loading a model may set another."""
+    engine = torch.backends.quantized.engine
+    yield
+    torch.backends.quantized.engine = engine
 
 
 @pytest.fixture
@@ -67,6 +76,24 @@ def tiny_model(random_images) -> ResNet18:
         with torch.no_grad():
             model(normalize(random_images(32).images))
     return model.eval()
+
+
+@pytest.fixture
+def pruned_model(tiny_model) -> ResNet18:
+    """The tiny network without 80 % of its weights, pruned by torch."""
+    layers = [(layer, "weight") for layer in prunable_layers(tiny_model).values()]
+    prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.8)
+    for layer, name in layers:
+        prune.remove(layer, name)
+    return tiny_model
+
+
+@pytest.fixture
+def tiny_skeleton(monkeypatch) -> None:
+    """Let INT8 files be read into tiny networks, as the tests write them."""
+    from quantization import conversion  # imports torch.ao, which most tests can do without
+
+    monkeypatch.setattr(conversion, "ResNet18", lambda: ResNet18(stage_channels=TINY))
 
 
 @pytest.fixture

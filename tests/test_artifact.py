@@ -8,23 +8,11 @@ import torch
 from common import cli, report
 from common.cli import UserError
 from common.data import batches, normalize
-from common.model import ResNet18
 from quantization import artifact, conversion, deploy, engines
 from quantization.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("tiny_skeleton")
 ENGINES = engines.candidate_engines()
-
-
-@pytest.fixture(autouse=True)
-def _keep_engine():
-    engine = torch.backends.quantized.engine
-    yield
-    torch.backends.quantized.engine = engine
-
-
-@pytest.fixture(autouse=True)
-def _tiny_skeleton(monkeypatch):
-    monkeypatch.setattr(conversion, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
 
 
 @pytest.fixture

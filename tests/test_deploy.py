@@ -15,13 +15,6 @@ ENGINES = engines.candidate_engines()
 MIXED = [(), ("conv1",), ("layer1.0.conv2",), ("layer2.0.shortcut.0",), ("linear",)]
 
 
-@pytest.fixture(autouse=True)
-def _keep_engine():
-    engine = torch.backends.quantized.engine
-    yield
-    torch.backends.quantized.engine = engine
-
-
 @pytest.fixture
 def images(random_images):
     return normalize(random_images(16, seed=1).images)

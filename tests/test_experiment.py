@@ -10,19 +10,11 @@ import torch
 from common import evaluate
 from common.cli import UserError
 from common.latency import Timing
-from common.model import ResNet18
 from quantization import artifact, conversion, deploy, engines, experiment
 from quantization.experiment import Quantized
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
-
-
-@pytest.fixture(autouse=True)
-def _keep_engine():
-    engine = torch.backends.quantized.engine
-    yield
-    torch.backends.quantized.engine = engine
 
 
 def timing(batch_size, median_ms):
@@ -63,9 +55,8 @@ def test_the_fastest_comes_first_by_the_geometric_mean():
 
 
 def test_both_files_are_verified_and_a_difference_is_an_error(
-    tiny_model, random_images, tmp_path, monkeypatch
+    tiny_model, tiny_skeleton, random_images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(conversion, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
     test = random_images(8)
     (candidate,) = experiment.quantize(tiny_model, test, test, [Settings(ENGINES[0])], 8)
     reload = artifact._run_saved

@@ -11,44 +11,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.nn.utils import prune
 
 from common.cli import UserError
 from common.data import batches, normalize
-from common.model import ResNet18, prunable_layers
 from quantization import artifact, conversion, deploy, engines, packing
 from quantization.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("tiny_skeleton")
 ENGINES = engines.candidate_engines()
 PLAIN = Settings(ENGINES[0], observer="minmax")
 MIXED = Settings(ENGINES[0], observer="minmax", fp32_layers=("layer1.0.conv2", "linear"))
 
 
-@pytest.fixture(autouse=True)
-def _keep_engine():
-    engine = torch.backends.quantized.engine
-    yield
-    torch.backends.quantized.engine = engine
-
-
-@pytest.fixture(autouse=True)
-def _tiny_skeleton(monkeypatch):
-    monkeypatch.setattr(conversion, "ResNet18", lambda: ResNet18(stage_channels=(4, 8, 8, 8)))
-
-
 @pytest.fixture
-def pruned(tiny_model):
-    layers = [(layer, "weight") for layer in prunable_layers(tiny_model).values()]
-    prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.8)
-    for layer, name in layers:
-        prune.remove(layer, name)
-    return tiny_model
-
-
-@pytest.fixture
-def convert(pruned, random_images):
+def convert(pruned_model, random_images):
     def make(how):
-        observed = conversion.calibrate(pruned, batches(random_images(32), 16), how)
+        observed = conversion.calibrate(pruned_model, batches(random_images(32), 16), how)
         return conversion.convert(observed, how)
 
     return make

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.utils import prune
 
 from common.data import batches
-from common.model import prunable_layers
 from quantization import conversion, corrections, engines, sparsity
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
-
-
-@pytest.fixture
-def pruned(tiny_model):
-    layers = [(layer, "weight") for layer in prunable_layers(tiny_model).values()]
-    prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.7)
-    for layer, name in layers:
-        prune.remove(layer, name)
-    return tiny_model
 
 
 def quantize(model, images, settings):
@@ -37,13 +26,13 @@ CORRECTIONS = {
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("fp32_layers", [(), ("layer1.0.conv2", "linear")])
-def test_every_zero_stays_a_zero(pruned, random_images, engine, correction, fp32_layers):
+def test_every_zero_stays_a_zero(pruned_model, random_images, engine, correction, fp32_layers):
     images = random_images(32)
     settings = Settings(engine, observer="minmax", fp32_layers=fp32_layers)
-    corrected = CORRECTIONS[correction](pruned, images)
+    corrected = CORRECTIONS[correction](pruned_model, images)
     converted = quantize(corrected, images, settings)
     total = zeros = 0
-    for name, weight in pruned.state_dict().items():
+    for name, weight in pruned_model.state_dict().items():
         layer = name.removesuffix(".weight")
         if not name.endswith(".weight") or weight.ndim == 1:
             continue
@@ -52,16 +41,17 @@ def test_every_zero_stays_a_zero(pruned, random_images, engine, correction, fp32
         assert (after[weight == 0] == 0).all()
         total += weight.numel()
         zeros += int((weight == 0).sum())
-    counted = sparsity.count_zeros(pruned, converted)
+    counted = sparsity.count_zeros(pruned_model, converted)
     assert counted["weights"] == total
     assert counted["zeros_before"] == zeros
     assert counted["zeros_after"] >= zeros
-    assert sparsity.measure_sparsity(pruned) == pytest.approx(zeros / total)
+    assert sparsity.measure_sparsity(pruned_model) == pytest.approx(zeros / total)
 
 
-def test_a_lost_zero_is_a_bug(pruned, random_images):
-    converted = quantize(pruned, random_images(32), Settings(ENGINES[0], observer="minmax"))
+def test_a_lost_zero_is_a_bug(pruned_model, random_images):
+    converted = quantize(pruned_model, random_images(32), Settings(ENGINES[0], observer="minmax"))
     with torch.no_grad():
-        pruned.conv1.weight[pruned.conv1.weight.abs() == pruned.conv1.weight.abs().max()] = 0
+        weight = pruned_model.conv1.weight
+        weight[weight.abs() == weight.abs().max()] = 0
     with pytest.raises(AssertionError, match="conv1: 1 zeros"):
-        sparsity.count_zeros(pruned, converted)
+        sparsity.count_zeros(pruned_model, converted)
