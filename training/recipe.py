@@ -89,7 +89,8 @@ class Recipe:
 PRESETS = {
     # Made the bundled weights: three such runs at once on one H100 took 8.5 minutes.
     "gpu": Recipe(epochs=150, batch_size=512, learning_rate=0.4, cutmix=0.5, jitter=0.5),
-    # Too few epochs to overfit, so little augmentation; small images at first, for speed.
+    # Too few epochs to overfit, so little augmentation; small images at first, for speed. On two
+    # Zen 5 cores 52 minutes; the model card says what it reached.
     "cpu": Recipe(
         epochs=14,
         batch_size=128,
