@@ -31,6 +31,7 @@ def plot_overview(models: Sequence[dict], path: Path) -> None:
     sizes_mb = [model["size_bytes"] / 1e6 for model in distinct]
     bars = size_axis.bar(names, sizes_mb, color=fill, width=0.6)
     size_axis.bar_label(bars, [f"{size:.1f}" for size in sizes_mb], padding=2)
+    size_axis.margins(y=0.1)
     size_axis.set(title="Size on disk", ylabel="MB")
 
     values = np.array([model["accuracy"]["value"] for model in distinct]) * 100
@@ -59,11 +60,13 @@ def plot_overview(models: Sequence[dict], path: Path) -> None:
         bars = speed_axis.bar(
             positions, speeds, width * 0.95, color=colors[label(model)], label=label(model)
         )
-        speed_axis.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=2, fontsize=8)
+        speed_axis.bar_label(
+            bars, [f"{speed:.0f}" for speed in speeds], padding=3, fontsize=8, rotation=90
+        )
     speed_axis.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
     speed_axis.set(title="Throughput on the CPU", ylabel="images a second")
-    speed_axis.margins(y=0.22)
-    speed_axis.legend(loc="upper left", ncols=2, fontsize=8)
+    speed_axis.margins(y=0.15)  # for the numbers
+    speed_axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=3, fontsize=8)
     report.save_figure(figure, path)
 
 
