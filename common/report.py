@@ -167,6 +167,11 @@ def percent(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
+def p_value(value: float, digits: int) -> str:
+    """Format a p-value by its leading digits; the least may be too small for a float."""
+    return f"{value:.{digits}g}" if value else "<1e-300"
+
+
 def points(value: float, digits: int = 2) -> str:
     """Format a difference of fractions in percentage points, with its sign."""
     return f"{round(100 * value, digits) + 0.0:+.{digits}f}"  # 0.0: no minus before a zero

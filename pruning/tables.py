@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.report import format_cost, format_table, megabytes, percent, points
+from common.report import format_cost, format_table, megabytes, p_value, percent, points
 from pruning.model_tables import format_model_search
 
 
@@ -55,7 +55,7 @@ def sensitivity_table(results: dict, amount: float) -> tuple[list[str], list[lis
                 percent(entry["accuracy"]["value"]),
                 points(0.0 - comparison["drop"]),
                 f"{low} … {high}",
-                f"{comparison['mcnemar_p']:.1g}",
+                p_value(comparison["mcnemar_p"], 1),
                 str(comparison["only_a_correct"]),
                 str(comparison["only_b_correct"]),
                 "≈" if ranked["tied_with_next"] else "",

@@ -53,6 +53,13 @@ def test_common_results(tmp_path):
     assert json.loads(report.to_json(results)) == results
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.76, "0.8"), (1.0, "1"), (3e-5, "3e-05"), (0.0, "<1e-300")]
+)
+def test_p_values(value, text):
+    assert report.p_value(value, 1) == text
+
+
 @pytest.mark.skipif(
     not Path("/proc/cpuinfo").exists(), reason="the oracle is Linux's /proc/cpuinfo"
 )
