@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from common import weight_coding
 from common.checkpoint import StateDict
 from common.cli import UserError
+from common.output import replace_file
 
 PRUNED_NAME = "resnet18_cifar10_pruned.pth"
 PACKED_NAME = "resnet18_cifar10_pruned_packed.safetensors"
@@ -51,9 +52,9 @@ def _pays(tensor: torch.Tensor) -> bool:
 
 
 def save_packed(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a state dict packed, as safetensors."""
+    """Write a state dict packed, as safetensors, whole or not at all."""
     tensors, metadata = pack(state)
-    save_file(tensors, path, metadata=metadata)
+    replace_file(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def load_packed(path: Path) -> StateDict:
