@@ -47,6 +47,17 @@ def check_results(results: dict, folder: Path) -> None:
     checks[results["script"]](results, folder)
 
 
+def without_times(results: object) -> object:
+    """Drop what differs between two runs of one thing: times, memory, how and where they ran."""
+    varying = {
+        "latency", "speedup", "speedup_over_nchw", "wall_seconds", "peak_memory_bytes",
+        "output_dir", "resume", "json", "quiet", "overwrite",
+    }  # fmt: skip
+    if isinstance(results, dict):
+        return {name: without_times(v) for name, v in results.items() if name not in varying}
+    return [without_times(v) for v in results] if isinstance(results, list) else results
+
+
 def names_in(artifacts: object) -> set[str]:
     """Return the file names listed under ``artifacts``, however nested."""
     if isinstance(artifacts, dict):

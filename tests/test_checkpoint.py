@@ -6,7 +6,6 @@ What each bad checkpoint is answered with stands in docs/bad_input.md (test_bad_
 from __future__ import annotations
 
 import hashlib
-import resource
 from pathlib import Path
 
 import pytest
@@ -140,14 +139,9 @@ def test_a_written_checkpoint_is_what_torch_would_write(tiny_state, tmp_path):
     assert (tmp_path / "weights.pth").read_bytes() == (tmp_path / "expected.pth").read_bytes()
 
 
-def test_a_disk_that_fills_up_is_an_os_error(tiny_state, tmp_path):
-    """A limit on file size stands in for a full disk; torch's own writer ends in RuntimeError."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_disk_that_fills_up_is_an_os_error(tiny_state, full_disk, tmp_path):
+    """torch's own writer ends in a RuntimeError."""
     (tmp_path / "weights.pth").write_text("earlier")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"too large: 'weights\.pth'"):
-            checkpoint.save_checkpoint(tiny_state, tmp_path / "weights.pth")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(), pytest.raises(OSError, match=r"too large: 'weights\.pth'"):
+        checkpoint.save_checkpoint(tiny_state, tmp_path / "weights.pth")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from check_page import check_page
-from check_results import check_results
+from check_results import check_results, without_times
 
 from common.checkpoint import load_model
 from common.model import prunable_layers
@@ -29,7 +29,7 @@ QUICK = [
 def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
     return subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
+        cwd=cwd, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 
@@ -91,6 +91,19 @@ def test_json_from_another_folder(tmp_path):
     check_results(results, tmp_path / "out")
     assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
     assert (tmp_path / "out" / "results.json").read_text() == process.stdout
+
+
+def test_two_processes_find_what_one_finds(torchrun, tmp_path):
+    """At equal threads; the batches of two processes are those of one."""
+    arguments = [*QUICK, "--threads", "1", "--batch-size", "16", "--output-dir"]
+    alone = run(*arguments, tmp_path / "one")
+    done = torchrun(SCRIPT, *arguments, tmp_path / "two")
+    assert (alone.returncode, done.returncode) == (0, 0), done.stderr
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    check_results(two, tmp_path / "two")
+    assert (two.pop("processes"), one.pop("processes")) == (2, 1)
+    assert without_times(two) == without_times(one)
+    assert done.stdout.count("written to") == 1
 
 
 def test_bad_input_is_one_line_and_changes_nothing(tmp_path, capsys):

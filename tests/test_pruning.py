@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from check_page import check_page
-from check_results import check_results
+from check_results import check_results, without_times
 from printed import read_table, shows
 
 from common.checkpoint import load_model
@@ -38,23 +38,6 @@ def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
         text=True,
         timeout=900,
     )
-
-
-def without_times(results):
-    """Drop what differs between two runs: times, memory, how they started, where they wrote."""
-    if isinstance(results, dict):
-        timed = {
-            "latency",
-            "wall_seconds",
-            "peak_memory_bytes",
-            "output_dir",
-            "resume",
-            "json",
-            "quiet",
-            "overwrite",
-        }
-        return {k: without_times(v) for k, v in results.items() if k not in timed}
-    return [without_times(v) for v in results] if isinstance(results, list) else results
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,14 @@ def test_packing_pays(tmp_path):
     assert artifacts.compressed_bytes(tmp_path / "packed") == len(zlib.compress(data, 1))
 
 
+def test_a_disk_that_fills_up_is_an_os_error(full_disk, tmp_path):
+    """safetensors' own writer ends in an error of its own."""
+    (tmp_path / "packed").write_text("earlier")
+    with full_disk(), pytest.raises(OSError, match="too large: 'packed'"):
+        artifacts.save_packed({"weight": torch.randn(50, 50)}, tmp_path / "packed")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
 def test_dense_tensors_are_left_as_they_are():
     tensors, _ = artifacts.pack({"weight": torch.ones(4, 4)})
     assert list(tensors) == ["weight"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from check_page import check_page
-from check_results import check_results
+from check_results import check_results, without_times
 from printed import read_table, shows
 from torch.nn.utils import prune
 
@@ -36,15 +36,6 @@ def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
         text=True,
         timeout=900,
     )
-
-
-def without_times(results):
-    """Drop what differs between two runs: times, memory, and where results went."""
-    if isinstance(results, dict):
-        timed = {"latency", "speedup", "speedup_over_nchw", "wall_seconds", "output_dir"}
-        timed |= {"peak_memory_bytes"}
-        return {k: without_times(v) for k, v in results.items() if k not in timed}
-    return [without_times(v) for v in results] if isinstance(results, list) else results
 
 
 @pytest.fixture(scope="module")
