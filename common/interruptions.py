@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: both stop a run alike, but not in the middle of what must be whole."""
+"""Ctrl-C, SIGTERM and a closed terminal: all stop a run alike, but not where it must be whole."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import signal
 import threading
 from collections.abc import Iterator
 
+# Each with what Python or the system does about it by default: a signal that is ignored, as under
+# nohup, stays so.
+_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    _DEFAULTS[signal.SIGHUP] = signal.SIG_DFL
+
 
 @contextlib.contextmanager
 def as_keyboard_interrupts() -> Iterator[list[int]]:
-    """Let SIGTERM do what Ctrl-C does; yields the signals that have come so far."""
+    """Let every one of the signals do what Ctrl-C does; yields those that have come so far."""
     interrupted = []
 
     def interrupt(number: int, frame: object) -> None:
@@ -19,31 +25,34 @@ def as_keyboard_interrupts() -> Iterator[list[int]]:
 
     previous = {}
     with contextlib.suppress(ValueError):  # not the main thread: no signals to handle
-        previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, interrupt)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
-            previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+        for number, default in _DEFAULTS.items():
+            if signal.getsignal(number) == default:
+                previous[number] = signal.signal(number, interrupt)
     try:
         yield interrupted
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        _restore(previous)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM take effect after the block, not in it."""
+    """Let the signals take effect after the block, not in it."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
     waiting = []
     previous = {
         number: signal.signal(number, lambda number, frame: waiting.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in _DEFAULTS
     }
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        _restore(previous)
         for number in waiting:
             signal.raise_signal(number)
+
+
+def _restore(handlers: dict[signal.Signals, object]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

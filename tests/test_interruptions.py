@@ -26,9 +26,9 @@ ARGUMENTS = {
 TO_RESUME_FROM = {"scan.journal", "unfinished"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_a_keyboard_interrupt_and_waits_where_it_is_deferred(number):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = signal.getsignal(number)
     done = []
 
     def finish() -> None:
@@ -41,7 +41,19 @@ def test_a_signal_is_a_keyboard_interrupt_and_waits_where_it_is_deferred(number)
             finish()
         assert came == [number]
     assert done
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.getsignal(number) is before
+
+
+def test_what_is_ignored_stays_ignored():
+    """As under nohup, for a run that goes on when its terminal closes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptions.as_keyboard_interrupts() as came, interruptions.deferred():
+            signal.raise_signal(signal.SIGHUP)
+        assert came == []
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
