@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  python benchmarks/int8_runtimes.py --bundled\n"
         "  python benchmarks/int8_runtimes.py --data-dir ~/cifar10 --test-images all --threads 2",
     )
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_report=False)
     arguments.add_calibration_argument(parser)
     arguments.add_timing_arguments(parser, batch_sizes=[1, 8, 32, 128], seconds=20.0)
     return parser

@@ -25,7 +25,9 @@ AMOUNT, TOLERANCE = 0.9, 0.02
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = arguments.make_parser(__doc__)
-    arguments.add_shared_arguments(parser, cli.REPOSITORY / "results" / "pruning_brute_force")
+    arguments.add_shared_arguments(
+        parser, cli.REPOSITORY / "results" / "pruning_brute_force", with_report=False
+    )
     parser.set_defaults(batch_size=16, test_images=1000, device="cpu")
     parser.add_argument(
         "--channels-last", action="store_true", help="brute force in channels_last instead of NCHW"

@@ -75,12 +75,15 @@ def parse_arguments(
     return args
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> None:
+def add_shared_arguments(
+    parser: argparse.ArgumentParser, output_dir: Path, with_report: bool = True
+) -> None:
     """Add the flags of the scripts that compress a checkpoint.
 
     Args:
         parser: Changed in place.
         output_dir: The script's default for ``--output-dir``.
+        with_report: The script can write report.html.
     """
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument(
@@ -98,11 +101,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: Path) -> N
     add_machine_arguments(running)
     outputs = parser.add_argument_group("outputs")
     add_output_arguments(outputs, output_dir)
-    outputs.add_argument(
-        "--report",
-        action="store_true",
-        help="write report.html too: the run on one page, plots and all in a single file",
-    )
+    if with_report:
+        outputs.add_argument(
+            "--report",
+            action="store_true",
+            help="write report.html too: the run on one page, plots and all in a single file",
+        )
 
 
 def add_image_arguments(inputs: argparse._ArgumentGroup, test_images: int | None) -> None:
