@@ -11,6 +11,7 @@ import pytest
 import torch
 from check_page import check_page
 from check_results import check_results, without_times
+from printed import read_table, shows
 
 from common.checkpoint import load_model
 from common.model import prunable_layers
@@ -56,6 +57,41 @@ def test_run_keeps_the_contract_and_tells_its_story(finished):
     assert {p.name for p in folder.iterdir()} == {
         *named["models"], *named["plots"], named["report"], "results.json",
     }  # fmt: skip
+
+
+def test_every_number_is_that_of_results_json(finished):
+    process, folder = finished
+    results = json.loads((folder / "results.json").read_text())
+    stages_, (dense, *_, last) = results["stages"], results["stages"]
+    rows = read_table(process.stdout, " " * len("dense FP32") + "    MB")
+    for row, stage in zip(rows, stages_, strict=True):
+        low, high = stage["comparison"]["ci95"]
+        paired = [-100 * stage["comparison"]["drop"], -100 * high, -100 * low]
+        assert shows(
+            " ".join(row[1:]),
+            *(stage[f"{form}_bytes"] / 1e6 for form in ("plain", "compressed", "packed")),
+            1 / stage["size_ratio"],
+            100 * stage["accuracy"]["value"],
+            *(paired if stage is not dense else []),
+            *(entry["median_ms"] for entry in stage["latency"]),
+        ), row
+    low, high = last["comparison"]["ci95"]
+    speed = [
+        number
+        for a, b in zip(dense["latency"], last["latency"], strict=True)
+        for number in (a["median_ms"] / b["median_ms"], a["batch_size"])
+    ]
+    lines = process.stdout.splitlines()
+    for start, values in {
+        f"{100 * last['sparsity']:.1f}": [
+            100 * last["sparsity"], 8, last["packed_bytes"] / 1e6, 1 / last["size_ratio"],
+        ],
+        "accuracy": [-100 * last["comparison"]["drop"], 95, -100 * high, -100 * low],
+        "speed": [*speed, 8],
+        "took": [results["wall_seconds"], results["peak_memory_bytes"] / 1e6],
+    }.items():  # fmt: skip
+        line = next(line for line in lines if line.startswith(start))
+        assert shows(line, *values), line
 
 
 def test_files_are_what_was_reported(finished):

@@ -22,12 +22,14 @@ from common.model import ResNet18
 from common.sources import bundled_source
 from common.workers import Workers
 from tests.check_results import check_results
+from tests.printed import read_table, shows
 from training.averaging import averaged_model
 from training.experiment import EpochMeter, choose, split_held_out
 from training.fit import fit
 from training.journal import EpochRow, Journal, describe_settings
 from training.recipe import Recipe
 from training.state import TrainingState, make_optimizer
+from training.tables import format_results
 from training.training import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -282,6 +284,18 @@ def test_a_run_writes_weights_that_load_and_results_that_keep_the_contract(finis
     }  # fmt: skip
     names = {"curves.png", "epochs.csv", "resnet18_cifar10.pth", "results.json"}
     assert {path.name for path in folder.iterdir()} == names
+
+
+def test_every_number_is_that_of_results_json(finished):
+    folder, results = finished
+    text = format_results(results, folder)
+    entries = [results["held_out"]["last"], results["held_out"]["averaged"], results["accuracy"]]
+    for row, entry in zip(read_table(text, "accuracy (FP32)"), entries, strict=True):
+        low, high = (100 * limit for limit in entry["ci95"])
+        assert shows(" ".join(row[1:]), 100 * entry["value"], low, high, entry["total"]), row
+    classes = [entry["value"] for entry in results["per_class"].values()]
+    by_class = next(line for line in text.splitlines() if line.startswith("test, by class"))
+    assert shows(by_class, 100 * min(classes), 100 * max(classes))
 
 
 def test_a_killed_run_resumes_to_the_same_file(finished, tmp_path):
