@@ -12,13 +12,21 @@ SCOPES = {"linear": "the linear layer", "conv": "all convolutions", "all": "the 
 
 
 def method_name(entry: dict) -> str:
-    """Return what a row is called."""
-    name = entry["allocation"]
-    if entry["recalibrated"]:
-        name += " + BN"
-    if entry["finetune_epochs"]:
-        name += " + training"
-    return name
+    """Return what a row is called; short, for tables of 80 columns."""
+    if entry["finetune_epochs"]:  # which measures batch-norm statistics anew as well
+        return f"tuned {entry['allocation']}"
+    return f"{entry['allocation']} + BN" if entry["recalibrated"] else entry["allocation"]
+
+
+def explain_names(entries: Sequence[dict]) -> str:
+    """Explain what is short in the names of rows and columns."""
+    explanation = (
+        "MACs: multiply-adds that are not with a zero. BN: batch-norm statistics re-estimated on "
+        "training images after pruning."
+    )
+    if epochs := max(entry["finetune_epochs"] for entry in entries):
+        explanation += f" Tuned: trained after pruning, zeros held (epochs: {epochs})."
+    return explanation
 
 
 def largest_table(entries: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
@@ -66,8 +74,7 @@ def format_model_search(results: dict) -> str:
     tolerance = 100 * results["arguments"]["tolerance"]
     summary = (
         f"Chosen on {first['chosen_on_images']:,} images with one standard error to spare, "
-        f"measured on {first['accuracy']['total']:,} others. MACs: multiply-adds that are not with "
-        "a zero. BN: batch-norm statistics re-estimated on training images after pruning."
+        f"measured on {first['accuracy']['total']:,} others. {explain_names(entries)}"
     )
     lines = [
         f"{SCOPES[first['scope']].capitalize()}: the largest sparsity within {tolerance:g} points "

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from common.html_report import Story, Table
 from common.report import percent, points
-from pruning.model_tables import SCOPES, curve_table, largest_table, method_name
+from pruning.model_tables import (
+    SCOPES,
+    curve_table,
+    explain_names,
+    largest_table,
+    method_name,
+)
 from pruning.tables import sensitivity_table
 
 CAPTIONS = {
@@ -18,11 +24,8 @@ CAPTIONS = {
 IN_ORDER = (
     "Accuracy with each layer alone pruned, in network order; whiskers are paired with dense."
 )
-SEARCH_NOTE = (
-    "Chosen on one half of the test images, measured on the other. MACs: multiply-adds that are "
-    "not with a zero; dense kernels do them all the same. BN: batch-norm statistics re-estimated "
-    "on training images after pruning."
-)
+SEARCH_NOTE = "Chosen on one half of the test images, measured on the other."
+KERNELS_NOTE = "Dense kernels do all of the multiply-adds."
 BY_DROP = "The same, the most sensitive layer first."
 
 
@@ -114,7 +117,11 @@ def _tables(results: dict) -> list[Table]:
         tolerance = f"{100 * results['arguments']['tolerance']:g} points"
         title = f"{SCOPES[entries[0]['scope']].capitalize()}, as far as {tolerance} allow"
         tables += [
-            Table(title, *largest_table(entries), SEARCH_NOTE),
+            Table(
+                title,
+                *largest_table(entries),
+                " ".join((SEARCH_NOTE, explain_names(entries), KERNELS_NOTE)),
+            ),
             Table("Points lost at each compression", *curve_table(entries)),
         ]
     return tables
