@@ -102,7 +102,7 @@ class Bench:
 
     def measure_fp32(self, name: str, model: ResNet18, keep: bool = False) -> Stage:
         """Write an FP32 model, read both files back, evaluate; ``keep`` leaves them as results."""
-        with tempfile.TemporaryDirectory(dir=self.folder.file(".")) as scratch:
+        with self._scratch() as scratch:
             plain = self._path(FP32_NAME, scratch, keep)
             packed = self._path(FP32_PACKED_NAME, scratch, keep)
             state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
@@ -126,7 +126,7 @@ class Bench:
         loader = batches(self.calibration, self.batch_size)
         converted = conversion.convert(conversion.calibrate(model, loader, settings), settings)
         counted = sparsity.count_zeros(model, converted)
-        with tempfile.TemporaryDirectory(dir=self.folder.file(".")) as scratch:
+        with self._scratch() as scratch:
             plain = self._path(INT8_NAME, scratch, keep)
             packed = self._path(INT8_PACKED_NAME, scratch, keep)
             artifact.save_int8(converted, settings, plain)
@@ -148,6 +148,10 @@ class Bench:
 
     def _predict(self, model: nn.Module, test: Cifar10, name: str) -> torch.Tensor:
         return evaluate.predict(model, test, self.batch_size, f"evaluate {name}", self.workers)
+
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """Open a folder on the disk of the results, whose free space has been checked."""
+        return tempfile.TemporaryDirectory(dir=self.folder and self.folder.file("."))
 
     def _path(self, name: str, scratch: str, keep: bool) -> Path:
         keep = keep and self.folder is not None
