@@ -63,7 +63,7 @@ def test_every_number_is_that_of_results_json(finished):
     process, folder = finished
     results = json.loads((folder / "results.json").read_text())
     stages_, (dense, *_, last) = results["stages"], results["stages"]
-    rows = read_table(process.stdout, " " * len("dense FP32") + "    MB")
+    rows = read_table(process.stdout, " " * len("+ batch norm"))
     for row, stage in zip(rows, stages_, strict=True):
         low, high = stage["comparison"]["ci95"]
         paired = [-100 * stage["comparison"]["drop"], -100 * high, -100 * low]
