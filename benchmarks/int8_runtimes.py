@@ -59,11 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     device.set_threads(args.threads)
     device.keep_freed_memory()
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
-        inputs = load_inputs(
-            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
-            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
-            calibration_images=args.calibration_images, seed=args.seed,
-        )  # fmt: skip
+        inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
         model, test = inputs.model, inputs.test
         with tempfile.TemporaryDirectory() as models:
             runners = make_runners(model, inputs.calibration, test, Path(models))

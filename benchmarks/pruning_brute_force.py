@@ -52,12 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
-        inputs = load_inputs(
-            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
-            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
-            seed=args.seed,
-        ).to(place)  # fmt: skip
-        model, test = inputs.model, inputs.test
+        inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
+        model, test = inputs.model.to(place), inputs.test.to(place)
         seconds, counts, found = run_ours(model, test, args.batch_size)
         started = time.perf_counter()
         layout = torch.channels_last if args.channels_last else torch.contiguous_format

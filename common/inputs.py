@@ -99,5 +99,6 @@ def load_inputs(
         counts += f", {len(calibration)} for calibration"
     log.info("images: %s, from %s", counts, source.description)
     inputs = Inputs(described, model, source, seed, test, calibration)
-    workers.require_same(inputs.identify())
+    if workers.count > 1:
+        workers.require_same(inputs.identify())
     return inputs

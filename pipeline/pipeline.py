@@ -77,10 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = engines.choose_settings(args.engine)
     with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
         inputs = load_inputs(
-            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
-            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
-            calibration_images=args.calibration_images, seed=args.seed, workers=crew,
-        )  # fmt: skip
+            **arguments.input_choices(args), script_dir=Path(__file__).parent, workers=crew
+        )
         bench = stages.Bench(folder, inputs.test, inputs.calibration, args.batch_size, crew)
         measured = stages.measure_all(
             bench, inputs.model, settings, args.sparsity, args.allocation, args.recalibrate_bn

@@ -136,10 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     journal_path = args.output_dir / JOURNAL_NAME
     with start_run(place, args.output_dir, args.overwrite, (JOURNAL_NAME,)) as (crew, folder):
         inputs = load_inputs(
-            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
-            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
-            seed=args.seed, workers=crew,
-        ).to(crew.device)  # fmt: skip
+            **arguments.input_choices(args), script_dir=Path(__file__).parent, workers=crew
+        ).to(crew.device)
         model, test = inputs.model, inputs.test
         layers = experiment.choose_layers(model, args.layers)
         training = chapters.Training.read(

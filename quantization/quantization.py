@@ -113,10 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         onnx_export.require_packages()
     with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
         inputs = load_inputs(
-            weights=args.weights, script_dir=Path(__file__).parent, data_dir=args.data_dir,
-            bundled=args.bundled, allow_bundled=not args.no_bundled, test_images=args.test_images,
-            calibration_images=args.calibration_images, seed=args.seed, workers=crew,
-        )  # fmt: skip
+            **arguments.input_choices(args), script_dir=Path(__file__).parent, workers=crew
+        )
         test, calibration = inputs.test, inputs.calibration
         fp32 = experiment.predict_fp32(inputs.model, test, args.batch_size, crew)
         inspection.warn_of_insane_fp32(inputs.model, test, fp32)
