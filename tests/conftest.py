@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import resource
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from check_results import check_results, without_times
 from PIL import Image
 from torch.nn.utils import prune
 
@@ -147,6 +149,28 @@ def torchrun(start_torchrun) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture
+def check_two_processes(torchrun, tmp_path) -> Callable[..., None]:
+    """Check that two processes find what one does: at equal threads, with one process's batches."""
+
+    def check(script: Path, *arguments: object) -> None:
+        arguments = [*arguments, "--threads", 1, "--batch-size", 16, "--output-dir"]
+        alone = subprocess.run(
+            [sys.executable, *map(str, [script, *arguments, tmp_path / "one"])],
+            capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+        assert alone.returncode == 0, alone.stderr
+        done = torchrun(script, *arguments, tmp_path / "two")
+        assert done.returncode == 0, done.stderr
+        one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+        check_results(two, tmp_path / "two")
+        assert (two.pop("processes"), one.pop("processes")) == (2, 1)
+        assert without_times(two) == without_times(one)
+        assert done.stdout.count("written to") == 1
+
+    return check
 
 
 @pytest.fixture

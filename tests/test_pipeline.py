@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from check_page import check_page
-from check_results import check_results, without_times
+from check_results import check_results
 from printed import read_table, shows
 
 from common.checkpoint import load_model
@@ -129,17 +129,8 @@ def test_json_from_another_folder(tmp_path):
     assert (tmp_path / "out" / "results.json").read_text() == process.stdout
 
 
-def test_two_processes_find_what_one_finds(torchrun, tmp_path):
-    """At equal threads; the batches of two processes are those of one."""
-    arguments = [*QUICK, "--threads", "1", "--batch-size", "16", "--output-dir"]
-    alone = run(*arguments, tmp_path / "one")
-    done = torchrun(SCRIPT, *arguments, tmp_path / "two")
-    assert (alone.returncode, done.returncode) == (0, 0), done.stderr
-    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
-    check_results(two, tmp_path / "two")
-    assert (two.pop("processes"), one.pop("processes")) == (2, 1)
-    assert without_times(two) == without_times(one)
-    assert done.stdout.count("written to") == 1
+def test_two_processes_find_what_one_finds(check_two_processes):
+    check_two_processes(SCRIPT, *QUICK)
 
 
 def test_bad_input_is_one_line_and_changes_nothing(tmp_path, capsys):

@@ -110,17 +110,8 @@ def test_same_seed_same_results_from_another_folder_with_json(finished, tmp_path
     assert written == process.stdout
 
 
-def test_two_processes_find_what_one_finds(torchrun, tmp_path):
-    """At equal threads; the batches of two processes are those of one."""
-    alone = run(*QUICK, "--threads", "1", "--batch-size", "16", "--output-dir", tmp_path / "one")
-    done = torchrun(SCRIPT, *QUICK, "--threads", 1, "--batch-size", 16,
-                    "--output-dir", tmp_path / "two")  # fmt: skip
-    assert (alone.returncode, done.returncode) == (0, 0), done.stderr
-    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
-    check_results(two, tmp_path / "two")
-    assert (two.pop("processes"), one.pop("processes")) == (2, 1)
-    assert without_times(two) == without_times(one)
-    assert done.stdout.count("written to") == 1
+def test_two_processes_find_what_one_finds(check_two_processes):
+    check_two_processes(SCRIPT, *QUICK)
 
 
 def test_two_threads_agree_with_one_but_at_the_edge(tmp_path):
