@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def make_parser(script_doc: str | None, epilog: str | None = None) -> argparse.A
         epilog: What ends it: examples, line by line.
     """
     return argparse.ArgumentParser(
-        description=(script_doc or "").split("\n\n")[0],
+        # The formatter keeps lines as they are, and those of a docstring may be longer than 80.
+        description=textwrap.fill((script_doc or "").split("\n\n")[0], width=80),
         epilog=epilog,
         formatter_class=HelpFormatter,
     )

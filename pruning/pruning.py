@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         __doc__,
         epilog="examples:\n"
         "  python pruning.py\n"
-        "  python pruning.py --amounts 0.5,0.7,0.9 --layers 'layer4.*,linear' --test-images all\n\n"
+        "  python pruning.py --amounts 0.5,0.7,0.9 --layers 'layer4.*,linear'\n\n"
         f"A batch is {CPU_BATCH_SIZE} images on a CPU, where the activations of all branches then\n"
         f"stay in the cache, and {GPU_BATCH_SIZE} on a GPU, unless --batch-size says otherwise.",
     )

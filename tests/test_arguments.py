@@ -70,6 +70,14 @@ def test_help_shows_every_flag_and_its_default():
     assert "False" not in text
 
 
+@pytest.mark.parametrize("script", [pruning, quantization, pipeline, training])
+def test_help_fits_80_columns(script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = script.build_parser().format_help()
+    wide = [line for line in text.splitlines() if len(line) > 80]
+    assert all(str(cli.REPOSITORY) in line for line in wide), wide  # a path cannot be broken
+
+
 def test_without_docstrings_there_is_still_help():
     """As under ``python -OO``."""
     assert arguments.make_parser(None, "examples").format_help().startswith("usage: ")
