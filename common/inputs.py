@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import find_weights, load_model
-from common.cli import log
-from common.data import Cifar10, checksum, load_images
-from common.model import ResNet18
-from common.sources import Source, open_source
-from common.workers import ALONE, Workers
+from common.command.cli import log
+from common.images.data import Cifar10, checksum, load_images
+from common.images.sources import Source, open_source
+from common.machine.workers import ALONE, Workers
+from common.network.checkpoint import find_weights, load_model
+from common.network.resnet import ResNet18
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Inputs:
         }
 
     def load_training(self, count: int | None, skip: int = 0) -> Cifar10:
-        """Load other training images; arguments as of :func:`common.data.load_images`."""
+        """Load other training images; arguments as of :func:`common.images.data.load_images`."""
         return load_images(self.source, "train", count, self.seed, skip)
 
     def to(self, device: torch.device) -> Inputs:
@@ -74,9 +74,10 @@ def load_inputs(
     """Load the checkpoint, then the images, and say which they are.
 
     Args:
-        weights: The checkpoint; None for the usual places (:func:`common.checkpoint.find_weights`).
+        weights: The checkpoint; None for the usual places, see
+            :func:`common.network.checkpoint.find_weights`.
         script_dir: One of these.
-        data_dir: See :func:`common.sources.open_source`, as for the next two.
+        data_dir: See :func:`common.images.sources.open_source`, as for the next two.
         bundled: Use the bundled images at once.
         allow_bundled: Fall back on them.
         test_images: Size of the class-balanced subset of the test images; None for all.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from common import report
-from common.html_report import Story, add_report
-from common.output import RESULTS_NAME, OutputFolder
-from common.workers import Workers, join_workers
+from common.files.output import RESULTS_NAME, OutputFolder
+from common.machine.workers import Workers, join_workers
+from common.report.page import write_page
+from common.report.results import run_cost, to_json, write_json
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def finish_run(
     results: dict,
     folder: OutputFolder,
     started: float,
-    tell: Callable[[dict], Story] | None = None,
+    with_page: bool = False,
 ) -> None:
     """Add what the run has cost, write results.json, and move everything into place.
 
@@ -49,15 +49,15 @@ def finish_run(
         results: Changed in place.
         folder: With the run's other files.
         started: What ``time.perf_counter()`` said at the start.
-        tell: Makes of the results what report.html tells; None for no such page.
+        with_page: Write report.html too.
     """
-    results |= report.run_cost(started)
-    if tell is not None:
-        add_report(results, tell(results), folder)
-    report.write_json(folder.file(RESULTS_NAME), results)
+    results |= run_cost(started)
+    if with_page:
+        write_page(results, folder)
+    write_json(folder.file(RESULTS_NAME), results)
     folder.commit()
 
 
 def print_results(results: dict, text: str, as_json: bool) -> None:
     """Print ``text``, or results.json in its place."""
-    print(report.to_json(results) if as_json else text, end="")
+    print(to_json(results) if as_json else text, end="")

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import arguments, cli
-from common.argument_types import positive_int
-from common.checkpoint import BUNDLED_WEIGHTS, read_checkpoint
-from common.cifar10 import CLASSES
-from common.data import balanced_subset
-from common.output import replace_file
-from common.sources import ASSETS
+from common.command import arguments, cli
+from common.command.argument_types import positive_int
+from common.files.output import replace_file
+from common.images.cifar10 import CLASSES
+from common.images.data import balanced_subset
+from common.images.sources import ASSETS
+from common.network.checkpoint import BUNDLED_WEIGHTS, read_checkpoint
 
 SUBSET_SEED = 0
 
@@ -39,7 +39,7 @@ def pack_images(archive: Path, count: int) -> Path:
     labels = np.array([CLASSES.index(member.name.split("/")[1]) for member in members])
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index in balanced_subset(labels, count, SUBSET_SEED):
+        for index in sorted(balanced_subset(labels, count, SUBSET_SEED)):
             content = source.extractfile(members[index]).read()
             entry = tarfile.TarInfo(members[index].name)  # no owner, no time: the same bytes again
             entry.size = len(content)

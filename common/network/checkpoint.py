@@ -6,7 +6,6 @@ Reading ends in weights that fit the network, or in one line that says why not.
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from common.cli import REPOSITORY, UserError, log
-from common.data import normalize
-from common.model import CLASS_COUNT, ResNet18
-from common.output import replace_file
-from common.sources import ASSETS
-from common.untrusted import read_untrusted
+from common.command.cli import REPOSITORY, UserError, log
+from common.files.output import replace_file
+from common.files.untrusted import read_untrusted, serialize
+from common.images.data import normalize
+from common.images.sources import ASSETS
+from common.network.coded import is_coded, load_coded
+from common.network.resnet import CLASS_COUNT, ResNet18, Widths
 
 WEIGHTS_NAME = "resnet18_cifar10.pth"
 BUNDLED_WEIGHTS = ASSETS / "resnet18_cifar10_fp16.pth"
@@ -70,11 +70,14 @@ def find_weights(chosen: Path | None, script_dir: Path) -> WeightsFile:
 def load_model(path: Path) -> ResNet18:
     """Return the network with the checkpoint's weights, in eval mode, FP32, on the CPU.
 
+    Its widths are those of the checkpoint.
+
     Raises:
         UserError: See :func:`read_checkpoint`; or its numbers are too large to compute with.
     """
-    model = ResNet18()
-    model.load_state_dict(read_checkpoint(path))
+    state = read_checkpoint(path)
+    model = ResNet18(Widths.of(state))
+    model.load_state_dict(state)
     _check_activations(path, model.eval())
     return model
 
@@ -82,18 +85,22 @@ def load_model(path: Path) -> ResNet18:
 def read_checkpoint(path: Path) -> StateDict:
     """Read a checkpoint in any accepted layout into the canonical state dict (FP32).
 
-    Accepted: the course's names or torchvision's with a CIFAR stem, ``module.`` prefixes, nesting
-    under one of ``NESTING_KEYS``, any of ``WEIGHT_DTYPES``, ``.pth`` and ``.safetensors``.
+    The shapes of the convolutions say the network's widths; all others must fit them. Accepted:
+    the course's names or torchvision's with a CIFAR stem, ``module.`` prefixes, nesting
+    under one of ``NESTING_KEYS``, any of ``WEIGHT_DTYPES``, ``.pth``, ``.safetensors``, and coded
+    networks.
 
     Raises:
         UserError: The file is missing, no checkpoint, unsafe, damaged, or of another network.
     """
+    if is_coded(path):
+        return load_coded(path).state_dict()
     tensors = _rename(path, _unnest(path, read_untrusted(path)))
     _check_architecture(path, tensors)
-    expected = ResNet18().state_dict()
+    expected = _expected_state(tensors)
     for name, value in expected.items():  # old checkpoints lack this counter, which eval ignores
         if name.endswith("num_batches_tracked"):
-            tensors.setdefault(name, torch.zeros_like(value))
+            tensors.setdefault(name, torch.zeros_like(value, device="cpu"))
     _check_names_and_shapes(path, tensors, expected)
     _check_values(path, tensors)
     dtypes = {
@@ -114,13 +121,6 @@ def _check_activations(path: Path, model: ResNet18) -> None:
             raise UserError(
                 f"{path}: weights so large that the network's logits are NaN or infinite"
             )
-
-
-def serialize(content: object) -> bytes:
-    """Return what ``torch.save`` writes of ``content``: tensors and plain values."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 def save_checkpoint(content: object, path: Path) -> None:
@@ -173,6 +173,16 @@ def _check_architecture(path: Path, tensors: StateDict) -> None:
         raise UserError(f"{path}: an ImageNet ResNet (7×7 stem); CIFAR-10's has a 3×3 stem")
     if head is not None and head.ndim == 2 and head.shape[0] != CLASS_COUNT:
         raise UserError(f"{path}: a network of {head.shape[0]} classes; CIFAR-10 has 10")
+
+
+def _expected_state(tensors: StateDict) -> StateDict:
+    """Return names, shapes and types, without values, of a network as wide as these tensors say."""
+    try:
+        widths = Widths.of(tensors)
+    except ValueError:
+        widths = Widths()  # whatever is wrong is told against the published network
+    with torch.device("meta"):
+        return ResNet18(widths).state_dict()
 
 
 def _check_names_and_shapes(path: Path, tensors: StateDict, expected: StateDict) -> None:

@@ -1,4 +1,8 @@
-"""Ctrl-C, SIGTERM and a closed terminal: all stop a run alike, but not where it must be whole."""
+"""Ctrl-C, SIGTERM and a closed terminal: all stop a run alike, but not where it must be whole.
+
+A signal that is ignored when a script starts stays ignored: a run under nohup, or behind a shell's
+``&``, goes on when its terminal closes. SIGTERM stops it all the same.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-# Each with what Python or the system does about it by default: a signal that is ignored, as under
-# nohup, stays so.
+# Each with what Python or the system does about it by default.
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 if hasattr(signal, "SIGHUP"):  # not on Windows
     _DEFAULTS[signal.SIGHUP] = signal.SIG_DFL
@@ -44,6 +47,7 @@ def deferred() -> Iterator[None]:
     previous = {
         number: signal.signal(number, lambda number, frame: waiting.append(number))
         for number in _DEFAULTS
+        if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.cifar10 import IMAGE_SIZE
-from common.cli import UserError
+from common.command.cli import UserError
+from common.images.cifar10 import IMAGE_SIZE
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow would also hand EPS to ghostscript
 

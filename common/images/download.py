@@ -9,7 +9,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-from common.cli import log
+from common.command.cli import log
 
 BATCHES_FOLDER = "cifar-10-batches-py"
 # Of each socket operation, so that a stalled download ends and a slow one does not.

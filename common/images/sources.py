@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cifar10 import CLASSES
-from common.cli import UserError, log
-from common.decoding import decode_images
-from common.download import BATCHES_FOLDER, download_cifar10
+from common.command.cli import UserError, log
+from common.images.cifar10 import CLASSES
+from common.images.decoding import decode_images
+from common.images.download import BATCHES_FOLDER, download_cifar10
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUNDLED_ARCHIVES = {
     "train": ASSETS / "cifar10_jpeg_train_2000.tar.xz",
     "test": ASSETS / "cifar10_jpeg_test.tar.xz",

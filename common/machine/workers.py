@@ -19,7 +19,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError, log
+from common.command.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError, log
 
 # A process that ends is noticed at once; this is for a machine that falls silent.
 TIMEOUT = timedelta(minutes=10)
@@ -107,6 +107,16 @@ class Workers:
 
 
 ALONE = Workers(torch.device("cpu"))
+
+
+def require_one_process() -> None:
+    """Check that ``torchrun`` started no other processes: for scripts that have no work to share.
+
+    Raises:
+        UserError: It did.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this script takes seconds and runs in one process: start without torchrun")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """CIFAR-10 in memory: whole splits as uint8 tensors, subsets of them, and normalised batches.
 
 32×32 images belong in one tensor, not in worker processes: 10,000 of them are 31 MB. A batch is
-one slice of that tensor, normalised at once; :mod:`common.sources` says where the pixels come from.
+one slice of that tensor, normalised at once; :mod:`common.images.sources` says where the pixels
+come from.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.cifar10 import MEAN, STD
-from common.cli import UserError
-from common.sources import Source
+from common.command.cli import UserError
+from common.images.cifar10 import MEAN, STD
+from common.images.sources import Source
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Cifar10(Dataset):
 
     Attributes:
         images: uint8, shape (N, 3, 32, 32), RGB.
-        labels: int64, shape (N,), indices into :data:`common.cifar10.CLASSES`.
+        labels: int64, shape (N,), indices into :data:`common.images.cifar10.CLASSES`.
     """
 
     images: torch.Tensor
@@ -56,6 +57,8 @@ class Cifar10(Dataset):
     def split_halves(self, seed: int) -> tuple[Cifar10, Cifar10]:
         """Return two disjoint, class-balanced halves: one to choose on, one to confirm on.
 
+        Each is shuffled as a subset is, see :func:`balanced_subset`.
+
         Raises:
             UserError: There is only one image.
         """
@@ -64,10 +67,12 @@ class Cifar10(Dataset):
                 "choosing on one half of the images and confirming on the other takes two"
             )
         labels = self.labels.cpu().numpy()
-        order = np.random.default_rng(seed).permutation(len(self))
-        order = order[np.argsort(labels[order], kind="stable")]  # shuffled within each class
-        halves = (np.sort(order[start::2]) for start in (0, 1))
-        return tuple(Cifar10(self.images[h], self.labels[h]) for h in halves)
+        dealt = balanced_subset(labels, len(self), seed)
+        by_class = dealt[np.argsort(labels[dealt], kind="stable")]
+        second = np.isin(dealt, by_class[1::2])  # every other image of a class
+        return tuple(
+            Cifar10(self.images[h], self.labels[h]) for h in (dealt[~second], dealt[second])
+        )
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:
@@ -82,10 +87,10 @@ def load_images(source: Source, split: str, count: int | None, seed: int, skip: 
     """Read ``count`` images of a split into memory.
 
     Args:
-        source: Where images come from, from :func:`common.sources.open_source`.
+        source: Where images come from, from :func:`common.images.sources.open_source`.
         split: ``train`` or ``test``.
         count: Size of the class-balanced subset; None for the whole split.
-        seed: Chooses the subset; the same seed chooses the same images.
+        seed: Chooses and shuffles, see :func:`balanced_subset`; the same seed does the same.
         skip: Leave out those that the same seed would choose as a subset of this size, so that
             the two have no image in common.
 
@@ -99,18 +104,18 @@ def load_images(source: Source, split: str, count: int | None, seed: int, skip: 
             f"{source.description}"
         )
     if count is None:
-        indices = np.arange(len(available.labels))
-    else:
-        indices = balanced_subset(available.labels, count, seed, skip)
+        count = len(available.labels) - skip
+    indices = balanced_subset(available.labels, count, seed, skip)
     pixels = available.read(indices)
     return Cifar10(torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]))
 
 
 def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) -> np.ndarray:
-    """Choose ``count`` indices, the same number of each class, at random.
+    """Choose ``count`` indices, the same number of each class, at random and in random order.
 
-    Where ``count`` is no multiple of the number of classes, or a class has too few images, other
-    classes chosen at random give one more.
+    Folders lie sorted by class. Here every slice of the subset, such as a batch, has as many images
+    of each class as its length allows. Where ``count`` is no multiple of the number of classes, or
+    a class has too few images, other classes chosen at random give one more.
 
     Args:
         labels: int64, shape (N,).
@@ -119,7 +124,7 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
         skip: Leave out the subset of this size; skip + count is at most N.
 
     Returns:
-        Sorted indices, int64, shape (count,).
+        Indices, int64, shape (count,).
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
@@ -129,7 +134,7 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
         members = shuffled[labels[shuffled] == label]
         rank_in_class[members] = np.arange(len(members))
     order = shuffled[np.argsort(rank_in_class[shuffled], kind="stable")]
-    return np.sort(order[skip : skip + count])
+    return order[skip : skip + count]
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -150,23 +155,9 @@ def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, std
 
 
-def batches(
-    dataset: Cifar10, batch_size: int, shuffle_seed: int | None = None
-) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-    """Return a loader of normalised batches: images float32 (n, 3, 32, 32), labels int64 (n,).
-
-    Test and calibration images are read in order; ``shuffle_seed`` shuffles them.
-    """
-    generator = None
-    if shuffle_seed is not None:
-        generator = torch.Generator().manual_seed(shuffle_seed)
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle_seed is not None,
-        generator=generator,
-        collate_fn=_normalize_batch,
-    )
+def batches(dataset: Cifar10, batch_size: int) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+    """Return a loader of normalised batches, in order: images float32 (n, 3, 32, 32), labels."""
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=_normalize_batch)
 
 
 def _normalize_batch(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from common.checkpoint import serialize
-from common.model import prunable_layers
+from common.files.untrusted import serialize
+from common.network.resnet import prunable_layers
 
 
 @dataclass(frozen=True)

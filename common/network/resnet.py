@@ -2,19 +2,67 @@
 
 The CIFAR variant: a 3×3 stem of stride 1 and no max-pool, four stages of two basic blocks, a
 global average pool and one linear layer; 11,173,962 parameters. The names of its tensors are those
-of the course's ``resnet18_cifar10.pth``.
+of the course's ``resnet18_cifar10.pth``. Without some of its channels it is the same network of
+other widths.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 CLASS_COUNT = 10
-STAGE_CHANNELS = (64, 128, 256, 512)
+BLOCKS = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1))
+MAX_WIDTH = 1024  # twice the published network's; a file may ask for anything
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How many channels the network has where.
+
+    Attributes:
+        stages: Of the four stages' outputs, which all blocks of a stage add to; the stem gives the
+            first.
+        inner: Between the two convolutions of each block of ``BLOCKS``; by default its stage's.
+
+    Raises:
+        ValueError: They are not four and eight numbers from 1 to ``MAX_WIDTH``.
+    """
+
+    stages: tuple[int, ...] = (64, 128, 256, 512)
+    inner: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not self.inner:
+            object.__setattr__(self, "inner", tuple(w for w in self.stages for _ in range(2)))
+        for numbers, count in ((self.stages, 4), (self.inner, 8)):
+            sane = all(type(width) is int and 1 <= width <= MAX_WIDTH for width in numbers)
+            if len(numbers) != count or not sane:
+                raise ValueError(f"{count} widths from 1 to {MAX_WIDTH:,} are needed: {numbers}")
+
+    @classmethod
+    def of(cls, state: Mapping[str, object]) -> Widths:
+        """Read the widths off the shapes of a state dict, FP32 or INT8, in the canonical layout.
+
+        Raises:
+            ValueError: A convolution is not there, or is as wide as none.
+        """
+
+        def outputs(layer: str) -> int:
+            weight = state.get(f"{layer}.weight")
+            if not isinstance(weight, torch.Tensor) or weight.ndim != 4:
+                raise ValueError(f"no convolution {layer}")
+            if not 1 <= len(weight) <= MAX_WIDTH:
+                raise ValueError(f"{layer} has {len(weight):,} channels, not 1 to {MAX_WIDTH:,}")
+            return len(weight)
+
+        stem, *later = (outputs(name) for name in ("conv1", *(f"{b}.conv2" for b in BLOCKS[2::2])))
+        return cls((stem, *later), tuple(outputs(f"{block}.conv1") for block in BLOCKS))
 
 
 class BasicBlock(nn.Module):
@@ -24,12 +72,12 @@ class BasicBlock(nn.Module):
     before it.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, in_channels: int, inner_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv1 = nn.Conv2d(in_channels, inner_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner_channels)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(inner_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
@@ -50,26 +98,24 @@ class ResNet18(nn.Module):
     """The network.
 
     Args:
-        stage_channels: Channels of the four stages. Tests use narrow ones; a checkpoint fits the
-            default only.
+        widths: Its channels; kept as ``widths``.
         class_count: Outputs of the linear layer.
     """
 
-    def __init__(
-        self, stage_channels: tuple[int, ...] = STAGE_CHANNELS, class_count: int = CLASS_COUNT
-    ):
+    def __init__(self, widths: Widths = Widths(), class_count: int = CLASS_COUNT):
         super().__init__()
-        stem = stage_channels[0]
-        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
+        self.widths = widths
+        in_channels = widths.stages[0]
+        self.conv1 = nn.Conv2d(3, in_channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_channels)
         self.relu = nn.ReLU(inplace=True)
-        in_channels = stem
-        for index, out_channels in enumerate(stage_channels, start=1):
+        for index, out_channels in enumerate(widths.stages):
+            first, second = widths.inner[2 * index : 2 * index + 2]
             stage = nn.Sequential(
-                BasicBlock(in_channels, out_channels, stride=1 if index == 1 else 2),
-                BasicBlock(out_channels, out_channels, stride=1),
+                BasicBlock(in_channels, first, out_channels, stride=2 if index else 1),
+                BasicBlock(out_channels, second, out_channels, stride=1),
             )
-            self.add_module(f"layer{index}", stage)
+            self.add_module(f"layer{index + 1}", stage)
             in_channels = out_channels
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(in_channels, class_count)

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
-from common import interruptions
-from common.cli import UserError, log
+from common.command import interruptions
+from common.command.cli import UserError, log
 
 try:
     import fcntl
@@ -57,20 +57,21 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 class OutputFolder:
     """A folder for one run's results; use as a context manager.
 
-    Entering checks, before any long work, that the folder can be written, has room, and is used by
-    no other run. Leaving without :meth:`commit` removes all that the run wrote.
+    Entering checks, before any long work, that the folder can be written, has room, is used by no
+    other run, and can take earlier results aside. Leaving without :meth:`commit` removes all that
+    the run wrote.
 
     Args:
         path: Created when missing.
-        overwrite: Replace an earlier run's files; otherwise they are moved to ``earlier/``. Files
-            that no run wrote stay where they are.
+        overwrite: Replace an earlier run's files; otherwise they are moved to ``earlier/``, and so
+            is a folder that bears a result's name. What else lies there stays where it is.
         keep: Names of files that outlive a run that fails (a journal to resume from).
     """
 
     def __init__(self, path: Path, overwrite: bool = False, keep: tuple[str, ...] = ()):
         self.path = path
         self._overwrite = overwrite
-        self._keep = keep
+        self._keep = set(keep)
         self._staging: tempfile.TemporaryDirectory[str] | None = None
         self._lock: int | None = None
         self._created: list[Path] = []
@@ -106,6 +107,9 @@ class OutputFolder:
                 f"{self.path}: only {free_bytes / 1e6:.0f} MB free; "
                 f"{MIN_FREE_BYTES / 1e6:.0f} MB are needed"
             )
+        archive = self.path / EARLIER_NAME
+        if archive.exists() and not (archive.is_dir() and os.access(archive, os.W_OK | os.X_OK)):
+            raise UserError(f"{archive}: in the way: earlier results could not be moved there")
         self._take_lock()
         if self._lock is not None:
             for leftover in self.path.glob(f"{STAGING_PREFIX}*"):  # of a run that was killed
@@ -124,41 +128,48 @@ class OutputFolder:
         return sorted(path.name for path in Path(self._staging.name).glob(f"*{suffix}"))
 
     def commit(self) -> None:
-        """Move everything that was written into place.
+        """Move everything that was written into place, or nothing.
 
         results.json goes last: where it lies, the run's other files lie. Ctrl-C and SIGTERM wait
         until all is done.
         """
         names = _results_last(os.listdir(self._staging.name))
-        with interruptions.deferred():
-            self._clear_away(_artifacts(self.path / RESULTS_NAME).union(names))
+        for name in names:
+            self.file(name).chmod(0o666 & ~_umask())
+        with interruptions.deferred(), contextlib.ExitStack() as undo:
+            self._clear_away(names, undo)
             for name in names:
-                self.file(name).chmod(0o666 & ~_umask())
-                self.file(name).replace(self.path / name)
+                _move(self.file(name), self.path / name, undo)
+            undo.pop_all()
 
-    def _clear_away(self, names: set[str]) -> None:
-        """Remove an earlier run's files, or move them to a folder of their own in ``earlier/``."""
-        earlier = [
-            self.path / name
-            for name in reversed(_results_last(names))  # it must not vouch for half of them
-            if (self.path / name).is_file() and name not in self._keep
-        ]
-        if self._overwrite:
-            for path in earlier:
-                path.unlink()
-        elif earlier:
-            self._move_to_archive(earlier)
+    def _clear_away(self, names: list[str], undo: contextlib.ExitStack) -> None:
+        """Move an earlier run's files, and what bears one of ``names``, out of the way."""
+        earlier = {name for name in _artifacts(self.path) if (self.path / name).is_file()}
+        earlier |= {name for name in names if os.path.lexists(self.path / name)}
+        # results.json first: it must not vouch for half of them.
+        in_the_way = [self.path / name for name in reversed(_results_last(earlier - self._keep))]
+        replaced = [path for path in in_the_way if self._overwrite and not path.is_dir()]
+        kept = [path for path in in_the_way if path not in replaced]
+        if replaced:
+            trash = Path(tempfile.mkdtemp(dir=self._staging.name))
+            for path in replaced:
+                _move(path, trash / path.name, undo)
+        if kept:
+            archive = self._new_archive(kept[0].lstat().st_mtime, undo)
+            for path in kept:
+                _move(path, archive / path.name, undo)
+            log.info("earlier results moved to %s", archive)
 
-    def _move_to_archive(self, earlier: list[Path]) -> None:
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(earlier[0].stat().st_mtime))
-        archive = self.path / EARLIER_NAME
-        archive.mkdir(exist_ok=True)
-        used = sum(bool(re.fullmatch(rf"{stamp}(_\d+)?", p.name)) for p in archive.iterdir())
-        target = archive / (f"{stamp}_{used}" if used else stamp)
-        target.mkdir()
-        log.info("earlier results moved to %s", target)
-        for path in earlier:
-            path.rename(target / path.name)
+    def _new_archive(self, written: float, undo: contextlib.ExitStack) -> Path:
+        """Make a folder in ``earlier/``, named by when results were ``written`` (seconds)."""
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(written))
+        archives = self.path / EARLIER_NAME
+        archives.mkdir(exist_ok=True)
+        used = sum(bool(re.fullmatch(rf"{stamp}(_\d+)?", p.name)) for p in archives.iterdir())
+        archive = archives / (f"{stamp}_{used}" if used else stamp)
+        archive.mkdir()
+        undo.callback(archive.rmdir)
+        return archive
 
     def _take_lock(self) -> None:
         """Lock the folder itself; the lock goes with the process, however that ends."""
@@ -177,10 +188,15 @@ class OutputFolder:
             self._lock = handle
 
 
-def _artifacts(results: Path) -> set[str]:
+def _move(source: Path, target: Path, undo: contextlib.ExitStack) -> None:
+    source.rename(target)
+    undo.callback(target.rename, source)
+
+
+def _artifacts(folder: Path) -> set[str]:
     """Return the names of files that an earlier results.json lists under ``artifacts``."""
     try:
-        pending = [json.loads(results.read_bytes())["artifacts"]]
+        pending = [json.loads((folder / RESULTS_NAME).read_bytes())["artifacts"]]
     except (OSError, ValueError, LookupError, TypeError):  # none, or not one of ours
         return set()
     names = set()

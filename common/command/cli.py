@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from common import interruptions
+from common.command import interruptions
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 EXIT_DONE = 0
 EXIT_FAILED = 1

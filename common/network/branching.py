@@ -10,14 +10,14 @@ that is 6.0 instead of 11.7 GMAC an image, in matrix products large enough to ru
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from common.model import BasicBlock, ResNet18
+from common.network.resnet import BasicBlock, ResNet18
 
 Rows = torch.Tensor | slice
 ALL_ROWS = slice(None)
@@ -33,29 +33,22 @@ class Convolution:
     padding: int
 
     @classmethod
-    def folded(
-        cls, conv: nn.Conv2d, norm: nn.BatchNorm2d, weight: torch.Tensor | None = None
-    ) -> Convolution:
-        """Fold ``norm`` into ``conv``, or into ``weight`` (same shape) put in its place."""
-        folded_weight, folded_bias = fuse_conv_bn_weights(
-            conv.weight if weight is None else weight,
-            conv.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
+    def of(cls, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Convolution:
+        """Fold ``norm``, in eval mode, into ``conv``."""
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
             norm.bias,
-        )
-        return cls(
-            folded_weight.detach().contiguous(memory_format=torch.channels_last),
-            folded_bias.detach(),
-            conv.stride[0],
-            conv.padding[0],
-        )
+        )  # fmt: skip
+        weight = weight.detach().contiguous(memory_format=torch.channels_last)
+        return cls(weight, bias.detach(), conv.stride[0], conv.padding[0])
+
+    def masked(self, kept: torch.Tensor) -> Convolution:
+        """Return the convolution without the weights that are not ``kept`` (bool, same shape)."""
+        return replace(self, weight=self.weight.masked_fill(~kept, 0))
 
     def to(self, dtype: torch.dtype) -> Convolution:
         """Return the convolution in another precision."""
-        return Convolution(self.weight.to(dtype), self.bias.to(dtype), self.stride, self.padding)
+        return replace(self, weight=self.weight.to(dtype), bias=self.bias.to(dtype))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
@@ -74,6 +67,10 @@ class Block:
         """Return what is added back: the input itself, or its 1×1 convolution."""
         return x if self.shortcut is None else self.shortcut(x)
 
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map the block's input to its output; ``x`` is left as it is."""
+        return self.conv2(self.conv1(x).relu_()).add_(self.shortcut_of(x)).relu_()
+
 
 @dataclass(frozen=True)
 class FoldedNetwork:
@@ -89,15 +86,15 @@ class FoldedNetwork:
         """Fold a model in eval mode."""
         blocks = {
             name: Block(
-                Convolution.folded(block.conv1, block.bn1),
-                Convolution.folded(block.conv2, block.bn2),
-                Convolution.folded(*block.shortcut) if len(block.shortcut) else None,
+                Convolution.of(block.conv1, block.bn1),
+                Convolution.of(block.conv2, block.bn2),
+                Convolution.of(*block.shortcut) if len(block.shortcut) else None,
             )
             for name, block in model.named_modules()
             if isinstance(block, BasicBlock)
         }
         return cls(
-            Convolution.folded(model.conv1, model.bn1),
+            Convolution.of(model.conv1, model.bn1),
             blocks,
             model.linear.weight.detach(),
             model.linear.bias.detach(),

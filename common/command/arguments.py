@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.argument_types import (
+from common.command.argument_types import (
     batch_size,
     image_count,
     list_of,
@@ -21,7 +21,7 @@ from common.argument_types import (
     seed_int,
     thread_count,
 )
-from common.cli import REPOSITORY
+from common.command.cli import REPOSITORY
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -78,7 +78,10 @@ def parse_arguments(
 
 
 def add_shared_arguments(
-    parser: argparse.ArgumentParser, output_dir: Path, with_report: bool = True
+    parser: argparse.ArgumentParser,
+    output_dir: Path,
+    with_report: bool = True,
+    with_device: bool = True,
 ) -> None:
     """Add the flags of the scripts that compress a checkpoint.
 
@@ -86,6 +89,7 @@ def add_shared_arguments(
         parser: Changed in place.
         output_dir: The script's default for ``--output-dir``.
         with_report: The script can write report.html.
+        with_device: The script can run elsewhere than on the CPU.
     """
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument(
@@ -100,7 +104,7 @@ def add_shared_arguments(
     running.add_argument(
         "--batch-size", type=batch_size, metavar="N", default=64, help="images evaluated at once"
     )
-    add_machine_arguments(running)
+    add_machine_arguments(running, with_device)
     outputs = parser.add_argument_group("outputs")
     add_output_arguments(outputs, output_dir)
     if with_report:
@@ -150,14 +154,18 @@ def add_image_arguments(inputs: argparse._ArgumentGroup, test_images: int | None
     )
 
 
-def add_calibration_argument(quantizing: argparse._ActionsContainer) -> None:
-    """Add the flag that says on how many images INT8 is calibrated."""
+def add_calibration_argument(
+    quantizing: argparse._ActionsContainer,
+    default: int = 512,
+    purpose: str = "that set the activations' ranges",
+) -> None:
+    """Add the flag that says on how many training images INT8 is calibrated, or more is done."""
     quantizing.add_argument(
         "--calibration-images",
         type=positive_int,
         metavar="N",
-        default=512,
-        help="training images that set the activations' ranges: class-balanced, seeded",
+        default=default,
+        help=f"training images {purpose}: class-balanced, seeded",
     )
 
 
@@ -182,14 +190,15 @@ def add_timing_arguments(
     )
 
 
-def add_machine_arguments(running: argparse._ArgumentGroup) -> None:
+def add_machine_arguments(running: argparse._ArgumentGroup, with_device: bool = True) -> None:
     """Add the flags that say where a script runs."""
-    running.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="where FP32 work runs; auto takes a GPU where there is one",
-    )
+    if with_device:
+        running.add_argument(
+            "--device",
+            choices=("auto", "cpu", "cuda", "mps"),
+            default="auto",
+            help="where FP32 work runs; auto takes a GPU where there is one",
+        )
     running.add_argument(
         "--threads",
         type=thread_count,

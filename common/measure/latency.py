@@ -14,16 +14,17 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from common import cli
+from common.command import cli
 
-WARM_UP_CALLS = 3
+WARM_UP_CALLS = 1
 # The threads of a model that was called just before, by torch or by another runtime, spin for some
 # milliseconds on the cores that the next model needs: let them fall asleep.
 SETTLE_SECONDS = 0.005
-# Calls before the one that is timed: the model's own threads must wake, and its weights come back
-# into the caches that the others filled. A longer call has done so for its most part by itself.
+# Of calls before the one that is timed, one at least: the model's own threads must
+# wake, and its weights come back into the caches that the others filled.
 UNTIMED_MS = 20.0
-MIN_ROUNDS, MAX_ROUNDS = 7, 200
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+ORDER_SEED = 0
 # Interquartile range over median above which a ratio of medians means little.
 NOISY_SPREAD = 0.20
 
@@ -69,7 +70,8 @@ def time_interleaved(
     """Time every contender at every batch size; warns where the spread is large.
 
     Args:
-        contenders: Timed in turns; which goes first rotates from round to round.
+        contenders: Timed in turns, in another random order each round: no model always follows the
+            same one, and meets what that leaves of clock and caches.
         images: Normalised float32 images (N, 3, 32, 32), repeated where a batch needs more.
         batch_sizes: In images.
         seconds_per_batch_size: Time to aim for; at least ``MIN_ROUNDS`` rounds are run.
@@ -113,20 +115,19 @@ def _sample(
     round_seconds = (time.perf_counter_ns() - start) / 1e9
     rounds = int(np.clip(seconds / round_seconds, MIN_ROUNDS, MAX_ROUNDS))
     samples_ms = {c.name: [] for c in contenders}
-    for index in cli.progress(range(rounds), f"time batch {batch_size}", unit="round"):
-        first = index % len(contenders)
-        for contender in [*contenders[first:], *contenders[:first]]:
+    orders = np.random.default_rng(ORDER_SEED)
+    for _ in cli.progress(range(rounds), f"time batch {batch_size}", unit="round"):
+        for contender in (contenders[i] for i in orders.permutation(len(contenders))):
             samples_ms[contender.name].append(_settled_call_ms(contender, inputs[contender.name]))
     return samples_ms
 
 
 def _settled_call_ms(contender: Contender, batch: torch.Tensor) -> float:
     time.sleep(SETTLE_SECONDS)
-    latest_ms = spent_ms = _call_ms(contender, batch)
-    while spent_ms < UNTIMED_MS:
-        latest_ms = _call_ms(contender, batch)
-        spent_ms += latest_ms
-    return latest_ms
+    untimed_ms = _call_ms(contender, batch)
+    while untimed_ms < UNTIMED_MS:
+        untimed_ms += _call_ms(contender, batch)
+    return _call_ms(contender, batch)
 
 
 def _laid_out(batch: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import platform
-import re
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from common.output import replace_file
+from common.files.output import replace_file
+from common.machine.device import cpu_name, has_vnni, peak_memory_bytes
 
 if TYPE_CHECKING:
     import argparse
 
     from matplotlib.figure import Figure
 
-    from common.workers import Workers
+    from common.machine.workers import Workers
 
 SCHEMA = 1
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
@@ -45,7 +44,7 @@ def common_results(
         arguments: As parsed.
         workers: The processes that shared the run, and where FP32 ran.
         data: The source's name, and how many images were used for what.
-        weights: From :meth:`common.checkpoint.WeightsFile.describe`.
+        weights: From :meth:`common.network.checkpoint.WeightsFile.describe`.
     """
     return {
         "schema": SCHEMA,
@@ -86,44 +85,12 @@ def run_cost(started: float) -> dict:
     }
 
 
-def peak_memory_bytes() -> int | None:
-    """Return the most main memory that this process has held; None where the system cannot say."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the process was before it became Python
-        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)[1])
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def format_cost(results: dict) -> str:
     """Say how long the run took, and what memory."""
     text = f"took {results['wall_seconds']:.0f} s"
     if results["peak_memory_bytes"] is not None:
         text += f" and at most {megabytes(results['peak_memory_bytes'], 0)} of memory"
     return text
-
-
-def cpu_name() -> str:
-    """Return the processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def has_vnni() -> bool:
-    """Return whether the CPU multiplies INT8 with 32-bit sums (AVX-512 VNNI, Arm dot product).
-
-    Without it the x86 kernels add pairs of products in 16 bits, which saturate.
-    """
-    flags = torch.cpu.get_capabilities()
-    return bool(flags.get("avx512_vnni") or flags.get("neon_dot") or flags.get("dot"))
 
 
 def write_json(path: Path, results: dict) -> None:
@@ -167,7 +134,7 @@ def percent(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def p_value(value: float, digits: int) -> str:
+def p_value(value: float, digits: int = 2) -> str:
     """Format a p-value by its leading digits; the least may be too small for a float."""
     return f"{value:.{digits}g}" if value else "<1e-300"
 
@@ -175,6 +142,20 @@ def p_value(value: float, digits: int) -> str:
 def points(value: float, digits: int = 2) -> str:
     """Format a difference of fractions in percentage points, with its sign."""
     return f"{round(100 * value, digits) + 0.0:+.{digits}f}"  # 0.0: no minus before a zero
+
+
+class Change(NamedTuple):
+    """A change of accuracy in points as text, a loss negative, and its 95 % interval."""
+
+    points: str
+    low: str
+    high: str
+
+
+def format_change(comparison: Mapping[str, Any], digits: int = 2) -> Change:
+    """Format a ``comparison`` object of results.json, which counts a loss as positive."""
+    low, high = comparison["ci95"]
+    return Change(*(points(-loss, digits) for loss in (comparison["drop"], high, low)))
 
 
 def megabytes(size_bytes: float, digits: int = 2) -> str:

@@ -1,19 +1,28 @@
-"""Files from anywhere: reading them runs no code that they bring, and ends in one line at worst."""
+"""Files from anywhere: reading them runs no code that they bring, and ends in one line at worst.
+
+What this project writes for itself to read, it seals: :func:`write_sealed` puts what ``torch.save``
+makes of it beside a checksum and the name of its kind, and :func:`read_sealed` reads nothing but
+what was written so.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import pickle
 import re
 import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.cli import UserError
+from common.command.cli import UserError
+from common.files.output import replace_file
 
 MAX_UNPACKED_BYTES = 1 << 30  # a ResNet18 in FP64 with its optimizer is 0.3 GB
 NO_CHECKPOINT = "truncated, damaged or no PyTorch checkpoint"
@@ -32,8 +41,64 @@ def read_untrusted(path: Path) -> object:
         except SafetensorError:
             raise UserError(f"{path}: truncated, damaged or no safetensors file") from None
     if head[:4] == b"PK\x03\x04":
-        _check_archive(path)
-    return _unpickle(path)
+        _check_archive(path, path)
+    return _unpickle(path, path)
+
+
+def serialize(content: object) -> bytes:
+    """Return what ``torch.save`` writes of ``content``: tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def write_sealed(content: dict, kind: str, path: Path) -> None:
+    """Write a file for :func:`read_sealed`, whole or not at all.
+
+    Args:
+        content: Tensors, quantized ones too, and plain values, in dictionaries and lists.
+        kind: What it is, such as ``resnet18-cifar10-int8``; another kind is refused in reading.
+        path: Of the file, which is a PyTorch checkpoint.
+    """
+    inner = serialize(content)
+    sealed = {
+        "format": kind,
+        "sha256": hashlib.sha256(inner).hexdigest(),
+        "content": torch.frombuffer(bytearray(inner), dtype=torch.uint8),
+    }
+    replace_file(path, lambda file: file.write(serialize(sealed)))
+
+
+def read_sealed(path: Path, kind: str) -> dict:
+    """Return what :func:`write_sealed` was given, bit for bit.
+
+    A checksum finds damage, not malice: whoever forges a file computes its checksum too. It brings
+    no code all the same, but its values are what they are, and for the caller to check.
+
+    Raises:
+        UserError: It is missing, damaged, far too large, of another kind, or not sealed.
+    """
+    sealed = read_untrusted(path)
+    if not isinstance(sealed, dict) or sealed.get("format") != kind:
+        raise UserError(f"{path}: not a file of the kind {kind}")
+    if "content" not in sealed:
+        raise UserError(f"{path}: written by an earlier version, without a checksum; make it again")
+    inner = sealed["content"]
+    if (
+        not isinstance(inner, torch.Tensor)
+        or (inner.dtype, inner.layout, inner.device.type) != (torch.uint8, torch.strided, "cpu")
+        or inner.numel() > MAX_UNPACKED_BYTES  # a view may be larger than its file
+    ):
+        raise UserError(f"{path}: {NO_CHECKPOINT}")
+    file = io.BytesIO(inner.numpy().tobytes())
+    if hashlib.sha256(file.getbuffer()).hexdigest() != sealed.get("sha256"):
+        raise UserError(f"{path}: damaged (its checksum differs)")
+    _check_archive(path, file)
+    file.seek(0)
+    content = _unpickle(path, file)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {NO_CHECKPOINT}")
+    return content
 
 
 def _check_file(path: Path) -> bytes:
@@ -56,12 +121,12 @@ def _check_file(path: Path) -> bytes:
     return head
 
 
-def _unpickle(path: Path) -> object:
+def _unpickle(path: Path, file: Path | IO[bytes]) -> object:
     """Read with torch, which builds nothing but tensors and plain values."""
     try:
         with warnings.catch_warnings():  # torch's remarks on odd pickles; what counts is said here
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
@@ -73,10 +138,10 @@ def _unpickle(path: Path) -> object:
         raise UserError(f"{path}: {NO_CHECKPOINT}") from None
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path, file: Path | IO[bytes]) -> None:
     """Check a zip checkpoint before torch reads it: torch looks at neither sizes nor CRCs."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
             if unpacked_bytes > MAX_UNPACKED_BYTES:
                 raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a ResNet18")

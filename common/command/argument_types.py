@@ -1,0 +1,94 @@
+"""Types for argparse: each parses one kind of value, or says in a line why it cannot."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+MAX_THREADS = 1024  # far more of them crash the OpenMP runtime
+MAX_BATCH_SIZE = 4096  # peaks at 6 GB; far more, and the system kills the run
+
+Item = TypeVar("Item")
+
+
+def integer(low: int, high: int, what: str) -> Callable[[str], int]:
+    """Make a type for an integer from ``low`` to ``high``, which is ``what``."""
+
+    def parse_integer(text: str) -> int:
+        # Plain ASCII digits only: int() would also take "1_000", " 7 " and other scripts' digits.
+        is_integer = text.isascii() and text.removeprefix("-").isdigit() and len(text) < 19
+        if not (is_integer and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return int(text)
+
+    return parse_integer
+
+
+def number(low: float, high: float, what: str) -> Callable[[str], float]:
+    """Make a type for a number from ``low`` to ``high``, which is ``what``."""
+
+    def parse_number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan  # which lies in no range
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse_number
+
+
+positive_int = integer(1, 10**18, "a positive integer")
+# What numpy and torch both take.
+seed_int = integer(0, 2**32 - 1, "an integer of at least 0 and below 2^32")
+thread_count = integer(1, MAX_THREADS, f"a number of threads from 1 to {MAX_THREADS}")
+batch_size = integer(1, MAX_BATCH_SIZE, f"a number of images from 1 to {MAX_BATCH_SIZE}")
+fraction = number(0.0, 1.0, "a fraction between 0 and 1")
+positive_float = number(math.ulp(0.0), sys.float_info.max, "a number above 0")
+
+
+def image_count(text: str) -> int | None:
+    """Parse a number of images, or ``all`` (returned as None)."""
+    return None if text == "all" else integer(1, 10**18, "a positive integer or 'all'")(text)
+
+
+def path(text: str) -> Path:
+    """Parse a path; empty text, as of an unset shell variable, is not the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        # Of bytes that are no UTF-8; the libraries that read and write models take no such path.
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
+    return Path(text)
+
+
+def name(text: str) -> str:
+    """Parse a name, for use within ``list_of``."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name")
+    return text
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Make a type for one of some names, for use within ``list_of``."""
+
+    def parse_choice(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    return parse_choice
+
+
+def list_of(parse: Callable[[str], Item]) -> Callable[[str], list[Item]]:
+    """Make a type for comma-separated values, each parsed by ``parse``; repeats are dropped."""
+
+    def parse_list(text: str) -> list[Item]:
+        return list(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
+
+    return parse_list

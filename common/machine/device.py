@@ -1,0 +1,133 @@
+"""The machine: its processor, the device and the number of CPU threads, and its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from common.command.cli import UserError, log
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that ``--device`` names; ``auto`` takes a GPU where there is one.
+
+    On a GPU, TF32 stays off, so that predictions are those of the CPU up to FP32 rounding.
+
+    Raises:
+        UserError: The device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((gpu for gpu, there in available.items() if there), "cpu")
+    if not available.get(name, True):
+        raise UserError(f"--device {name}: torch finds no such device here")
+    if name == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        log.info("FP32 work runs on %s", torch.cuda.get_device_name())
+    return torch.device(name)
+
+
+def set_threads(count: int | None) -> int:
+    """Use ``count`` CPU threads, or what torch chooses; return how many that is.
+
+    The processes that ``torchrun`` starts on a machine share its cores equally. It would give each
+    one thread, by an ``OMP_NUM_THREADS`` of 1; another number is the user's, and holds.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if count is None and processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        count = max(1, _usable_cores() // processes)
+    if count is not None:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: fewer than the machine has, in a container
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def bf16_pays() -> bool:
+    """Return whether convolutions run faster in bf16 than in FP32 on this CPU.
+
+    Instructions for it (AVX-512 BF16, AMX) are not enough: on two Zen 5 cores bf16 ran at more than
+    twice FP32's rate, on two cores of a Xeon (Emerald Rapids, its AMX hidden by a hypervisor) at
+    half of it. So a convolution of the network's is timed, once a process, in some 30 ms.
+    """
+    flags = torch.cpu.get_capabilities()
+    if not (flags.get("avx512_bf16") or flags.get("amx_bf16")):
+        return False
+    best_seconds = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    with torch.inference_mode():
+        calls = {dtype: _example_convolution(dtype) for dtype in best_seconds}
+        for _ in range(6):  # in turns, the first to warm up
+            for dtype, (convolution, maps) in calls.items():
+                start = time.perf_counter()
+                convolution(maps)
+                best_seconds[dtype] = min(best_seconds[dtype], time.perf_counter() - start)
+    return best_seconds[torch.bfloat16] < best_seconds[torch.float32]
+
+
+def _example_convolution(dtype: torch.dtype) -> tuple[torch.nn.Conv2d, torch.Tensor]:
+    """Return a convolution of the third stage, and maps of 16 images to run it on."""
+    layout = {"dtype": dtype, "memory_format": torch.channels_last}
+    convolution = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False).to(**layout)
+    return convolution, torch.ones(16, 256, 8, 8).to(**layout)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensor; elsewhere nothing changes.
+
+    By default it returns blocks of more than 32 MB to the system at once, which then maps and
+    zeroes the same pages again for the next layer. At batch 128 the first layers' FP32 activations
+    are that large.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  (other C libraries may number these differently)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def has_vnni() -> bool:
+    """Return whether the CPU multiplies INT8 with 32-bit sums (AVX-512 VNNI, Arm dot product).
+
+    Without it the x86 kernels add pairs of products in 16 bits, which saturate.
+    """
+    flags = torch.cpu.get_capabilities()
+    return bool(flags.get("avx512_vnni") or flags.get("neon_dot") or flags.get("dot"))
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the most main memory that this process has held; None where the system cannot say."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the process was before it became Python
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)[1])
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

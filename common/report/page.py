@@ -1,0 +1,60 @@
+"""A run's story on one page: report.html, a single file that needs no network and no JavaScript.
+
+page.html tells it from results.json alone, page.css says how it looks. File names, and whatever
+else came from outside, are text and stay text: everything is escaped, and the page forbids the
+browser to load or run anything.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.files.output import OutputFolder, replace_file
+from common.report.results import format_change, format_cost, megabytes, p_value, percent, points
+
+REPORT_NAME = "report.html"
+TEMPLATE = Path(__file__).with_name("page.html")
+FILTERS = (percent, points, megabytes, p_value, format_change, format_cost)
+
+
+def write_page(results: dict, folder: OutputFolder) -> None:
+    """Write report.html beside the plots that it embeds, and name it among the artefacts.
+
+    Args:
+        results: results.json, complete but for this; changed in place.
+        folder: With the plots that the results list.
+    """
+    results["artifacts"]["report"] = REPORT_NAME
+    plots = {name: folder.file(name).read_bytes() for name in results["artifacts"]["plots"]}
+    page = render(results, plots)
+    replace_file(folder.file(REPORT_NAME), lambda file: file.write(page.encode()))
+
+
+def render(results: Mapping[str, object], plots: Mapping[str, bytes]) -> str:
+    """Return the page; ``plots`` holds a PNG for each file name."""
+    import jinja2  # late: a run without a page does not wait for it
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_as_text,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {function.__name__: function for function in FILTERS}
+    images = {name: base64.b64encode(png).decode() for name, png in plots.items()}
+    page = environment.get_template(TEMPLATE.name).render(results=results, images=images)
+    return page.lstrip()  # macros stand before it
+
+
+def _as_text(value: object) -> object:
+    """Return what to show of a value: nothing in it invisible; what is markup already as it is."""
+    if hasattr(value, "__html__"):
+        return value
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
