@@ -1,4 +1,4 @@
-"""Random crops, flips and cutouts, done on whole batches where the images lie.
+"""Random crops, flips, patches and changes, done on whole batches where the images lie.
 
 All random choices of an epoch are drawn at once, from the seed and the epoch's number alone. So a
 resumed run draws what an unbroken one would have, and processes agree without talking.
@@ -12,16 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.cifar10 import IMAGE_SIZE
-from common.data import normalize
-from common.model import CLASS_COUNT
+from common.images.cifar10 import IMAGE_SIZE
+from common.images.data import normalize
+from common.network.resnet import CLASS_COUNT
 from training.recipe import Recipe
 
 # Half-widths of what jitter draws: turn (radians), log zoom, two shears; saturation, log contrast,
 # brightness (in standard deviations).
 MAX_AFFINE = np.array([[0.26], [0.2], [0.2], [0.2]])
 MAX_COLOUR = np.array([[0.5], [0.4], [0.4]])
-RESIZE_CHUNK = 4096  # images resized at once, to bound the memory
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,6 @@ class EpochPlan:
         order: Indices of the images, int64, shape (N,).
         shift: Rows and columns by which each image moves, int64, shape (N, 2).
         flip: Whether it is mirrored, bool, shape (N,).
-        hole: First row and column of its hidden square, int64, shape (N, 2).
-        hole_size: Side of that square in pixels; 0 hides nothing.
         patch: First row and column of the square that another image covers, int64, shape (N, 2).
         patch_size: Its side in pixels, int64, shape (N,); 0 where there is none.
         affine: Where each position is taken from, float32, shape (N, 2, 3); None without jitter.
@@ -44,8 +41,6 @@ class EpochPlan:
     order: torch.Tensor
     shift: torch.Tensor
     flip: torch.Tensor
-    hole: torch.Tensor
-    hole_size: int
     patch: torch.Tensor
     patch_size: torch.Tensor
     affine: torch.Tensor | None
@@ -53,14 +48,13 @@ class EpochPlan:
 
 
 def plan_epoch(
-    count: int, size: int, recipe: Recipe, seed: int, epoch: int, device: torch.device
+    count: int, recipe: Recipe, seed: int, epoch: int, device: torch.device
 ) -> EpochPlan:
     """Draw an epoch's random choices.
 
     Args:
         count: Number of images, N.
-        size: Their side in pixels; shifts and cutouts shrink with it.
-        recipe: Says how far to shift, whether to flip and how much to hide.
+        recipe: Says how far to shift, whether to flip, how much to cover and to change.
         seed: Of the run.
         epoch: From 0.
         device: Where the plan is used.
@@ -71,16 +65,13 @@ def plan_epoch(
 
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(count)
-    padding = round(recipe.crop_padding * size / IMAGE_SIZE)
-    shift = rng.integers(-padding, padding, (count, 2), endpoint=True)
+    shift = rng.integers(-recipe.crop_padding, recipe.crop_padding, (count, 2), endpoint=True)
     flip = rng.random(count) < (0.5 if recipe.flip else 0.0)
-    hole_size = round(recipe.cutout * size / IMAGE_SIZE)
-    # Centred anywhere, so that part of the square may lie outside, as published.
-    hole = rng.integers(0, size, (count, 2)) - hole_size // 2
     # CutMix draws the covered area uniformly, so its side is the root of a uniform number.
-    patch_size = np.rint(size * np.sqrt(rng.random(count))).astype(np.int64)
+    patch_size = np.rint(IMAGE_SIZE * np.sqrt(rng.random(count))).astype(np.int64)
     patch_size *= rng.random(count) < recipe.cutmix
-    patch = rng.integers(0, size, (count, 2)) - patch_size[:, None] // 2
+    # Centred anywhere, so that part of the square may lie outside, as published.
+    patch = rng.integers(0, IMAGE_SIZE, (count, 2)) - patch_size[:, None] // 2
     affine = colour = None
     if recipe.jitter:
         affine, colour = (place(values) for values in _draw_jitter(rng, count, recipe.jitter))
@@ -88,8 +79,6 @@ def plan_epoch(
         order=place(order),
         shift=place(shift),
         flip=place(flip),
-        hole=place(hole),
-        hole_size=hole_size,
         patch=place(patch),
         patch_size=place(patch_size),
         affine=affine,
@@ -119,26 +108,24 @@ def make_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a batch of augmented, normalised images and their class probabilities.
 
-    Crop, flip and the reflection at the border are one gather. Cutout (DeVries and Taylor, 2017,
-    https://arxiv.org/abs/1708.04552) shows the mean colour; CutMix (Yun et al., 2019,
+    Crop, flip and the reflection at the border are one gather. CutMix (Yun et al., 2019,
     https://arxiv.org/abs/1905.04899) shows the next image of the batch, whose class then has that
     part of the probability.
 
     Args:
-        pixels: All images from :func:`resize`: uint8, shape (N, size, size, 3).
+        pixels: All images, uint8, shape (N, 32, 32, 3).
         labels: int64, shape (N,).
         plan: The epoch's random choices.
         rows: The part of the plan that makes up this batch.
 
     Returns:
-        Images float32, shape (n, 3, size, size), channels_last; probabilities float32, shape
+        Images float32, shape (n, 3, 32, 32), channels_last; probabilities float32, shape
         (n, classes).
     """
-    size = pixels.shape[1]
-    line = torch.arange(size, device=pixels.device)
-    mirrored = torch.where(plan.flip[rows, None], size - 1 - line, line)
-    y = _reflect(line + plan.shift[rows, 0, None], size)
-    x = _reflect(mirrored + plan.shift[rows, 1, None], size)
+    line = torch.arange(IMAGE_SIZE, device=pixels.device)
+    mirrored = torch.where(plan.flip[rows, None], IMAGE_SIZE - 1 - line, line)
+    y = _reflect(line + plan.shift[rows, 0, None])
+    x = _reflect(mirrored + plan.shift[rows, 1, None])
     index = plan.order[rows]
     batch = pixels[index[:, None, None], y[:, :, None], x[:, None, :]]
     batch = normalize(batch.permute(0, 3, 1, 2))
@@ -146,9 +133,6 @@ def make_batch(
     if plan.affine is not None:
         batch = _change_positions(batch, plan.affine[rows])
         batch = _change_colours(batch, plan.colour[rows])
-    if plan.hole_size:
-        hole_size = torch.full_like(index, plan.hole_size)
-        batch.masked_fill_(_squares(line, plan.hole[rows], hole_size), 0.0)
     covered = _squares(line, plan.patch[rows], plan.patch_size[rows])
     batch = torch.where(covered, batch.roll(1, 0), batch)
     share = covered.float().mean((1, 2, 3))[:, None]
@@ -178,19 +162,7 @@ def _squares(line: torch.Tensor, start: torch.Tensor, side: torch.Tensor) -> tor
     return inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
 
 
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Shrink uint8 images (N, 3, 32, 32) to uint8 (N, size, size, 3), channels last for gathers."""
-    if images.shape[-1] == size:
-        return images.permute(0, 2, 3, 1).contiguous()
-    resized = torch.empty((len(images), size, size, 3), dtype=torch.uint8, device=images.device)
-    for start in range(0, len(images), RESIZE_CHUNK):
-        chunk = images[start : start + RESIZE_CHUNK].float()
-        chunk = F.interpolate(chunk, (size, size), mode="bilinear", antialias=True)
-        resized[start : start + RESIZE_CHUNK] = chunk.round_().clamp_(0, 255).permute(0, 2, 3, 1)
-    return resized
-
-
-def _reflect(position: torch.Tensor, size: int) -> torch.Tensor:
-    """Mirror positions outside 0 … size - 1 at the border, without repeating the edge."""
-    last = size - 1
+def _reflect(position: torch.Tensor) -> torch.Tensor:
+    """Mirror positions outside an image at its border, without repeating the edge."""
+    last = IMAGE_SIZE - 1
     return last - (last - position.abs()).abs()

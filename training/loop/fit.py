@@ -1,0 +1,138 @@
+"""The training loop: any network on any CIFAR-10 images, epoch by epoch.
+
+    state = TrainingState.start(model, recipe, device)
+    fit(state, images, recipe, seed=0, workers=Workers(device))
+
+``loss`` is for another aim than the labels, such as a teacher's answers; ``after_step`` for what
+must hold after every step, such as the mask of a pruned network; ``after_epoch`` for measuring and
+saving.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.command import cli
+from common.command.cli import UserError
+from common.images.data import Cifar10
+from common.machine.workers import Workers
+from training.loop.augment import make_batch, plan_epoch
+from training.loop.precision import autocast
+from training.loop.state import TrainingState
+from training.recipe import Recipe
+
+# Of normalised images, logits and class probabilities: the mean loss.
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class EpochSummary:
+    """What one epoch of training came to; accuracy is that on augmented images, while learning."""
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    train_accuracy: float
+    seconds: float
+
+
+def fit(
+    state: TrainingState,
+    train: Cifar10,
+    recipe: Recipe,
+    seed: int,
+    workers: Workers,
+    loss: Loss | None = None,
+    after_step: Callable[[nn.Module], None] | None = None,
+    after_epoch: Callable[[TrainingState, EpochSummary], None] | None = None,
+) -> None:
+    """Train from where ``state`` is to the recipe's last epoch.
+
+    Args:
+        state: Changed in place.
+        train: Images, on the device of ``workers``.
+        recipe: What to do.
+        seed: Of order and augmentation.
+        workers: The processes that share each batch.
+        loss: By default the cross-entropy, labels smoothed as the recipe says.
+        after_step: Called with the network after every step.
+        after_epoch: Called after every epoch.
+
+    Raises:
+        UserError: There are fewer images than a batch takes, the processes cannot share a batch
+            equally, or the loss is no longer finite.
+    """
+    if recipe.batch_size % workers.count:
+        raise UserError(f"{workers.count} processes cannot share a batch of {recipe.batch_size}")
+    if recipe.batch_size > len(train):
+        raise UserError(f"a batch of {recipe.batch_size} from only {len(train)} training images")
+
+    def smoothed_cross_entropy(images, logits, targets) -> torch.Tensor:
+        return F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+
+    loop = _Loop(state, workers.parallelize(state.model), recipe, workers,
+                 loss or smoothed_cross_entropy, after_step)  # fmt: skip
+    pixels = train.images.permute(0, 2, 3, 1).contiguous()  # for gathers
+    while state.epochs_done < recipe.epochs:
+        summary = loop.train_epoch(pixels, train.labels, seed)
+        if after_epoch is not None:
+            after_epoch(state, summary)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    state: TrainingState
+    network: nn.Module
+    recipe: Recipe
+    workers: Workers
+    loss: Loss
+    after_step: Callable[[nn.Module], None] | None
+
+    def train_epoch(self, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -> EpochSummary:
+        start_time = time.perf_counter()
+        epoch, recipe = self.state.epochs_done, self.recipe
+        plan = plan_epoch(len(pixels), recipe, seed, epoch, pixels.device)
+        steps = len(pixels) // recipe.batch_size  # what is left over waits for the next shuffle
+        totals = torch.zeros(2, device=pixels.device)  # loss, correct: read once, at the end
+        self.network.train()
+        for step in cli.progress(range(steps), f"epoch {epoch + 1}/{recipe.epochs}"):
+            rate = recipe.learning_rate_at((epoch + (step + 0.5) / steps) / recipe.epochs)
+            first = step * recipe.batch_size
+            rows = self.workers.share_of(first, first + recipe.batch_size)
+            totals += self._step(*make_batch(pixels, labels, plan, rows), rate)
+            if self.after_step is not None:
+                self.after_step(self.state.model)
+        loss, correct = self.workers.sum(totals).tolist()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} in epoch {epoch + 1}; try a lower learning rate")
+        self.state.epochs_done += 1
+        return EpochSummary(
+            epoch=self.state.epochs_done,
+            learning_rate=rate,
+            loss=loss / (steps * self.workers.count),
+            train_accuracy=correct / (steps * recipe.batch_size),
+            seconds=time.perf_counter() - start_time,
+        )
+
+    def _step(
+        self, images: torch.Tensor, targets: torch.Tensor, learning_rate: float
+    ) -> torch.Tensor:
+        """Take one step; return the batch's mean loss and number of correct images, shape (2,)."""
+        optimizer = self.state.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        with autocast(self.recipe.precision, images.device):
+            logits = self.network(images)
+            loss = self.loss(images, logits, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        correct = (logits.argmax(1) == targets.argmax(1)).sum()
+        return torch.stack((loss.detach().float(), correct.float()))

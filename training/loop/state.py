@@ -1,0 +1,85 @@
+"""The state of a training run: the network and the optimizer's momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from training.recipe import Recipe
+
+
+@dataclass
+class TrainingState:
+    """All that the next step depends on, recipe, images and seed aside.
+
+    Attributes:
+        model: The network being trained, changed in place.
+        optimizer: Holds the momentum.
+        epochs_done: Finished epochs.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    epochs_done: int = 0
+
+    @classmethod
+    def start(cls, model: nn.Module, recipe: Recipe, device: torch.device) -> TrainingState:
+        """Return the state before the first step; ``model`` is moved to ``device``."""
+        model.to(device, memory_format=torch.channels_last)
+        return cls(model, make_optimizer(model, recipe))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return weights, batch-norm statistics and momentum by name, for a checkpoint."""
+        momentum = {
+            f"momentum.{name}": self._momentum(parameter)
+            for name, parameter in self.model.named_parameters()
+        }
+        return {f"model.{name}": t for name, t in self.model.state_dict().items()} | momentum
+
+    def load(self, tensors: Mapping[str, torch.Tensor], epochs_done: int) -> None:
+        """Take over the tensors of another such state.
+
+        Raises:
+            ValueError: They are not those of this network and optimizer, or not all finite; nothing
+                is changed.
+        """
+        own = self.tensors()
+        for name in own.keys() | tensors.keys():
+            found, expected = tensors.get(name), own.get(name)
+            if found is None or expected is None:
+                raise ValueError(f"{name} is {'missing' if found is None else 'unexpected'}")
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                raise ValueError(f"{name} is {found.dtype} of shape {tuple(found.shape)}")
+            if not found.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite values")
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(tensors[f"model.{name}"])
+            for name, parameter in self.model.named_parameters():
+                momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+        self.epochs_done = epochs_done
+
+    def _momentum(self, parameter: nn.Parameter) -> torch.Tensor:
+        buffer = self.optimizer.state[parameter].get("momentum_buffer")
+        return torch.zeros_like(parameter) if buffer is None else buffer
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """Return SGD with Nesterov momentum; only weights of layers decay, not vectors."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        groups,
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+        fused=weights[0].is_cuda,
+    )
