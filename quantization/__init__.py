@@ -1,0 +1,12 @@
+"""INT8 for the CPU: ``from quantization import load_int8``, from the repository's root."""
+
+from __future__ import annotations
+
+
+def __getattr__(name: str) -> object:
+    """Hand on ``load_int8`` late: torch takes seconds to import, and ``--help`` needs none."""
+    if name == "load_int8":
+        from quantization.files.artifact import load_int8
+
+        return load_int8
+    raise AttributeError(name)

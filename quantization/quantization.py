@@ -13,14 +13,23 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import arguments, cli
-from common.argument_types import fraction, list_of, one_of, positive_int
+from common.command import arguments, cli
+from common.command.argument_types import fraction, integer, list_of, number, one_of, positive_int
 from quantization.settings import ENGINES, OBSERVERS
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
+ONNX_NAME = "resnet18_cifar10_int8.onnx"
+RANGES_PLOT, DIAGNOSIS_CSV = "ranges.png", "diagnosis.csv"
+NEEDED = {  # flags that do nothing without others
+    "--held-out-images": "--max-drop",
+    "--coding-curve": "--bits-per-weight",
+    "--coding-images": "--bits-per-weight",
+    "--coding-epochs": "--bits-per-weight",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,10 +89,32 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure what quantizing each layer costs: noise, and accuracy",
     )
-    budget.add_argument(
-        "--calibration-study",
+    coding = parser.add_argument_group("coding")
+    coding.add_argument(
+        "--bits-per-weight",
+        type=number(0.1, 8.0, "a number of bits from 0.1 to 8"),
+        metavar="B",
+        help="write the network coded, about so small: each weight to the INT8 level that costs "
+        "least in error and bits",
+    )
+    coding.add_argument(
+        "--coding-curve",
         action="store_true",
-        help="compare observers, numbers of calibration images and seeds",
+        help="measure size and accuracy of the coded network at six prices of a bit too",
+    )
+    coding.add_argument(
+        "--coding-images",
+        type=positive_int,
+        metavar="N",
+        default=2000,
+        help="training images to code on, without their labels",
+    )
+    coding.add_argument(
+        "--coding-epochs",
+        type=integer(0, 1000, "a number of epochs from 0 to 1000"),
+        metavar="N",
+        default=0,
+        help="train the coded weights on all training images there are, then code them again",
     )
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32, 128], seconds=5.0)
     return parser
@@ -92,16 +123,27 @@ def build_parser() -> argparse.ArgumentParser:
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Load, measure, quantize, measure again, compare, write."""
-    args = arguments.parse_arguments(build_parser(), argv, {"--held-out-images": "--max-drop"})
+    args = arguments.parse_arguments(build_parser(), argv, NEEDED)
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
-    from common import device, report
+    from common.files.output import OutputFolder
     from common.inputs import load_inputs
-    from common.run import finish_run, print_results, start_run
-    from quantization import chapters, engines, experiment, inspection, onnx_export, story, tables
+    from common.machine import device
+    from common.machine.workers import Workers, require_one_process
+    from common.report.results import common_results, write_csv
+    from common.run import finish_run, print_results
+    from quantization import steps
+    from quantization.accuracy.budget import Trial, meet_budget
+    from quantization.accuracy.diagnosis import diagnose
+    from quantization.bench import Bench
+    from quantization.coding.study import Wanted
+    from quantization.files import artifact, onnx_export, sparsity
+    from quantization.int8 import engines
+    from quantization.report import plots, ranges, results, tables
 
+    require_one_process()
     device.set_threads(args.threads)
     device.keep_freed_memory()
     place = device.choose_device(args.device)
@@ -111,45 +153,58 @@ def main(argv: list[str] | None = None) -> int:
     settings = [engines.choose_settings(n, args.observer, args.reduce_range) for n in names]
     if args.export_onnx:
         onnx_export.require_packages()
-    with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
-        inputs = load_inputs(
-            **arguments.input_choices(args), script_dir=Path(__file__).parent, workers=crew
-        )
-        test, calibration = inputs.test, inputs.calibration
-        fp32 = experiment.predict_fp32(inputs.model, test, args.batch_size, crew)
-        inspection.warn_of_insane_fp32(inputs.model, test, fp32)
-        source, plan = inputs.model, None
+    with OutputFolder(args.output_dir, args.overwrite) as folder:
+        inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
+        model, test = inputs.model, inputs.test
+        bench, source, plan = Bench(inputs.calibration, test, args.batch_size), model, None
         if args.max_drop is not None:
             held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
-            plan = experiment.plan_within_budget(
-                source, calibration, held_out, settings[0], args.max_drop, args.batch_size, crew
+        coder = None
+        if args.bits_per_weight is not None:
+            wanted = Wanted(
+                args.bits_per_weight, args.coding_curve, args.coding_images, args.coding_epochs
             )
-            source, settings = plan.model, [experiment.apply_plan(plan, s) for s in settings]
-        quantized = experiment.quantize(source, calibration, test, settings, args.batch_size, crew)
-        if not crew.is_first:  # all that follows is measured, timed and written once
-            return cli.EXIT_DONE
-
-        results = report.common_results(
-            "quantization", args, crew, inputs.describe_images(), inputs.weights
+            coder = steps.Coder.read(inputs, wanted)
+        fp32 = steps.predict_fp32(model, bench, place)
+        if args.max_drop is not None:
+            trial = Trial(model, replace(bench, images=held_out))
+            plan = meet_budget(trial, model, settings[0], args.max_drop)
+            source, settings = plan.model, [steps.apply_plan(plan, s) for s in settings]
+        quantized, onnx = steps.quantize(source, bench, settings), None
+        if args.export_onnx:
+            onnx = steps.export_onnx(quantized[0], folder.file(ONNX_NAME), bench)
+        timings = steps.time_models(
+            model, quantized, onnx, test, args.batch_sizes, args.timing_seconds
         )
-        account = chapters.Account(results, folder, inputs, fp32, args.batch_size)
-        if args.calibration_study:
-            chapters.add_study(account, settings[0])
-        first = chapters.add_models(
-            account, quantized, args.export_onnx, pick_fastest, args.batch_sizes,
-            args.timing_seconds,
-        )  # fmt: skip
-        chapters.add_ranges(account, source, first)
+        if pick_fastest:
+            quantized = steps.fastest_first(quantized, timings)
+        first = quantized[0]
+
+        files = steps.save_models(quantized, folder.file)
+        found = common_results(
+            "quantization", args, Workers(place), inputs.describe_images(), inputs.weights
+        )
+        found |= results.describe_models(model, fp32, quantized, files, onnx, test, timings)
+        fp32_bytes = found["models"][0]["size_bytes"]
         if plan is not None:
-            chapters.add_budget(account, plan, args.max_drop)
+            found["budget"] = results.describe_budget(plan, args.max_drop, found)
         if args.diagnose:
-            chapters.add_diagnosis(account, source, first)
-        chapters.add_sparsity(account, first)
-        chapters.list_artifacts(account, first)
-        finish_run(results, folder, started, story.tell if args.report else None)
-    text = tables.format_results(results, account.sections, args.output_dir)
-    print_results(results, text, args.json)
-    return cli.EXIT_DONE if plan is None or results["budget"]["met"] else cli.EXIT_OVER_BUDGET
+            found |= diagnose(source, first.observed, first.settings, bench)
+            write_csv(folder.file(DIAGNOSIS_CSV), found["diagnosis"])
+        saved = {path: q.deployed for q in quantized for path in files[q.settings.engine]}
+        if sparsity.measure_sparsity(model) >= sparsity.MIN_SPARSITY:
+            packed = folder.file(sparsity.PACKED_NAME)
+            found["sparsity"] = sparsity.pack(model, first, fp32_bytes, packed)
+            saved[packed] = first.deployed
+        artifact.verify_reloaded(saved, test)
+        if coder is not None:
+            found["coding"] = coder.code(bench, first.settings, fp32, fp32_bytes, folder.file)
+        plots.draw_all(found, test, fp32, first.predictions, folder.file)
+        ranges.plot_ranges(source, first.observed, folder.file(RANGES_PLOT))
+        found["artifacts"] = results.list_artifacts(folder, first)
+        finish_run(found, folder, started, args.report)
+    print_results(found, tables.format_results(found, args.output_dir), args.json)
+    return cli.EXIT_DONE if plan is None or found["budget"]["met"] else cli.EXIT_OVER_BUDGET
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def parse_settings(fields: object) -> Settings:
         ValueError: They are not settings that a model could have been made with.
     """
     # torch takes seconds to import, and --help, which names the engines, has no need of it.
-    from common.model import ResNet18, prunable_layers
+    from common.network.resnet import ResNet18, prunable_layers
 
     known = {"engine", "observer", "reduce_range", "fp32_layers"}
     if not isinstance(fields, dict) or fields.keys() != known:

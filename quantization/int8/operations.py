@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from common.cifar10 import IMAGE_SIZE
+from common.images.cifar10 import IMAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ def round_biases(converted: GraphModule) -> None:
     same.
     """
     _run_blank(_BiasRounder(converted))
+
+
+def layer_of(converted: GraphModule, name: str) -> nn.Module:
+    """Return a layer of a converted model by its name in the network, in INT8 or in FP32.
+
+    A convolution kept in FP32 is fused with the ReLU after it into a sequence of the two.
+    """
+    module = converted.get_submodule(name)
+    return module[0] if isinstance(module, nn.Sequential) else module
 
 
 @torch.inference_mode()

@@ -20,11 +20,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.fx import GraphModule, Node
 
-from common import cli
-from common.cifar10 import IMAGE_SIZE
-from common.model import ResNet18
-from quantization.engines import quiet_torch, require_engine
-from quantization.operations import list_operations, round_biases
+from common.command import cli
+from common.images.cifar10 import IMAGE_SIZE
+from common.network.resnet import ResNet18, Widths
+from quantization.int8.engines import quiet_torch, require_engine
+from quantization.int8.operations import list_operations, round_biases
 from quantization.settings import Settings
 
 with warnings.catch_warnings():
@@ -123,7 +123,7 @@ def convert(observed: GraphModule, settings: Settings) -> GraphModule:
     return converted
 
 
-def build_skeleton(settings: Settings) -> GraphModule:
+def build_skeleton(settings: Settings, widths: Widths) -> GraphModule:
     """Return an INT8 model of the right structure with meaningless weights, to load a state into.
 
     Raises:
@@ -131,7 +131,7 @@ def build_skeleton(settings: Settings) -> GraphModule:
     """
     require_engine(settings.engine)
     with quiet_torch(settings.engine), _models_forgotten():
-        return convert_fx(_prepare(ResNet18().eval(), settings))
+        return convert_fx(_prepare(ResNet18(widths).eval(), settings))
 
 
 def _prepare(model: ResNet18, settings: Settings) -> GraphModule:

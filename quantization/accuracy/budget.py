@@ -1,9 +1,9 @@
 """Keep the accuracy that INT8 costs within a budget.
 
 What costs nothing at run time comes first: another observer, equalised channels, corrected biases,
-each kept only if it helps. Then layers go back to FP32, worst first, until the budget holds. All
-of this is decided on training images that were not used for calibration; the test images are for
-the report alone.
+each kept only if it helps. Then layers go back to FP32, worst first, until the budget holds; and of
+these, each that turns out not to be needed goes back to INT8. All of this is decided on training
+images that were not used for calibration; the test images are for the report alone.
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule
 
-from common import cli, evaluate
-from common.data import Cifar10, batches
-from common.model import ResNet18
-from common.workers import ALONE, Workers
-from quantization import conversion, corrections
-from quantization.diagnosis import rank_layers
+from common.command import cli
+from common.measure import evaluate
+from common.network.resnet import ResNet18
+from quantization.accuracy import corrections
+from quantization.accuracy.diagnosis import rank_layers
+from quantization.bench import Bench
+from quantization.int8 import conversion
 from quantization.settings import OBSERVERS, Settings
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was tried: the drop on held-out training images, and whether it was kept."""
+    """One thing that was tried on top of what was kept before it.
+
+    Attributes:
+        action: What was tried.
+        drop: On held-out training images, with it.
+        kept: Whether it is so in the model that was written.
+    """
 
     action: str
     drop: float
@@ -53,43 +60,22 @@ class Trial:
 
     Args:
         model: FP32.
-        calibration: Images that set ranges.
-        held_out: Images that decide; none of the calibration images.
-        batch_size: In images.
-        workers: Share the held-out images, and so come to the same decisions.
+        bench: Calibration images that set ranges, and held-out ones that decide.
     """
 
-    def __init__(
-        self,
-        model: ResNet18,
-        calibration: Cifar10,
-        held_out: Cifar10,
-        batch_size: int,
-        workers: Workers = ALONE,
-    ):
-        self.calibration = calibration
-        self.batch_size = batch_size
-        self._held_out = held_out
-        self._workers = workers
-        description = "evaluate FP32 on held-out images"
-        dense = evaluate.predict(model, held_out, batch_size, description, workers)
-        self._dense_correct = dense == held_out.labels
-
-    def calibrate(self, model: ResNet18, settings: Settings) -> GraphModule:
-        """Return ``model`` with its activations observed on the calibration images."""
-        return conversion.calibrate(model, batches(self.calibration, self.batch_size), settings)
+    def __init__(self, model: ResNet18, bench: Bench):
+        self.bench = bench
+        dense = bench.predict(model, "evaluate FP32 on held-out images")
+        self._dense_correct = dense == bench.images.labels
 
     def measure_drop(self, model: ResNet18, settings: Settings) -> float:
         """Return the accuracy that ``model`` loses in INT8, as a fraction of held-out images."""
-        return self.measure_drop_of(self.calibrate(model, settings), settings)
+        return self.measure_drop_of(self.bench.calibrate(model, settings), settings)
 
     def measure_drop_of(self, observed: GraphModule, settings: Settings) -> float:
         """Return the same for a model that is calibrated already."""
         converted = conversion.convert(observed, settings)
-        predictions = evaluate.predict(
-            converted, self._held_out, self.batch_size, "try", self._workers
-        )
-        correct = predictions == self._held_out.labels
+        correct = self.bench.predict(converted, "try") == self.bench.images.labels
         return evaluate.compare(self._dense_correct, correct).drop
 
 
@@ -137,26 +123,42 @@ def _free_corrections(
     yield (
         "correct biases",
         lambda plan: (
-            corrections.correct_biases(plan.model, trial.calibration, trial.batch_size),
+            corrections.correct_biases(plan.model, trial.bench.calibration, trial.bench.batch_size),
             plan.settings,
         ),
     )
 
 
 def _restore_layers(trial: Trial, plan: Plan, max_drop: float) -> Plan:
-    """Return layers to FP32, worst first; at least one stays in INT8."""
-    observed = trial.calibrate(plan.model, plan.settings)
-    ranking = rank_layers(plan.model, observed, trial.calibration)
-    restored, best = (), plan
-    for layer in ranking[:-1]:
-        restored = (*restored, layer)
-        settings = replace(plan.settings, fp32_layers=restored)
-        calibrated = conversion.reuse_ranges(observed, plan.model, settings)
-        drop = trial.measure_drop_of(calibrated, settings)
-        best = _keep_if_better(best, f"{layer} in FP32", plan.model, settings, drop)
-        if best.drop <= max_drop:
+    """Return layers to FP32, worst first, and to INT8 again what need not be; one stays in INT8."""
+    observed = trial.bench.calibrate(plan.model, plan.settings)
+    ranking = tuple(rank_layers(plan.model, observed, trial.bench.calibration))
+
+    def measure(layers: tuple[str, ...]) -> float:
+        settings = replace(plan.settings, fp32_layers=layers)
+        return trial.measure_drop_of(
+            conversion.reuse_ranges(observed, plan.model, settings), settings
+        )
+
+    restored, drop, tried = (), plan.drop, []
+    for count, layer in enumerate(ranking[:-1], 1):
+        tried.append((layer, measure(ranking[:count])))
+        cli.log.info("budget: %s in FP32: drop %.2f points", layer, 100 * tried[-1][1])
+        if tried[-1][1] < drop:
+            restored, drop = ranking[:count], tried[-1][1]
+        if drop <= max_drop:
             break
-    return best
+    undone = []
+    for layer in reversed(restored[:-1]):  # the last one was needed: it made the drop what it is
+        fewer = tuple(name for name in restored if name != layer)
+        without = measure(fewer)
+        needless = without <= max(drop, max_drop)
+        if needless:
+            restored, drop = fewer, without
+        undone.append(Step(f"{layer} in INT8 again", without, needless))
+    steps = [Step(f"{layer} in FP32", value, layer in restored) for layer, value in tried]
+    settings = replace(plan.settings, fp32_layers=restored)
+    return Plan(plan.model, settings, drop, [*plan.steps, *steps, *undone])
 
 
 def _keep_if_better(

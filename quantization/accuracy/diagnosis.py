@@ -3,7 +3,7 @@
 Noise is measured layer by layer on FP32 inputs, so that it is the layer's own: the signal-to-
 quantization-noise ratio of its output with weights rounded, with activations rounded, with both.
 SQNR is the median over output channels, for in a plain ratio a few strong channels hide that the
-others drown. Accuracy is measured by :mod:`quantization.layer_cost`.
+others drown. Accuracy is measured by :mod:`quantization.accuracy.layer_cost`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 
-from common import evaluate
-from common.data import Cifar10, batches, normalize
-from common.model import ResNet18, fold_batch_norm, prunable_layers
-from quantization import conversion, layer_cost
-from quantization.quantizers import Quantizer, layer_quantizers, quantize_weight
+from common.images.data import Cifar10, normalize
+from common.measure import evaluate
+from common.network.cascade import Recomputation
+from common.network.resnet import ResNet18, fold_batch_norm, prunable_layers
+from quantization.accuracy import layer_cost
+from quantization.accuracy.quantizers import Quantizer, layer_quantizers, quantize_weight
+from quantization.bench import Bench
 from quantization.settings import Settings
 
 NOISE_IMAGES = 128
@@ -41,13 +43,12 @@ def diagnose(
     model: ResNet18,
     observed: GraphModule,
     settings: Settings,
-    calibration: Cifar10,
-    test: Cifar10,
-    batch_size: int,
-) -> list[dict]:
+    bench: Bench,
+) -> dict:
     """Return results.json's ``diagnosis``: each layer's noise and accuracy cost, in network order.
 
-    Noise is measured on calibration images, accuracy on ``test``: ``drop_only_quantized`` is FP32's
+    Beside it ``bf16``, where that ran: how FP32 decided what bf16 could not. Noise is measured on
+    calibration images, accuracy on the test images: ``drop_only_quantized`` is FP32's
     accuracy minus that with only this layer in INT8, ``drop_only_fp32`` minus that with all layers
     but this one in INT8; negative where INT8 happens to gain.
 
@@ -55,23 +56,24 @@ def diagnose(
         model: FP32, in eval mode.
         observed: The same model calibrated.
         settings: Of the quantization.
-        calibration: The images that it was calibrated on.
-        test: Images to measure accuracy on.
-        batch_size: In images.
+        bench: The images that it was calibrated on, and those to measure accuracy on.
     """
     if settings.fp32_layers:  # of these it knows no ranges
         settings = replace(settings, fp32_layers=())
-        observed = conversion.calibrate(model, batches(calibration, batch_size), settings)
-    dense, only_quantized = layer_cost.scan_only_quantized(model, observed, test)
-    only_fp32 = layer_cost.scan_only_fp32(model, observed, settings, test, batch_size)
-    return [
+        observed = bench.calibrate(model, settings)
+    test, record = bench.images, Recomputation()
+    dense, only_quantized = layer_cost.scan_only_quantized(model, observed, test, record)
+    only_fp32 = layer_cost.scan_only_fp32(model, observed, settings, test, bench.batch_size)
+    record.warn_if_near(advice="")
+    rows = [
         asdict(noise)
         | {
             "drop_only_quantized": evaluate.compare(dense, only_quantized[noise.layer]).drop,
             "drop_only_fp32": evaluate.compare(dense, only_fp32[noise.layer]).drop,
         }
-        for noise in measure_noise(model, observed, calibration)
+        for noise in measure_noise(model, observed, bench.calibration)
     ]
+    return {"diagnosis": rows} | ({"bf16": asdict(record)} if record.predictions else {})
 
 
 def rank_layers(model: ResNet18, observed: GraphModule, images: Cifar10) -> list[str]:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-from common import cli, report
-from common.cli import UserError
+from common.command import cli
+from common.command.cli import UserError
+from common.machine import device
 from quantization.settings import ENGINES, Settings
 
-# Those of the x86 engines' kernels that add pairs of 8-bit products in 16 bits without VNNI.
-SATURATING_ENGINES = ("fbgemm", "x86")
+# Those whose kernels add pairs of 8-bit products in 16 bits without VNNI.
+SATURATING_ENGINES = ("fbgemm", "x86", "onednn")
 TORCH_WARNINGS = (
     "torch.ao.quantization is deprecated",
     "Please use quant_min and quant_max",
@@ -59,7 +60,7 @@ def require_engine(engine: str) -> None:
 
 def saturates(engine: str) -> bool:
     """Return whether sums of 8-bit products saturate on the CPU at hand, so that 7 bits are due."""
-    return engine in SATURATING_ENGINES and not report.has_vnni()
+    return engine in SATURATING_ENGINES and not device.has_vnni()
 
 
 def candidate_engines() -> list[str]:

@@ -8,31 +8,47 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from quantization.conversion import WEIGHT_OBSERVER, Observer, activation_observers
-from quantization.engines import quiet_torch
+from quantization.int8.conversion import WEIGHT_OBSERVER, Observer, activation_observers
+from quantization.int8.engines import quiet_torch
+
+LEVELS = torch.iinfo(torch.uint8)
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Rounds an activation to its 8-bit grid, in FP32: what INT8 makes of it."""
+    """Rounds an activation to its 8-bit grid, in FP32: what INT8 makes of it.
+
+    The grid has all 256 levels, with ``reduce_range`` too: that halves the resolution of what
+    calibration saw, but torch's kernels do not know of it and clip at level 255.
+    """
 
     scale: float
     zero_point: int
-    quant_min: int
-    quant_max: int
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the greatest value of the grid."""
+        return self._low * self.scale, self._high * self.scale
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` rounded; same shape, FP32."""
         # torch.fake_quantize_per_tensor_affine computes the same, but 30 times slower.
-        low, high = self.quant_min - self.zero_point, self.quant_max - self.zero_point
-        return (x * (1 / self.scale)).round_().clamp_(low, high).mul_(self.scale)
+        return (x * (1 / self.scale)).round_().clamp_(self._low, self._high).mul_(self.scale)
+
+    @property
+    def _low(self) -> int:
+        return LEVELS.min - self.zero_point
+
+    @property
+    def _high(self) -> int:
+        return LEVELS.max - self.zero_point
 
 
 def quantizer_of(observer: Observer) -> Quantizer:
     """Return the rounding that an activation's observer chose."""
     with quiet_torch():
         scale, zero_point = observer.calculate_qparams()
-    return Quantizer(float(scale), int(zero_point), observer.quant_min, observer.quant_max)
+    return Quantizer(float(scale), int(zero_point))
 
 
 def layer_quantizers(observed: GraphModule) -> dict[str, tuple[Quantizer, Quantizer]]:

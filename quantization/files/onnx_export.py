@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from common.cifar10 import IMAGE_SIZE
-from common.cli import UserError
-from common.output import replace_file
+from common.command.cli import UserError
+from common.files.output import replace_file
+from common.images.cifar10 import IMAGE_SIZE
 
 OPSET = 17  # of 2022: per-channel DequantizeLinear came with 13
 IR_VERSION = 8
@@ -42,7 +42,7 @@ def export_onnx(model: GraphModule, path: Path) -> None:
     """Write a converted model to ``path``, checked by onnx; its batch size is free.
 
     Args:
-        model: From :func:`quantization.conversion.convert`.
+        model: From :func:`quantization.int8.conversion.convert`.
         path: Of the file; input ``images`` (normalised, float32), output ``logits``.
     """
     import onnx

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from common import cli
-from common.branching import Convolution, trace_dense
-from common.cascade import Branches, Cascade, Recomputation, has_bf16
-from common.data import Cifar10, batches, normalize
-from common.model import ResNet18, fold_batch_norm, prunable_layers
-from quantization import conversion, engines
-from quantization.quantizers import Quantizer, layer_quantizers, quantize_weight
+from common.command import cli
+from common.images.data import Cifar10, batches, normalize
+from common.machine.device import bf16_pays
+from common.network.branching import Convolution, trace_dense
+from common.network.cascade import Branches, Cascade, Recomputation
+from common.network.resnet import ResNet18, fold_batch_norm, prunable_layers
+from quantization.accuracy.quantizers import Quantizer, layer_quantizers, quantize_weight
+from quantization.int8 import conversion, engines
 from quantization.settings import Settings
 
 BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
@@ -64,7 +65,11 @@ class Fp32Layer(nn.Module):
 
 @torch.inference_mode()
 def scan_only_quantized(
-    model: ResNet18, observed: GraphModule, test: Cifar10, fast: bool | None = None
+    model: ResNet18,
+    observed: GraphModule,
+    test: Cifar10,
+    record: Recomputation,
+    fast: bool | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
 
@@ -72,9 +77,10 @@ def scan_only_quantized(
         model: FP32, in eval mode.
         observed: The same model calibrated, which knows the activations' ranges.
         test: Images to measure on.
+        record: Of what FP32 decided again after bf16; counted into.
         fast: Run branches in bf16 first; by default where the CPU is made for it.
     """
-    fast = has_bf16() if fast is None else fast
+    fast = bf16_pays() if fast is None else fast
     cascade, quantizers = Cascade.of(model, fast), layer_quantizers(observed)
     network = cascade.network
     exact = {
@@ -88,7 +94,7 @@ def scan_only_quantized(
         name: replace(part, convolution=part.convolution.to(torch.bfloat16))
         for name, part in exact.items()
     }
-    branches, recomputation = Branches(exact, rounded if fast else None), Recomputation()
+    branches = Branches(exact, rounded if fast else None)
     bounds = cascade.measure_bounds(test, branches, BRANCH_BATCH) if fast else None
     read, write = quantizers["linear"]
     linear_weight = quantize_weight(network.linear_weight)
@@ -96,7 +102,7 @@ def scan_only_quantized(
     for images, labels in cli.progress(batches(test, BRANCH_BATCH), "diagnose: alone in INT8"):
         trace = trace_dense(network, images)
         dense.append(network.classify(trace.features).argmax(dim=1) == labels)
-        classes = cascade.predict(trace, branches, bounds, recomputation)
+        classes = cascade.predict(trace, branches, bounds, record)
         last = write(network.classify(read(trace.features), linear_weight)).argmax(dim=1)
         alone.append(torch.cat([classes, last[None]]) == labels)
     by_layer = zip([*exact, "linear"], torch.cat(alone, dim=1), strict=True)

@@ -1,7 +1,7 @@
 """Corrections of the FP32 weights before quantization; none of them costs anything at run time.
 
-Both rewrite a :class:`common.model.ResNet18` into another one that computes the same function in
-FP32 (equalisation) or nearly so (bias correction), and loses less of it in INT8.
+Both rewrite a :class:`common.network.resnet.ResNet18` into another one that computes the same
+function in FP32 (equalisation) or nearly so (bias correction), and loses less of it in INT8.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.data import Cifar10, batches
-from common.model import BasicBlock, ResNet18, fold_batch_norm, prunable_layers
-from quantization.quantizers import quantize_weight
+from common.images.data import Cifar10, batches
+from common.network.resnet import BasicBlock, ResNet18, fold_batch_norm, prunable_layers
+from quantization.accuracy.quantizers import quantize_weight
 
 
 def absorb_batch_norm(model: ResNet18) -> ResNet18:

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.report import format_cost, format_table, megabytes, percent, points
-from quantization.plots import label
-from quantization.results import int8_entries
+from common.report.results import (
+    format_change,
+    format_cost,
+    format_table,
+    megabytes,
+    p_value,
+    percent,
+    points,
+)
+from quantization.coding.study import format_coding
+from quantization.report.results import int8_entries
 
 WORST_SHOWN = 5
 
 
-def format_results(results: dict, sections: Sequence[str], output_dir: Path) -> str:
-    """Lay out the table of models, each INT8 model's comparison, and further sections."""
+def format_results(results: dict, output_dir: Path) -> str:
+    """Lay out the table of models, each INT8 model's comparison, and what else was asked for."""
     environment, threads = results["environment"], results["environment"]["threads"]
     parts = [
         f"ResNet18 on CIFAR-10: {results['data']['test_images']:,} test images "
@@ -23,10 +31,21 @@ def format_results(results: dict, sections: Sequence[str], output_dir: Path) -> 
         *(format_comparison(model) for model in int8_entries(results)),
         *(format_agreement(model) for model in results["models"] if "agreement" in model),
         format_classes(results["per_class"]),
-        *sections,
+        *(tell(results[name]) for name, tell in SECTIONS.items() if name in results),
         f"{format_cost(results)}\nwritten to {output_dir}\n",
     ]
     return "\n".join(parts)
+
+
+def label(model: dict, short: bool = False) -> str:
+    """Name an entry of results.json's ``models`` for people; ``short`` for a narrow axis."""
+    if model["name"] == "fp32":
+        return "FP32" if short else "FP32 at its best"
+    if model["name"] == "fp32-nchw":
+        return "FP32 as usually written"
+    if model["name"] == "int8-onnx":
+        return "INT8\nONNX" if short else "INT8 ONNX Runtime"
+    return "INT8\n" * short + model["engine"] if short else f"INT8 {model['engine']}"
 
 
 def model_table(models: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
@@ -48,7 +67,7 @@ def model_table(models: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
 def format_comparison(model: dict) -> str:
     """Say what an INT8 model gains and costs."""
     comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
-    low, high = (points(-limit) for limit in reversed(accuracy["ci95"]))
+    change = format_change(accuracy)
     speedups = ", ".join(
         f"{entry['value']:.2f}× at batch {entry['batch_size']}" for entry in comparison["speedup"]
     )
@@ -62,9 +81,9 @@ def format_comparison(model: dict) -> str:
         f"{label(model)} against FP32 on the same images\n"
         f"  size      {percent(1 - comparison['size_ratio'], 1)} smaller "
         f"({1 / comparison['size_ratio']:.2f}×)\n"
-        f"  accuracy  {points(-accuracy['drop'])} points, 95 % interval {low} to {high}\n"
+        f"  accuracy  {change.points} points, 95 % interval {change.low} to {change.high}\n"
         f"            {accuracy['only_a_correct']} images lost, {accuracy['only_b_correct']} "
-        f"gained (McNemar p = {accuracy['mcnemar_p']:.2g})\n"
+        f"gained (McNemar p = {p_value(accuracy['mcnemar_p'], 2)})\n"
         f"  speed     {speedups}\n"
         f"            (against FP32 as usually written: {over_nchw})\n"
         f"  coverage  {coverage}\n"
@@ -101,7 +120,9 @@ def format_budget(budget: dict) -> str:
     return (
         f"accuracy budget of {100 * budget['max_drop']:.2f} points: {verdict}\n"
         + format_table(["tried, on held-out training images", "change", ""], rows)
-        + f"\non the test images: {points(-budget['test_drop'])} points\n"
+        + f"\nheld-out training images, {budget['held_out_engine']}: "
+        f"{points(-budget['held_out_drop'])} points\n"
+        f"test images, {budget['test_engine']}: {points(-budget['test_drop'])} points\n"
     )
 
 
@@ -135,3 +156,11 @@ def format_diagnosis(rows: Sequence[dict]) -> str:
         ],
     )
     return f"diagnosis (accuracy in points against FP32)\n{table}\n"
+
+
+SECTIONS = {
+    "budget": format_budget,
+    "diagnosis": format_diagnosis,
+    "sparsity": format_sparsity,
+    "coding": format_coding,
+}

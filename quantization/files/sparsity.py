@@ -6,10 +6,11 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from common.data import Cifar10
-from common.model import ResNet18, prunable_layers
-from quantization.experiment import Quantized, verify_reloaded
-from quantization.packing import save_packed
+from common.network.coded import save_coded
+from common.network.resnet import ResNet18, prunable_layers
+from quantization.coding.kernels import from_int8
+from quantization.int8.deploy import Quantized
+from quantization.int8.operations import layer_of
 
 PACKED_NAME = "resnet18_cifar10_int8_packed.safetensors"
 # Below this fraction of zeros a network was not pruned: single weights may be zero by chance.
@@ -37,7 +38,7 @@ def count_zeros(model: ResNet18, converted: GraphModule) -> dict:
     """
     weights = before = after = 0
     for name, layer in prunable_layers(model).items():
-        quantized = converted.get_submodule(name).weight
+        quantized = layer_of(converted, name).weight
         quantized = quantized() if callable(quantized) else quantized  # a method, where in INT8
         values = quantized.int_repr() if quantized.is_quantized else quantized
         was_zero, is_zero = layer.weight == 0, values == 0
@@ -49,23 +50,19 @@ def count_zeros(model: ResNet18, converted: GraphModule) -> dict:
     return {"weights": weights, "zeros_before": before, "zeros_after": after}
 
 
-def describe_sparsity(
-    model: ResNet18, quantized: Quantized, fp32_bytes: int, path: Path, test: Cifar10
-) -> dict:
-    """Check the zeros, write the packed file, reload it in a fresh process.
+def pack(model: ResNet18, quantized: Quantized, fp32_bytes: int, path: Path) -> dict:
+    """Check the zeros and write the packed file.
 
     Args:
         model: FP32, as it was loaded.
         quantized: Its INT8 model.
         fp32_bytes: Size of the FP32 file, to compare with.
         path: Of the packed file.
-        test: Images, some of which are run through the reloaded model.
 
     Returns:
         results.json's ``sparsity``.
     """
     zeros = count_zeros(model, quantized.model)
-    size_bytes = save_packed(quantized.model, quantized.settings, path)
-    verify_reloaded(path, quantized.deployed, test)
+    size_bytes = save_coded(from_int8(quantized.model, quantized.settings), path)
     packed = {"file": path.name, "size_bytes": size_bytes, "size_ratio": size_bytes / fp32_bytes}
     return zeros | {"packed": packed}

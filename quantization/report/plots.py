@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from common import report
-from quantization.ranges import ActivationRange, ChannelRanges
+from common.images.cifar10 import CLASSES
+from common.images.data import Cifar10
+from common.report import results as report
+from quantization.report.tables import label
 
+SHEET_COLUMNS, SHEET_ROWS = 8, 4
 COLORS = ("#C4C4C4", "#777777", report.ORANGE, report.BLUE, report.GREEN, report.RED)
+
+
+def draw_all(
+    results: dict,
+    test: Cifar10,
+    fp32: torch.Tensor,
+    int8: torch.Tensor,
+    file: Callable[[str], Path],
+) -> None:
+    """Draw results.json, and the images that FP32 and INT8 answer differently.
+
+    Args:
+        results: With ``models``, and perhaps ``diagnosis``.
+        test: The images.
+        fp32: FP32's predictions (int64, shape (N,)).
+        int8: INT8's.
+        file: Returns the path of a name.
+    """
+    plot_overview(results["models"], file("overview.png"))
+    plot_flips(test, fp32, int8, file("flips.png"))
+    if "diagnosis" in results:
+        plot_diagnosis(results["diagnosis"], file("diagnosis.png"))
 
 
 def plot_overview(models: Sequence[dict], path: Path) -> None:
@@ -70,49 +96,6 @@ def plot_overview(models: Sequence[dict], path: Path) -> None:
     report.save_figure(figure, path)
 
 
-def plot_ranges(
-    weights: Sequence[ChannelRanges], activations: Sequence[ActivationRange], path: Path
-) -> None:
-    """Plot the ranges that INT8 has to cover: of weights by channel, of activations by layer.
-
-    Args:
-        weights: Of the convolutions (batch-norm folded in) and the linear layer.
-        activations: As calibration observed them.
-        path: PNG to write.
-    """
-    figure, (weight_axis, activation_axis) = report.new_figure(
-        11, 6.2, columns=2, width_ratios=(1, 1.25)
-    )
-    rows = np.arange(len(weights))
-    weight_axis.hlines(
-        rows, [w.low for w in weights], [w.high for w in weights], color=report.BLUE, lw=5,
-        alpha=0.35, label="all channels",
-    )  # fmt: skip
-    weight_axis.plot([w.median for w in weights], rows, "o", color=report.BLUE, label="median")
-    weight_axis.set_yticks(rows, [w.layer for w in weights])
-    weight_axis.set(
-        title="Weights: largest magnitude by channel",
-        xlabel="with batch-norm folded in; log scale",
-        xscale="log",
-    )
-    rows = np.arange(len(activations))
-    activation_axis.hlines(
-        rows, [a.seen_min for a in activations], [a.seen_max for a in activations],
-        color=report.GREY, lw=2, label="seen in calibration",
-    )  # fmt: skip
-    activation_axis.hlines(
-        rows, [a.kept_min for a in activations], [a.kept_max for a in activations],
-        color=report.ORANGE, lw=6, alpha=0.8, label="kept by INT8 (clipped beyond)",
-    )  # fmt: skip
-    activation_axis.set_yticks(rows, [a.name for a in activations])
-    activation_axis.set(title="Activations: range by layer", xlabel="value")
-    for axis in (weight_axis, activation_axis):
-        axis.invert_yaxis()
-        axis.tick_params(axis="y", labelsize=8)
-        axis.legend(loc="lower right", fontsize=8)
-    report.save_figure(figure, path)
-
-
 def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
     """Plot each layer's quantization noise, and what INT8 costs with it alone and without it.
 
@@ -147,12 +130,39 @@ def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
     report.save_figure(figure, path)
 
 
-def label(model: dict, short: bool = False) -> str:
-    """Name an entry of results.json's ``models`` for people; ``short`` for a narrow axis."""
-    if model["name"] == "fp32":
-        return "FP32" if short else "FP32 at its best"
-    if model["name"] == "fp32-nchw":
-        return "FP32 as usually written"
-    if model["name"] == "int8-onnx":
-        return "INT8\nONNX" if short else "INT8 ONNX Runtime"
-    return "INT8\n" * short + model["engine"] if short else f"INT8 {model['engine']}"
+def plot_flips(dataset: Cifar10, fp32: torch.Tensor, int8: torch.Tensor, path: Path) -> int:
+    """Draw a contact sheet of images that the two models answer differently; return their number.
+
+    Losses come first, then gains, then images that both get wrong in different ways. Where no
+    answer changes there is nothing to see, and no file is written.
+    """
+    flipped = (fp32 != int8).nonzero().flatten().tolist()
+    if not flipped:
+        return 0
+    labels = dataset.labels.tolist()
+
+    def kind(index: int) -> int:
+        return 0 if fp32[index] == labels[index] else 1 if int8[index] == labels[index] else 2
+
+    shown = sorted(flipped, key=kind)[: SHEET_COLUMNS * SHEET_ROWS]
+    rows = -(-len(shown) // SHEET_COLUMNS)
+    figure, axes = report.new_figure(11, 1.75 * rows + 0.5, rows, SHEET_COLUMNS, squeeze=False)
+    losses, gains = (sum(kind(i) == k for i in flipped) for k in (0, 1))
+    figure.suptitle(
+        f"{len(flipped)} of {len(dataset):,} answers change: {losses} lost, {gains} gained, "
+        f"{len(flipped) - losses - gains} wrong either way"
+        + (f" (the first {len(shown)})" if len(shown) < len(flipped) else ""),
+        fontsize=11, fontweight="bold",
+    )  # fmt: skip
+    colors = (report.RED, report.GREEN, report.GREY)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, index in zip(axes.flat, shown, strict=False):
+        axis.imshow(dataset.images[index].permute(1, 2, 0).numpy(), interpolation="bicubic")
+        axis.set_title(
+            f"true: {CLASSES[labels[index]]}\nFP32: {CLASSES[fp32[index]]}\n"
+            f"INT8: {CLASSES[int8[index]]}",
+            fontsize=7.5, fontweight="normal", color=colors[kind(index)],
+        )  # fmt: skip
+    report.save_figure(figure, path)
+    return len(flipped)

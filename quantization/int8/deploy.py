@@ -13,13 +13,15 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from common.cifar10 import IMAGE_SIZE
-from quantization.engines import quiet_torch
+from common.images.cifar10 import IMAGE_SIZE
+from quantization.int8.engines import quiet_torch
+from quantization.settings import Settings
 
 # torch.jit is not supported from Python 3.14 on; the flat model is as fast, but needs Python.
 CAN_FREEZE = sys.version_info < (3, 14)
@@ -35,6 +37,25 @@ FUSED_KERNELS = {
     torch.ops.quantized.add: torch.ops.quantized.conv2d_add.default,
     torch.ops.quantized.add_relu: torch.ops.quantized.conv2d_add_relu.default,
 }
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An INT8 model with what was measured of it.
+
+    Attributes:
+        settings: How it was made.
+        observed: The calibrated model that it was converted from.
+        model: The INT8 model.
+        deployed: The same in its fastest form, which is what is evaluated and timed.
+        predictions: On the images that it was measured on (int64, shape (N,)).
+    """
+
+    settings: Settings
+    observed: GraphModule
+    model: GraphModule
+    deployed: nn.Module
+    predictions: torch.Tensor
 
 
 class PerBatchSize(nn.Module):
@@ -59,7 +80,7 @@ def deploy(converted: GraphModule, engine: str) -> nn.Module:
     """Return the model in the form that is fastest in this process.
 
     Args:
-        converted: From :func:`quantization.conversion.convert` for ``engine``; left as it is.
+        converted: From :func:`quantization.int8.conversion.convert` for ``engine``; left as it is.
         engine: Its engine; onednn's is set in ``torch.backends.quantized``, and stays.
     """
     if engine in ONEDNN_ENGINES:
@@ -74,7 +95,7 @@ def flatten(converted: GraphModule, engine: str) -> GraphModule:
     also ask for ``torch.backends.quantized.engine`` when they run, so it is set, and stays.
 
     Args:
-        converted: From :func:`quantization.conversion.convert` for ``engine``; left as it is.
+        converted: From :func:`quantization.int8.conversion.convert` for ``engine``; left as it is.
         engine: Its engine.
     """
     graph = Graph()

@@ -1,0 +1,210 @@
+"""A network's weights coded layer by layer, on calibration images without labels.
+
+Every layer is coded on the inputs that the coded layers before it give, and towards the outputs
+that the dense network has there: of a block's second convolution, those after the shortcut is
+added. What the layers before lost, a layer makes up for as far as it can (as in GPTAQ, Li et al.,
+2025, arXiv:2504.02692): its weights become those of the ridge regression from the coded inputs to
+the dense outputs, and these are coded. The bias takes up the mean of what is left.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.command import cli
+from common.images.data import Cifar10, normalize
+from common.network.coded import CodedLayer
+from common.network.resnet import BLOCKS, ResNet18, prunable_layers
+from quantization.coding.levels import MAX_LEVEL, choose_levels
+
+BATCH_SIZE = 50
+POSITIONS = 8  # of each image's outputs, at random, that a layer is coded on
+RIDGE = 0.01  # of the mean variance of a layer's inputs
+REPAIR_RIDGE = 0.2  # the same for the regression, which would otherwise fit the images at hand
+FINE_LAYERS = ("conv1",)  # 0.02 % of the weights; coarser than 8 bits, the stem cost four points
+# A layer's error counts as a share of its outputs' variance. A bit may cost the price times this
+# power of the layer's size: many bits that bring the same error are worth more.
+SIZE_POWER, REFERENCE_SIZE = 0.5, 1e6
+SMALLEST_SPREAD = 1e-3  # after a layer of zeros alone, inputs do not vary but for rounding
+SMALLEST_STEP = 2.0**-14  # that FP16 holds in full
+STEP_PRICES = 60.0  # the square of a step, in prices of a bit
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What all images are after some layers: in the dense network, and in the coded one.
+
+    Attributes:
+        dense: Float16; half the memory, and exact enough to learn from.
+        coded: The same.
+    """
+
+    dense: torch.Tensor
+    coded: torch.Tensor
+
+    def relu(self) -> Signal:
+        """Apply ReLU, in place."""
+        return Signal(self.dense.relu_(), self.coded.relu_())
+
+
+@torch.inference_mode()
+def encode(
+    folded: ResNet18, calibration: Cifar10, price: float, seed: int = 0
+) -> dict[str, CodedLayer]:
+    """Code a network's weights; return its layers by name, in network order.
+
+    Args:
+        folded: FP32, in eval mode, on the CPU, its batch-norms folded; left as it is.
+        calibration: Images; each is used as it is and mirrored.
+        price: Of a bit, in millionths of the outputs' variance.
+        seed: Of the positions at which outputs are looked at.
+    """
+    images = torch.cat([calibration.images, calibration.images.flip(3)])
+    return _Encoder(folded, price, seed).encode(images)
+
+
+class _Encoder:
+    """Holds the two networks; the coded one's layers are replaced one by one."""
+
+    def __init__(self, dense: ResNet18, price: float, seed: int):
+        self._dense, self._coded, self._price = dense, copy.deepcopy(dense), price
+        self._generator = torch.Generator().manual_seed(seed)
+        self._layers: dict[str, CodedLayer] = {}
+
+    def encode(self, images: torch.Tensor) -> dict[str, CodedLayer]:
+        names = prunable_layers(self._dense)
+        self._progress = iter(cli.progress(names, "code"))
+        pixels = _in_batches(normalize, images)
+        signal = self._code("conv1", Signal(pixels, pixels)).relu()
+        for block in BLOCKS:
+            inner = self._code(f"{block}.conv1", signal).relu()
+            if f"{block}.shortcut.0" in names:
+                signal = self._code(f"{block}.shortcut.0", signal)
+            signal = self._code(f"{block}.conv2", inner, signal).relu()
+        pooled = (_in_batches(lambda x: x.mean((2, 3)), x) for x in (signal.dense, signal.coded))
+        self._code("linear", Signal(*pooled))
+        return {name: self._layers[name] for name in names}
+
+    def _code(self, name: str, inputs: Signal, added: Signal | None = None) -> Signal:
+        """Code a layer; return its outputs, ``added`` added."""
+        next(self._progress)
+        dense, coded = (net.get_submodule(name) for net in (self._dense, self._coded))
+        outputs = _apply(dense, inputs.dense, added and added.dense)
+        statistics = _Statistics(dense)
+        for rows, wanted in self._sample(dense, inputs.coded, outputs, added and added.coded):
+            statistics.add(rows, wanted)
+        layer = _code_layer(dense, statistics, self._price, name in FINE_LAYERS)
+        coded.weight.copy_(layer.dense())
+        coded.bias.copy_(layer.bias)
+        self._layers[name] = layer
+        return Signal(outputs, _apply(coded, inputs.coded, added and added.coded))
+
+    def _sample(
+        self,
+        layer: nn.Module,
+        inputs: torch.Tensor,
+        wanted: torch.Tensor,
+        given: torch.Tensor | None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield inputs (n, columns) and the outputs wanted of them (n, outputs), ``given`` off."""
+        for x, y, g in _batches(inputs, wanted, given):
+            if isinstance(layer, nn.Linear):
+                yield x, y
+                continue
+            height, width = y.shape[2:]
+            count = min(POSITIONS, height * width)
+            order = torch.rand(len(x), height * width, generator=self._generator).argsort(1)
+            image, place = torch.arange(len(x))[:, None], order[:, :count]
+            row, column = place // width, place % width
+            y = y[image, :, row, column]
+            if g is not None:
+                y = y - g[image, :, row, column]
+            (size, _), (stride, _) = layer.kernel_size, layer.stride
+            padded = F.pad(x, [layer.padding[0]] * 4)
+            windows = padded.unfold(2, size, stride).unfold(3, size, stride)
+            yield windows[image, :, row, column].flatten(2).flatten(0, 1), y.flatten(0, 1)
+
+
+class _Statistics:
+    """First and second moments of a layer's inputs and of what its outputs lack."""
+
+    def __init__(self, layer: nn.Module):
+        weight = layer.weight.flatten(1)
+        outputs, columns = weight.shape
+        self._weight, self._bias, self._count = weight, layer.bias, 0
+        self._sums = [torch.zeros(s) for s in (columns, outputs, outputs, outputs)]
+        self._inputs, self._cross = torch.zeros(columns, columns), torch.zeros(outputs, columns)
+
+    def add(self, rows: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Take in inputs (n, columns) and the outputs that are wanted of them (n, outputs)."""
+        lacking = wanted - torch.addmm(self._bias, rows, self._weight.T)
+        self._inputs.addmm_(rows.T, rows)
+        self._cross.addmm_(lacking.T, rows)
+        parts = (rows, lacking, wanted, wanted.square())
+        for total, part in zip(self._sums, parts, strict=True):
+            total += part.sum(0)
+        self._count += len(rows)
+
+    def finish(self) -> tuple[torch.Tensor, ...]:
+        """Return the inputs' covariance and mean, what lacks (covariance, mean), the variance."""
+        mean, lacking, wanted, square = (total / self._count for total in self._sums)
+        covariance = (self._inputs / self._count).sub_(torch.outer(mean, mean))
+        cross = self._cross / self._count - torch.outer(lacking, mean)
+        return covariance, mean, cross, lacking, float((square - wanted.square()).sum())
+
+
+def _code_layer(layer: nn.Module, statistics: _Statistics, price: float, fine: bool) -> CodedLayer:
+    """Code one layer of the dense network on statistics of it."""
+    covariance, mean, cross, lacking, variance = statistics.finish()
+    spread = float(covariance.diagonal().mean())
+    spread = max(spread, SMALLEST_SPREAD * (1 + float(mean.square().mean())))
+    weight = layer.weight.flatten(1)
+    covariance.diagonal().add_(REPAIR_RIDGE * spread)
+    wanted = weight + torch.cholesky_solve(cross.T, torch.linalg.cholesky(covariance)).T
+    covariance.diagonal().add_((RIDGE - REPAIR_RIDGE) * spread)
+    size = weight.numel()
+    bit = price * 1e-6 * variance * (size / REFERENCE_SIZE) ** (SIZE_POWER - 1)
+    finest = wanted.abs().amax(1).clamp(min=MAX_LEVEL * SMALLEST_STEP) / MAX_LEVEL
+    if fine:
+        bit, steps = 0.0, finest
+    else:
+        steps = torch.full_like(finest, max(math.sqrt(STEP_PRICES * bit / spread), finest.max()))
+    steps = steps.half().float()  # as the file keeps them
+    levels = choose_levels(wanted, covariance, steps, bit, layer.weight[0, 0].numel())
+    bias = layer.bias + lacking + (weight - levels * steps[:, None]) @ mean
+    return CodedLayer(levels.view_as(layer.weight), steps, bias.half().float())
+
+
+def _apply(layer: nn.Module, inputs: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+    """Return a layer's outputs on all images; where something is added, in its memory."""
+    if added is None:
+        return _in_batches(layer, inputs)
+    return _in_batches(lambda x, a: layer(x) + a, inputs, added, into=added)
+
+
+def _in_batches(
+    function: Callable[..., torch.Tensor], *signals: torch.Tensor, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return a function of all images (float16), computed in float32."""
+    start = 0
+    for batch in _batches(*signals):
+        result = function(*batch)
+        if into is None:
+            into = torch.empty(len(signals[0]), *result.shape[1:], dtype=torch.float16)
+        into[start : start + len(result)] = result
+        start += len(result)
+    return into
+
+
+def _batches(*signals: torch.Tensor | None) -> Iterator[list[torch.Tensor | None]]:
+    """Yield some images at a time, in float32; pixels as they are."""
+    for start in range(0, len(signals[0]), BATCH_SIZE):
+        parts = (s if s is None else s[start : start + BATCH_SIZE] for s in signals)
+        yield [p.float() if p is not None and p.dtype == torch.float16 else p for p in parts]

@@ -1,0 +1,188 @@
+"""The levels of one layer: each weight to the one that costs least in output error and in bits.
+
+Let E be what is lost of the weights (outputs, inputs) and H the second moment of the layer's
+inputs. The error of its outputs is tr(E H Eᵀ) = |E R|², where R is upper triangular and
+R Rᵀ = H: a sum over the columns, in which each depends on the columns before it alone. So columns
+are coded from first to last, each from the weights that make up for the errors so far, as in
+OPTQ (Frantar et al., 2022, arXiv:2210.17323); and each weight becomes the level with the least sum
+of squared error and λ times its bits, as in CERWU (Conzel et al., 2025, arXiv:2505.18758).
+
+How many bits a level takes is estimated from the levels of the pass before, by what
+:mod:`common.files.entropy` will look at: how many weights of its channels are not zero, and its
+neighbours in the kernel. Those not yet coded count as the pass before left them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.files.entropy import ADJACENT, APART
+
+MAX_LEVEL = 127
+BLOCK = 128  # columns between two updates of all that follow
+PASSES = 2
+FIRST_THRESHOLD = 0.6  # steps; what is smaller is zero in the first guess
+FITTED = 100_000  # weights that the bits are estimated on
+NEWTON_STEPS = 8
+LN2 = np.float32(np.log(2))
+
+
+def choose_levels(
+    weight: torch.Tensor, moment: torch.Tensor, steps: torch.Tensor, price: float, positions: int
+) -> torch.Tensor:
+    """Return the levels (int8) of a weight, of its shape.
+
+    Args:
+        weight: Float32, (outputs, columns); a column is an input channel and a position.
+        moment: Second moment of the inputs, positive definite, (columns, columns).
+        steps: What a level is worth, float32, (outputs,).
+        price: Squared error that a bit may cost.
+        positions: Of the kernel.
+    """
+    # Upper triangular: the Cholesky factor of H with its columns in reverse, turned back.
+    factor = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
+    scale = factor.diagonal().clone()
+    feedback = (factor / scale).numpy()
+    target = (weight / steps[:, None]).T.contiguous().numpy()
+    stiffness = torch.outer(scale, steps).square().numpy()
+    levels = np.rint(target).clip(-MAX_LEVEL, MAX_LEVEL) * (np.abs(target) > FIRST_THRESHOLD)
+    for _ in range(PASSES):
+        estimate = _Estimate(levels, positions)
+        _code_columns(estimate, target, feedback, stiffness, price)
+        levels = estimate.levels
+    return torch.from_numpy(levels.T.astype(np.int8))
+
+
+def _code_columns(
+    estimate: _Estimate,
+    target: np.ndarray,
+    feedback: np.ndarray,
+    stiffness: np.ndarray,
+    price: float,
+) -> None:
+    """Code all columns anew.
+
+    Args:
+        estimate: Holds the levels, which are replaced one column after another.
+        target: The weights in steps, (columns, outputs).
+        feedback: What an error in a column asks of those after it, (columns, columns).
+        stiffness: Squared error of a step, what follows making up for it, (columns, outputs).
+        price: Squared error that a bit may cost.
+    """
+    lost = np.zeros_like(target)
+    for start in range(0, len(target), BLOCK):
+        block = slice(start, min(start + BLOCK, len(target)))
+        aims = target[block] + feedback[:start, block].T @ lost[:start]
+        inner = np.ascontiguousarray(feedback[block, block].T)
+        for i, column in enumerate(range(block.start, block.stop)):
+            aim = aims[i] + inner[i, :i] @ lost[block][:i]
+            estimate.replace(column, _round(aim, stiffness[column], estimate.costs(column), price))
+            lost[column] = target[column] - estimate.levels[column]
+
+
+def _round(aim: np.ndarray, stiffness: np.ndarray, costs: Costs, price: float) -> np.ndarray:
+    """Return the cheapest of each weight's two nearest levels and zero."""
+    size = np.abs(aim)
+    low = np.minimum(size.astype(np.int64), MAX_LEVEL - 1)
+    left = size - low
+    low_cost = left * left * stiffness + price * costs.magnitudes[low]
+    high_cost = (1 - left) ** 2 * stiffness + price * costs.magnitudes[low + 1]
+    signs = np.where(aim < 0, costs.negative, costs.positive)
+    kept_cost = np.minimum(low_cost, high_cost) + price * (costs.nonzero + signs)
+    zero_cost = size * size * stiffness + price * costs.zero
+    best = np.where(high_cost < low_cost, low + 1, low) * (kept_cost < zero_cost)
+    return np.copysign(best, aim)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bits of the levels of one column, an entry an output.
+
+    Attributes:
+        zero: Of a zero.
+        nonzero: Of another level, but for its sign and magnitude.
+        negative: Of a negative sign.
+        positive: Of a positive sign.
+        magnitudes: Of each magnitude; of none for zero.
+    """
+
+    zero: np.ndarray
+    nonzero: np.ndarray
+    negative: np.ndarray
+    positive: np.ndarray
+    magnitudes: np.ndarray
+
+
+class _Estimate:
+    """Levels, and what each would cost given all others."""
+
+    def __init__(self, levels: np.ndarray, positions: int):
+        self.levels = levels.astype(np.float32)
+        self._positions = positions
+        self._near = _neighbours(positions)
+        self._signs, self._sizes = np.sign(self.levels), np.minimum(np.abs(self.levels), 2)
+        self._fit()
+
+    def _fit(self) -> None:
+        """Fit the odds of a weight's flags to the levels as they are."""
+        shape = (-1, self._positions, self.levels.shape[1])
+        kept = (self._signs != 0).reshape(shape)
+        rows, columns = (np.log2(kept.mean(axes) + 1e-3) for axes in ((0, 1), (1, 2)))
+        beside = _log_beside(self._near @ self._sizes.reshape(shape))
+        parts = (rows, columns[:, None, None], beside, np.ones(1))
+        every = slice(None, None, -(-kept.size // FITTED))
+        evidence = [np.broadcast_to(part, kept.shape).reshape(-1)[every] for part in parts]
+        weights = _logistic(np.stack(evidence, axis=1), kept.reshape(-1)[every])
+        self._row_odds = (weights[0] * rows + weights[3]).astype(np.float32)
+        self._column_odds = (weights[1] * columns).astype(np.float32)
+        self._beside = np.float32(weights[2])
+        lean = (self._near @ self._signs.reshape(shape))[kept][:FITTED, None]
+        self._lean = np.float32(_logistic(lean, self._signs.reshape(shape)[kept][:FITTED] > 0)[0])
+        magnitudes = np.abs(self.levels[self._signs != 0]).astype(np.int64)
+        counts = np.bincount(magnitudes, minlength=MAX_LEVEL + 1) + 0.5
+        counts[0] = counts.sum()  # of none
+        self._magnitudes = -np.log2(counts / counts[0]).astype(np.float32)
+
+    def costs(self, column: int) -> Costs:
+        """Return what levels in a column would cost."""
+        kernel, position = divmod(column, self._positions)
+        others = slice(kernel * self._positions, (kernel + 1) * self._positions)
+        near = self._near[position]
+        odds = self._row_odds + self._column_odds[kernel]
+        odds += self._beside * _log_beside(near @ self._sizes[others])
+        lean = self._lean * (near @ self._signs[others])
+        zero, negative = np.logaddexp(0, odds) / LN2, np.logaddexp(0, lean) / LN2
+        return Costs(zero, zero - odds / LN2, negative, negative - lean / LN2, self._magnitudes)
+
+    def replace(self, column: int, levels: np.ndarray) -> None:
+        """Replace the levels of a column."""
+        self.levels[column] = levels
+        self._signs[column] = np.sign(levels)
+        self._sizes[column] = np.minimum(np.abs(levels), 2)
+
+
+def _neighbours(positions: int) -> np.ndarray:
+    """Return how much each position of a kernel says of each other (float32)."""
+    side = 3 if positions == 9 else positions
+    y, x = np.divmod(np.arange(positions), side)
+    away = np.abs(y[:, None] - y) + np.abs(x[:, None] - x)
+    near = np.where((away == 1) & (positions == 9), ADJACENT, APART) * (away > 0)
+    return near.astype(np.float32)
+
+
+def _log_beside(weight: np.ndarray) -> np.ndarray:
+    """Return the logarithm of the neighbours' weight, as the coder takes it."""
+    return np.log2(2 * weight + 1)
+
+
+def _logistic(evidence: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+    """Return the weights of a logistic regression, by Newton's method."""
+    x, weights = evidence.astype(np.float64), np.zeros(evidence.shape[1])
+    for _ in range(NEWTON_STEPS):
+        p = 1 / (1 + np.exp(-np.clip(x @ weights, -20, 20)))
+        curvature = (x.T * (p * (1 - p))) @ x + np.eye(len(weights))
+        weights += np.linalg.solve(curvature, x.T @ (outcome - p) - weights)
+    return weights

@@ -1,0 +1,204 @@
+"""Coded networks as files, measured: one of a wanted size, or the curve of size and accuracy."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.command.cli import log
+from common.files import entropy
+from common.images.data import Cifar10
+from common.measure.evaluate import compare, measure_accuracy, predict
+from common.network.coded import CodedNetwork, save_coded
+from common.network.resnet import ResNet18, fold_batch_norm
+from common.report.results import format_table, megabytes, percent, points
+from quantization.coding.encoder import encode
+from quantization.coding.kernels import assemble
+from quantization.coding.training import train
+from quantization.files.artifact import load_int8
+from quantization.settings import Settings
+
+CODED_NAME = "resnet18_cifar10_coded.safetensors"
+# Where the search for a price begins: a network of BITS; twice the bits take a quarter of it.
+PRICE, BITS = 0.0235, 0.605
+TOLERANCE = 0.05  # of the bits asked for; what is further off is coded again
+CURVE_PRICES = (0.005, 0.01, 0.015, 0.025, 0.04, 0.07)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a study.
+
+    Attributes:
+        bits_per_weight: Of the file.
+        curve: Measure the curve.
+        images: To code on.
+        epochs: Of training between two codings; 0 for one coding without training.
+    """
+
+    bits_per_weight: float
+    curve: bool
+    images: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What networks are coded and measured with.
+
+    Attributes:
+        model: FP32, in eval mode.
+        images: Training images to code on; their labels are not used.
+        calibration: Training images that set the ranges of the activations.
+        test: Images to measure on.
+        fp32: FP32's predictions on these (int64, shape (N,)).
+        settings: Of the INT8 model.
+        batch_size: In images.
+        fp32_bytes: Of the FP32 checkpoint.
+        training: Images to train on between two codings; None for one coding without training.
+        epochs: Of that training.
+    """
+
+    model: ResNet18
+    images: Cifar10
+    calibration: Cifar10
+    test: Cifar10
+    fp32: torch.Tensor
+    settings: Settings
+    batch_size: int
+    fp32_bytes: int
+    training: Cifar10 | None = None
+    epochs: int = 0
+
+    def code(self, price: float) -> CodedNetwork:
+        """Code the network at a price of a bit, as :func:`encode` takes it."""
+        folded = fold_batch_norm(self.model)
+        layers = encode(folded, self.images, price)
+        if self.training is not None:
+            train(folded, layers, self.training, self.epochs)
+            layers = encode(folded, self.images, price)
+        return assemble(layers, self.calibration, self.settings, self.batch_size)
+
+    def code_to(self, bits_per_weight: float) -> CodedNetwork:
+        """Code the network so that a weight takes about so many bits; at most twice."""
+        price = PRICE * (BITS / bits_per_weight) ** 2
+        network = self.code(price)
+        excess = bits_of(network) / bits_per_weight
+        if abs(excess - 1) > TOLERANCE:
+            network = self.code(price * excess**2)
+        return network
+
+    def measure(self, network: CodedNetwork, path: Path) -> dict:
+        """Write a network, read it back, and evaluate that; return results.json's entry."""
+        file_bytes = save_coded(network, path)
+        correct = predict(load_int8(path), self.test, self.batch_size, "evaluate coded")
+        labels = self.test.labels
+        weights = sum(layer.weight.numel() for layer in network.layers.values())
+        return {
+            "file_bytes": file_bytes,
+            "size_ratio": self.fp32_bytes / file_bytes,
+            "bits_per_weight": 8 * file_bytes / weights,
+            "accuracy": measure_accuracy(correct == labels).as_dict(),
+            "comparison": compare(self.fp32 == labels, correct == labels).as_dict(),
+        }
+
+
+def study_coding(bench: Bench, wanted: Wanted, path: Path) -> dict:
+    """Return results.json's ``coding``: a file of the wanted size, and the curve if asked for."""
+    network = bench.code_to(wanted.bits_per_weight)
+    point = bench.measure(network, path)
+    log.info("%s: %.1f times smaller than FP32", path.name, point["size_ratio"])
+    return {
+        "images": len(bench.images),
+        "epochs": bench.epochs,
+        "file": path.name,
+        **point,
+        "levels_bytes": compare_coders(network),
+        "curve": _trace_curve(bench) if wanted.curve else [],
+    }
+
+
+def _trace_curve(bench: Bench) -> list[dict]:
+    """Measure the network at six prices of a bit; no file is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, CODED_NAME)
+        return [bench.measure(bench.code(price), path) | {"price": price} for price in CURVE_PRICES]
+
+
+def bits_of(network: CodedNetwork) -> float:
+    """Return the bits that the coded levels take a weight."""
+    layers = [layer.matrix() for layer in network.layers.values()]
+    return 8 * len(entropy.encode(layers)) / sum(levels.size for levels in layers)
+
+
+def compare_coders(network: CodedNetwork) -> dict[str, int]:
+    """Return how many bytes the same levels take in other ways.
+
+    The entropy is of each layer's levels, their order aside: what no coder without contexts beats.
+    """
+    layers = [layer.matrix() for layer in network.layers.values()]
+    flat = np.concatenate([levels.reshape(-1) for levels in layers])
+    kept = flat != 0
+    return {
+        "coded": len(entropy.encode(layers)),
+        "entropy": round(sum(map(_entropy_bytes, layers))),
+        "mask-lzma": len(lzma.compress(np.packbits(kept).tobytes()))
+        + len(lzma.compress(flat[kept].tobytes())),
+        "lzma": len(lzma.compress(flat.tobytes())),
+        "gzip": len(gzip.compress(flat.tobytes())),
+    }
+
+
+def _entropy_bytes(levels: np.ndarray) -> float:
+    shares = np.unique(levels, return_counts=True)[1] / levels.size
+    return -levels.size * float(shares @ np.log2(shares)) / 8
+
+
+def format_coding(coding: dict) -> str:
+    """Lay out results.json's ``coding``."""
+    curve = "\n" + _format_curve(coding["curve"]) if coding["curve"] else ""
+    return _format_point(coding) + curve
+
+
+def _format_point(point: dict) -> str:
+    coded = point["levels_bytes"]["coded"]
+    others = ", ".join(
+        f"{name} {size / coded:.2f}×"
+        for name, size in point["levels_bytes"].items()
+        if name != "coded"
+    )
+    low, high = (points(-limit) for limit in reversed(point["comparison"]["ci95"]))
+    drop = points(-point["comparison"]["drop"])
+    return (
+        f"the smallest file: {point['file']}\n"
+        f"  size      {megabytes(point['file_bytes'])}, {point['size_ratio']:.1f}× smaller than "
+        f"FP32; {point['bits_per_weight']:.2f} bits a weight\n"
+        f"  accuracy  {percent(point['accuracy']['value'])}, {drop} points, 95 % interval "
+        f"{low} to {high}\n"
+        f"  its levels otherwise: {others}\n"
+    )
+
+
+def _format_curve(curve: Sequence[dict]) -> str:
+    header = ["coded", "size", "smaller", "accuracy", "points", "95 % interval"]
+    rows = []
+    for point in curve:
+        low, high = (points(-limit) for limit in reversed(point["comparison"]["ci95"]))
+        rows.append(
+            [
+                f"{point['bits_per_weight']:.2f} bits",
+                megabytes(point["file_bytes"]),
+                f"{point['size_ratio']:.1f}×",
+                percent(point["accuracy"]["value"]),
+                points(-point["comparison"]["drop"]),
+                f"{low} to {high}",
+            ]
+        )
+    return format_table(header, rows) + "\n"

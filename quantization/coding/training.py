@@ -1,0 +1,43 @@
+"""Training between two codings: what the first made zero stays zero, the others learn.
+
+The network learns to answer as the dense one does; then it is coded again. Its zeros cost little,
+and its other weights know that the zeros are there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from common.images.data import Cifar10
+from common.network.coded import CodedLayer
+from common.network.resnet import ResNet18
+from training.loop.distillation import RECIPE, distill
+
+LEARNING_RATE = 0.002  # without batch-norms, which are folded, a network bears less
+
+
+def train(
+    folded: ResNet18, layers: Mapping[str, CodedLayer], images: Cifar10, epochs: int, seed: int = 0
+) -> None:
+    """Train a folded network (changed in place) from its coded weights towards its dense answers.
+
+    Raises:
+        UserError: The loss is no longer finite.
+    """
+    teacher = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+    for name, layer in layers.items():
+        module = folded.get_submodule(name)
+        module.weight.data, module.bias.data = layer.dense(), layer.bias.clone()
+
+    @torch.no_grad()
+    def hold_zeros(model: nn.Module) -> None:
+        for name, layer in layers.items():
+            model.get_submodule(name).weight.masked_fill_(layer.weight == 0, 0)
+
+    recipe = dataclasses.replace(RECIPE, learning_rate=LEARNING_RATE)
+    distill(folded, teacher, images, epochs, seed, recipe, after_step=hold_zeros)

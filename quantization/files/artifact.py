@@ -1,0 +1,256 @@
+"""The INT8 model as files: written atomically, and checked in every part when loaded.
+
+    from quantization.files.artifact import load_int8
+    model = load_int8("resnet18_cifar10_int8.pth")
+    logits = model(normalize(images))  # common.images.data.normalize: uint8 -> float32
+
+A quantized model cannot be pickled whole, and should not be: the file holds tensors only, how they
+were made, and a checksum. Loading builds the same structure again and fills it, and runs no code
+that the file brings. Beside it lies, where TorchScript is supported, the same model frozen, which
+needs nothing of this project. That one is a program: load it only from where you would run one.
+
+    torch.backends.quantized.engine = "fbgemm"  # the engine that it was made for
+    model = torch.jit.load("resnet18_cifar10_int8.torchscript.pt")
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from common.command.cli import UserError, log
+from common.files.output import replace_file
+from common.files.untrusted import read_sealed, write_sealed
+from common.images.data import Cifar10, normalize
+from common.network import coded
+from common.network.coded import CodedNetwork
+from common.network.resnet import Widths
+from quantization.coding import kernels
+from quantization.coding.reference import ReferenceNetwork
+from quantization.int8 import conversion, deploy, engines
+from quantization.settings import ENGINES, Settings, parse_settings
+
+FORMAT = "resnet18-cifar10-int8"
+FROZEN_SUFFIX = ".torchscript.pt"
+ENGINE_ENTRY = "engine"  # of the TorchScript archive
+RELOAD_IMAGES = 64  # their logits are compared bit by bit after reloading
+
+
+def file_name(engine: str) -> str:
+    """Return the file name of an engine's INT8 model; fbgemm's is the plain one."""
+    stem = "resnet18_cifar10_int8"
+    return f"{stem}.pth" if engine == "fbgemm" else f"{stem}_{engine}.pth"
+
+
+def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
+    """Write an INT8 model whole or not at all; return its size in bytes.
+
+    Args:
+        model: From :func:`quantization.int8.conversion.convert`.
+        settings: How it was made.
+        path: Of the file.
+    """
+    content = {
+        "settings": asdict(settings),
+        "torch": str(torch.__version__),
+        "state_dict": model.state_dict(),
+    }
+    write_sealed(content, FORMAT, path)
+    return path.stat().st_size
+
+
+def load_int8(path: str | Path) -> nn.Module:
+    """Load an INT8 model, plain or coded, that maps images to logits on the CPU.
+
+    Images are normalised, (N, 3, 32, 32); logits (N, 10).
+
+    Warns when the CPU at hand lacks what the model was made for. For the onednn engine,
+    ``torch.backends.quantized.engine`` is set, as its fused kernels demand.
+
+    Raises:
+        UserError: No such file, damaged, of another format, or for an engine that is not here.
+    """
+    path = Path(path)
+    if path.suffix == coded.SUFFIX:
+        network = coded.load_coded(path)
+        here = engines.candidate_engines()
+        if not here:
+            return ReferenceNetwork(network)
+        supported = torch.backends.quantized.supported_engines
+        if network.settings.get("engine") in {*ENGINES} - {*supported}:  # made on another machine
+            network = replace(network, settings={**network.settings, "engine": here[0]})
+        model, settings = _to_int8(path, network)
+    else:
+        model, settings = _load_plain(path)
+    if engines.saturates(settings.engine) and not settings.reduce_range:
+        log.warning(
+            "%s uses 8-bit activations; this CPU has no VNNI, where sums saturate and accuracy is "
+            "lost: quantize it again here",
+            path,
+        )
+    return deploy.deploy(model, settings.engine)
+
+
+def _to_int8(path: Path, network: CodedNetwork) -> tuple[GraphModule, Settings]:
+    try:
+        return kernels.to_int8(network)
+    except UserError:  # no such engine here
+        raise
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{path}: damaged or no INT8 model ({reason})") from None
+
+
+def _load_plain(path: Path) -> tuple[GraphModule, Settings]:
+    content = read_sealed(path, FORMAT)
+    try:
+        settings, state = parse_settings(content.get("settings")), content.get("state_dict")
+        if not isinstance(state, dict):
+            raise ValueError("no state dict")
+        # A convolution kept in FP32 is fused with the ReLU after it, and is the first of the two.
+        weights = {name.replace("conv1.0.", "conv1."): value for name, value in state.items()}
+        model = conversion.build_skeleton(settings, Widths.of(weights))
+        template = model.state_dict()  # carries the versions that torch's modules ask for
+        _check_state(state, template)
+        with engines.quiet_torch(settings.engine):
+            template.update(item for item in state.items() if not isinstance(item[1], torch.dtype))
+            model.load_state_dict(template)
+    except UserError:  # no such engine here
+        raise
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{path}: damaged or no INT8 model ({reason})") from None
+    return model, settings
+
+
+def _check_state(state: Mapping[str, object], template: Mapping[str, object]) -> None:
+    """Check all that the kernels take on trust.
+
+    Raises:
+        ValueError: A tensor is missing, of another shape or type, or holds what no model has.
+    """
+    tensors, expected = dict(_named_tensors(state)), dict(_named_tensors(template))
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"{min(tensors.keys() ^ expected.keys())} is missing or unexpected")
+    for name, like in expected.items():
+        tensor = tensors[name]
+        if (tensor.shape, tensor.dtype, tensor.layout) != (like.shape, like.dtype, like.layout):
+            raise ValueError(f"{name} has another shape or type")
+        values = tensor
+        if tensor.is_quantized:
+            if tensor.qscheme() != like.qscheme() or tensor.q_per_channel_zero_points().any():
+                raise ValueError(f"{name} is not quantized symmetrically by channel")
+            values = tensor.q_per_channel_scales()
+            if (tensor.q_per_channel_axis(), len(values)) != (0, len(tensor)):
+                raise ValueError(f"{name} has no scale for each channel")
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+        if (tensor.is_quantized or "scale" in name) and not (values > 0).all():
+            raise ValueError(f"a scale of {name} is not positive")
+        if "zero_point" in name and not ((tensor >= 0) & (tensor <= 255)).all():
+            raise ValueError(f"{name} is outside of 0 to 255")
+
+
+def _named_tensors(state: Mapping[str, object]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of a state dict; the linear layer's weight and bias lie in a tuple."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            yield str(name), value
+        elif isinstance(value, tuple):
+            yield from ((f"{name}.{i}", t) for i, t in enumerate(value) if torch.is_tensor(t))
+
+
+def save_frozen(model: GraphModule, engine: str, path: Path) -> int:
+    """Write an INT8 model as frozen TorchScript, whole or not at all; return its size in bytes.
+
+    Args:
+        model: From :func:`quantization.int8.conversion.convert`.
+        engine: Its engine, kept in the file.
+        path: Of the file.
+    """
+    frozen, entries = deploy.freeze(deploy.flatten(model, engine)), {ENGINE_ENTRY: engine}
+    with engines.quiet_torch(engine):
+        replace_file(path, lambda file: torch.jit.save(frozen, file, _extra_files=entries))
+    return path.stat().st_size
+
+
+def load_frozen(path: str | Path) -> torch.jit.ScriptModule:
+    """Load what :func:`save_frozen` wrote, for the engine that it names, which is set and stays.
+
+    torch packs the weights anew for the engine that is set, and would do so for another without
+    a word.
+
+    TorchScript is a program, and loading it runs it: unlike :func:`load_int8`, this is for files
+    from where you would run a program from.
+
+    Raises:
+        UserError: No such file, damaged, or without its engine.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (entry,) = (n for n in archive.namelist() if n.endswith(f"/extra/{ENGINE_ENTRY}"))
+            engine = archive.read(entry).decode()
+        engines.require_engine(engine)
+        torch.backends.quantized.engine = engine
+        with engines.quiet_torch():
+            # Loading warns once from C++, past Python's filters; after this it no longer does.
+            torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+            return torch.jit.load(path, map_location="cpu")
+    except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{path}: damaged or no frozen INT8 model ({reason})") from None
+
+
+def verify_reloaded(deployed: Mapping[Path, nn.Module], test: Cifar10) -> None:
+    """Load saved INT8 models in a fresh process and demand the logits of those in memory.
+
+    Proves that the files alone are enough: nothing of this process's state is there.
+
+    Args:
+        deployed: By its file's path each model that was saved, as it is run; the files in any form
+            that can be loaded.
+        test: Some of these images are run through all.
+
+    Raises:
+        UserError: A reloaded model computes something else.
+    """
+    images = normalize(test.images[:RELOAD_IMAGES])
+    arguments = ([*deployed], images.numpy(), torch.get_num_threads())
+    for path, rows in zip(deployed, run_in_fresh_process(*arguments), strict=True):
+        with torch.inference_mode():
+            expected = deployed[path](images)
+        reloaded = torch.from_numpy(rows)
+        if not torch.equal(expected, reloaded):
+            worst = float((expected - reloaded).abs().max())
+            raise UserError(f"{path.name}: reloaded logits differ by up to {worst:.3g}; not kept")
+        log.info("%s: reloaded in a fresh process, logits bit-equal", path.name)
+
+
+def run_in_fresh_process(
+    paths: Sequence[Path], images: np.ndarray, threads: int
+) -> list[np.ndarray]:
+    """Return the logits (float32, (N, 10)) of saved models, loaded in a new Python process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        return executor.submit(_run_saved, paths, images, threads).result()
+
+
+def _run_saved(paths: Sequence[Path], images: np.ndarray, threads: int) -> list[np.ndarray]:
+    torch.set_num_threads(threads)
+    logits = []
+    for path in paths:
+        model = (load_frozen if path.name.endswith(FROZEN_SUFFIX) else load_int8)(path)
+        with torch.inference_mode():
+            logits.append(model(torch.from_numpy(images)).numpy())
+    return logits
