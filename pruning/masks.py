@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch.nn.utils import prune
 
-from common.model import ResNet18, prunable_layers
+from common.network.resnet import ResNet18, prunable_layers
 
 
 def pruned_count(weights: int, amount: float) -> int:
@@ -41,17 +42,6 @@ def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
     return kept
 
 
-def prune_weight(weight: torch.Tensor, amount: float) -> torch.Tensor:
-    """Return a copy of ``weight`` with a fraction ``amount`` of it zero, smallest first."""
-    kept = l1_mask(weight, pruned_count(weight.numel(), amount))
-    return weight.detach().masked_fill(~kept, 0)
-
-
-def sparsity(weight: torch.Tensor) -> float:
-    """Return the fraction of zeros."""
-    return (weight.numel() - int(weight.count_nonzero())) / weight.numel()
-
-
 @torch.no_grad()
 def prune_model(model: ResNet18, kept: Mapping[str, torch.Tensor]) -> None:
     """Zero the weights of ``model`` (changed in place) that are not in ``kept``.
@@ -63,3 +53,10 @@ def prune_model(model: ResNet18, kept: Mapping[str, torch.Tensor]) -> None:
     layers = prunable_layers(model)
     for name, mask in kept.items():
         layers[name].weight.masked_fill_(~mask, 0)
+
+
+def copy_without(model: ResNet18, kept: Mapping[str, torch.Tensor]) -> ResNet18:
+    """Return a copy, on the CPU, of which the weights that are not in ``kept`` are zero."""
+    pruned = copy.deepcopy(model).cpu()
+    prune_model(pruned, kept)
+    return pruned

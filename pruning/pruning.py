@@ -3,11 +3,12 @@
     python pruning.py                           # bundled weights or your resnet18_cifar10.pth
     python pruning.py --weights my.pth --data-dir ~/cifar10 --amounts 0.5,0.7,0.9
     python pruning.py --scope all --recalibrate-bn     # how far can the whole network go?
+    python pruning.py --scope channels                 # how fast can it get?
 
 Describes the structure; prunes each layer alone (L1, unstructured) and measures what that costs on
 the same images; searches how far the linear layer can go within a tolerance, and proves the answer
 against every possible amount; with --scope, how far all layers together. Writes the pruned model,
-plain and packed, results.json and plots.
+results.json and plots.
 
 The scan goes through the images once, for all layers and amounts together. Its unit of progress is
 sixteen batches of images: killed at any moment, ``--resume`` repeats at most that much.
@@ -21,14 +22,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import arguments, cli
-from common.argument_types import fraction, image_count, list_of, name, one_of, positive_int
+from common.command import arguments, cli
+from common.command.argument_types import fraction, image_count, list_of, name, one_of, positive_int
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
 JOURNAL_NAME = "scan.journal"
 # Images in a batch. On a CPU small ones, which keep the activations of all branches in the cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
-# The choices of pruning.allocation, which imports torch, and --help must not.
+# The choices of pruning.together.allocation, which imports torch, and --help must not.
 ALLOCATIONS = ("uniform", "global", "sensitivity")
 NEEDED_FLAGS = {
     "--allocation": "--scope",
@@ -65,8 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="layers to prune, by name or pattern (layer4.*); all by default",
     )  # fmt: skip
     scanning.add_argument(
-        "--precision", choices=("auto", "fp32"), default="auto",
-        help="auto: on a CPU with bf16, branches run in bf16 and close cases again in FP32",
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="bf16: on a CPU, branches run in it and close cases again in FP32; auto: where it is "
+        "faster",
     )  # fmt: skip
     scanning.add_argument(
         "--resume", action="store_true",
@@ -91,9 +93,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--scope", choices=("linear", "conv", "all"),
+        "--scope", choices=("linear", "conv", "all", "channels"),
         help="search how far these layers can be pruned together, within --tolerance; the saved "
-        "model is then the sparsest one found",
+        "model is then the sparsest one found; channels: how many multiply-adds can go by removing "
+        "whole channels, which makes the network faster",
+    )  # fmt: skip
+    group.add_argument(
+        "--remove-macs", type=fraction, metavar="F",
+        help="with --scope channels: do not search, remove this fraction of the multiply-adds",
     )  # fmt: skip
     group.add_argument(
         "--allocation", type=list_of(one_of(*ALLOCATIONS)), metavar="NAME,...",
@@ -115,59 +122,98 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; a flag that its scope has no use for is wrong usage."""
+    parser = build_parser()
+    args = arguments.parse_arguments(parser, argv, NEEDED_FLAGS)
+    channels = args.scope == "channels"
+    if args.remove_macs is not None and not channels:
+        parser.error("argument --remove-macs: does nothing without --scope channels")
+    if channels and args.allocation != list(ALLOCATIONS):
+        parser.error("argument --allocation: does nothing with --scope channels")
+    if channels and args.recalibrate_bn:
+        parser.error("argument --recalibrate-bn: does nothing with --scope channels")
+    return args
+
+
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Load, scan, search, write, confirm, report."""
-    args = arguments.parse_arguments(build_parser(), argv, NEEDED_FLAGS)
+    args = read_arguments(argv)
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
-    from common import cascade, device, report
     from common.inputs import load_inputs
+    from common.machine import device
+    from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
-    from pruning import chapters, experiment, model_search, savings, story, tables
+    from pruning import steps
+    from pruning.alone.brute_force import verify
+    from pruning.alone.scan import Scan, choose_layers, run_scan
+    from pruning.channels.search import CALIBRATION_IMAGES, ChannelSearch
+    from pruning.files.saved import LINEAR_NAME, PRUNED_NAME, SLIM_NAME
+    from pruning.report import plots, tables
+    from pruning.report.results import describe_scan, describe_verification
+    from pruning.together.held_out import require_enough_images
+    from pruning.together.search import ModelSearch
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
     amounts = args.amounts or [args.amount]
     batch_size = args.batch_size or (CPU_BATCH_SIZE if place.type == "cpu" else GPU_BATCH_SIZE)
-    fast = args.precision == "auto" and place.type == "cpu" and cascade.has_bf16()
     journal_path = args.output_dir / JOURNAL_NAME
     with start_run(place, args.output_dir, args.overwrite, (JOURNAL_NAME,)) as (crew, folder):
         inputs = load_inputs(
             **arguments.input_choices(args), script_dir=Path(__file__).parent, workers=crew
         ).to(crew.device)
-        model, test = inputs.model, inputs.test
-        layers = experiment.choose_layers(model, args.layers)
-        training = chapters.Training.read(
+        fast = args.precision == "bf16" or (args.precision == "auto" and device.bf16_pays())
+        fast = crew.broadcast(fast and place.type == "cpu")  # a measured answer: the first's counts
+        layers = choose_layers(inputs.model, args.layers)
+        if args.scope:
+            require_enough_images(len(inputs.test), args.tolerance)
+        training = steps.Training.read(
             inputs, args.recalibrate_bn, args.finetune_epochs, args.finetune_images
         )
-        scanned, scan_seconds = experiment.run_scan(
-            model, test, layers, amounts, journal_path, args.resume, batch_size, fast, crew
-        )
-        verification = None
-        if args.verify:
-            verification = experiment.verify(scanned, model, test, scan_seconds, crew)
-        if not crew.is_first:
-            savings.predict_together(None, test, batch_size, crew)  # what the first will confirm
+        model_name = SLIM_NAME if args.scope == "channels" else PRUNED_NAME
+        calibration = inputs.load_training(CALIBRATION_IMAGES) if model_name == SLIM_NAME else None
+        scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, crew)
+        scanned, scan_seconds = run_scan(scan, journal_path, args.resume, args.overwrite)
+        verification = verify(scan, scanned, scan_seconds) if args.verify else None
+        if not crew.is_first:  # the rest is short, or cannot be shared
             return cli.EXIT_DONE
 
-        results = report.common_results(
-            "pruning", args, crew, inputs.describe_images(), inputs.weights
+        results = common_results("pruning", args, crew, inputs.describe_images(), inputs.weights)
+        results |= describe_scan(scanned, inputs.model, amounts)
+        if verification is not None:
+            results["verification"] = describe_verification(verification)
+        linear_name = LINEAR_NAME if args.scope else PRUNED_NAME
+        results |= steps.prune_linear(
+            scan, scanned, args.tolerance, args.seed, args.holdout, folder.file(linear_name)
         )
-        account = chapters.Account(results, folder, inputs, scanned)
-        chapters.add_scan(account, amounts, verification)
-        chapters.add_linear_search(
-            account, args.tolerance, args.seed if args.holdout else None, batch_size, crew
-        )
-        if args.scope:
-            searched = model_search.ModelSearch.prepare(
-                model, args.scope, test, scanned.dense_correct, args.tolerance, args.seed, fast
+        if args.scope == "channels":
+            slimming = ChannelSearch.prepare(
+                scan, scanned.dense_correct, args.tolerance, args.seed,
+                calibration.images.to(crew.device), args.remove_macs,
+            )  # fmt: skip
+            results |= steps.remove_channels(
+                scan, slimming, training, calibration, folder.file(model_name)
             )
-            chapters.add_model_search(account, searched, args.allocation, training)
-        chapters.add_files(account)
-        finish_run(results, folder, started, story.tell if args.report else None)
+        elif args.scope:
+            search = ModelSearch.prepare(
+                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed,
+                training.recalibration,
+            )  # fmt: skip
+            results |= steps.prune_together(
+                scan, search, args.allocation, training, folder.file(model_name)
+            )
+        results["artifacts"] = {
+            "model": model_name,
+            **({"linear_model": linear_name} if args.scope else {}),
+            "csv": tables.write_csv_files(results, folder.file),
+            "plots": plots.draw_all(results, folder.file),
+        }
+        finish_run(results, folder, started, args.report)
         journal_path.unlink(missing_ok=True)
     print_results(results, tables.format_results(results, args.output_dir), args.json)
     return cli.EXIT_DONE

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from common.model import ResNet18, prunable_layers
+from common.network.resnet import ResNet18, prunable_layers
 from pruning.masks import l1_mask, pruned_count
 
 ALLOCATIONS = ("uniform", "global", "sensitivity")
@@ -131,5 +131,7 @@ def sensitivity_masks(
 ) -> Masks:
     """Prune of each layer as much as costs least, by the layers' damage curves."""
     total = sum(weight.numel() for weight in weights.values())
-    counts = greedy_counts(curves, pruned_count(total, sparsity))
+    ends = sum(int(curve.counts[-1]) for curve in curves.values())
+    # Layers end on whole weights each, which may add up to a few less than their total's share.
+    counts = greedy_counts(curves, min(pruned_count(total, sparsity), ends))
     return {name: l1_mask(weight, counts[name]) for name, weight in weights.items()}

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from common import cli
-from common.branching import ALL_ROWS, FoldedNetwork, branch_logits, trace_dense
-from common.data import normalize
-from common.model import ResNet18, prunable_layers
-from pruning.allocation import DamageCurve
+from common.command import cli
+from common.images.data import normalize
+from common.network.branching import ALL_ROWS, FoldedNetwork, branch_logits, trace_dense
+from common.network.resnet import ResNet18, prunable_layers
+from pruning.alone.walk import Variants
 from pruning.masks import pruned_count
-from pruning.scan import Variants
+from pruning.together.allocation import DamageCurve
 
 # From all of a layer's weights to one in 64, each step half of the one before.
 AMOUNTS = (0.0, *(1 - 0.5**halvings for halvings in range(1, 7)))

@@ -1,21 +1,17 @@
-"""How far the whole network can be pruned: the largest sparsity within the tolerance, and a curve.
-
-One half of the test images chooses, the other confirms; the two have no image in common. Where an
-amount is chosen because its loss is just within the tolerance, new images find it outside as often
-as not, so a choice must leave one standard error to spare.
-"""
+"""How far many layers can be pruned together: the largest sparsity within the tolerance."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from common.data import Cifar10
-from common.model import ResNet18
-from pruning.allocation import (
+from common.network.cascade import Classifier, Recomputation
+from common.network.resnet import ResNet18
+from pruning.alone.scan import Scan
+from pruning.masks import copy_without
+from pruning.together.allocation import (
     RANDOM,
     DamageCurve,
     Masks,
@@ -25,31 +21,20 @@ from pruning.allocation import (
     uniform_masks,
     weights_in_scope,
 )
-from pruning.classify import Classifier
-from pruning.damage import measure_damage
-from pruning.masks import prune_model
-from pruning.recalibration import recalibrate_batch_norm
+from pruning.together.damage import measure_damage
+from pruning.together.held_out import SPARE_ERRORS, Half, clearance, split_test
+from pruning.together.recalibration import recalibrate_batch_norm
 
 COMPRESSIONS = (2, 4, 8, 16, 32)
 # Sparsities are searched in steps of 1/256, up to one weight kept in 64.
 LEVELS, LARGEST_LEVEL = 256, 252
+COARSE_LEVELS = tuple(LEVELS - LEVELS // times for times in reversed(COMPRESSIONS))
 DAMAGE_IMAGES = 500
 # A step of the search looks at this many images at a time, and stops where its outcome is clear.
 CHUNK_IMAGES = 250
+# Allocations that are only there to compare with: random pruning, and channels by norm alone.
+CONTROLS = (RANDOM, "norm")
 CLEAR_ERRORS = 4.0
-SPARE_ERRORS = 1.0
-
-
-@dataclass(frozen=True)
-class Half:
-    """Some of the test images, and which of them the dense network gets right (bool, CPU)."""
-
-    images: Cifar10
-    dense_correct: torch.Tensor
-
-    def first(self, most: int | None) -> Half:
-        """Return at most the first ``most`` of them; None for all."""
-        return Half(self.images.rows(slice(most)), self.dense_correct[:most])
 
 
 @dataclass(frozen=True)
@@ -70,41 +55,23 @@ class Step:
     kept: bool
 
 
-def split_test(test: Cifar10, dense_correct: torch.Tensor, seed: int) -> tuple[Half, Half]:
-    """Return the half to choose on and the half to confirm on, each in random order.
-
-    Sorted by class as images may be, the first ones would not speak for the rest.
-    """
-    positions = Cifar10(torch.arange(len(test)), test.labels.cpu()).split_halves(seed)
-    generator = torch.Generator().manual_seed(seed)
-    halves = []
-    for half in positions:
-        rows = half.images[torch.randperm(len(half), generator=generator)]
-        halves.append(Half(Cifar10(test.images[rows], test.labels[rows]), dense_correct[rows]))
-    return tuple(halves)
-
-
-def clearance(dense_correct: torch.Tensor, correct: torch.Tensor, tolerance: float) -> float:
-    """Return how far the loss is below the tolerance, in standard errors of the paired loss."""
-    total = len(correct)
-    lost = int((dense_correct & ~correct).sum())
-    gained = int((correct & ~dense_correct).sum())
-    variance = max(1.0, lost + gained - (lost - gained) ** 2 / total)
-    return (tolerance * total - (lost - gained)) / variance**0.5
-
-
-def largest_level(is_kept: Callable[[int], bool]) -> int:
-    """Find the largest level that is kept: down the compressions, then bisecting.
+def largest_level(
+    is_kept: Callable[[int], bool],
+    coarse: Iterable[int] = COARSE_LEVELS,
+    highest: int = LARGEST_LEVEL,
+) -> int:
+    """Find the largest level that is kept: down the ``coarse`` ones, then bisecting.
 
     From above, since a rejection costs few images, and because accuracy need not fall steadily: a
     bisection from the middle can be sent the wrong way by one unlucky step.
 
     Args:
         is_kept: Whether a level is; 0, nothing pruned, is taken to be.
+        coarse: Levels from largest to least.
+        highest: The largest there is.
     """
-    high = LARGEST_LEVEL
-    for times in reversed(COMPRESSIONS):
-        low = LEVELS - LEVELS // times
+    high = highest
+    for low in coarse:
         if is_kept(low):
             break
         high = low - 1
@@ -129,6 +96,7 @@ class ModelSearch:
         seed: Of random pruning.
         fast: Classify in bf16 first.
         training: uint8 training images for batch-norm statistics; None: none are re-estimated.
+        record: Of bf16, over all that was classified.
     """
 
     model: ResNet18
@@ -139,6 +107,7 @@ class ModelSearch:
     seed: int
     fast: bool
     training: torch.Tensor | None = None
+    record: Recomputation = field(default_factory=Recomputation)
     _found: dict[Method, tuple[float, list[Step]]] = field(default_factory=dict)
     _damage: dict[bool, dict[str, DamageCurve]] = field(default_factory=dict)
 
@@ -147,12 +116,29 @@ class ModelSearch:
 
     @classmethod
     def prepare(
-        cls, model: ResNet18, scope: str, test: Cifar10, dense_correct: torch.Tensor,
-        tolerance: float, seed: int, fast: bool,
+        cls, scan: Scan, dense_correct: torch.Tensor, scope: str, tolerance: float, seed: int,
+        training: torch.Tensor | None = None,
     ) -> ModelSearch:  # fmt: skip
-        """Split the test images; ``dense_correct`` says which of them ``model`` gets right."""
-        chosen, held_out = split_test(test, dense_correct, seed)
-        return cls(model, scope, chosen, held_out, tolerance, seed, fast)
+        """Split the scan's images; ``dense_correct`` says which of them its model gets right."""
+        chosen, held_out = split_test(scan.images, dense_correct, seed)
+        return cls(scan.model, scope, chosen, held_out, tolerance, seed, scan.fast, training)
+
+    @property
+    def unit(self) -> str:
+        """What sparsity counts, in words."""
+        return "weights"
+
+    @property
+    def curve(self) -> list[float]:
+        """The sparsities to measure every method at."""
+        return [1 - 1 / times for times in COMPRESSIONS]
+
+    def methods(self, allocations: Sequence[str]) -> list[Method]:
+        """Return what to search with: allocations, with batch norms re-estimated too; a control."""
+        found = [Method(allocation, False) for allocation in allocations]
+        if self.training is not None:
+            found += [Method(allocation, True) for allocation in allocations]
+        return [*found, Method(RANDOM, False)]
 
     def masks(self, method: Method, sparsity: float) -> Masks:
         """Return what ``method`` keeps at a sparsity."""
@@ -166,10 +152,8 @@ class ModelSearch:
 
     def prune(self, method: Method, sparsity: float) -> ResNet18:
         """Return a pruned copy, its batch norms re-estimated where the method says so."""
-        pruned = copy.deepcopy(self.model)
-        masks = self.masks(method, sparsity)
         device = self.chosen.images.images.device
-        prune_model(pruned, {name: mask.to(device) for name, mask in masks.items()})
+        pruned = copy_without(self.model, self.masks(method, sparsity)).to(device)
         if method.recalibrated:
             recalibrate_batch_norm(pruned, self.training)
         return pruned
@@ -187,14 +171,14 @@ class ModelSearch:
             self._found[method] = (largest_level(is_kept) / LEVELS, steps)
         return self._found[method]
 
-    def find_correct(self, half: Half, model: ResNet18) -> torch.Tensor:
-        """Return which images of ``half`` a pruned model gets right (bool, on the CPU)."""
-        return Classifier(model, self.chosen.images.images, self.fast).find_correct(half.images)
+    def classifier(self, model: ResNet18) -> Classifier:
+        """Return what classifies with a pruned model."""
+        return Classifier(model, self.chosen.images.images, self.fast, self.record)
 
     def judge(self, model: ResNet18, sparsity: float) -> Step:
         """Decide on the half to choose on whether a model, pruned by ``sparsity``, is kept."""
         images, dense_correct = self.chosen.images, self.chosen.dense_correct
-        classifier = Classifier(model, images.images, self.fast)
+        classifier = self.classifier(model)
         correct = torch.empty(0, dtype=torch.bool)
         for start in range(0, len(images), CHUNK_IMAGES):
             chunk = images.rows(slice(start, start + CHUNK_IMAGES))

@@ -6,17 +6,22 @@ Kept as the reference that the fast scan is checked against and timed against.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from common import cli
-from common.data import Cifar10, batches
-from common.model import ResNet18, prunable_layers
+from common.command import cli
+from common.images.data import Cifar10, batches
+from common.network.resnet import ResNet18, prunable_layers
+from pruning.alone.scan import Scan, ScanResult
 
 BATCH_SIZE = 128
+# At most this many predictions may differ from brute force's.
+MAX_FLIPS = 1e-3
 
 
 @torch.inference_mode()
@@ -75,3 +80,44 @@ def search_brute_force(
         kept = int(correct.sum()) >= required
         low, high = (count, high) if kept else (low, count - 1)
     return low, passes
+
+
+# --- against the scan ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What brute force found otherwise than the scan.
+
+    Attributes:
+        different: For each amount and layer the number of predictions that differ.
+        predictions: In all.
+        scan_seconds: None where part of the scan was done by an earlier run.
+        brute_force_seconds: What this took.
+    """
+
+    different: dict[tuple[float, str], int]
+    predictions: int
+    scan_seconds: float | None
+    brute_force_seconds: float
+
+
+def verify(scan: Scan, scanned: ScanResult, scan_seconds: float | None) -> Verification:
+    """Scan by brute force, each worker a share of the images, and compare image by image.
+
+    Raises:
+        UserError: More than 1 prediction in 1,000 differs.
+    """
+    started = time.perf_counter()
+    test, workers = scan.images, scan.workers
+    different, share = {}, workers.share_of(0, len(test), BATCH_SIZE)
+    for amount in scan.amounts:
+        found = scan_brute_force(scan.model, test.rows(share), scan.layers, amount)
+        for layer, correct in found.items():
+            unlike = int((scanned.correct[amount, layer][share] != correct).sum())
+            different[amount, layer] = sum(workers.gather(unlike))
+    seconds = time.perf_counter() - started
+    total, flips = len(different) * len(test), sum(different.values())
+    if flips > MAX_FLIPS * total:
+        raise cli.UserError(f"the scan and brute force differ on {flips} of {total:,} predictions")
+    return Verification(different, total, scan_seconds, seconds)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.report import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
-from pruning.model_plots import MODEL_PLOT, plot_model_search
+from common.report.results import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
+from pruning.channels.report import PLOT as SLIM_PLOT
+from pruning.channels.report import plot_slim
+from pruning.report import together
 
 MAX_CURVE_POINTS = 1500
 
@@ -39,8 +41,10 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> list[str]:
         plot_amounts(results["sensitivity"], dense, linear["tolerance"], path)
     plot_search(linear, named("linear_search.png"))
     if "model_search" in results:
-        path = named(MODEL_PLOT)
-        plot_model_search(results["model_search"], linear["tolerance"], path)
+        path = named(together.PLOT)
+        together.plot_model_search(results["model_search"], linear["tolerance"], path)
+    if "slim" in results:
+        plot_slim(results["slim"]["models"], named(SLIM_PLOT))
     return names
 
 
@@ -146,7 +150,7 @@ def plot_search(linear: dict, path: Path) -> None:
     """
     accuracies = 100 * np.array([accuracy for _, accuracy in linear["curve"]])
     weights, steps = len(accuracies) - 1, linear["steps"]
-    found = round(linear["max_amount"] * weights)
+    found = weights - linear["kept_weights"]
     stride = max(1, weights // MAX_CURVE_POINTS)
     amounts = 100 * np.arange(0, weights + 1, stride) / weights
     limit = 100 * (linear["dense"]["value"] - linear["tolerance"])

@@ -14,7 +14,9 @@ import zlib
 from collections import UserDict
 from pathlib import Path
 
-from common.cli import log
+from common.command.cli import log
+from common.files.output import replace_file
+from common.files.resuming import refuse_to_discard, require_same_settings
 
 
 class Journal(UserDict[str, dict]):
@@ -22,24 +24,25 @@ class Journal(UserDict[str, dict]):
 
     Args:
         path: Of the file; created when missing.
-        identity: What makes results comparable; JSON values. A journal with another identity is
-            discarded, and the difference is named.
-        resume: Use what the file holds; otherwise it is discarded.
+        identity: What makes results comparable; JSON values.
+        resume: Use what the file holds.
+        overwrite: Discard it otherwise.
+
+    Raises:
+        UserError: The file holds finished work that neither flag asks for, or of another identity.
     """
 
-    def __init__(self, path: Path, identity: dict, resume: bool):
+    def __init__(self, path: Path, identity: dict, resume: bool, overwrite: bool = False):
         super().__init__()
         self._path = path
-        lines, changed = self._read(), []
-        if lines and not resume:
-            log.info("an unfinished scan is discarded; --resume would have continued it")
-        elif lines and (changed := _differences(lines[0], identity)):
-            log.warning("cannot resume: %s changed; the scan starts afresh", " and ".join(changed))
-        elif lines:
-            self.data = {line["key"]: line["value"] for line in lines[1:]}
-        if self.data:
+        head, *finished = self._read() or [identity]
+        if finished and resume:
+            require_same_settings(path, head, identity)
+            self.data = {line["key"]: line["value"] for line in finished}
             log.info("resuming: what is finished is not done again")
-        elif resume and not (lines and changed):
+        elif finished and not overwrite:
+            refuse_to_discard(path)
+        elif resume:
             log.info("nothing finished to resume; the scan starts afresh")
         self._rewrite(identity)
 
@@ -70,29 +73,21 @@ class Journal(UserDict[str, dict]):
 
     def _rewrite(self, identity: dict) -> None:
         """Begin a clean file; what is there stays there until the new one is whole."""
-        temporary = self._path.with_name(f".{self._path.name}.new")
-        try:
-            self._file = temporary.open("wb")
-            self._append(identity)
-            for key, value in self.data.items():
-                self._append({"key": key, "value": value})
-            temporary.replace(self._path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        lines = [identity, *({"key": key, "value": value} for key, value in self.data.items())]
+        replace_file(self._path, lambda file: file.writelines(map(_line, lines)))
+        self._file = self._path.open("ab")  # only now: Windows replaces no open file
 
     def _append(self, line: dict) -> None:
-        text = json.dumps(line).encode()
-        self._file.write(_crc(text) + b" " + text + b"\n")
+        self._file.write(_line(line))
         self._file.flush()
         with contextlib.suppress(OSError):  # some file systems cannot
             os.fsync(self._file.fileno())
 
 
+def _line(value: dict) -> bytes:
+    text = json.dumps(value).encode()
+    return _crc(text) + b" " + text + b"\n"
+
+
 def _crc(text: bytes) -> bytes:
     return f"{zlib.crc32(text):08x}".encode()
-
-
-def _differences(found: dict, identity: dict) -> list[str]:
-    names = [*identity, *(name for name in found if name not in identity)]
-    return [name for name in names if found.get(name) != identity.get(name)]

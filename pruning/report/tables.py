@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
-from common.report import format_cost, format_table, megabytes, p_value, percent, points
-from pruning.model_tables import format_model_search
+from common.report.results import (
+    format_cost,
+    format_table,
+    megabytes,
+    p_value,
+    percent,
+    points,
+    write_csv,
+)
+from pruning.channels.report import format_slim
+from pruning.report.together import format_model_search
+
+SENSITIVITY_CSV, CURVE_CSV = "sensitivity.csv", "linear_curve.csv"
 
 
 def structure_table(results: dict) -> str:
@@ -101,6 +112,8 @@ def format_results(results: dict, output_dir: Path) -> str:
     lines += ["", *_search_lines(results), "", *_saving_lines(results)]
     if "model_search" in results:
         lines += ["", format_model_search(results)]
+    if "slim" in results:
+        lines += ["", format_slim(results["slim"])]
     if "verification" in results:
         lines += ["", _verification_line(results["verification"])]
     lines += ["", format_cost(results), f"written to {output_dir}"]
@@ -120,11 +133,21 @@ def _search_lines(results: dict) -> list[str]:
         f"{linear['kept_weights']:,} weights kept",
         f"  true max   {percent(linear['exhaustive_max_amount'])}, of all "
         f"{len(linear['curve']):,} possible amounts",
-        *_wrapped(linear["explanation"]),
+        *textwrap.wrap(
+            linear["explanation"], 78, initial_indent=" " * 13, subsequent_indent=" " * 13
+        ),
         f"  confirmed  {percent(confirmed['accuracy']['value'])} by the saved, reloaded model on "
         f"{confirmed['accuracy']['total']:,} images:",
         f"             {points(0.0 - comparison['drop'])} points, 95 % interval {low} to {high}",
     ]
+    if "splits" in linear:
+        splits = linear["splits"]
+        lines += [
+            f"  elsewhere  chosen on random halves, judged on the others {splits['splits']} times: "
+            "on",
+            f"             average {points(0.0 - splits['drop']['mean'])} points, within the "
+            f"tolerance in {splits['within_tolerance']} of {splits['splits']}",
+        ]
     if "holdout" in linear:
         holdout = linear["holdout"]
         verdict = "within" if holdout["within_tolerance"] else "OUTSIDE"
@@ -135,14 +158,8 @@ def _search_lines(results: dict) -> list[str]:
     return lines
 
 
-def _wrapped(sentence: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(sentence, 78, initial_indent=" " * 13, subsequent_indent=" " * 13)
-
-
 def _saving_lines(results: dict) -> list[str]:
-    savings = results["savings"]
+    savings, artifacts = results["savings"], results["artifacts"]
     dense, sparse = savings["latency"]
     return [
         "What that saves: next to nothing, for the linear layer is "
@@ -151,8 +168,7 @@ def _saving_lines(results: dict) -> list[str]:
         f"compressed {megabytes(savings['dense_compressed_bytes'])}",
         f"  pruned file  {megabytes(savings['pruned_bytes'])}, "
         f"compressed {megabytes(savings['pruned_compressed_bytes'])}",
-        f"  packed file  {megabytes(savings['packed_bytes'])}, "
-        f"{savings['dense_bytes'] - savings['packed_bytes']:,} bytes less than dense",
+        f"  written as   {artifacts.get('linear_model', artifacts['model'])}",
         f"  speed        {sparse['name']}: {sparse['median_ms']:.0f} ms for "
         f"{dense['batch_size']} images, dense {dense['median_ms']:.0f} ms",
     ]
@@ -168,27 +184,28 @@ def _verification_line(verification: dict) -> str:
     return line
 
 
-def write_sensitivity_csv(entries: Sequence[dict], path: Path) -> None:
-    """Write results.json's ``sensitivity`` as CSV, one row an entry."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["layer", "amount", "achieved", "correct", "total", "accuracy", "drop", "drop_low",
-             "drop_high", "mcnemar_p", "images_lost", "images_gained"]
-        )  # fmt: skip
-        for entry in entries:
-            accuracy, comparison = entry["accuracy"], entry["comparison"]
-            writer.writerow(
-                [entry["layer"], entry["amount"], entry["achieved"], accuracy["correct"],
-                 accuracy["total"], accuracy["value"], comparison["drop"], *comparison["ci95"],
-                 comparison["mcnemar_p"], comparison["only_a_correct"],
-                 comparison["only_b_correct"]]
-            )  # fmt: skip
-
-
-def write_curve_csv(curve: Sequence[Sequence[float]], path: Path) -> None:
-    """Write the sweep of the linear layer as CSV: amount, accuracy."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["amount", "accuracy"])
-        writer.writerows(curve)
+def write_csv_files(results: dict, file: Callable[[str], Path]) -> list[str]:
+    """Write the sensitivities and the linear layer's sweep as CSV; return the files' names."""
+    rows = []
+    for entry in results["sensitivity"]:
+        accuracy, comparison = entry["accuracy"], entry["comparison"]
+        rows.append(
+            {
+                "layer": entry["layer"],
+                "amount": entry["amount"],
+                "achieved": entry["achieved"],
+                "correct": accuracy["correct"],
+                "total": accuracy["total"],
+                "accuracy": accuracy["value"],
+                "drop": comparison["drop"],
+                "drop_low": comparison["ci95"][0],
+                "drop_high": comparison["ci95"][1],
+                "mcnemar_p": comparison["mcnemar_p"],
+                "images_lost": comparison["only_a_correct"],
+                "images_gained": comparison["only_b_correct"],
+            }
+        )
+    curve = results["linear_search"]["curve"]
+    write_csv(file(SENSITIVITY_CSV), rows)
+    write_csv(file(CURVE_CSV), [{"amount": amount, "accuracy": value} for amount, value in curve])
+    return [SENSITIVITY_CSV, CURVE_CSV]

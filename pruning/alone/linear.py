@@ -1,0 +1,166 @@
+"""How far the linear layer can be pruned: binary search, and the sweep that checks its answer.
+
+The linear layer is the last one, so its input is the same however much of it is pruned. With that
+input kept for every image, an amount costs one small matrix product, and going from one pruned
+weight to the next changes one logit an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.images.data import Cifar10
+from common.measure.evaluate import Accuracy
+from pruning.alone.bisection import Step, binary_search, largest_within, required_correct
+from pruning.alone.halves import Splits, repeat_on_halves
+from pruning.masks import l1_mask
+
+
+def sweep(
+    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> np.ndarray:
+    """Find the correct images for every number of pruned weights of the linear layer.
+
+    Each step takes one weight's share out of one class's logits, in FP64 so that 5,120 steps add
+    up to less than the rounding of one FP32 product.
+
+    Args:
+        features: The layer's input, shape (N, features).
+        labels: int64, shape (N,).
+        weight: Shape (classes, features).
+        bias: Shape (classes,).
+
+    Returns:
+        bool, shape (number of weights + 1, N): row k with the k smallest weights pruned.
+    """
+    values = weight.double().numpy()
+    columns = np.ascontiguousarray(features.double().numpy().T)
+    logits = values @ columns + bias.double().numpy()[:, None]
+    label = labels.numpy()
+    correct = np.empty((weight.numel() + 1, len(label)), dtype=bool)
+    kept = np.ones(values.shape, dtype=bool)
+    for count in range(weight.numel() + 1):
+        mask = l1_mask(weight, count).numpy()
+        # One weight, except among equal magnitudes, where torch may exchange some.
+        for row, column in np.argwhere(mask != kept):
+            sign = 1.0 if mask[row, column] else -1.0
+            logits[row] += sign * values[row, column] * columns[column]
+        kept = mask
+        np.equal(logits.argmax(axis=0), label, out=correct[count])
+    return correct
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """The answer on images that did not choose it; ``dense`` is of the same images."""
+
+    dense: Accuracy
+    accuracy: Accuracy
+
+    @property
+    def drop(self) -> float:
+        """Accuracy lost, as a fraction."""
+        return self.dense.value - self.accuracy.value
+
+
+@dataclass(frozen=True)
+class LinearSearch:
+    """How many of the linear layer's weights can go, and how that was found.
+
+    Attributes:
+        tolerance: Accuracy that may be lost, as a fraction.
+        found: The binary search's answer, in weights.
+        steps: That led to it.
+        required: Images that had to stay correct.
+        images: That it was chosen on.
+        correct: Images that each count leaves correct, of the same; int64, shape (weights + 1,).
+        holdout: On the other images, where only one half chose.
+        splits: On many random halves of all images.
+    """
+
+    tolerance: float
+    found: int
+    steps: list[Step]
+    required: int
+    images: int
+    correct: np.ndarray
+    holdout: Holdout | None
+    splits: Splits | None
+
+    @property
+    def weights(self) -> int:
+        """All that the layer has."""
+        return len(self.correct) - 1
+
+    @property
+    def largest(self) -> int:
+        """The most weights that can go, of all counts."""
+        return largest_within(self.correct, self.required)
+
+    @property
+    def is_monotone(self) -> bool:
+        """Whether correctness never rises as more weights are pruned."""
+        return bool((np.diff(self.correct) <= 0).all())
+
+    def explain(self) -> str:
+        """Say in one sentence how the binary search's answer and the true maximum relate."""
+        if self.found == self.largest:
+            return "the sweep over every possible amount confirms the binary search"
+        first_failure = int(np.flatnonzero(self.correct < self.required)[0])
+        return (
+            f"accuracy is not monotone: it leaves the tolerance at {first_failure:,} pruned "
+            f"weights and is within it again up to {self.largest:,}; a step of the binary search "
+            "fell into the gap"
+        )
+
+
+def search_linear(
+    layer: nn.Linear,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    tolerance: float,
+    seed: int,
+    holdout: bool = False,
+) -> LinearSearch:
+    """Find how many of the linear layer's weights can go, and check that against every count.
+
+    Args:
+        layer: Dense.
+        features: Its input for every image, FP32, shape (N, features), on the CPU.
+        labels: int64, shape (N,), on the CPU.
+        tolerance: Accuracy that may be lost, as a fraction.
+        seed: Of all halves.
+        holdout: Choose on one half of the images only, and judge by the other.
+    """
+    weight, bias = layer.weight.detach().cpu(), layer.bias.detach().cpu()
+    correct = sweep(features, labels, weight, bias)
+    chosen, other = torch.arange(len(labels)), None
+    if holdout:
+        halves = Cifar10(chosen, labels).split_halves(seed)
+        chosen, other = (half.images for half in halves)
+
+    def count_correct(count: int, rows: torch.Tensor) -> int:
+        """Count the images that the pruned layer classifies correctly, in FP64."""
+        pruned = (weight * l1_mask(weight, count)).double()
+        logits = features[rows].double() @ pruned.T + bias.double()
+        return int((logits.argmax(dim=1) == labels[rows]).sum())
+
+    held_out = None
+    required = required_correct(count_correct(0, chosen), len(chosen), tolerance)
+    found, steps = binary_search(lambda n: count_correct(n, chosen), weight.numel(), required)
+    if holdout:
+        held_out = Holdout(*(Accuracy(count_correct(n, other), len(other)) for n in (0, found)))
+    return LinearSearch(
+        tolerance,
+        found,
+        steps,
+        required,
+        len(chosen),
+        correct[:, chosen.numpy()].sum(axis=1),
+        held_out,
+        repeat_on_halves(correct, tolerance, seed),
+    )

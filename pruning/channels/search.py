@@ -1,0 +1,154 @@
+"""How many of the multiply-adds can go by removing whole channels, within the tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from common.command.cli import UserError
+from common.network.resnet import BLOCKS, ResNet18
+from common.network.size import describe_layers
+from common.report.results import percent
+from pruning.alone.scan import Scan
+from pruning.channels.allocation import (
+    CURVE_IMAGES,
+    Curves,
+    choose_widths,
+    measure_curves,
+    width_grid,
+)
+from pruning.channels.repair import Dense, measure_dense, repair
+from pruning.channels.slimming import inner_macs, slim_by_norm
+from pruning.together.held_out import split_test
+from pruning.together.recalibration import recalibrate_batch_norm
+from pruning.together.search import Method, ModelSearch, Step, largest_level
+
+SCOPE = "channels"
+# By reconstruction, with widths measured in context; for control, by the filters' norm alone.
+RECONSTRUCTED, NORM = "reconstructed", "norm"
+CALIBRATION_IMAGES = 1000
+# Shares of the multiply-adds are searched in steps of 1/32.
+LEVELS = 32
+COARSE_LEVELS = (24, 20, 16, 12, 8)
+
+
+@dataclass
+class ChannelSearch(ModelSearch):
+    """The search over one checkpoint; ``sparsity`` is the share of multiply-adds that are gone.
+
+    Attributes:
+        macs_removed: Look at this share only; None to search.
+    """
+
+    macs_removed: float | None = None
+    _dense: Dense | None = None
+    _curves_in_context: Curves | None = None
+    _slim: dict[tuple[Method, float], ResNet18] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(
+        cls, scan: Scan, dense_correct: torch.Tensor, tolerance: float, seed: int,
+        calibration: torch.Tensor, macs_removed: float | None,
+    ) -> ChannelSearch:  # fmt: skip
+        """Split the scan's images; ``dense_correct`` says which of them its model gets right.
+
+        Args:
+            scan: Of the dense network.
+            dense_correct: bool, on the CPU.
+            tolerance: Accuracy that may be lost, as a fraction.
+            seed: Of the split, and of what is looked at.
+            calibration: uint8 training images, on the model's device.
+            macs_removed: Look at this share only; None to search.
+        """
+        chosen, held_out = split_test(scan.images, dense_correct, seed)
+        return cls(
+            scan.model, SCOPE, chosen, held_out, tolerance, seed, scan.fast, calibration,
+            macs_removed=macs_removed,
+        )  # fmt: skip
+
+    def __post_init__(self):
+        layers = describe_layers(self.model)
+        self.total_macs = sum(layer.macs for layer in layers)
+        self.macs = inner_macs(self.model, {layer.name: layer.macs for layer in layers})
+        dense = dict(zip(BLOCKS, self.model.widths.inner, strict=True))
+        self.grid = {name: width_grid(dense[name]) for name in BLOCKS}
+        inner = sum(self.macs[name] * dense[name] for name in BLOCKS)
+        least = sum(self.macs[name] * self.grid[name][0] for name in BLOCKS)
+        self._outer_macs = self.total_macs - inner
+        self.highest = int(LEVELS * (inner - least) / self.total_macs)
+        if self.macs_removed is not None and self.macs_removed > self.highest / LEVELS:
+            raise UserError(f"of this network {percent(self.highest / LEVELS)} can go at most")
+
+    @property
+    def unit(self) -> str:
+        """What sparsity counts, in words."""
+        return "multiply-adds"
+
+    @property
+    def curve(self) -> list[float]:
+        """The shares to measure every method at."""
+        if self.macs_removed is not None:
+            return [self.macs_removed]
+        return [level / LEVELS for level in reversed(COARSE_LEVELS) if level <= self.highest]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision to run the dense network and its repair in."""
+        return torch.bfloat16 if self.fast else torch.float32
+
+    def methods(self, allocations: Sequence[str]) -> list[Method]:
+        """Return what is searched with; the allocations are those of weights."""
+        return [Method(RECONSTRUCTED, False), Method(NORM, True)]
+
+    def widths(self, method: Method, sparsity: float) -> dict[str, int]:
+        """Return the width of each block."""
+        budget = (1 - sparsity) * self.total_macs - self._outer_macs
+        if method.allocation == NORM:
+            share = budget / sum(self.macs[name] * self.grid[name][-1] for name in BLOCKS)
+            return {name: max(1, int(share * self.grid[name][-1])) for name in BLOCKS}
+        costs = {name: {w: self.macs[name] * w for w in self.grid[name]} for name in BLOCKS}
+        return choose_widths(self._measured_curves(), costs, budget)
+
+    def prune(self, method: Method, sparsity: float) -> ResNet18:
+        """Return a slim network without this share of the multiply-adds."""
+        if sparsity == 0:
+            return self.model
+        if (method, sparsity) not in self._slim:
+            widths = self.widths(method, sparsity)
+            if method.allocation == NORM:
+                slim = slim_by_norm(self.model, widths)
+                recalibrate_batch_norm(slim, self.training)
+            else:
+                slim = repair(self._measured_dense(), widths)
+            self._slim[method, sparsity] = slim
+        return self._slim[method, sparsity]
+
+    def find_largest(self, method: Method) -> tuple[float, list[Step]]:
+        """Return the largest share within the tolerance, and the steps that led to it."""
+        steps: list[Step] = []
+
+        def is_kept(sparsity: float) -> bool:
+            steps.append(self.judge(self.prune(method, sparsity), sparsity))
+            return steps[-1].kept
+
+        if self.macs_removed is not None:
+            is_kept(self.macs_removed)
+            return self.macs_removed, steps
+        coarse = [level for level in COARSE_LEVELS if level <= self.highest]
+        found = largest_level(lambda level: is_kept(level / LEVELS), coarse, self.highest)
+        return found / LEVELS, steps
+
+    def _measured_dense(self) -> Dense:
+        if self._dense is None:
+            self._dense = measure_dense(self.model, self.training, self.grid, self.seed, self.dtype)
+        return self._dense
+
+    def _measured_curves(self) -> Curves:
+        if self._curves_in_context is None:
+            dense = self._measured_dense()
+            half = {name: grid[(len(grid) - 1) // 2] for name, grid in self.grid.items()}
+            images = self.training[:CURVE_IMAGES]
+            self._curves_in_context = measure_curves(dense.network, dense.kept, half, images)
+        return self._curves_in_context

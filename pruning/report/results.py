@@ -1,0 +1,184 @@
+"""What was found, as results.json has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from common.measure.evaluate import Accuracy, compare, measure_accuracy
+from common.measure.latency import Timing
+from common.network.resnet import ResNet18, prunable_layers
+from common.network.size import Layer, describe_layers
+from pruning.alone.brute_force import Verification
+from pruning.alone.halves import Splits
+from pruning.alone.linear import LinearSearch
+from pruning.alone.scan import ScanResult
+from pruning.files.saved import TIMED_AMOUNT, Confirmation, Sizes
+from pruning.masks import pruned_count
+
+# Neighbours in the ranking whose difference McNemar's test cannot tell from chance.
+TIE_P = 0.05
+
+
+# --- each layer alone ----------------------------------------------------------------------------
+
+
+def describe_scan(scanned: ScanResult, model: ResNet18, amounts: Sequence[float]) -> dict:
+    """Return what the structure is and what each layer alone costs."""
+    layers = describe_layers(model)
+    result = {
+        "baseline": measure_accuracy(scanned.dense_correct).as_dict(),
+        "structure": describe_structure(model, layers),
+        "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in layers],
+        "sensitivity": describe_sensitivity(scanned, {x.name: x.weights for x in layers}),
+        "ranking": [{"amount": amount, "layers": rank(scanned, amount)} for amount in amounts],
+    }
+    if scanned.recomputation is not None:
+        result["bf16"] = asdict(scanned.recomputation)
+    return result
+
+
+def describe_structure(model: ResNet18, layers: Sequence[Layer]) -> dict:
+    """Return totals by kind; ``parameters`` is their sum and the model's own count."""
+    weights = {
+        kind: sum(x.weights for x in layers if x.kind == kind) for kind in ("conv", "linear")
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    biases = sum(m.bias.numel() for m in prunable_layers(model).values() if m.bias is not None)
+    return {
+        "conv_weights": weights["conv"],
+        "linear_weights": weights["linear"],
+        "biases": biases,
+        "batch_norm_parameters": total - biases - sum(weights.values()),
+        "parameters": total,
+        "macs": sum(layer.macs for layer in layers),
+        "nonzeros": sum(layer.nonzeros for layer in layers),
+    }
+
+
+def describe_sensitivity(scanned: ScanResult, weights: dict[str, int]) -> list[dict]:
+    """Return one entry a layer and amount, against dense.
+
+    Args:
+        scanned: What the scan found.
+        weights: For each layer its number of them, to check the sparsity against.
+    """
+    entries = []
+    for (amount, layer), correct in scanned.correct.items():
+        achieved = scanned.achieved[amount, layer]
+        # Weights that were zero before only add to what pruning asked for.
+        if achieved < pruned_count(weights[layer], amount) / weights[layer] - 1e-9:
+            raise AssertionError(f"{layer}: sparsity {achieved} is below the amount {amount}")
+        entries.append(
+            {
+                "layer": layer,
+                "amount": amount,
+                "achieved": achieved,
+                "accuracy": measure_accuracy(correct).as_dict(),
+                "comparison": compare(scanned.dense_correct, correct).as_dict(),
+            }
+        )
+    return entries
+
+
+def rank(scanned: ScanResult, amount: float) -> list[dict]:
+    """Rank the layers by drop, largest first, each tested against the next one on the same images.
+
+    ``p_against_next`` is McNemar's; ``tied_with_next`` says that chance explains the difference.
+    """
+    correct = {layer: c for (a, layer), c in scanned.correct.items() if a == amount}
+    order = sorted(correct, key=lambda layer: int(correct[layer].sum()))
+    entries = [{"layer": layer, "p_against_next": None, "tied_with_next": False} for layer in order]
+    for entry, layer, following in zip(entries, order, order[1:], strict=False):
+        p = compare(correct[layer], correct[following]).mcnemar_p
+        entry |= {"p_against_next": p, "tied_with_next": p > TIE_P}
+    return entries
+
+
+def describe_verification(found: Verification) -> dict:
+    """Return what brute force found otherwise, and how long it takes."""
+    speedup = found.brute_force_seconds / found.scan_seconds if found.scan_seconds else None
+    return {
+        "predictions": found.predictions,
+        "different": sum(found.different.values()),
+        "by_layer": [
+            {"amount": amount, "layer": layer, "different": count}
+            for (amount, layer), count in found.different.items()
+        ],
+        "scan_seconds": found.scan_seconds,
+        "brute_force_seconds": found.brute_force_seconds,
+        "speedup": speedup,
+    }
+
+
+# --- the linear layer ----------------------------------------------------------------------------
+
+
+def describe_linear(search: LinearSearch, confirmed: Confirmation) -> dict:
+    """Return the search over the linear layer."""
+    total, images = search.weights, search.images
+    result = {
+        "tolerance": search.tolerance,
+        "images": images,
+        "dense": Accuracy(int(search.correct[0]), images).as_dict(),
+        "max_amount": search.found / total,
+        "kept_weights": total - search.found,
+        "steps": [
+            {
+                "amount": step.count / total,
+                "pruned_weights": step.count,
+                "accuracy": Accuracy(step.correct, images).as_dict(),
+                "kept": step.kept,
+            }
+            for step in search.steps
+        ],
+        "curve": [[count / total, int(n) / images] for count, n in enumerate(search.correct)],
+        "exhaustive_max_amount": search.largest / total,
+        "monotone": search.is_monotone,
+        "explanation": search.explain(),
+        "confirmed": confirmed.as_dict(),
+    }
+    if search.splits is not None:
+        result["splits"] = describe_splits(search.splits, total)
+    if (holdout := search.holdout) is not None:
+        result["holdout"] = {
+            "dense": holdout.dense.as_dict(),
+            "accuracy": holdout.accuracy.as_dict(),
+            "drop": holdout.drop,
+            "within_tolerance": holdout.drop <= search.tolerance + 1e-12,
+        }
+    return result
+
+
+def describe_splits(splits: Splits, weights: int) -> dict:
+    """Return the choices on random halves: medians, and what nine in ten lie between."""
+
+    def spread(values: np.ndarray) -> dict:
+        low, median, high = np.quantile(values, [0.05, 0.5, 0.95]).tolist()
+        return {"median": median, "middle90": [low, high]}
+
+    return {
+        "splits": len(splits.drops),
+        "within_tolerance": splits.within,
+        "amount": spread(splits.counts / weights),
+        "drop": spread(splits.drops) | {"mean": float(splits.drops.mean())},
+    }
+
+
+def describe_savings(sizes: Sizes, model: ResNet18, timings: tuple[Timing, Timing]) -> dict:
+    """Return the bytes, the linear layer's share of the weights, and what zeros do for speed."""
+    weights = {name: layer.weight.numel() for name, layer in prunable_layers(model).items()}
+    return asdict(sizes) | {
+        "linear_share": weights["linear"] / sum(weights.values()),
+        "latency": describe_timings(timings, f"{100 * TIMED_AMOUNT:g} % zeros everywhere"),
+    }
+
+
+def describe_timings(timings: tuple[Timing, Timing], sparse: str) -> list[dict]:
+    """Return the times of the dense and of the sparse model, which gets a name."""
+    return [
+        {"name": name} | timing.as_dict()
+        for name, timing in zip(("dense", sparse), timings, strict=True)
+    ]

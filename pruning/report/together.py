@@ -1,0 +1,189 @@
+"""The search over many layers in words and columns, and in one picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.report.results import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    format_table,
+    megabytes,
+    new_figure,
+    percent,
+    points,
+    save_figure,
+)
+from pruning.channels.search import NORM, RECONSTRUCTED, SCOPE
+from pruning.together.allocation import RANDOM
+from pruning.together.search import CONTROLS
+
+PLOT = "model_search.png"
+COLORS = {
+    "uniform": ORANGE, "global": BLUE, "sensitivity": GREEN, RANDOM: GREY,
+    RECONSTRUCTED: BLUE, NORM: GREY,
+}  # fmt: skip
+SCOPES = {
+    "linear": "the linear layer",
+    "conv": "all convolutions",
+    "all": "the whole network",
+    SCOPE: "whole channels",
+}
+
+
+def method_name(entry: dict) -> str:
+    """Return what a row is called; short, for tables of 80 columns."""
+    if entry["finetune_epochs"]:  # which measures batch-norm statistics anew as well
+        return f"tuned {entry['allocation']}"
+    return f"{entry['allocation']} + BN" if entry["recalibrated"] else entry["allocation"]
+
+
+def explain_names(entries: Sequence[dict]) -> str:
+    """Explain what is short in the names of rows and columns."""
+    explanation = (
+        "MACs: multiply-adds that are left. BN: batch-norm statistics re-estimated on "
+        "training images after pruning."
+    )
+    if entries[0]["scope"] == SCOPE:
+        explanation += (
+            " Pruned: of the multiply-adds. Reconstructed: channels chosen and made up for on "
+            "training images, blocks as wide as they need. Norm: the largest filters, for control."
+        )
+    if epochs := max(entry["finetune_epochs"] for entry in entries):
+        explanation += f" Tuned: trained after pruning, zeros held (epochs: {epochs})."
+    return explanation
+
+
+def largest_table(entries: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: each method's largest sparsity, its accuracy on held-out images."""
+    rows = []
+    for entry in entries:
+        low, high = (points(-limit) for limit in reversed(entry["comparison"]["ci95"]))
+        rows.append(
+            [
+                method_name(entry),
+                percent(entry["max_sparsity"], 1),
+                f"{1 / (1 - entry['max_sparsity']):.1f}×",
+                percent(entry["accuracy"]["value"]),
+                points(0.0 - entry["comparison"]["drop"]),
+                f"{low} … {high}",
+                "yes" if entry["within_tolerance"] else "NO",
+                percent(entry["macs_kept"], 0),
+            ]
+        )
+    return ["", "pruned", "", "accuracy", "points", "95 % interval", "within", "MACs"], rows
+
+
+def curve_table(entries: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: points lost at each compression, ± half the paired 95 % interval."""
+    rows = []
+    for entry in entries:
+        found = {point["sparsity"]: point["comparison"] for point in entry["points"]}
+        rows.append([method_name(entry), *(_loss(found.get(s)) for s in sparsities(entries))])
+    return ["points at", *(fewer(s) for s in sparsities(entries))], rows
+
+
+def sparsities(entries: Sequence[dict]) -> list[float]:
+    """Return those at which methods were measured."""
+    return [point["sparsity"] for point in entries[0]["points"]]
+
+
+def unit_of(entries: Sequence[dict]) -> str:
+    """Return what sparsity counts, in words."""
+    return "multiply-adds" if entries[0]["scope"] == SCOPE else "weights"
+
+
+def fewer(sparsity: float) -> str:
+    """Return how many times fewer weights, or multiply-adds, there are."""
+    return f"{1 / (1 - sparsity):.2g}×"
+
+
+def _loss(comparison: dict | None) -> str:
+    if comparison is None:
+        return ""
+    low, high = comparison["ci95"]
+    return f"{points(0.0 - comparison['drop'], 1)} ±{50 * (high - low):.1f}"
+
+
+def format_model_search(results: dict) -> str:
+    """Lay out the whole chapter for a terminal 80 columns wide."""
+    entries, saved = results["model_search"], results["model_saved"]
+    first = entries[0]
+    dense, sparse = saved["latency"]
+    tolerance = 100 * results["arguments"]["tolerance"]
+    summary = (
+        f"Chosen on {first['chosen_on_images']:,} images with one standard error to spare, "
+        f"measured on {first['accuracy']['total']:,} others. {explain_names(entries)}"
+    )
+    lines = [
+        f"{SCOPES[first['scope']].capitalize()}: the largest sparsity within {tolerance:g} points "
+        f"({results['model_search_seconds']:.0f} s)",
+        format_table(*largest_table(entries)),
+        *textwrap.wrap(summary, 78, initial_indent="  ", subsequent_indent="  "),
+        "",
+        f"Points lost at each compression of the {unit_of(entries)}, on "
+        f"{first['points'][0]['accuracy']['total']:,} of the held-out images",
+        format_table(*curve_table(entries)),
+        "",
+        f"Saved: {method_name(saved)} at {percent(saved['sparsity'], 1)}; reloaded and measured "
+        f"again: {percent(saved['accuracy']['value'])}",
+        f"  plain file   {megabytes(saved['pruned_bytes'])}, "
+        f"compressed {megabytes(saved['pruned_compressed_bytes'])}",
+        f"  written as   {results['artifacts']['model']}",
+        f"  that is      {saved['dense_compressed_bytes'] / saved['pruned_compressed_bytes']:.1f} "
+        "times smaller than dense, compressed as well",
+        f"  in theory    {percent(1 - saved['macs_kept'], 0)} of the multiply-adds are saved"
+        + ("" if first["scope"] == SCOPE else "; dense kernels do them all:"),
+        f"  measured     {sparse['median_ms']:.0f} ms for {dense['batch_size']} images, "
+        f"dense {dense['median_ms']:.0f} ms",
+    ]
+    return "\n".join(lines)
+
+
+def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> None:
+    """Draw accuracy against compression: a line a method, a star where its search ended.
+
+    Args:
+        entries: results.json's ``model_search``.
+        tolerance: Drop that is drawn as a limit.
+        path: Of the PNG.
+    """
+    figure, axes = new_figure(9.5, 4.8)
+    dense = entries[0]["curve"][0][1]
+    for entry in entries:
+        color = RED if entry["finetune_epochs"] else COLORS[entry["allocation"]]
+        style = "--" if entry["recalibrated"] else "-"
+        times = [1.0, *(1 / (1 - point["sparsity"]) for point in entry["points"])]
+        value = [100 * dense, *(100 * (dense - p["comparison"]["drop"]) for p in entry["points"])]
+        axes.plot(times, value, style, color=color, lw=1.6, label=method_name(entry))
+        for x, y, point in zip(times[1:], value[1:], entry["points"], strict=True):
+            low, high = (100 * (dense - limit) for limit in point["comparison"]["ci95"][::-1])
+            whiskers = [[max(0.0, y - low)], [max(0.0, high - y)]]
+            axes.errorbar(x, y, whiskers, fmt=".", ms=4, color=color, capsize=2, lw=1)
+        if entry["max_sparsity"] > 0 and entry["allocation"] not in CONTROLS:
+            found = 1 / (1 - entry["max_sparsity"])
+            y = 100 * (dense - entry["comparison"]["drop"])
+            face = "white" if entry["recalibrated"] else color
+            axes.plot(found, y, "*", ms=12, color=color, mfc=face, zorder=4)
+    axes.axhline(100 * dense, color="black", lw=1)
+    axes.axhline(100 * (dense - tolerance), color="black", ls=":", lw=1.2)
+    axes.set_xscale("log", base=2)
+    marks = sparsities(entries)
+    ticks = [1, *(1 / (1 - sparsity) for sparsity in marks)]
+    axes.set_xticks(ticks, ["dense", *(fewer(sparsity) for sparsity in marks)])
+    axes.minorticks_off()
+    unit = unit_of(entries)
+    axes.set_xlabel(f"compression: {unit} before / {unit} after")
+    axes.set_ylabel("top-1 accuracy (%), held-out images")
+    best = max(entry["max_sparsity"] for entry in entries if entry["allocation"] not in CONTROLS)
+    axes.set_title(
+        f"{100 * best:.1f} % of the {unit} can go within {100 * tolerance:g} points "
+        "(star: where each search ended)"
+    )
+    axes.legend(loc="lower left")
+    save_figure(figure, path)

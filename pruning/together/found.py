@@ -1,0 +1,141 @@
+"""What the search over many layers found: for each method its sparsest network, measured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.command import cli
+from common.images.data import Cifar10
+from common.measure.evaluate import Accuracy, Comparison, compare, measure_accuracy
+from common.network.resnet import ResNet18
+from pruning.together.finetuning import finetune
+from pruning.together.search import CONTROLS, Method, ModelSearch, Step
+
+# The curve is for orientation, and losses on it are large or none.
+CURVE_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class Point:
+    """A pruned network on held-out images, against dense on the same ones."""
+
+    sparsity: float
+    accuracy: Accuracy
+    comparison: Comparison
+
+    def as_dict(self) -> dict:
+        """Return it as results.json has it."""
+        parts = {"accuracy": self.accuracy.as_dict(), "comparison": self.comparison.as_dict()}
+        return {"sparsity": self.sparsity} | parts
+
+
+@dataclass(frozen=True)
+class Found:
+    """A method's sparsest network within the tolerance.
+
+    Attributes:
+        method: What was searched with.
+        finetune_epochs: Of training after pruning; 0 for none.
+        model: The network; dense where no pruned one was within the tolerance.
+        measured: It, on all held-out images.
+        on_curve: It, on the curve's images.
+        curve: Networks at fixed compressions, on the first ``CURVE_IMAGES`` of the held-out ones.
+        steps: Of the search.
+    """
+
+    method: Method
+    finetune_epochs: int
+    model: ResNet18
+    measured: Point
+    on_curve: Point
+    curve: Sequence[Point]
+    steps: Sequence[Step]
+
+    @property
+    def sparsity(self) -> float:
+        """The largest within the tolerance; 0 where there is none."""
+        return self.measured.sparsity
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is only there to compare with."""
+        return self.method.allocation in CONTROLS
+
+    @classmethod
+    def of(
+        cls,
+        search: ModelSearch,
+        method: Method,
+        finetune_epochs: int,
+        sparsity: float,
+        model: ResNet18,
+        curve: Sequence[Point],
+        steps: Sequence[Step],
+    ) -> Found:
+        """Measure the network that the search ended with."""
+        measured, on_curve = (measure(search, sparsity, model, n) for n in (None, CURVE_IMAGES))
+        return cls(method, finetune_epochs, model, measured, on_curve, curve, steps)
+
+
+def measure(search: ModelSearch, sparsity: float, model: ResNet18, most: int | None) -> Point:
+    """Measure a pruned model on the first ``most`` held-out images; None for all."""
+    half = search.held_out.first(most)
+    correct = search.classifier(model).find_correct(half.images)
+    return Point(sparsity, measure_accuracy(correct), compare(half.dense_correct, correct))
+
+
+def search_all(search: ModelSearch, allocations: Sequence[str]) -> list[Found]:
+    """Search with every method; those for control come last."""
+    found = []
+    for method in search.methods(allocations):
+        found.append(search_with(search, method))
+        cli.log.info(
+            "%s%s: %.1f %% of the %s can go, %+.2f points on held-out images",
+            method.allocation,
+            ", batch norms re-estimated" if method.recalibrated else "",
+            100 * found[-1].sparsity,
+            search.unit,
+            100 * (0.0 - found[-1].measured.comparison.drop),
+        )
+    return found
+
+
+def search_with(search: ModelSearch, method: Method) -> Found:
+    """Search with one method and measure it on the held-out half."""
+    sparsity, steps = search.find_largest(method)
+    curve = [measure(search, s, search.prune(method, s), CURVE_IMAGES) for s in search.curve]
+    return Found.of(search, method, 0, sparsity, search.prune(method, sparsity), curve, steps)
+
+
+def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
+    """Return the sparsest network; of equals, that which is best on the half that chooses.
+
+    The held-out half has no say, or it would no longer be one. Random pruning is no candidate.
+    """
+    candidates = [one for one in found if not one.is_control]
+    largest = max(one.sparsity for one in candidates)
+    equals = [one for one in candidates if one.sparsity == largest]
+    if len(equals) == 1:
+        return equals[0]
+    images = search.chosen.images
+    return max(equals, key=lambda one: int(search.classifier(one.model).find_correct(images).sum()))
+
+
+def search_finetuned(search: ModelSearch, best: Found, train: Cifar10, epochs: int) -> Found:
+    """Train at ``best``'s sparsity, then at each higher compression for as long as it is kept.
+
+    Each starts from the dense weights, pruned at once, and learns from the dense network. Where not
+    even the first is kept, the answer is that nothing can go.
+    """
+    kept, curve, steps = (0.0, search.model), [], []
+    for sparsity in (best.sparsity, *(s for s in search.curve if s > best.sparsity)):
+        model = copy.deepcopy(search.prune(best.method, sparsity))
+        finetune(model, search.model, train, epochs, search.seed)
+        steps.append(search.judge(model, sparsity))
+        curve.append(measure(search, sparsity, model, CURVE_IMAGES))
+        if not steps[-1].kept:
+            break
+        kept = (sparsity, model)
+    return Found.of(search, best.method, epochs, *kept, curve, steps)

@@ -1,0 +1,67 @@
+"""One half of the test images chooses, the other confirms; the two have no image in common.
+
+Where an amount is chosen because its loss is just within the tolerance, new images find it outside
+as often as not, so a choice must leave one standard error to spare.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from common.command.cli import UserError
+from common.images.data import Cifar10
+
+SPARE_ERRORS = 1.0
+
+
+@dataclass(frozen=True)
+class Half:
+    """Some of the test images, and which of them the dense network gets right (bool, CPU)."""
+
+    images: Cifar10
+    dense_correct: torch.Tensor
+
+    def first(self, most: int | None) -> Half:
+        """Return at most the first ``most`` of them; None for all."""
+        return Half(self.images.rows(slice(most)), self.dense_correct[:most])
+
+
+def require_enough_images(test_images: int, tolerance: float) -> None:
+    """Check that a network could be kept at all: one that loses nothing has an error to spare.
+
+    The standard error of a loss is taken for one image at least, so the half to choose on needs
+    1/``tolerance`` images.
+
+    Raises:
+        UserError: It could not.
+    """
+    if tolerance == 0:
+        raise UserError("--scope: a tolerance of 0 leaves no standard error to spare")
+    needed = 2 * math.ceil(SPARE_ERRORS / tolerance - 1e-9)
+    if test_images < needed - 1:
+        raise UserError(
+            f"--scope: within {100 * tolerance:g} points and one standard error to spare, choosing "
+            f"on half of the images takes {needed:,} test images, not {test_images:,}"
+        )
+
+
+def split_test(test: Cifar10, dense_correct: torch.Tensor, seed: int) -> tuple[Half, Half]:
+    """Return the half to choose on and the half to confirm on, each shuffled."""
+    positions = Cifar10(torch.arange(len(test)), test.labels.cpu()).split_halves(seed)
+    return tuple(
+        Half(Cifar10(test.images[half.images], half.labels.to(test.labels.device)),
+             dense_correct[half.images])
+        for half in positions
+    )  # fmt: skip
+
+
+def clearance(dense_correct: torch.Tensor, correct: torch.Tensor, tolerance: float) -> float:
+    """Return how far the loss is below the tolerance, in standard errors of the paired loss."""
+    total = len(correct)
+    lost = int((dense_correct & ~correct).sum())
+    gained = int((correct & ~dense_correct).sum())
+    variance = max(1.0, lost + gained - (lost - gained) ** 2 / total)
+    return (tolerance * total - (lost - gained)) / variance**0.5
