@@ -1,11 +1,11 @@
-"""Compress a ResNet18 for CIFAR-10 twice: prune the whole network, then quantize what is left.
+"""Find the smallest and the fastest network within a budget of accuracy, and write its files.
 
-    python pipeline.py                          # bundled weights or your resnet18_cifar10.pth
-    python pipeline.py --sparsity 0.85 --recalibrate-bn --data-dir ~/cifar10 --test-images all
+    python pipeline.py                          # within one point of the dense network
+    python pipeline.py --max-drop 0.005 --for size --test-images all
 
-Runs dense, pruned, and pruned and quantized with the code of pruning.py and quantization.py, and
-says for each how large its file is, what it loses on the same images, and how fast it is. There is
-no training anywhere. Every file is read back, and the accuracy is that of what was read.
+Three answers: the smallest file (INT8 levels chosen for their bits), the fastest network (channels
+removed), and the one that is both. One half of the test images chooses, the other half measures
+what was written, as a fresh process reads it back.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import arguments, cli
-from common.argument_types import fraction
+from common.command import arguments, cli
+from common.command.argument_types import fraction, list_of, one_of
 from quantization.settings import ENGINES
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pipeline"
-PLOT = "pipeline.png"
-# The choices of pipeline.stages, which imports torch.
-ALLOCATIONS = ("global", "uniform")
+PLOT = "frontier.png"
+GOALS = ("size", "speed", "both")  # those of pipeline.answers, which imports torch
+FILE_NAME = "resnet18_cifar10_{}.safetensors"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,74 +32,84 @@ def build_parser() -> argparse.ArgumentParser:
         __doc__,
         epilog="examples:\n"
         "  python pipeline.py\n"
-        "  python pipeline.py --sparsity 0.85 --recalibrate-bn --test-images all",
+        "  python pipeline.py --max-drop 0.005 --for size,both --test-images all",
     )
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
-    pruning = parser.add_argument_group("pruning")
-    pruning.add_argument(
-        "--sparsity", type=fraction, metavar="S", default=0.75,
-        help="fraction of all convolution and linear weights to prune; pruning.py --scope all "
-        "finds how far a network can go",
+    asked = parser.add_argument_group("the question")
+    asked.add_argument(
+        "--max-drop", type=fraction, metavar="D", default=0.01,
+        help="accuracy that may be lost against the dense network, as a fraction",
     )  # fmt: skip
-    pruning.add_argument(
-        "--allocation", choices=ALLOCATIONS, default="global",
-        help="one magnitude threshold for the whole network, or the same amount of every layer",
+    asked.add_argument(
+        "--for", dest="goals", type=list_of(one_of(*GOALS)), metavar="GOAL,...",
+        default=list(GOALS), help=f"what to find: {', '.join(GOALS)}",
     )  # fmt: skip
-    pruning.add_argument(
-        "--recalibrate-bn", action="store_true",
-        help="re-estimate batch-norm statistics on the calibration images after pruning: a step "
-        "and a row of its own",
+    asked.add_argument("--engine", choices=ENGINES, help="INT8 kernels; by default the fastest")
+    asked.add_argument(
+        "--resume", action="store_true",
+        help="continue a run that was stopped, if checkpoint, images and settings are the same",
     )  # fmt: skip
-    quantizing = parser.add_argument_group("quantization")
-    quantizing.add_argument("--engine", choices=ENGINES, default="fbgemm", help="INT8 kernels")
-    arguments.add_calibration_argument(quantizing)
+    asked.add_argument(
+        "--export-onnx", action="store_true",
+        help="write each answer as ONNX too, and compare its predictions in ONNX Runtime",
+    )  # fmt: skip
+    arguments.add_calibration_argument(asked, 1000, "to compress on, without their labels")
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32], seconds=5.0)
     return parser
 
 
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
-    """Load, prune, quantize, write, read back, measure, compare."""
+    """Load, search, write, read back, measure, compare."""
     args = build_parser().parse_args(argv)
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
-    from common import device, report
     from common.inputs import load_inputs
+    from common.machine import device
+    from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
-    from pipeline import plots, stages, story, tables
-    from quantization import engines
+    from pipeline import plots, steps, tables
+    from pipeline.answers import find_answers
+    from quantization.files.onnx_export import require_packages
 
     device.set_threads(args.threads)
     device.keep_freed_memory()
-    place = device.choose_device(args.device)
-    settings = engines.choose_settings(args.engine)
-    with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
-        inputs = load_inputs(
-            **arguments.input_choices(args), script_dir=Path(__file__).parent, workers=crew
-        )
-        bench = stages.Bench(folder, inputs.test, inputs.calibration, args.batch_size, crew)
-        measured = stages.measure_all(
-            bench, inputs.model, settings, args.sparsity, args.allocation, args.recalibrate_bn
-        )
-        if not crew.is_first:  # all that follows is timed and written once
-            return cli.EXIT_DONE
-
-        timings = bench.time(measured, args.batch_sizes, args.timing_seconds)
-        results = report.common_results(
-            "pipeline", args, crew, inputs.describe_images(), inputs.weights
-        )
-        results["stages"] = stages.describe(measured, inputs.test.labels, timings)
-        plots.plot_pipeline(results["stages"], folder.file(PLOT))
-        results["artifacts"] = {
-            "model": stages.INT8_PACKED_NAME,
-            "models": [*folder.names(".pth"), *folder.names(".safetensors")],
-            "plots": [PLOT],
-        }
-        finish_run(results, folder, started, story.tell if args.report else None)
+    settings = steps.choose_settings(args.engine)
+    if args.export_onnx:
+        require_packages()
+    with start_run(device.choose_device("cpu"), args.output_dir, args.overwrite) as (crew, folder):
+        inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
+        choosing, confirming = inputs.test.split_halves(args.seed)
+        with steps.open_store(
+            inputs, settings, args.output_dir, args.resume, args.overwrite
+        ) as store:
+            workshop = steps.open_workshop(
+                inputs, choosing, settings, store, args.max_drop, args.batch_size
+            )
+            found = find_answers(workshop, args.goals)
+            results = common_results(
+                "pipeline", args, crew, inputs.describe_images(), inputs.weights
+            )
+            results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
+            files = steps.write_files(workshop, found, folder, FILE_NAME)
+            results |= steps.measure(
+                workshop, found, files, confirming, args.batch_sizes, args.timing_seconds
+            )
+            if args.export_onnx:
+                steps.export_answers_to_onnx(results["answers"], files, confirming, args.batch_size)
+            plots.plot_frontier(results, folder.file(PLOT))
+            results["artifacts"] = {
+                "model": results["answers"][-1]["file"],
+                "models": [*folder.names(".safetensors"), *folder.names(".pth"),
+                           *folder.names(".onnx")],
+                "plots": [PLOT],
+            }  # fmt: skip
+            finish_run(results, folder, started, args.report)
     print_results(results, tables.format_results(results, args.output_dir), args.json)
-    return cli.EXIT_DONE
+    within = all(answer["within_budget"] for answer in results["answers"])
+    return cli.EXIT_DONE if within else cli.EXIT_OVER_BUDGET
 
 
 if __name__ == "__main__":

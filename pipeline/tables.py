@@ -1,78 +1,84 @@
-"""What pipeline.py prints: the stages in one table, and the answer in words."""
+"""What pipeline.py prints: the answers in one table, and what to ship in words."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.report import format_cost, format_table, megabytes, percent, points
+from common.report.results import format_change, format_cost, format_table
 
 LABELS = {
-    "dense": "dense FP32",
-    "dense-int8": "dense INT8",
-    "pruned": "pruned FP32",
-    "pruned-recalibrated": "+ batch norm",
-    "pruned-int8": "pruned INT8",
+    "fp32": "dense FP32",
+    "int8": "dense INT8",
+    "size": "smallest",
+    "speed": "fastest",
+    "both": "both",
 }
-
-
-def label(stage: dict) -> str:
-    """Name an entry of results.json's ``stages`` for people."""
-    return LABELS[stage["name"]]
 
 
 def format_results(results: dict, output_dir: Path) -> str:
     """Lay out results.json's story for a terminal 80 columns wide."""
     data, environment = results["data"], results["environment"]
-    threads = environment["threads"]
+    threads, budget = environment["threads"], results["budget"]
+    confirming = results["models"][0]["accuracy"]["total"]
     return (
         f"ResNet18 on CIFAR-10: {data['test_images']:,} test images ({data['source']}), "
         f"{threads} thread{'s' * (threads != 1)}\n{environment['cpu']}\n\n"
-        f"{format_table(*stage_table(results))}\n\n"
-        + "".join(f"{sentence}\n" for sentence in answer(results))
+        f"at most {100 * budget['max_drop']:g} points lost, chosen on "
+        f"{data['test_images'] - confirming:,} images, measured on the other {confirming:,}:\n\n"
+        f"{format_table(*answer_table(results))}\n\n"
+        + "".join(f"{sentence}\n" for sentence in advice(results))
         + f"\n{format_cost(results)}\nwritten to {output_dir}\n"
     )
 
 
-def stage_table(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: a stage's files in MB, its accuracy against dense, its latency."""
-    batch_sizes = [entry["batch_size"] for entry in results["stages"][0]["latency"]]
-    header = ["", "MB", "zlib", "packed", "×", "top-1", "points", "95 %",
-              *(f"ms b{size}" for size in batch_sizes)]  # fmt: skip
+def answer_table(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: bytes, ratio, accuracy against dense, milliseconds and factors."""
+    fp32 = results["models"][0]
+    batch_sizes = [entry["batch_size"] for entry in fp32["latency"]]
+    header = ["", "MB", "×", "top-1", "points", "95 %"]
+    for size in batch_sizes:
+        header += [f"ms b{size}", "×"]
     rows = []
-    for stage in results["stages"]:
-        comparison = stage["comparison"]
-        low, high = (points(-limit) for limit in reversed(comparison["ci95"]))
-        is_dense = stage is results["stages"][0]
-        rows.append(
-            [
-                label(stage),
-                *(f"{stage[key] / 1e6:.1f}" for key in SIZES),
-                f"{1 / stage['size_ratio']:.1f}",
-                f"{100 * stage['accuracy']['value']:.2f}",
-                "" if is_dense else points(-comparison["drop"]),
-                "" if is_dense else f"{low} {high}",
-                *(f"{entry['median_ms']:.1f}" for entry in stage["latency"]),
-            ]
-        )
+    for entry in [*results["models"], *results["answers"]]:
+        size_bytes = entry.get("file_bytes", entry.get("size_bytes"))
+        change, rough = (format_change(entry["comparison"], digits) for digits in (2, 1))
+        row = [
+            LABELS[entry["name"]],
+            f"{size_bytes / 1e6:.2f}",
+            f"{fp32['size_bytes'] / size_bytes:.1f}",
+            f"{100 * entry['accuracy']['value']:.2f}",
+            "" if entry is fp32 else change.points,
+            "" if entry is fp32 else f"{rough.low} {rough.high}",
+        ]
+        for dense, own in zip(fp32["latency"], entry["latency"], strict=True):
+            row += [f"{own['median_ms']:.1f}", f"{dense['median_ms'] / own['median_ms']:.1f}"]
+        rows.append(row)
     return header, rows
 
 
-SIZES = ("plain_bytes", "compressed_bytes", "packed_bytes")
-
-
-def answer(results: dict) -> list[str]:
-    """Say in sentences what the last stage is, against the first."""
-    dense, last = results["stages"][0], results["stages"][-1]
-    comparison = last["comparison"]
-    low, high = (points(-limit) for limit in reversed(comparison["ci95"]))
-    speedups = ", ".join(
-        f"{before['median_ms'] / after['median_ms']:.1f}× at batch {before['batch_size']}"
-        for before, after in zip(dense["latency"], last["latency"], strict=True)
-    )
-    return [
-        f"{percent(last['sparsity'], 1)} of the weights are zero, the others INT8: "
-        f"{megabytes(last['packed_bytes'])}, {1 / last['size_ratio']:.1f}× smaller",
-        f"accuracy {points(-comparison['drop'])} points, 95 % interval {low} to {high}, "
-        "without any training",
-        f"speed {speedups}: of INT8; the zeros make nothing faster",
+def advice(results: dict) -> Sequence[str]:
+    """Say which file to ship, how to load it, and what is not within the budget."""
+    answers = results["answers"]
+    within = [answer for answer in answers if answer["within_budget"]]
+    lines = [
+        f"{LABELS[answer['name']]}: not within the budget; {answer['file']} is the nearest found"
+        for answer in answers
+        if not answer["within_budget"]
     ]
+    if within:
+        best = next((a for a in within if a["name"] == "both"), within[0])
+        over = max(best["speedup"], key=lambda entry: entry["over_int8"])
+        lines.append(f"ship {best['file']}: {best['size_ratio']:.1f}× smaller than FP32,")
+        lines.append(
+            f"     {over['over_int8']:.2f}× as fast as dense INT8 at batch {over['batch_size']}"
+        )
+        lines.append("load it: from quantization import load_int8")
+        lines.append(f'         model = load_int8("{best["file"]}")')
+    lines += [
+        f"{answer['onnx']['file']} in ONNX Runtime: the same class on "
+        f"{100 * answer['onnx']['agreement']:.2f} %"
+        for answer in answers
+        if "onnx" in answer
+    ]
+    return lines

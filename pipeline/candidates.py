@@ -1,0 +1,184 @@
+"""What the search tries: slim networks, coded networks, and slim networks that are then coded.
+
+Each is made on calibration images without labels, kept in the run's store, and judged in INT8, as
+it will run, on the images that choose.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.command import cli
+from common.images.data import Cifar10, batches
+from common.machine.device import bf16_pays
+from common.network.coded import CodedNetwork
+from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm
+from common.network.size import describe_layers
+from pipeline.budget import Budget, Verdict
+from pipeline.store import Store
+from pruning.channels.allocation import CURVE_IMAGES, choose_widths, measure_curves, width_grid
+from pruning.channels.repair import Dense, measure_dense, repair
+from pruning.channels.slimming import inner_macs
+from quantization.coding.encoder import encode
+from quantization.coding.kernels import assemble, from_int8, to_int8
+from quantization.int8 import conversion, deploy
+from quantization.settings import Settings
+
+RANGE_IMAGES = 512  # of the calibration images: those that set INT8's ranges
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that was tried.
+
+    Attributes:
+        goal: ``size``, ``speed`` or ``both``.
+        strength: What steers the search: less is stronger. Of coding the inverse of a bit's price,
+            of removing channels the share of the multiply-adds that is kept.
+        verdict: On the images that choose.
+        path: Of its coded file.
+        slim_path: Of the slim FP32 network that it was made from; None where no channel is gone.
+        macs: Multiply-adds an image.
+    """
+
+    goal: str
+    strength: float
+    verdict: Verdict
+    path: Path
+    slim_path: Path | None
+    macs: int
+
+    @property
+    def spare(self) -> float:
+        """What is left of the budget."""
+        return self.verdict.spare
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the coded file."""
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Makes candidates from one dense network.
+
+    Attributes:
+        dense: FP32, in eval mode, on the CPU.
+        calibration: Images to code and to repair on, and to set INT8's ranges.
+        settings: Of INT8.
+        budget: Judges.
+        store: Keeps what is made.
+        batch_size: In images.
+        seed: Of what is looked at.
+        train: Trains a compressed network towards the dense one, in place; None: no training.
+    """
+
+    dense: ResNet18
+    calibration: Cifar10
+    settings: Settings
+    budget: Budget
+    store: Store
+    batch_size: int
+    seed: int
+    train: Callable[[ResNet18], ResNet18] | None = None
+
+    def quantize(self, model: ResNet18) -> CodedNetwork:
+        """Return a network in INT8 as quantization.py makes it, in the form of a coded file."""
+        loader = batches(self._range_images, self.batch_size)
+        observed = conversion.calibrate(model, loader, self.settings)
+        return from_int8(conversion.convert(observed, self.settings), self.settings)
+
+    def code(self, model: ResNet18, price: float) -> CodedNetwork:
+        """Return a network whose levels were chosen for their bits, at this price of a bit."""
+        layers = encode(fold_batch_norm(model), self.calibration, price, self.seed)
+        return assemble(layers, self._range_images, self.settings, self.batch_size)
+
+    def try_slim(self, share: float) -> Candidate:
+        """Remove channels until ``share`` of the multiply-adds is left."""
+        key = f"slim-{share:.4f}"
+        slim, slim_path = self.store.slim(key, lambda: self._make_slim(share))
+        coded, path = self.store.coded(f"{key}-int8", lambda: self.quantize(slim))
+        return self._judge("speed", share, coded, path, slim_path)
+
+    def try_coded(
+        self, goal: str, strength: float, base: ResNet18, base_path: Path | None
+    ) -> Candidate:
+        """Code a network, dense or slim, at the price of a bit that ``strength`` says."""
+        name = "dense" if base_path is None else base_path.stem
+        key = f"{name}-coded-{strength:.5f}"
+        coded, path = self.store.coded(
+            key,
+            lambda: self.code(base, 1 / strength),
+        )
+        return self._judge(goal, strength, coded, path, base_path)
+
+    def _judge(
+        self, goal: str, strength: float, coded: CodedNetwork, path: Path, slim_path: Path | None
+    ) -> Candidate:
+        converted, settings = to_int8(coded)
+        verdict = self.budget.judge(deploy.deploy(converted, settings.engine), self.batch_size)
+        macs = sum(layer.macs for layer in describe_layers(ResNet18(coded.widths)))
+        candidate = Candidate(goal, strength, verdict, path, slim_path, macs)
+        cli.log.info(
+            "%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
+            goal, candidate.file_bytes / 1e6, macs / 1e6, -100 * verdict.comparison.drop,
+            f"{verdict.shown:,}", "within the budget" if verdict.passes else "over it",
+        )  # fmt: skip
+        return candidate
+
+    def _make_slim(self, share: float) -> ResNet18:
+        dense = self._measured
+        costs = {
+            name: {width: self._channel_macs[name] * width for width in dense.kept[name]}
+            for name in BLOCKS
+        }
+        outer = self._macs - sum(max(widths.values()) for widths in costs.values())
+        widths = choose_widths(self._curves, costs, share * self._macs - outer)
+        slim = repair(dense, widths)
+        return slim if self.train is None else self.train(slim)
+
+    @property
+    def _range_images(self) -> Cifar10:
+        return self.calibration.rows(slice(RANGE_IMAGES))
+
+    @property
+    def least_share(self) -> float:
+        """The smallest share of the multiply-adds that can be left."""
+        grid = self._grid
+        inner = {name: self._channel_macs[name] * (grid[name][-1] - grid[name][0]) for name in grid}
+        return 1 - sum(inner.values()) / self._macs
+
+    @functools.cached_property
+    def _measured(self) -> Dense:
+        network, images = self.dense, self.calibration.images
+        dtype = torch.bfloat16 if bf16_pays() else torch.float32
+        return measure_dense(network, images, self._grid, self.seed, dtype)
+
+    @functools.cached_property
+    def _curves(self) -> dict:
+        half = {name: grid[(len(grid) - 1) // 2] for name, grid in self._grid.items()}
+        images = self.calibration.images[:CURVE_IMAGES]
+        return measure_curves(self._measured.network, self._measured.kept, half, images)
+
+    @functools.cached_property
+    def _grid(self) -> dict[str, list[int]]:
+        widths = zip(BLOCKS, self.dense.widths.inner, strict=True)
+        return {name: width_grid(width) for name, width in widths}
+
+    @functools.cached_property
+    def _layer_macs(self) -> dict[str, int]:
+        return {layer.name: layer.macs for layer in describe_layers(self.dense)}
+
+    @property
+    def _macs(self) -> int:
+        return sum(self._layer_macs.values())
+
+    @functools.cached_property
+    def _channel_macs(self) -> dict[str, int]:
+        return inner_macs(self.dense, self._layer_macs)

@@ -1,0 +1,93 @@
+"""The search for the strongest compression within the budget: each trial steers the next.
+
+A trial costs a minute or more, so there are few of them. They move on a logarithmic scale, where
+the loss of accuracy bends least: outwards until one passes and one fails, then to where the line
+through these two would use up the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+STRIDE = 1.3  # outwards
+MARGIN = 0.15  # of the bracket, which an interpolated trial keeps from either end
+
+
+class Judged:
+    """What a trial must know of itself."""
+
+    strength: float
+    spare: float
+
+
+Trial = TypeVar("Trial", bound=Judged)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where to look: a strength is what is kept (bits a weight, a share of the operations).
+
+    Attributes:
+        start: The first trial.
+        least: The strongest compression to try.
+        most: The weakest.
+        resolution: Strengths whose ratio is below this are not told apart.
+        trials: At most so many.
+    """
+
+    start: float
+    least: float
+    most: float
+    resolution: float = 1.03
+    trials: int = 5
+
+
+def find_strongest(make: Callable[[float], Trial], where: Range) -> list[Trial]:
+    """Make trials, and return all of them in the order in which they were made.
+
+    Args:
+        make: Returns the trial of a strength; ``spare`` below zero means that it fails.
+        where: To look.
+    """
+    trials: list[Trial] = []
+    strength: float | None = where.start
+    while strength is not None and len(trials) < where.trials:
+        trials.append(make(strength))
+        strength = next_strength(trials, where)
+    return trials
+
+
+def next_strength(trials: Sequence[Judged], where: Range) -> float | None:
+    """Return what to try after ``trials``; None where nothing is left to find out."""
+    passing = min((t for t in trials if t.spare >= 0), key=lambda t: t.strength, default=None)
+    failing = max(
+        (t for t in trials if t.spare < 0 and (passing is None or t.strength < passing.strength)),
+        key=lambda t: t.strength,
+        default=None,
+    )
+    if failing is None:
+        following = max(passing.strength / STRIDE, where.least)
+        return following if following < passing.strength else None
+    if passing is None:
+        following = min(failing.strength * STRIDE, where.most)
+        return following if following > failing.strength else None
+    bracket = math.log(passing.strength / failing.strength)
+    apart = math.log(where.resolution)
+    if bracket < 2 * apart:
+        return None
+    margin = max(MARGIN * bracket, apart)
+    share = failing.spare / (failing.spare - passing.spare)  # of the way from failing
+    return failing.strength * math.exp(min(max(share * bracket, margin), bracket - margin))
+
+
+def strongest(trials: Sequence[Trial]) -> Trial | None:
+    """Return the strongest trial that passes; None where none does."""
+    return min((t for t in trials if t.spare >= 0), key=lambda t: t.strength, default=None)
+
+
+def nearest(trials: Sequence[Trial]) -> Trial:
+    """Return the trial that is least over the budget: the best that there is where none passes."""
+    return max(trials, key=lambda trial: trial.spare)

@@ -1,0 +1,166 @@
+"""The steps of pipeline.py: from loaded inputs to files that were read back and measured."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from common.files.output import OutputFolder
+from common.images.data import Cifar10
+from common.inputs import Inputs
+from common.measure.evaluate import predict
+from common.network.checkpoint import save_checkpoint
+from common.network.coded import load_coded
+from common.network.size import describe_layers
+from pipeline.answers import Answer
+from pipeline.budget import Budget
+from pipeline.candidates import Workshop
+from pipeline.readback import FP32, measure_files
+from pipeline.results import INT8, describe_answers, describe_models, describe_tried
+from pipeline.store import FOLDER_NAME, Store
+from quantization.coding.kernels import to_int8
+from quantization.files.onnx_export import OnnxRuntimeModel, export_onnx
+from quantization.int8 import engines
+from quantization.settings import Settings
+
+SLIM_NAME = "resnet18_cifar10_slim.pth"
+# Fastest first, where there is more than one; the runtimes' table says by how much.
+FASTEST_ENGINES = ("onednn", "x86", "fbgemm", "qnnpack")
+
+
+def choose_settings(engine: str | None) -> Settings:
+    """Return the settings of INT8 for an engine; None takes the fastest that torch has here.
+
+    Raises:
+        UserError: torch has no such engine on this CPU.
+    """
+    candidates = engines.candidate_engines()
+    fastest = next(name for name in FASTEST_ENGINES if name in candidates)
+    return engines.choose_settings(engine or fastest)
+
+
+def open_store(
+    inputs: Inputs, settings: Settings, output_dir: Path, resume: bool, overwrite: bool
+) -> Store:
+    """Open the place of the networks that an unfinished run leaves.
+
+    Raises:
+        UserError: It holds those of another run, or of one that nobody asked to continue.
+    """
+    identity = inputs.identify() | {
+        "the seed": inputs.seed,
+        "the settings of INT8": repr(sorted(asdict(settings).items())),
+        "the number of threads": torch.get_num_threads(),
+    }
+    return Store(output_dir / FOLDER_NAME, identity, resume, overwrite)
+
+
+def open_workshop(
+    inputs: Inputs,
+    choosing: Cifar10,
+    settings: Settings,
+    store: Store,
+    max_drop: float,
+    batch_size: int,
+) -> Workshop:
+    """Measure the dense network on the images that choose, and prepare to compress it."""
+    dense = inputs.model
+    predictions = predict(dense, choosing, batch_size, "evaluate FP32")
+    budget = Budget(max_drop, choosing, predictions == choosing.labels)
+    return Workshop(dense, inputs.calibration, settings, budget, store, batch_size, inputs.seed)
+
+
+def write_files(
+    workshop: Workshop, answers: Mapping[str, Answer], folder: OutputFolder, name: str
+) -> dict[str, Path]:
+    """Write every answer's file, and the slim network of the fastest one as a checkpoint.
+
+    Args:
+        workshop: That made them.
+        answers: By goal.
+        folder: Of the results.
+        name: Of a file, with a place for the goal.
+
+    Returns:
+        The coded files by goal.
+    """
+    files = {}
+    for goal, answer in answers.items():
+        files[goal] = folder.file(name.format(goal))
+        shutil.copyfile(answer.best.path, files[goal])
+    slim = answers.get("speed") or answers.get("both")
+    if slim is not None and slim.best.slim_path is not None:
+        shutil.copyfile(slim.best.slim_path, folder.file(SLIM_NAME))
+    return files
+
+
+def measure(
+    workshop: Workshop,
+    answers: Mapping[str, Answer],
+    files: Mapping[str, Path],
+    confirming: Cifar10,
+    batch_sizes: Sequence[int],
+    seconds: float,
+) -> dict:
+    """Return results.json's ``models``, ``answers`` and ``tried``, all of files read back.
+
+    Args:
+        workshop: That made the answers.
+        answers: By goal.
+        files: Theirs.
+        confirming: Images that chose nothing.
+        batch_sizes: To time, in images.
+        seconds: To spend on each.
+    """
+    store, dense = workshop.store, workshop.dense
+    fp32 = store.folder / "dense.pth"
+    save_checkpoint(dense.state_dict(), fp32)
+    _, int8 = store.coded("dense-int8", lambda: workshop.quantize(dense))
+    # A coded network runs as fast as the same one uncoded, so of those tried these are timed.
+    tried = {
+        c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors"
+        for answer in answers.values()
+        for c in answer.tried
+        if c.slim_path is not None
+    }
+    measured = measure_files(
+        fp32, {INT8: int8} | dict(files) | tried, confirming, workshop.batch_size, batch_sizes,
+        seconds,
+    )  # fmt: skip
+    paths = {FP32: fp32, INT8: int8} | dict(files)
+    macs = sum(layer.macs for layer in describe_layers(dense))
+    found, labels = list(answers.values()), confirming.labels
+    return {
+        "models": describe_models(measured, paths, workshop.settings.engine, labels),
+        "answers": describe_answers(found, measured, paths, macs, workshop.budget.max_drop, labels),
+        "tried": describe_tried(found, measured, macs, fp32.stat().st_size),
+    }
+
+
+def export_answers_to_onnx(
+    answers: Sequence[dict], files: Mapping[str, Path], confirming: Cifar10, batch_size: int
+) -> None:
+    """Write each answer as ONNX beside its file, and add how often both predict the same class.
+
+    Args:
+        answers: Of results.json; changed in place.
+        files: By goal.
+        confirming: Images to compare on.
+        batch_size: In images.
+    """
+    from quantization.files.artifact import load_int8
+
+    for answer in answers:
+        coded = files[answer["name"]]
+        path = coded.with_suffix(".onnx")
+        converted, _ = to_int8(load_coded(coded))
+        export_onnx(converted, path)
+        run = OnnxRuntimeModel(path, torch.get_num_threads())
+        ours = predict(load_int8(coded), confirming, batch_size, "INT8")
+        theirs = predict(run, confirming, batch_size, "ONNX Runtime")
+        agreement = float((ours == theirs).double().mean())
+        answer["onnx"] = {"file": path.name, "agreement": agreement}
