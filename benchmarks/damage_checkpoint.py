@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import arguments, cli
-from common.argument_types import positive_float, positive_int
+from common.command import arguments, cli
+from common.command.argument_types import positive_float, positive_int
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,8 +38,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from common import checkpoint, output
-    from common.model import BasicBlock
+    from common.files import output
+    from common.network import checkpoint
+    from common.network.resnet import BasicBlock
 
     if args.output.exists():
         raise cli.UserError(f"{args.output}: exists already")

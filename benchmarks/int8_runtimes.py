@@ -1,19 +1,12 @@
 """Compare our INT8 model with other runtimes: same weights, same images, equal threads.
 
     python benchmarks/int8_runtimes.py --bundled --threads 2
+    python benchmarks/int8_runtimes.py --slim results/pruning/resnet18_cifar10_slim.pth
 
 Every runtime gets the same FP32 weights and calibration images, or our calibrated model as an ONNX
-file; all of them are timed in turns, in one process. The table shows images a second and, in
-brackets, the share of the rate that a large INT8 matrix product reaches on the same cores.
-
-What is out of reach: OpenVINO's time at batch 1. From batch 8 on both run the same kernels at about
-90 % of the matrix product's rate. One image leaves them 60 % of a call of 0.8 ms (sampled with perf
-on two Zen 5 cores); 14 % is torch's and ideep's work around each of 22 kernels, which sets up
-arguments, scales and attributes anew every time, 11 % is malloc, since every activation is a new
-tensor where OpenVINO plans its memory once, and 13 % waits for the second thread. Tried: oneDNN's
-primitive kept for every batch size (+21 %, in use), torch's static runtime (refuses quantized
-tensors), optimize_for_inference and the executor without profiling (2 %), glibc without fast bins
-(2 %), huge pages (0), PT2E with AOTInductor (slower at every batch size).
+file; all of them are timed in turns, in one process, on the CPU. The table shows images a second
+and, in brackets, the share of the rate that a large INT8 matrix product reaches on the same cores.
+docs/runtimes.md has a run, and what was tried to be faster.
 """
 
 from __future__ import annotations
@@ -21,14 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import arguments, cli
+from common.command import argument_types, arguments, cli
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "int8_runtimes"
 PLOT = "int8_runtimes.png"
-EVALUATION_BATCH = 128
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +32,14 @@ def build_parser() -> argparse.ArgumentParser:
         "  python benchmarks/int8_runtimes.py --bundled\n"
         "  python benchmarks/int8_runtimes.py --data-dir ~/cifar10 --test-images all --threads 2",
     )
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_report=False)
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_report=False, with_device=False)
+    parser.set_defaults(batch_size=128)
+    parser.add_argument(
+        "--slim",
+        type=argument_types.path,
+        metavar="FILE",
+        help="checkpoint of narrower layers, for a row of its own",
+    )
     arguments.add_calibration_argument(parser)
     arguments.add_timing_arguments(parser, batch_sizes=[1, 8, 32, 128], seconds=20.0)
     return parser
@@ -50,20 +50,31 @@ def main(argv: list[str] | None = None) -> int:
     """Load, quantize everywhere, evaluate, time in turns, write."""
     args = build_parser().parse_args(argv)
     cli.set_up_messages(args.quiet)
+    started = time.perf_counter()
 
     from benchmarks import runtimes_report
-    from common import data, device, latency, output, report, size
+    from common.files import output
+    from common.images import data
     from common.inputs import load_inputs
-    from common.workers import ALONE
+    from common.machine import device
+    from common.machine.workers import ALONE
+    from common.measure import latency
+    from common.network import checkpoint, size
+    from common.report import results as report
+    from common.run import finish_run, print_results
 
     device.set_threads(args.threads)
     device.keep_freed_memory()
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
-        model, test = inputs.model, inputs.test
+        test, networks = inputs.test, {"dense": inputs.model}
+        if args.slim is not None:
+            networks["slim"] = checkpoint.load_model(args.slim)
         with tempfile.TemporaryDirectory() as models:
-            runners = make_runners(model, inputs.calibration, test, Path(models))
-            accuracies = evaluate_runners(runners, test)
+            runners = make_runners(
+                networks, inputs.calibration, test, args.batch_size, Path(models)
+            )
+            accuracies = evaluate_runners(runners, test, args.batch_size)
             contenders = [
                 latency.Contender(name, runner.run, runner.memory_format)
                 for name, runner in runners.items()
@@ -72,38 +83,48 @@ def main(argv: list[str] | None = None) -> int:
             timings = latency.time_interleaved(
                 contenders, images, args.batch_sizes, args.timing_seconds
             )
-        macs = sum(layer.macs for layer in size.describe_layers(model))
+        macs = {
+            name: sum(layer.macs for layer in size.describe_layers(network))
+            for name, network in networks.items()
+        }
         gemm_rate = measure_gemm()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 
         results = report.common_results(
             "int8_runtimes", args, ALONE, inputs.describe_images(), inputs.weights
         )
-        results |= {"gemm_macs_per_second": gemm_rate, "macs_per_image": macs}
-        results["rows"] = runtimes_report.describe(runners, accuracies, timings, macs / gemm_rate)
+        results |= {"gemm_macs_per_second": gemm_rate, "macs_per_image": macs["dense"]}
+        results["rows"] = runtimes_report.describe(runners, accuracies, timings, macs, gemm_rate)
         results["artifacts"] = {"plots": [PLOT]}
         runtimes_report.plot(results, folder.file(PLOT))
-        report.write_json(folder.file(output.RESULTS_NAME), results)
-        folder.commit()
-    text = report.to_json(results) if args.json else runtimes_report.format_results(results)
-    print(text, end="")
+        finish_run(results, folder, started)
+    print_results(results, runtimes_report.format_results(results), args.json)
     return cli.EXIT_DONE
 
 
-def make_runners(model, calibration, test, folder: Path) -> dict:
+def make_runners(networks: dict, calibration, test, batch_size: int, folder: Path) -> dict:
     """Return a runner by name; those of a missing package are left out, and a line says so."""
     from benchmarks import runtimes
-    from quantization import engines, experiment, onnx_export
+    from quantization import steps
+    from quantization.bench import Bench
+    from quantization.files import onnx_export
+    from quantization.int8 import engines
 
+    model = networks["dense"]
     runners = {"torch-fp32": runtimes.torch_fp32(model)}
     if (bf16 := runtimes.torch_bf16(model)) is not None:
         runners["torch-bf16"] = bf16
     settings = [engines.choose_settings(engine) for engine in engines.candidate_engines()]
-    quantized = experiment.quantize(model, calibration, test, settings, EVALUATION_BATCH)
+    bench = Bench(calibration, test, batch_size)
+    quantized = steps.quantize(model, bench, settings)
     for candidate in quantized:
         name = f"torch-int8-{candidate.settings.engine}"
         runners[name] = runtimes.torch_plain(candidate, folder)
         runners[f"{name}-deployed"] = runtimes.torch_deployed(candidate, folder)
+    if "slim" in networks:
+        chosen = settings[-1]  # onednn, where there is more than one
+        (slim,) = steps.quantize(networks["slim"], bench, [chosen])
+        runners[f"torch-int8-{chosen.engine}-slim"] = runtimes.torch_deployed(slim, folder)
     if runtimes.has_package("torchao", "torch-int8-pt2e"):
         pt2e = runtimes.torch_pt2e(model, calibration, folder)
         runners |= {} if pt2e is None else {"torch-int8-pt2e": pt2e}
@@ -121,14 +142,12 @@ def make_runners(model, calibration, test, folder: Path) -> dict:
     return runners
 
 
-def evaluate_runners(runners: dict, test) -> dict[str, float]:
+def evaluate_runners(runners: dict, test, batch_size: int) -> dict[str, float]:
     """Return every runner's top-1 accuracy."""
-    from common.evaluate import predict
+    from common.measure.evaluate import predict
 
     return {
-        name: float(
-            (predict(runner.run, test, EVALUATION_BATCH, name) == test.labels).double().mean()
-        )
+        name: float((predict(runner.run, test, batch_size, name) == test.labels).double().mean())
         for name, runner in runners.items()
     }
 
@@ -136,7 +155,7 @@ def evaluate_runners(runners: dict, test) -> dict[str, float]:
 def measure_gemm() -> float:
     """Return the best INT8 GEMM rate of torch's engines, in multiply-accumulates a second."""
     from benchmarks.runtimes import measure_gemm_rate
-    from quantization.engines import candidate_engines
+    from quantization.int8.engines import candidate_engines
 
     return max(measure_gemm_rate(engine) for engine in candidate_engines())
 

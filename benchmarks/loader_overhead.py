@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import arguments, cli
-from common.argument_types import batch_size, positive_int, thread_count
-from common.report import format_table, percent
+from common.command import arguments, cli
+from common.command.argument_types import batch_size, positive_int, thread_count
+from common.report.results import format_table, percent
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from common.checkpoint import BUNDLED_WEIGHTS, load_model
-    from common.data import Cifar10, batches, load_images
-    from common.device import set_threads
-    from common.sources import bundled_source
+    from common.images.data import Cifar10, batches, load_images
+    from common.images.sources import bundled_source
+    from common.machine.device import set_threads
+    from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
 
     set_threads(args.threads)
     model = load_model(BUNDLED_WEIGHTS).to(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import arguments, cli
+from common.command import arguments, cli
 
 AMOUNT, TOLERANCE = 0.9, 0.02
 
@@ -40,14 +40,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run both ways, compare their counts, write and print the times."""
     args = build_parser().parse_args(argv)
     cli.set_up_messages(args.quiet)
+    begun = time.perf_counter()
 
     import torch
 
-    from common import device, output, report
+    from common.files import output
     from common.inputs import load_inputs
-    from common.model import prunable_layers
-    from common.workers import Workers
-    from pruning import brute_force, search
+    from common.machine import device
+    from common.machine.workers import Workers
+    from common.network.resnet import prunable_layers
+    from common.report import results as report
+    from common.run import finish_run, print_results
+    from pruning.alone import brute_force
+    from pruning.alone.bisection import required_correct
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
@@ -61,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         scanned = brute_force.scan_brute_force(
             model, test, list(prunable_layers(model)), AMOUNT, layout
         )
-        required = search.required_correct(dense, len(test), TOLERANCE)
+        required = required_correct(dense, len(test), TOLERANCE)
         total = model.linear.weight.numel()
         usual_found, steps = brute_force.search_brute_force(model, test, required, total, layout)
         usual_seconds = time.perf_counter() - started
@@ -80,9 +85,8 @@ def main(argv: list[str] | None = None) -> int:
                 for name in usual_counts
             ],
         }
-        report.write_json(folder.file(output.RESULTS_NAME), results)
-        folder.commit()
-    print(report.to_json(results) if args.json else format_results(results), end="")
+        finish_run(results, folder, begun)
+    print_results(results, format_results(results), args.json)
     return cli.EXIT_DONE
 
 
@@ -94,26 +98,26 @@ def run_ours(model, test, batch_size: int) -> tuple[dict, dict, int]:
     Returns:
         Seconds by chapter, correct images by layer, and pruned weights of the linear layer.
     """
-    from common import size
-    from common.cascade import has_bf16
-    from common.model import prunable_layers
-    from pruning import experiment, savings, search
+    from common.machine.device import bf16_pays
+    from common.measure.evaluate import predict
+    from common.network.resnet import prunable_layers
+    from pruning.alone.linear import search_linear
+    from pruning.alone.scan import Scan, run_scan
+    from pruning.masks import copy_without, l1_mask
+    from pruning.report.results import describe_scan
 
     started = time.perf_counter()
-    layers = size.describe_layers(model)
-    experiment.describe_structure(model, layers)
-    fast = test.images.device.type == "cpu" and has_bf16()
+    fast = test.images.device.type == "cpu" and bf16_pays()
+    scan = Scan(model, test, list(prunable_layers(model)), [AMOUNT], batch_size, fast)
     with tempfile.TemporaryDirectory() as scratch:
-        scanned, scan_seconds = experiment.run_scan(
-            model, test, list(prunable_layers(model)), [AMOUNT], Path(scratch) / "journal", False,
-            batch_size, fast,
-        )  # fmt: skip
-        search_started = time.perf_counter()
-        labels = test.labels.cpu()
-        _, found = search.search_linear(model, scanned.features, labels, TOLERANCE, None)
-        search_seconds = time.perf_counter() - search_started
-        pruned = savings.prune_linear(model, found).to(test.images.device)
-        savings.confirm(pruned, test, scanned.features, scanned.dense_correct, batch_size)
+        scanned, scan_seconds = run_scan(scan, Path(scratch) / "journal")
+    describe_scan(scanned, model, [AMOUNT])
+    search_started = time.perf_counter()
+    labels = test.labels.cpu()
+    found = search_linear(model.linear, scanned.features, labels, TOLERANCE, seed=0).found
+    search_seconds = time.perf_counter() - search_started
+    kept = l1_mask(model.linear.weight.cpu(), found)
+    predict(copy_without(model, {"linear": kept}).to(test.images.device), test, batch_size)
     counts = {"dense": int(scanned.dense_correct.sum())}
     counts |= {layer: int(c.sum()) for (_, layer), c in scanned.correct.items()}
     seconds = {
@@ -124,7 +128,7 @@ def run_ours(model, test, batch_size: int) -> tuple[dict, dict, int]:
 
 def format_results(results: dict) -> str:
     """Lay out the counts and the times."""
-    from common.report import format_table
+    from common.report.results import format_table
 
     rows = [[r["layer"], f"{r['ours']:,}", f"{r['brute_force']:,}"] for r in results["rows"]]
     seconds, found = results["seconds"], results["found"]

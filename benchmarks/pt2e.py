@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.data import Cifar10, batches
-from common.model import ResNet18
-from quantization.deploy import blank_images
+from common.images.data import Cifar10, batches
+from common.network.resnet import ResNet18
+from quantization.int8.deploy import blank_images
 
 CALIBRATION_BATCH = 64
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
 import shutil
 import warnings
@@ -19,14 +20,15 @@ import numpy as np
 import torch
 
 from benchmarks import pt2e
-from common.cifar10 import IMAGE_SIZE
-from common.cli import log
-from common.data import Cifar10, batches, normalize
-from common.latency import Contender, time_interleaved
-from common.model import ResNet18, fold_batch_norm
-from common.size import saved_size_bytes
-from quantization import artifact, deploy, engines, onnx_export
-from quantization.experiment import Quantized
+from common.command.cli import log
+from common.images.cifar10 import IMAGE_SIZE
+from common.images.data import Cifar10, batches, normalize
+from common.measure.latency import Contender, time_interleaved
+from common.network.resnet import ResNet18, fold_batch_norm
+from common.network.size import saved_size_bytes
+from quantization.files import artifact, onnx_export
+from quantization.int8 import deploy, engines
+from quantization.int8.deploy import Quantized
 
 CALIBRATION_BATCH = 64
 GEMM_SIZES = (512, 1024, 2048)
@@ -223,7 +225,7 @@ def _quiet_logging():
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with open("/dev/null", "w") as sink, contextlib.redirect_stdout(sink):
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(level)

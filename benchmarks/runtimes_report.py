@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.runtimes import Runner
-from common import report
-from common.latency import Timing
+from common.measure.latency import Timing
+from common.report import results as report
 
 BEST = "torch-int8-best"
-DEPLOYED = "-deployed"
+DEPLOYED, SLIM = "-deployed", "-slim"
 LABELS = {
     "torch-fp32": "torch FP32, frozen",
     "torch-bf16": "torch bf16, compiled",
@@ -30,20 +30,23 @@ def describe(
     runners: dict[str, Runner],
     accuracies: dict[str, float],
     timings: dict[str, list[Timing]],
-    image_seconds: float,
+    macs: Mapping[str, int],
+    gemm_rate: float,
 ) -> list[dict]:
     """Return the rows of results.json; the fastest deployed engine appears again as the best.
 
     Args:
         runners: By name.
         accuracies: Top-1, as fractions.
-        timings: From :func:`common.latency.time_interleaved`.
-        image_seconds: Of one image at the rate of an INT8 GEMM.
+        timings: From :func:`common.measure.latency.time_interleaved`.
+        macs: Multiply-accumulates an image of the ``dense`` network and, if any, the ``slim`` one.
+        gemm_rate: Those a second of an INT8 GEMM.
     """
     deployed = [name for name in runners if name.endswith(DEPLOYED)]
     best = min(deployed, key=lambda name: sum(math.log(t.median_ms) for t in timings[name]))
     rows = []
     for name, source in [*((name, name) for name in runners), (BEST, best)]:
+        row_macs = macs["slim" if name.endswith(SLIM) else "dense"]
         for timing in timings[source]:
             rows.append(
                 {
@@ -52,7 +55,8 @@ def describe(
                     **timing.as_dict(),
                     "accuracy": accuracies[source],
                     "size_bytes": runners[source].size_bytes,
-                    "share_of_gemm_rate": timing.images_per_second * image_seconds,
+                    "macs_per_image": row_macs,
+                    "share_of_gemm_rate": timing.images_per_second * row_macs / gemm_rate,
                 }
             )
     return rows
@@ -62,6 +66,8 @@ def label(name: str) -> str:
     """Name a runtime for people."""
     if name.endswith(DEPLOYED):
         return f"torch {name.removeprefix('torch-int8-').removesuffix(DEPLOYED)}, deployed"
+    if name.endswith(SLIM):
+        return f"ours: slim + {name.removeprefix('torch-int8-').removesuffix(SLIM)}"
     return LABELS.get(name, f"torch {name.removeprefix('torch-int8-')}, as converted")
 
 
@@ -108,6 +114,7 @@ def plot(results: dict, path: Path) -> None:
     plain = "torch-int8-fbgemm"
     shown = [name for name in ("torch-fp32", "torch-bf16", plain) if name in everything]
     shown += [name for name in LABELS if name in everything and name not in shown]
+    shown += [name for name in everything if name.endswith(SLIM)]
     shades = {"torch-fp32": "#D0D0D0", "torch-bf16": "#B0B0B0", plain: "#8C8C8C",
               BEST: report.BLUE, "torch-int8-pt2e": "#9B7FB8", "onnxruntime-int8-ours": "#5AA9DC",
               "openvino-int8-ours": "#A5CFEB", "onnxruntime-int8": report.ORANGE,
@@ -118,14 +125,13 @@ def plot(results: dict, path: Path) -> None:
     for index, name in enumerate(shown):
         speeds = [row["images_per_second"] for row in everything[name]]
         positions = np.arange(len(sizes)) + (index - (len(shown) - 1) / 2) * width
-        bars = axis.bar(
-            positions, speeds, width * 0.94, color=shades.get(name, report.GREY), label=label(name)
-        )
+        shade = report.RED if name.endswith(SLIM) else shades[name]
+        bars = axis.bar(positions, speeds, width * 0.94, color=shade, label=label(name))
         axis.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=2, fontsize=6.8)
     ceiling = results["gemm_macs_per_second"] / results["macs_per_image"]
     axis.axhline(ceiling, color="#444444", lw=1, ls="--")
     axis.annotate(
-        f"rate of a large INT8 matrix product: {ceiling:.0f}", (-0.42, ceiling),
+        f"rate of a large INT8 matrix product, dense: {ceiling:.0f}", (-0.42, ceiling),
         xytext=(0, 4), textcoords="offset points", fontsize=8.5,
     )  # fmt: skip
     axis.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
