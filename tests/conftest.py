@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,36 +16,37 @@ import pytest
 import torch
 from check_results import check_results, without_times
 from PIL import Image
+from processes import run_here, run_together, undisturbed
 from torch.nn.utils import prune
 
-from common import checkpoint, cli
-from common.cifar10 import CLASSES
-from common.data import Cifar10, normalize
-from common.model import ResNet18, prunable_layers
+from common.images.cifar10 import CLASSES
+from common.images.data import Cifar10, normalize
+from common.network.resnet import ResNet18, Widths, prunable_layers
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-TINY = (4, 8, 8, 8)
+TINY = Widths((4, 8, 8, 8), (4, 3, 5, 8, 8, 6, 8, 7))  # of no two kinds of layers alike
 NOBODY = 65534
+
+# Whole runs, the longest first: so that no process is left with one of them at the end.
+LONGEST = (
+    "test_pruning.py", "test_pipeline.py", "test_quantization.py", "test_interruptions.py",
+    "test_model_search.py", "test_channel_search.py", "test_training.py", "test_coded.py",
+)  # fmt: skip
 
 # Tiny networks gain nothing from threads, and lose a lot where other work shares the cores.
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _quiet_log() -> Iterator[None]:
-    """Start and leave every test with the log as importing leaves it."""
-    yield
-    cli.log.handlers.clear()
-    cli.log.setLevel(logging.NOTSET)
-    cli.log.propagate = True
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; xdist hands files out in this order."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(autouse=True)
-def _keep_engine() -> Iterator[None]:
-    """Leave torch with the INT8 engine that it had: loading a model may set another."""
-    engine = torch.backends.quantized.engine
-    yield
-    torch.backends.quantized.engine = engine
+def _undisturbed() -> Iterator[None]:
+    """Leave the process to the next test as importing left it."""
+    with undisturbed():
+        yield
 
 
 @pytest.fixture
@@ -72,7 +69,7 @@ def tiny_model(random_images) -> ResNet18:
     """A narrow network whose batch-norms fit its activations, so that its classes vary."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = ResNet18(stage_channels=TINY)
+        model = ResNet18(TINY)
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
@@ -92,17 +89,8 @@ def pruned_model(tiny_model) -> ResNet18:
 
 
 @pytest.fixture
-def tiny_skeleton(monkeypatch) -> None:
-    """Let INT8 files be read into tiny networks, as the tests write them."""
-    from quantization import conversion  # imports torch.ao, which most tests can do without
-
-    monkeypatch.setattr(conversion, "ResNet18", lambda: ResNet18(stage_channels=TINY))
-
-
-@pytest.fixture
-def tiny_state(monkeypatch, tiny_model) -> dict[str, torch.Tensor]:
-    """The tiny network's weights, which are taken for the full-size one's here."""
-    monkeypatch.setattr(checkpoint, "ResNet18", lambda: ResNet18(stage_channels=TINY))
+def tiny_state(tiny_model) -> dict[str, torch.Tensor]:
+    """The tiny network's weights."""
     return tiny_model.state_dict()
 
 
@@ -115,60 +103,22 @@ def blank_state() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture(scope="session")
-def start_torchrun() -> Callable[..., subprocess.Popen[str]]:
-    """Start a Python program in two processes, one thread each unless it says otherwise."""
-
-    def start(*arguments: object) -> subprocess.Popen[str]:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments]
-        return subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-            | {"PYTHONPATH": str(REPOSITORY)},
-        )
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def torchrun(start_torchrun) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a Python program in two processes to its end."""
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        process = start_torchrun(*arguments)
-        try:
-            out, err = process.communicate(timeout=600)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    return run
-
-
 @pytest.fixture
-def check_two_processes(torchrun, tmp_path) -> Callable[..., None]:
+def check_two_processes(tmp_path) -> Callable[..., None]:
     """Check that two processes find what one does: at equal threads, with one process's batches."""
 
-    def check(script: Path, *arguments: object) -> None:
+    def check(main: Callable[[list[str]], int], *arguments: object) -> None:
         arguments = [*arguments, "--threads", 1, "--batch-size", 16, "--output-dir"]
-        alone = subprocess.run(
-            [sys.executable, *map(str, [script, *arguments, tmp_path / "one"])],
-            capture_output=True, text=True, timeout=900,
-        )  # fmt: skip
+        alone = run_here(main, *arguments, tmp_path / "one")
         assert alone.returncode == 0, alone.stderr
-        done = torchrun(script, *arguments, tmp_path / "two")
-        assert done.returncode == 0, done.stderr
+        first, second = run_together(main, *arguments, tmp_path / "two", output=tmp_path / "told")
+        assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
         one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
         check_results(two, tmp_path / "two")
         assert (two.pop("processes"), one.pop("processes")) == (2, 1)
         assert without_times(two) == without_times(one)
-        assert done.stdout.count("written to") == 1
+        assert first.stdout.count("written to") == 1
+        assert second.stdout == ""
 
     return check
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common.argument_types import (
+from common.command.argument_types import (
     MAX_BATCH_SIZE,
     MAX_THREADS,
     batch_size,
@@ -17,7 +17,6 @@ from common.argument_types import (
     image_count,
     list_of,
     name,
-    non_negative_int,
     path,
     positive_float,
     positive_int,
@@ -30,7 +29,6 @@ from common.argument_types import (
     ("parse", "text", "value"),
     [
         (positive_int, "7", 7),
-        (non_negative_int, "0", 0),
         (seed_int, "4294967295", 2**32 - 1),
         (thread_count, "1024", 1024),
         (batch_size, "4096", 4096),
@@ -52,8 +50,25 @@ def test_values(parse, text, value):
 @pytest.mark.parametrize(
     ("parse", "texts"),
     [
-        (positive_int, ["0", "-1", "", " 7", "7 ", "1_000", "1e3", "0x1", "٣", "²", "9" * 30]),
-        (non_negative_int, ["-1", "--1", "-", "+1"]),
+        (
+            positive_int,
+            [
+                "--1",
+                "-",
+                "+1",
+                "0",
+                "-1",
+                "",
+                " 7",
+                "7 ",
+                "1_000",
+                "1e3",
+                "0x1",
+                "٣",
+                "²",
+                "9" * 30,
+            ],
+        ),
         (seed_int, ["4294967296", "-1"]),
         (thread_count, ["0", "1025"]),
         (batch_size, ["0", "4097"]),
@@ -80,7 +95,6 @@ def test_values_out_of_range(parse, texts):
 def test_any_text_is_a_value_in_range_or_refused(text):
     bounds = {
         positive_int: (1, 10**18),
-        non_negative_int: (0, 10**18),
         seed_int: (0, 2**32 - 1),
         thread_count: (1, MAX_THREADS),
         batch_size: (1, MAX_BATCH_SIZE),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common import arguments, cli
+from common.command import arguments, cli
 from common.inputs import load_inputs
 from pipeline import pipeline
 from pruning import pruning

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common import cli, report
-from common.cli import UserError
-from common.data import batches, normalize
-from quantization import artifact, conversion, deploy, engines
+import quantization
+from common.command import cli
+from common.command.cli import UserError
+from common.files.untrusted import read_sealed, write_sealed
+from common.images.data import batches, normalize
+from common.machine import device
+from quantization.files import artifact
+from quantization.int8 import conversion, deploy, engines
 from quantization.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("tiny_skeleton")
 ENGINES = engines.candidate_engines()
 
 
@@ -30,7 +33,9 @@ def convert(tiny_model, random_images):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("fp32_layers", [(), ("layer1.0.conv2", "linear")])
+@pytest.mark.parametrize(
+    "fp32_layers", [(), ("layer1.0.conv2", "linear"), ("conv1", "layer2.0.conv1")]
+)
 @torch.inference_mode()
 def test_a_reloaded_model_computes_bit_for_bit_the_same(
     convert, images, tmp_path, engine, fp32_layers
@@ -72,7 +77,7 @@ def test_bad_files_are_refused_by_name(tmp_path, load, content):
 def test_a_plain_checkpoint_is_refused(tmp_path, tiny_model):
     path = tmp_path / "fp32.pth"
     torch.save(tiny_model.state_dict(), path)
-    with pytest.raises(UserError, match=r"not written by quantization\.py"):
+    with pytest.raises(UserError, match="not a file of the kind resnet18-cifar10-int8"):
         artifact.load_int8(path)
     with pytest.raises(UserError, match="no frozen INT8 model"):
         artifact.load_frozen(path)
@@ -83,7 +88,7 @@ def test_a_truncated_file_is_refused(convert, tmp_path):
     path = tmp_path / "model.pth"
     artifact.save_int8(convert(settings), settings, path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"model\.pth: damaged"):
+    with pytest.raises(UserError, match=r"model\.pth: .*damaged"):
         artifact.load_int8(path)
 
 
@@ -95,7 +100,7 @@ def test_full_range_without_vnni_is_warned_of(
     settings = Settings("fbgemm", reduce_range)
     path = tmp_path / "model.pth"
     artifact.save_int8(convert(settings), settings, path)
-    monkeypatch.setattr(report, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(device, "has_vnni", lambda: vnni)
     cli.set_up_messages(quiet=True)
     artifact.load_int8(path)
     warned = "no VNNI" in capsys.readouterr().err
@@ -116,8 +121,62 @@ def test_forged_content_is_refused_in_one_line(convert, tmp_path, forged):
     settings, path = Settings(ENGINES[0]), tmp_path / "forged.pth"
     artifact.save_int8(convert(settings), settings, path)
     with engines.quiet_torch():
-        content = torch.load(path, weights_only=True)
-        torch.save(content | forged, path)
+        write_sealed(read_sealed(path, artifact.FORMAT) | forged, artifact.FORMAT, path)
     with pytest.raises(UserError, match=r"forged\.pth: damaged or no INT8 model") as caught:
         artifact.load_int8(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "forge"),
+    [
+        ("conv1.scale", lambda t: t * float("nan")),
+        ("conv1.scale", torch.zeros_like),
+        ("layer1_0_relu2_scale_0", lambda t: -t),
+        ("conv1.zero_point", lambda t: t + 300),
+        ("conv1.bias", lambda t: t * float("inf")),
+        ("conv1.bias", lambda t: t[:-1]),
+        ("conv1.bias", lambda t: t.long()),
+        ("layer1.0.conv2.weight", lambda t: t[:, :-1]),
+        ("layer1.0.conv2.weight", torch.Tensor.dequantize),
+        ("layer1.0.conv2.weight", lambda t: rescaled(t, -1.0)),
+        ("layer1.0.conv2.weight", lambda t: rescaled(t, float("nan"))),
+        ("linear._packed_params._packed_params", lambda pair: (rescaled(pair[0], 0.0), pair[1])),
+        ("linear._packed_params._packed_params", lambda pair: pair[:1]),
+        ("linear._packed_params._packed_params", lambda pair: 3),
+    ],
+)  # fmt: skip
+def test_values_that_no_model_has_are_refused_in_one_line(convert, tmp_path, name, forge):
+    settings, path = Settings(ENGINES[0]), tmp_path / "forged.pth"
+    artifact.save_int8(convert(settings), settings, path)
+    with engines.quiet_torch():
+        content = read_sealed(path, artifact.FORMAT)
+        content["state_dict"][name] = forge(content["state_dict"][name])
+        write_sealed(content, artifact.FORMAT, path)
+    with pytest.raises(UserError, match=r"forged\.pth: damaged or no INT8 model") as caught:
+        artifact.load_int8(path)
+    assert "\n" not in str(caught.value)
+
+
+def rescaled(weight, factor):
+    return torch._make_per_channel_quantized_tensor(
+        weight.int_repr(), weight.q_per_channel_scales() * factor,
+        weight.q_per_channel_zero_points(), axis=0,
+    )  # fmt: skip
+
+
+def test_flipped_bytes_are_found(convert, tmp_path):
+    settings, path = Settings(ENGINES[0]), tmp_path / "model.pth"
+    artifact.save_int8(convert(settings), settings, path)
+    content = bytearray(path.read_bytes())
+    for at in range(len(content) // 3, len(content) // 2, 97):
+        content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.pth: .*damaged"):
+        artifact.load_int8(path)
+
+
+def test_the_package_hands_on_its_reader():
+    assert quantization.load_int8 is artifact.load_int8
+    with pytest.raises(AttributeError):
+        quantization.load_int4  # noqa: B018

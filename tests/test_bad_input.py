@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import itertools
 import os
 import re
 import shlex
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
+from processes import run_here
 from torchvision.datasets import CIFAR10
 
-from common import arguments, cli
-from common.checkpoint import find_weights, load_model
-from common.cifar10 import CLASSES
-from common.data import load_images
-from common.device import choose_device, set_threads
-from common.download import BATCHES_FOLDER
-from common.model import ResNet18
-from common.output import OutputFolder
-from common.sources import open_source
+from common.command import cli
+from common.files.output import OutputFolder
+from common.images.cifar10 import CLASSES
+from common.images.download import BATCHES_FOLDER
+from common.network.checkpoint import BUNDLED_WEIGHTS
+from common.network.resnet import ResNet18, Widths
 from pipeline import pipeline
 from pruning import pruning
 from quantization import quantization
@@ -37,27 +36,6 @@ from training import training
 State = dict[str, torch.Tensor]
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "bad_input.md"
 ROWS = re.findall(r"^\| (.+?) \| `(.+?)` \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
-
-
-def shared_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
-    arguments.add_shared_arguments(parser, Path("results"))
-    return parser
-
-
-@cli.exit_codes
-def main(argv: list[str] | None = None) -> int:
-    """Do what both scripts do with their shared flags."""
-    args = shared_parser().parse_args(argv)
-    cli.set_up_messages(args.quiet)
-    set_threads(args.threads)
-    choose_device(args.device)
-    with OutputFolder(args.output_dir, args.overwrite):
-        if args.weights:
-            load_model(find_weights(args.weights, Path()).path)
-        source = open_source(args.data_dir, args.bundled, not args.no_bundled)
-        load_images(source, "test", args.test_images, args.seed)
-    return cli.EXIT_DONE
 
 
 # --- checkpoints: each writes the file, given a full-size state dict -----------------------------
@@ -172,7 +150,7 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "cut off half-way, safetensors": cut_safetensors,
     "one bit flipped": flip_bit,
     "a pickle that runs code": hostile,
-    "a whole model, from `torch.save(model)`": saved(lambda state: ResNet18((4, 4, 4, 4))),
+    "a whole model, from `torch.save(model)`": saved(lambda state: ResNet18(Widths((4, 4, 4, 4)))),
     "a TorchScript archive": torchscript,
     "a NumPy `.npz`": npz,
     "a zip bomb": zip_bomb,
@@ -326,15 +304,20 @@ def tree(root: Path) -> set[Path]:
     return {path for path in root.rglob("*") if "code-has-run" not in path.name}
 
 
-def check(argv: list[object], line: re.Pattern[str], root: Path, capsys) -> None:
+def check(script: ModuleType, argv: list[object], line: re.Pattern[str], root: Path) -> None:
     """Run, and expect one line, exit code 1, and a file system as it was."""
     before = tree(root)
-    code = main([str(argument) for argument in argv])
-    out, err = capsys.readouterr()
-    assert line.fullmatch(err.removeprefix("error: ").removesuffix("\n")), err
-    assert err.startswith("error: ")
-    assert (code, out) == (cli.EXIT_FAILED, "")
+    done = run_here(script.main, *argv, "--quiet", "--threads", 1)
+    assert line.fullmatch(done.stderr.removeprefix("error: ").removesuffix("\n")), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert (done.returncode, done.stdout) == (cli.EXIT_FAILED, "")
     assert tree(root) == before
+
+
+def by_turns(rows: Iterable[str]) -> pytest.MarkDecorator:
+    """Give each row to one of the scripts that compress: they read all that is theirs alike."""
+    scripts = itertools.cycle([pruning, quantization, pipeline])
+    return pytest.mark.parametrize(("row", "script"), [*zip(rows, scripts, strict=False)])
 
 
 def test_every_row_is_tested():
@@ -343,13 +326,13 @@ def test_every_row_is_tested():
     assert set().union(*tables) == dict(ROWS).keys()
 
 
-@pytest.mark.parametrize("row", CHECKPOINTS)
-def test_checkpoint(row, folder, blank_state, without_privileges, capsys):
+@by_turns(CHECKPOINTS)
+def test_checkpoint(row, script, folder, blank_state, without_privileges):
     path = CHECKPOINTS[row](folder / "weights.pth", blank_state)
     path = path if isinstance(path, Path) else folder / "weights.pth"
     argv = ["--bundled", "--output-dir", folder / "results", "--weights", path]
     with without_privileges() if "permission" in row else contextlib.nullcontext():
-        check(argv, expected_line(row, FILE=path), folder, capsys)
+        check(script, argv, expected_line(row, FILE=path), folder)
     assert not (folder / "code-has-run").exists()
 
 
@@ -360,51 +343,52 @@ def test_the_hostile_pickle_would_run(folder, blank_state):
     assert (folder / "code-has-run").exists()
 
 
-@pytest.mark.parametrize("row", DATA_FOLDERS)
-def test_data_folder(row, folder, image_folders, without_privileges, monkeypatch, capsys):
+@by_turns(DATA_FOLDERS)
+def test_data_folder(row, script, folder, image_folders, without_privileges, monkeypatch):
     root = image_folders(folder / "data")
     DATA_FOLDERS[row](root)
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     count = 100 if "fewer" in row else 10
-    argv = ["--data-dir", root, "--no-bundled", "--quiet", "--test-images", count]
-    argv += ["--output-dir", folder / "results"]
+    argv = ["--data-dir", root, "--no-bundled", "--weights", BUNDLED_WEIGHTS]
+    argv += ["--test-images", count, "--output-dir", folder / "results"]
     image = next((root / "test" / "cat").glob("0.*"), root) if "permission" not in row else root
     with without_privileges() if "permission" in row else contextlib.nullcontext():
-        check(argv, expected_line(row, FILE=image, DIR=root), folder, capsys)
+        check(script, argv, expected_line(row, FILE=image, DIR=root), folder)
 
 
-@pytest.mark.parametrize("row", OUTPUT_FOLDERS)
-def test_output_folder(row, folder, without_privileges, capsys):
+@by_turns(OUTPUT_FOLDERS)
+def test_output_folder(row, script, folder, without_privileges):
     path = folder / "outer" / "results" if "below" in row else folder / "results"
     OUTPUT_FOLDERS[row](path)
     argv = ["--bundled", "--test-images", 1, "--output-dir", path]
     if "another" in row:
         with OutputFolder(path):
-            check(argv, expected_line(row, DIR=path), folder, capsys)
+            check(script, argv, expected_line(row, DIR=path), folder)
     else:
         with without_privileges():
-            check(argv, expected_line(row, DIR=path), folder, capsys)
+            check(script, argv, expected_line(row, DIR=path), folder)
 
 
-@pytest.mark.parametrize("row", DEVICES)
-def test_device(row, folder, monkeypatch, capsys):
+@by_turns(DEVICES)
+def test_device(row, script, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     argv = ["--bundled", "--device", DEVICES[row], "--output-dir", folder / "results"]
-    check(argv, expected_line(row), folder, capsys)
+    check(script, argv, expected_line(row), folder)
 
 
 @pytest.mark.parametrize("row", FLAGS)
-def test_flag(row, capsys):
+def test_flag(row):
     """A row without a script's name is of the flags that the scripts share."""
     first, *rest = FLAGS[row]
-    with pytest.raises(SystemExit) as exit_:
-        SCRIPTS[first].main(rest) if first in SCRIPTS else main([first, *rest])
-    usage, _, line = capsys.readouterr().err.rpartition(": error: ")
-    assert usage.startswith("usage: ")
-    assert expected_line(row).fullmatch(line.removesuffix("\n")), line
-    assert exit_.value.code == cli.EXIT_USAGE
+    scripts = [SCRIPTS[first]] if first in SCRIPTS else [pruning, quantization, pipeline]
+    for script in scripts:
+        done = run_here(script.main, *(rest if first in SCRIPTS else [first, *rest]))
+        usage, _, line = done.stderr.rpartition(": error: ")
+        assert usage.startswith("usage: ")
+        assert expected_line(row).fullmatch(line.removesuffix("\n")), line
+        assert (done.returncode, done.stdout) == (cli.EXIT_USAGE, "")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -414,12 +398,3 @@ def test_every_flag_that_takes_a_value_has_a_row(script):
     actions = SCRIPTS[script].build_parser()._actions
     with_value = {action.option_strings[0] for action in actions if action.nargs is None}
     assert with_value - tested == set()
-
-
-def test_without_bad_input_all_is_well(folder, image_folders, blank_state, capsys):
-    """The harness itself is no cause of errors."""
-    torch.save(blank_state, folder / "weights.pth")
-    argv = ["--data-dir", image_folders(folder / "data"), "--test-images", "10"]
-    argv += ["--weights", folder / "weights.pth", "--output-dir", folder / "results"]
-    assert main([str(argument) for argument in argv]) == cli.EXIT_DONE
-    assert capsys.readouterr() == ("", "")

@@ -1,9 +1,57 @@
-"""What the cascade counts; that it gives FP32's predictions is shown in test_pruning_scan.py."""
+"""The two looks: what bf16 leaves in doubt, FP32 decides.
 
-from common.cascade import Recomputation
+That branches get FP32's predictions is shown in test_pruning_scan.py.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.measure.evaluate import predict
+from common.network.cascade import BATCH_SIZE, Classifier, Recomputation
+
+COUNT = 2 * BATCH_SIZE + 7
 
 
 def test_recomputation_adds_up():
     total = Recomputation(10, 3, 1, 0.2)
     total.add(Recomputation(5, 1, 1, 0.1))
     assert total == Recomputation(15, 4, 2, 0.2)
+
+
+@pytest.mark.parametrize(("largest", "warns"), [(0.0, False), (0.6, False), (0.7, True)])
+def test_a_change_near_the_bound_is_warned_of(largest, warns, caplog):
+    Recomputation(10, 3, 1, largest).warn_if_near()
+    assert ("some beyond may be wrong" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_it_classifies_as_plain_fp32_does(tiny_model, random_images, fast):
+    test, record = random_images(COUNT), Recomputation()
+    expected = predict(tiny_model, test, 16) == test.labels
+    found = Classifier(tiny_model, test.images, fast, record).find_correct(test)
+    assert found.dtype == torch.bool
+    assert torch.equal(found, expected)
+    assert 0 < int(found.sum()) < COUNT  # else all agree by chance
+    assert record.predictions == (COUNT if fast else 0)
+
+
+def test_close_cases_are_those_within_the_bound(tiny_model, random_images):
+    """Where bf16 always says 9, other classes come from FP32 alone, and the record says so."""
+    test, record = random_images(COUNT), Recomputation()
+    test.labels[:] = predict(tiny_model, test, 16)
+    classifier = Classifier(tiny_model, test.images, True, record)
+    always_nine = classifier._fast.linear_bias + torch.arange(10) * 100.0
+    classifier._fast = replace(classifier._fast, linear_bias=always_nine)
+    correct_by_bound = []
+    for bound in (1e-9, 99.0, 1e4):
+        classifier._bounds = torch.tensor([bound])
+        correct_by_bound.append(int(classifier.find_correct(test).sum()))
+    nines = int((test.labels == 9).sum())
+    assert correct_by_bound[0] == nines
+    assert correct_by_bound[0] <= correct_by_bound[1] < correct_by_bound[2] == COUNT
+    assert record.predictions == 3 * COUNT
+    assert record.changed >= COUNT - nines
+    assert record.recomputed >= record.changed
+    assert 0 < record.largest_change < 1

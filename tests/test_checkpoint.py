@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common import checkpoint, cli
-from common.checkpoint import (
+from common.command import cli
+from common.network import checkpoint
+from common.network.checkpoint import (
     BUNDLED_WEIGHTS,
     WEIGHTS_NAME,
     find_weights,
@@ -100,6 +101,13 @@ def test_load_model_is_ready_to_evaluate(tiny_state, tiny_model, tmp_path):
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model(x), tiny_model(x))
+
+
+def test_shapes_that_do_not_fit_together_are_refused(tiny_state, tmp_path):
+    torch.save(tiny_state | {"layer2.0.conv2.weight": torch.zeros(8, 4, 3, 3)}, tmp_path / "w.pth")
+    wrong = r"layer2\.0\.conv2\.weight has shape \(8, 4, 3, 3\) instead of \(8, 5, 3, 3\)"
+    with pytest.raises(cli.UserError, match=wrong):
+        load_model(tmp_path / "w.pth")
 
 
 def test_bundled_weights_are_readable():

@@ -7,19 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tqdm
+from processes import REPOSITORY, foreground_signals
 
-from common import cli
+from common.command import cli
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 
 SCRIPT = """
 import os, signal, sys, time
-from common import cli
+from common.command import cli
 
 @cli.exit_codes
 def main(argv=None):
@@ -32,9 +33,11 @@ sys.exit(main())
 
 
 @pytest.fixture(autouse=True)
-def _buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let stdout be buffered, as it is for users: what fails is then found when it is flushed."""
+def _as_for_users(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let stdout be buffered, so that what fails is found when it is flushed; let signals come."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    with foreground_signals():
+        yield
 
 
 def run(body: str, stdin: str = "", **options: object) -> subprocess.CompletedProcess[str]:
@@ -166,9 +169,27 @@ def test_main_may_run_in_a_thread_and_restores_the_signal():
 
 def test_importing_what_answers_help_is_cheap():
     done = run(
-        "from common import arguments; assert not {'torch', 'numpy', 'scipy'} & sys.modules.keys()"
+        "from common.command import arguments\n"
+        "assert not {'torch', 'numpy', 'matplotlib'} & sys.modules.keys()"
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", ["quantization", "pruning", "pipeline", "training"])
+def test_help_needs_no_torch(script):
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}.py", "--help"]
+try:
+    runpy.run_path("{script}/{script}.py", run_name="__main__")
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(f"usage: {script}.py ")
+    assert done.stdout.endswith("\nFalse\n")
 
 
 def test_sigterm_during_cleanup_is_130():

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule
 
-from common.data import batches, normalize
-from quantization import conversion, engines
-from quantization.operations import list_operations
+from common.images.data import batches, normalize
+from quantization.int8 import conversion, engines
+from quantization.int8.operations import list_operations
 from quantization.settings import OBSERVERS, Settings
 
 ENGINES = engines.candidate_engines()

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.data import normalize
-from common.model import BasicBlock, fold_batch_norm
-from quantization import corrections
-from quantization.quantizers import quantize_weight
+from common.images.data import normalize
+from common.network.resnet import BasicBlock, fold_batch_norm
+from quantization.accuracy import corrections
+from quantization.accuracy.quantizers import quantize_weight
 
 
 @pytest.fixture

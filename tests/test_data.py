@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchvision import transforms
 
-from common.cifar10 import MEAN, STD
-from common.cli import UserError
-from common.data import Cifar10, balanced_subset, batches, load_images, normalize
-from common.sources import Source, Split
+from common.command.cli import UserError
+from common.images.cifar10 import MEAN, STD
+from common.images.data import Cifar10, balanced_subset, batches, load_images, normalize
+from common.images.sources import Source, Split
 
 label_arrays = arrays(np.int64, st.integers(1, 200), elements=st.integers(0, 9))
 
@@ -41,12 +41,38 @@ def test_balanced_subset(labels, data, seed):
     count = data.draw(st.integers(0, len(labels)))
     chosen = balanced_subset(labels, count, seed)
     assert len(chosen) == count
-    assert np.all(np.diff(chosen) > 0)  # sorted, none twice
+    assert len(set(chosen.tolist())) == count
     assert np.array_equal(chosen, balanced_subset(labels, count, seed))
     available = np.bincount(labels, minlength=10)
     taken = np.bincount(labels[chosen], minlength=10)
     # No class gives fewer than another by more than one, unless it has no more to give.
     assert all(taken[i] == available[i] or taken[i] >= taken.max() - 1 for i in range(10))
+
+
+def by_class(images_a_class: int) -> np.ndarray:
+    """Labels as folders have them: sorted by class."""
+    return np.arange(10).repeat(images_a_class)
+
+
+@given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 2**32 - 1))
+def test_any_slice_of_a_subset_is_balanced(start, length, seed):
+    labels = by_class(50)
+    counts = np.bincount(labels[balanced_subset(labels, 200, seed)][start:][:length], minlength=10)
+    assert counts.max() - counts.min() <= 2  # one where it begins within a round, one where it ends
+
+
+def test_a_subset_is_shuffled_within_its_classes():
+    labels = by_class(50)
+    chosen = balanced_subset(labels, 500, seed=0)
+    assert all(np.any(np.diff(chosen[labels[chosen] == label]) < 0) for label in range(10))
+
+
+def test_whole_splits_and_halves_are_shuffled_too():
+    read = lambda indices: indices[:, None, None, None] * np.ones((1, 3, 1, 1), np.int64)  # noqa: E731
+    source = Source("folder", "a test", lambda split: Split(by_class(20), read))
+    whole = load_images(source, "test", None, seed=0)
+    for images in (whole, *whole.split_halves(0)):
+        assert all(len(images.labels[i : i + 20].unique()) == 10 for i in range(0, 100, 20))
 
 
 def test_balanced_subset_depends_on_the_seed():
@@ -79,21 +105,6 @@ def test_batches_yield_each_image_once_in_order(random_images, batch_size):
     assert max(map(len, labels)) == min(batch_size, 20)
     assert torch.equal(torch.cat(images), normalize(dataset.images))
     assert torch.equal(torch.cat(labels), dataset.labels)
-
-
-def test_batches_shuffle_by_seed(random_images):
-    dataset = Cifar10(random_images(40).images, torch.arange(40))
-
-    def order(seed: int) -> list[int]:
-        shuffled = list(batches(dataset, 7, shuffle_seed=seed))
-        labels = torch.cat([labels for _, labels in shuffled])
-        assert torch.equal(
-            torch.cat([images for images, _ in shuffled]), normalize(dataset.images[labels])
-        )
-        return labels.tolist()
-
-    assert sorted(order(0)) == list(range(40))
-    assert order(0) == order(0) != order(1)
 
 
 def counted_source(count: int, asked: list[np.ndarray]) -> Source:

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.cli import UserError
-from common.decoding import decode_images
+from common.command.cli import UserError
+from common.images.decoding import decode_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from common.data import batches, normalize
-from common.model import fold_batch_norm
-from quantization import conversion, deploy, engines
+from common.images.data import batches, normalize
+from common.network.resnet import fold_batch_norm
+from quantization.int8 import conversion, deploy, engines
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()

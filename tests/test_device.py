@@ -11,16 +11,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import data, device
-from common.branching import Convolution
-from common.cascade import Cascade
-from common.cli import UserError
-from common.data import Cifar10, normalize
-from common.evaluate import predict
-from common.model import ResNet18
-from pruning.classify import Classifier
-from pruning.scan import Variants, Walk, norm_of
-from training.augment import make_batch, plan_epoch, resize
+from common.command.cli import UserError
+from common.images import data
+from common.images.data import Cifar10, normalize
+from common.machine import device
+from common.measure.evaluate import predict
+from common.network.branching import FoldedNetwork
+from common.network.cascade import Cascade, Classifier, Recomputation
+from common.network.resnet import ResNet18, Widths
+from pruning.alone.walk import Variants, Walk
+from training.loop.augment import make_batch, plan_epoch
 from training.recipe import Recipe
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -92,7 +92,7 @@ def imagined() -> Iterator[tuple[ResNet18, Cifar10]]:
     data._mean_and_std.cache_clear()
     with FakeTensorMode():
         with torch.device("cuda"):
-            model = ResNet18((4, 8, 8, 8)).eval()
+            model = ResNet18(Widths((4, 8, 8, 8))).eval()
             images = torch.empty(64, 3, 32, 32, dtype=torch.uint8)
             labels = torch.empty(64, dtype=torch.int64)
         normalize(images)  # whose constants go to the GPU once
@@ -104,8 +104,9 @@ def imagined() -> Iterator[tuple[ResNet18, Cifar10]]:
 def test_the_scan_neither_waits_nor_leaves_the_gpu(imagined):
     model, images = imagined
     pruned = {
-        name: Convolution.folded(model.get_submodule(name), model.get_submodule(norm_of(name)))
-        for name in ("conv1", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0")
+        name: convolution
+        for name, convolution in FoldedNetwork.of(model).convolutions().items()
+        if name in ("conv1", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0")
     }
     variants = Variants(pruned | {"linear": model.linear.weight}, None, 0.9, {})
     with Devices() as devices:
@@ -118,16 +119,17 @@ def test_the_scan_neither_waits_nor_leaves_the_gpu(imagined):
 def test_classifying_leaves_the_gpu_once_at_the_end(imagined):
     model, images = imagined
     with Devices() as devices:
-        correct = Classifier(model, images.images, fast=False).find_correct(images)
+        classifier = Classifier(model, images.images, False, Recomputation())
+        correct = classifier.find_correct(images)
     assert not correct.is_cuda
     assert devices.crossings == 1
 
 
 def test_batches_to_train_on_are_made_on_the_gpu(imagined):
     _, images = imagined
-    recipe = Recipe(epochs=1, batch_size=16, learning_rate=0.1, cutout=8, cutmix=0.5, jitter=0.5)
-    plan = plan_epoch(64, 32, recipe, 0, 0, images.images.device)
-    pixels = resize(images.images, 32)
+    recipe = Recipe(epochs=1, batch_size=16, learning_rate=0.1, cutmix=0.5, jitter=0.5)
+    plan = plan_epoch(64, recipe, 0, 0, images.images.device)
+    pixels = images.images.permute(0, 2, 3, 1)
     with Devices() as devices:
         batch, _ = make_batch(pixels, images.labels, plan, slice(16))
     assert batch.is_cuda
@@ -160,3 +162,24 @@ def test_nothing_in_the_loop_waits_for_the_gpu(tiny_model, random_images):
                 model(normalize(images.images[start : start + 16])).argmax(dim=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bf16_is_taken_only_where_a_convolution_is_faster_in_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    milliseconds = {torch.float32: 2, torch.bfloat16: 1}
+    clock = [0.0]
+
+    def convolution(dtype: torch.dtype):
+        def run(maps: torch.Tensor) -> None:
+            clock[0] += milliseconds[dtype] / 1000
+
+        return run, None
+
+    monkeypatch.setattr(device, "_example_convolution", convolution)
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+    assert device.bf16_pays.__wrapped__()
+    milliseconds[torch.bfloat16] = 3
+    assert not device.bf16_pays.__wrapped__()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    milliseconds[torch.bfloat16] = 1
+    assert not device.bf16_pays.__wrapped__()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
-from common.data import batches
-from common.model import prunable_layers
-from quantization import conversion, diagnosis, engines
+from common.command import cli
+from common.images.data import batches
+from common.network import cascade
+from common.network.resnet import prunable_layers
+from quantization.accuracy import diagnosis, layer_cost
+from quantization.bench import Bench
+from quantization.int8 import conversion, engines
 from quantization.settings import Settings
 
 ENGINE = engines.candidate_engines()[0]
@@ -38,8 +44,26 @@ def test_costs_have_an_entry_a_layer(tiny_model, random_images, fp32_layers):
     settings = Settings(ENGINE, fp32_layers=fp32_layers)
     observed = conversion.calibrate(tiny_model, batches(random_images(16), 16), settings)
     test = random_images(12, seed=3)
-    rows = diagnosis.diagnose(tiny_model, observed, settings, random_images(16), test, 12)
+    bench = Bench(random_images(16), test, 12)
+    rows = diagnosis.diagnose(tiny_model, observed, settings, bench)["diagnosis"]
     assert [row["layer"] for row in rows] == list(prunable_layers(tiny_model))
     for row in rows:
         assert -1 <= row["drop_only_fp32"] <= 1
         assert row["sqnr_db"] <= row["weight_sqnr_db"] + 1
+
+
+def test_what_fp32_decides_after_bf16_is_recorded_and_warned_of(
+    tiny_model, random_images, monkeypatch, caplog
+):
+    monkeypatch.setattr(layer_cost, "bf16_pays", lambda: True)
+    monkeypatch.setattr(cascade, "NEAR_BOUND", -1.0)
+    images = random_images(16)
+    observed = conversion.calibrate(tiny_model, batches(images, 16), Settings(ENGINE))
+    with caplog.at_level(logging.WARNING, logger=cli.log.name):
+        found = diagnosis.diagnose(
+            tiny_model, observed, Settings(ENGINE), Bench(images, random_images(12, seed=3), 12)
+        )
+    assert found["bf16"]["predictions"] == 20 * 12  # the linear layer runs in FP32
+    assert found["bf16"]["recomputed"] >= found["bf16"]["changed"]
+    assert "bf16: FP32 changed a prediction" in caplog.text
+    assert "--precision" not in caplog.text  # which quantization.py has not

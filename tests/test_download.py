@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10
 
-from common import cli, download
-from common.cifar10 import CLASSES
-from common.cli import UserError
-from common.download import BATCHES_FOLDER
-from common.sources import open_source
+from common.command import cli
+from common.command.cli import UserError
+from common.images import download
+from common.images.cifar10 import CLASSES
+from common.images.download import BATCHES_FOLDER
+from common.images.sources import open_source
 
 
 @pytest.fixture

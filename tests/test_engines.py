@@ -7,9 +7,10 @@ import contextlib
 import pytest
 import torch
 
-from common import cli, report
-from common.cli import UserError
-from quantization import engines
+from common.command import cli
+from common.command.cli import UserError
+from common.machine import device
+from quantization.int8 import engines
 from quantization.settings import ENGINES, Settings
 
 CANDIDATES = engines.candidate_engines()
@@ -22,11 +23,11 @@ def test_an_engine_that_is_not_here_is_named_with_those_that_are():
 
 @pytest.mark.parametrize("has_vnni", [False, True])
 def test_activations_have_seven_bits_where_sums_would_saturate(monkeypatch, has_vnni):
-    monkeypatch.setattr(report, "has_vnni", lambda: has_vnni)
+    monkeypatch.setattr(device, "has_vnni", lambda: has_vnni)
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", [*ENGINES])
     reduced = {engine for engine in ENGINES if engines.choose_settings(engine).reduce_range}
-    assert reduced == (set() if has_vnni else {"fbgemm", "x86"})
-    assert engines.choose_settings("onednn", reduce_range="on").reduce_range
+    assert reduced == (set() if has_vnni else {"fbgemm", "x86", "onednn"})
+    assert engines.choose_settings("qnnpack", reduce_range="on").reduce_range
     assert engines.choose_settings("x86", "minmax", "off") == Settings("x86", False, "minmax")
 
 

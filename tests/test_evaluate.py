@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from common.data import normalize
-from common.evaluate import (
+from common.images.data import normalize
+from common.measure.evaluate import (
     Accuracy,
     compare,
     mcnemar_exact,
@@ -179,17 +179,17 @@ def test_memory_does_not_grow_with_the_images():
     """4,000 normalised images would be 49 MB; only one batch of them may exist at a time."""
     code = """
 import torch
-from common import report
-from common.data import Cifar10
-from common.evaluate import predict
-from common.model import ResNet18
+from common.machine.device import peak_memory_bytes
+from common.images.data import Cifar10
+from common.measure.evaluate import predict
+from common.network.resnet import ResNet18, Widths
 
-model = ResNet18((4, 8, 8, 8)).eval()
+model = ResNet18(Widths((4, 8, 8, 8))).eval()
 images = Cifar10(torch.zeros(4000, 3, 32, 32, dtype=torch.uint8), torch.zeros(4000).long())
 predict(model, images.rows(slice(64)), 64)
-before = report.peak_memory_bytes()
+before = peak_memory_bytes()
 predict(model, images, 64)
-print(report.peak_memory_bytes() - before)
+print(peak_memory_bytes() - before)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True

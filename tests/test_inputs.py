@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint import WEIGHTS_NAME
-from common.cli import UserError, set_up_messages
-from common.data import load_images
+from common.command.cli import UserError, set_up_messages
+from common.images.data import load_images
+from common.images.sources import folder_source
 from common.inputs import load_inputs
-from common.sources import folder_source
-from common.workers import Workers
+from common.machine.workers import Workers
+from common.network.checkpoint import WEIGHTS_NAME
 
 
 @pytest.fixture

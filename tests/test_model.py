@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.data import normalize
-from common.model import ResNet18, fold_batch_norm, prunable_layers
+from common.images.data import normalize
+from common.network.resnet import ResNet18, Widths, fold_batch_norm, prunable_layers
 
 
 def test_resnet18_has_the_published_size():
@@ -68,9 +68,38 @@ def test_forward_equals_a_functional_rewrite(tiny_model, random_images):
         torch.testing.assert_close(tiny_model(x), expected)
 
 
+SLIM = Widths((4, 8, 8, 12), (3, 1, 5, 8, 8, 2, 12, 16))
+
+
+def test_widths_are_the_shapes():
+    assert Widths((4, 8, 16, 32)).inner == (4, 4, 8, 8, 16, 16, 32, 32)
+    assert Widths.of(ResNet18(SLIM).state_dict()) == SLIM == ResNet18(SLIM).widths
+    layers = prunable_layers(ResNet18(SLIM))
+    assert layers["layer2.0.conv1"].weight.shape == (5, 4, 3, 3)
+    assert layers["layer2.0.conv2"].weight.shape == (8, 5, 3, 3)
+    assert layers["layer3.0.shortcut.0"].weight.shape == (8, 8, 1, 1)
+    assert ResNet18(SLIM)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("stages", "inner"),
+    [((4, 8, 8), ()), ((4, 8, 8, 8), (4,)), ((4, 8, 8, 0), ()), ((4, 8, 8, 1025), ())],
+)
+def test_widths_that_no_network_has(stages, inner):
+    with pytest.raises(ValueError, match="widths from 1 to 1,024"):
+        Widths(stages, inner)
+
+
+@pytest.mark.parametrize("weight", [None, torch.zeros(0, 3, 3, 3), torch.zeros(1025, 1, 1, 1)])
+def test_shapes_that_say_no_widths(weight):
+    state = ResNet18(SLIM).state_dict() | {"layer3.1.conv1.weight": weight}
+    with pytest.raises(ValueError, match=r"layer3\.1\.conv1"):
+        Widths.of(state)
+
+
 @pytest.mark.parametrize("class_count", [2, 10])
 def test_class_count_is_the_number_of_logits(class_count):
-    model = ResNet18(stage_channels=(4, 4, 4, 4), class_count=class_count).eval()
+    model = ResNet18(Widths((4, 4, 4, 4)), class_count=class_count).eval()
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, class_count)
 
 

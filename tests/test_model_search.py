@@ -7,17 +7,31 @@ import torch
 from check_results import check_model_search, check_results
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pruning import QUICK, run
+from processes import run_here
+from test_pruning import QUICK
 
-from common.checkpoint import load_model
-from common.data import normalize
-from common.model import prunable_layers
-from common.size import describe_layers
-from pruning import model_results, model_search
-from pruning.allocation import ALLOCATIONS, RANDOM, uniform_masks, weights_in_scope
-from pruning.artifacts import load_packed
-from pruning.model_plots import plot_model_search
-from pruning.model_search import LARGEST_LEVEL, LEVELS, Method, ModelSearch
+from common.command.cli import UserError
+from common.images.data import normalize
+from common.measure.evaluate import Accuracy, predict
+from common.network.checkpoint import load_model
+from common.network.resnet import prunable_layers
+from common.network.size import describe_layers
+from pruning.alone.scan import Scan
+from pruning.pruning import main
+from pruning.report import search_results
+from pruning.report.search_results import describe_search
+from pruning.report.together import plot_model_search
+from pruning.together import found as found_module
+from pruning.together import search as model_search
+from pruning.together.allocation import ALLOCATIONS, RANDOM, uniform_masks, weights_in_scope
+from pruning.together.found import Found, Point, best_of, search_all, search_with
+from pruning.together.held_out import (
+    SPARE_ERRORS,
+    clearance,
+    require_enough_images,
+    split_test,
+)
+from pruning.together.search import LARGEST_LEVEL, LEVELS, Method, ModelSearch
 
 
 @given(st.integers(0, LARGEST_LEVEL))
@@ -46,14 +60,14 @@ def test_clearance_is_the_paired_z_score():
     pruned = torch.tensor([False] * 6 + [True] * 84 + [True] * 2 + [False] * 8)
     # 6 lost, 2 gained: 4 of the 10 that a tolerance of 10 points allows; variance 8 - 16 / 100.
     expected = (10 - 4) / (8 - 0.16) ** 0.5
-    assert model_search.clearance(dense, pruned, 0.1) == pytest.approx(expected)
-    assert model_search.clearance(dense, dense, 0.0) == 0
+    assert clearance(dense, pruned, 0.1) == pytest.approx(expected)
+    assert clearance(dense, dense, 0.0) == 0
 
 
 def test_halves_share_no_image_and_are_shuffled(random_images):
     test = random_images(40)
     right = torch.arange(40) % 3 > 0
-    chosen, held_out = model_search.split_test(test, right, seed=1)
+    chosen, held_out = split_test(test, right, seed=1)
     rows = [(test.images == image).flatten(1).all(1).nonzero().item()
             for half in (chosen, held_out) for image in half.images.images]  # fmt: skip
     assert sorted(rows) == list(range(40))
@@ -61,14 +75,26 @@ def test_halves_share_no_image_and_are_shuffled(random_images):
     assert torch.equal(torch.cat([chosen.dense_correct, held_out.dense_correct]), right[rows])
 
 
+def test_too_few_images_for_any_network_to_pass():
+    """It said "0.0 % of the weights can go" there; now it says how many images it takes."""
+    right = torch.ones(50, dtype=torch.bool)
+    for count, passes in ((50, True), (49, False)):
+        spare = clearance(right[:count], right[:count], 0.02)
+        assert (spare >= SPARE_ERRORS) == passes  # of a network that loses nothing
+    require_enough_images(99, 0.02)  # 50 of which choose
+    with pytest.raises(UserError, match="takes 100 test images, not 98"):
+        require_enough_images(98, 0.02)
+    with pytest.raises(UserError, match="a tolerance of 0 leaves"):
+        require_enough_images(10_000, 0.0)
+
+
 @pytest.fixture
 def search(tiny_model, random_images):
     test = random_images(40)
     with torch.inference_mode():
         correct = tiny_model(normalize(test.images)).argmax(1) == test.labels
-    found = ModelSearch.prepare(tiny_model, "conv", test, correct, 0.1, 0, fast=False)
-    found.training = random_images(16, seed=5).images
-    return found
+    scan = Scan(tiny_model, test, [], [], 4, False)
+    return ModelSearch.prepare(scan, correct, "conv", 0.1, 0, random_images(16, seed=5).images)
 
 
 def test_prunes_a_copy_within_the_scope(search):
@@ -84,12 +110,12 @@ def test_prunes_a_copy_within_the_scope(search):
 
 def test_entry_is_what_plain_passes_measure(search):
     method, layers = Method("global", True), describe_layers(search.model)
-    entry = model_results.run_method(search, method, layers).entry
-    pruned = search.prune(method, entry["max_sparsity"])
-    held_out = search.held_out.images
-    correct = search.find_correct(search.held_out, pruned)
-    assert entry["accuracy"]["correct"] == int(correct.sum())
-    assert entry["accuracy"]["total"] == len(held_out)
+    found = search_with(search, method)
+    (entry,) = describe_search(search, [found])
+    pruned = search.prune(method, found.sparsity)
+    held = search.held_out.images
+    assert found.measured.accuracy.correct == int((predict(pruned, held, 16) == held.labels).sum())
+    assert entry["accuracy"]["total"] == len(held)
     kept = sum(
         layer.macs * float((prunable_layers(pruned)[layer.name].weight != 0).float().mean())
         for layer in layers
@@ -98,19 +124,47 @@ def test_entry_is_what_plain_passes_measure(search):
     assert [step["kept"] for step in entry["steps"]].count(True) >= (entry["max_sparsity"] > 0)
 
 
+def test_all_of_a_curve_is_on_the_same_images(search, monkeypatch):
+    """Two points of it were on all held-out images, the others on the first 2,000."""
+    monkeypatch.setattr(found_module, "CURVE_IMAGES", 12)
+    monkeypatch.setattr(search_results, "CURVE_IMAGES", 12)
+    found = search_with(search, Method("uniform", False))
+    (entry,) = describe_search(search, [found])
+    first = search.held_out.images.rows(slice(12))
+    for sparsity, accuracy in entry["curve"]:
+        pruned = search.prune(found.method, sparsity)
+        assert accuracy == int((predict(pruned, first, 16) == first.labels).sum()) / 12
+    assert entry["curve"][0][0] == 0
+    assert found.sparsity in [sparsity for sparsity, _ in entry["curve"]]
+    assert found.measured.accuracy.total == 20
+
+
+def test_equals_are_told_apart_by_the_half_that_chooses(search):
+    """The held-out half had the say, and so was none."""
+    chosen = search.chosen.images
+    better = search.model
+    worse = search.prune(Method("uniform", False), 0.99)
+
+    def made(model, right_on_held_out):
+        point = Point(0.5, Accuracy(right_on_held_out, 20), None)
+        return Found(Method("global", False), 0, model, point, point, [], [])
+
+    chosen.labels[:] = predict(better, chosen, 16)
+    assert not torch.equal(predict(worse, chosen, 16), chosen.labels)
+    pair = [made(worse, 20), made(better, 0)]
+    assert best_of(search, pair) is best_of(search, pair[::-1]) is pair[1]
+
+
 def test_every_method_gets_its_row(search, tmp_path):
-    layers = describe_layers(search.model)
-    found = model_results.run_all(search, ALLOCATIONS, layers)
-    entries = [one.entry for one in found]
+    found = search_all(search, ALLOCATIONS)
+    entries = describe_search(search, found)
     rows = [(entry["allocation"], entry["recalibrated"]) for entry in entries]
     expected = [(name, recalibrated) for recalibrated in (False, True) for name in ALLOCATIONS]
     assert rows == [*expected, (RANDOM, False)]
     for entry in entries:
         check_model_search(json.loads(json.dumps(entry)))
-    best = model_results.best_of(found)
-    assert best.entry["max_sparsity"] == max(
-        entry["max_sparsity"] for entry in entries if entry["allocation"] != RANDOM
-    )
+    best = best_of(search, found)
+    assert best.sparsity == max(one.sparsity for one in found if not one.is_control)
     plot_model_search(entries, 0.1, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -120,7 +174,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     arguments = ["--layers", "linear", "--scope", "all", "--allocation", "global"]
     arguments += ["--tolerance", "0.3"]
-    return run(*QUICK, *arguments, "--output-dir", folder), folder
+    return run_here(main, *QUICK, *arguments, "--output-dir", folder), folder
 
 
 def test_run_keeps_the_contract_and_saves_the_best(finished):
@@ -133,8 +187,11 @@ def test_run_keeps_the_contract_and_saves_the_best(finished):
     assert max(map(len, lines)) <= 80
     saved = results["model_saved"]
     state = load_model(folder / results["artifacts"]["model"]).state_dict()
-    packed = load_packed(folder / results["artifacts"]["packed"])
-    assert all(torch.equal(packed[name], tensor) for name, tensor in state.items())
+    linear = load_model(folder / results["artifacts"]["linear_model"]).state_dict()
+    assert int(linear["linear.weight"].count_nonzero()) == results["linear_search"]["kept_weights"]
+    assert torch.equal(linear["linear.bias"], state["linear.bias"])
+    for name in (results["artifacts"]["model"], results["artifacts"]["linear_model"]):
+        assert name in process.stdout
     weights = [state[f"{layer['name']}.weight"] for layer in results["layers"]]
     kept = sum(int(weight.count_nonzero()) for weight in weights)
     assert 1 - kept / sum(weight.numel() for weight in weights) == pytest.approx(

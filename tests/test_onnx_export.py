@@ -11,9 +11,10 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from common.cli import UserError
-from common.data import batches, normalize
-from quantization import conversion, engines, onnx_export
+from common.command.cli import UserError
+from common.images.data import batches, normalize
+from quantization.files import onnx_export
+from quantization.int8 import conversion, engines
 from quantization.settings import Settings
 
 ENGINE = engines.candidate_engines()[0]

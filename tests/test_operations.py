@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.data import batches
-from quantization import conversion, engines
-from quantization.operations import list_operations
+from common.images.data import batches
+from quantization.int8 import conversion, engines
+from quantization.int8.operations import list_operations
 from quantization.settings import Settings
 
 ENGINE = engines.candidate_engines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -9,16 +10,21 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from processes import REPOSITORY, Copy
 
-from common import cli, output
-from common.cli import UserError
-from common.output import EARLIER_NAME, RESULTS_NAME, STAGING_PREFIX, OutputFolder, replace_file
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from common.command import cli
+from common.command.cli import UserError
+from common.files import output
+from common.files.output import (
+    EARLIER_NAME,
+    RESULTS_NAME,
+    STAGING_PREFIX,
+    OutputFolder,
+    replace_file,
+)
 
 
 def run(
@@ -57,8 +63,8 @@ def test_results_appear_at_commit(tmp_path):
 
 def test_results_json_goes_last(tmp_path, monkeypatch):
     order = []
-    replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append(b.name), replace(a, b))[1])
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda a, b: (order.append(b.name), rename(a, b))[1])
     run(tmp_path, "1", ("a.png", "model.pth", "z.png"))
     assert order == ["a.png", "model.pth", "z.png", RESULTS_NAME]
 
@@ -157,12 +163,55 @@ def test_files_get_the_usual_permissions(tmp_path):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
 
 
+# --- things in the way ---------------------------------------------------------------------------
+
+
+def test_a_file_named_earlier_is_found_before_the_work(tmp_path):
+    (tmp_path / EARLIER_NAME).write_text("mine")
+    with pytest.raises(UserError, match="earlier: in the way"), OutputFolder(tmp_path):
+        pytest.fail("the work has begun")
+    assert read(tmp_path) == {EARLIER_NAME: "mine"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_named_like_a_result_is_moved_aside(tmp_path, overwrite):
+    run(tmp_path, "1", ("a.png", "z.png"))
+    (tmp_path / "model.pth").mkdir()
+    (tmp_path / "model.pth" / "thesis.tex").write_text("mine")
+    run(tmp_path, "2", ("a.png", "model.pth", "z.png"), overwrite=overwrite)
+    assert (tmp_path / "model.pth").read_text() == "2"
+    (archived,) = (tmp_path / EARLIER_NAME).iterdir()
+    assert (archived / "model.pth" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_commit_that_fails_at_any_step_is_undone(tmp_path, monkeypatch, overwrite):
+    path = tmp_path / "results"
+    run(path, "1", ("a.png", "model.pth"))
+    before, rename = read(path), Path.rename
+    for step in range(6):  # three earlier files out of the way, three new ones into place
+        steps = iter(range(step + 1))
+
+        def fail(source: Path, target: Path, steps=steps, step=step) -> None:
+            if next(steps, None) == step:
+                raise OSError(28, "No space left on device")
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", fail)
+            with pytest.raises(OSError, match="No space"):
+                run(path, "2", ("a.png", "model.pth"), overwrite=overwrite)
+        assert read(path) == before
+    run(path, "2", ("a.png", "model.pth"), overwrite=overwrite)
+    assert (path / "model.pth").read_text() == "2"
+
+
 # --- several runs --------------------------------------------------------------------------------
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from common.output import OutputFolder\n"
+        "import sys; from pathlib import Path; from common.files.output import OutputFolder\n"
         "with OutputFolder(Path(sys.argv[1])) as folder:\n"
         "    print('ready', flush=True); sys.stdin.read()\n"
     )
@@ -210,13 +259,14 @@ def test_a_disk_that_fills_up_keeps_earlier_results(tmp_path):
     before = read(path)
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from common import cli, report; from common.output import OutputFolder\n"
+        "from common.command import cli; from common.report import results\n"
+        "from common.files.output import OutputFolder\n"
         "@cli.exit_codes\n"
         "def main(argv=None):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "    with OutputFolder(Path(sys.argv[1]), overwrite=True) as folder:\n"
         "        folder.file('model.pth').write_bytes(bytes(1000))\n"
-        "        report.write_json(folder.file('results.json'), {'long': 'x' * 10_000})\n"
+        "        results.write_json(folder.file('results.json'), {'long': 'x' * 10_000})\n"
         "        folder.commit()\n"
         "    return 0\n"
         "sys.exit(main())\n"
@@ -247,46 +297,33 @@ def test_replace_file_keeps_the_old_one_where_writing_fails(tmp_path):
 
 # --- signals -------------------------------------------------------------------------------------
 
-ENDLESS_RUNS = """
-import itertools, json, sys
-from pathlib import Path
-from common import cli
-from common.output import OutputFolder
+PLOTS = [f"plot{index}.png" for index in range(20)]
+
 
 @cli.exit_codes
-def main(argv=None):
-    names = [f"plot{i}.png" for i in range(20)]
-    print("ready", flush=True)
+def run_endlessly(argv: list[str]) -> int:
     for version in itertools.count():
-        with OutputFolder(Path(sys.argv[1]), overwrite=sys.argv[2] == "overwrite") as folder:
-            for name in names:
-                folder.file(name).write_text(str(version))
-            results = {"artifacts": {"plots": names}, "version": str(version)}
-            folder.file("results.json").write_text(json.dumps(results))
-            folder.commit()
-
-sys.exit(main())
-"""
+        run(Path(argv[0]), str(version), ("model.pth", *PLOTS), overwrite=argv[1] == "overwrite")
+    return cli.EXIT_DONE
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("mode", ["overwrite", "archive"])
 def test_killed_at_any_moment(tmp_path, number, mode):
     """Results and results.json are of one run; but for SIGKILL nothing half-done is left at all."""
+    moments = random.Random(f"{number} {mode}")
     for attempt in range(3):
         path = tmp_path / str(attempt)
-        process = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS_RUNS, path, mode],
-            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(random.uniform(0.01, 0.15))
-        process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        with Copy(run_endlessly, path, mode, output=tmp_path / "told") as copy:
+            while not path.exists():
+                assert copy.wait(0.001) is None
+            copy.wait(moments.uniform(0, 0.15))
+            copy.send(number)
+            done = copy.wait()
         if number == signal.SIGKILL:
-            assert process.returncode == -signal.SIGKILL
+            assert done.returncode == -signal.SIGKILL
         else:
-            assert (process.returncode, err) == (cli.EXIT_INTERRUPTED, "interrupted\n")
+            assert (done.returncode, done.stderr) == (cli.EXIT_INTERRUPTED, "interrupted\n")
             assert not list(path.glob(".*"))
         if (path / RESULTS_NAME).exists():
             version = json.loads((path / RESULTS_NAME).read_text())["version"]
@@ -297,14 +334,14 @@ def test_killed_at_any_moment(tmp_path, number, mode):
 
 
 def test_signals_wait_for_the_end_of_a_commit(tmp_path, monkeypatch):
-    replace = Path.replace
+    rename = Path.rename
 
     def interrupted(source: Path, target: Path) -> None:
         signal.raise_signal(signal.SIGINT)
-        replace(source, target)
+        rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", interrupted)
+        patch.setattr(Path, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "1")
     assert set(read(tmp_path)) == {"model.pth", RESULTS_NAME}

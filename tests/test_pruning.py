@@ -3,48 +3,33 @@
 import contextlib
 import csv
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+import zlib
 
 import pytest
-import torch
 from check_page import check_page
 from check_results import check_results, without_times
 from printed import read_table, shows
+from processes import REPOSITORY, Copy, run_fresh, run_here, run_together, start_together
 
-from common.checkpoint import load_model
-from common.output import STAGING_PREFIX
-from pruning import experiment
-from pruning.artifacts import load_packed
-from pruning.journal import Journal
+from common.files.output import STAGING_PREFIX
+from common.network.checkpoint import load_model
+from pruning.alone import scan as scan_module
+from pruning.alone.journal import Journal
 from pruning.pruning import main
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "pruning" / "pruning.py"
 QUICK = ["--bundled", "--threads", "1", "--test-images", "20"]
-
-
-def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
-    return subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     arguments = ["--verify", "--layers", "conv1,layer3.0.*,linear", "--amounts", "0.5,0.9"]
-    return run(*QUICK, *arguments, "--holdout", "--output-dir", folder), folder
+    return run_fresh(SCRIPT, *QUICK, *arguments, "--holdout", "--output-dir", folder), folder
 
 
 def test_run_keeps_the_contract_and_tells_its_story(finished):
@@ -64,7 +49,7 @@ def test_run_keeps_the_contract_and_tells_its_story(finished):
     assert str(folder) in written_to
     assert "Warning" not in process.stderr
     named = results["artifacts"]
-    expected = {named["model"], named["packed"], *named["csv"], *named["plots"], "results.json"}
+    expected = {named["model"], *named["csv"], *named["plots"], "results.json"}
     assert {p.name for p in folder.iterdir()} == expected
 
 
@@ -76,12 +61,11 @@ def test_artifacts_are_what_was_reported(finished):
     _, folder = finished
     results = json.loads((folder / "results.json").read_text())
     state = load_model(folder / results["artifacts"]["model"]).state_dict()
-    packed = load_packed(folder / results["artifacts"]["packed"])
-    assert all(torch.equal(packed[name], tensor) for name, tensor in state.items())
     assert int(state["linear.weight"].count_nonzero()) == results["linear_search"]["kept_weights"]
-    assert (folder / results["artifacts"]["packed"]).stat().st_size == (
-        results["savings"]["packed_bytes"]
-    )
+    content = (folder / results["artifacts"]["model"]).read_bytes()
+    savings = results["savings"]
+    assert savings["pruned_bytes"] == len(content)
+    assert savings["pruned_compressed_bytes"] == len(zlib.compress(content, 1))
     with (folder / "sensitivity.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row, entry in zip(rows, results["sensitivity"], strict=True):
@@ -93,8 +77,10 @@ def test_artifacts_are_what_was_reported(finished):
 def test_pruned_model_can_be_pruned_again_from_another_folder(finished, tmp_path):
     _, folder = finished
     weights = folder / "resnet18_cifar10_pruned.pth"
-    again = run(*QUICK, "--layers", "linear", "--weights", weights, "--json", "--quiet", "--report",
-                "--output-dir", tmp_path / "out", cwd=tmp_path)  # fmt: skip
+    again = run_here(
+        main, *QUICK, "--layers", "linear", "--weights", weights, "--json", "--quiet", "--report",
+        "--output-dir", tmp_path / "out", folder=tmp_path,
+    )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert all(line.startswith("warning: ") for line in again.stderr.splitlines())
     results = json.loads(again.stdout)
@@ -107,7 +93,11 @@ def test_pruned_model_can_be_pruned_again_from_another_folder(finished, tmp_path
 # --- the same results, however a run goes ---------------------------------------------------------
 
 # Three chunks, as a batch is one image.
-SMALL = ["--bundled", "--test-images", "40", "--batch-size", "1", "--layers", "layer4.*"]
+SMALL = [
+    "--bundled", "--threads", "1", "--test-images", "40", "--batch-size", "1",
+    "--layers", "layer4.1.*", "--amounts", "0.5,0.9",
+]  # fmt: skip
+EARLIER = {"results.json": '{"artifacts": {"model": "model.pth"}}', "model.pth": "earlier"}
 
 
 def read(folder):
@@ -116,34 +106,35 @@ def read(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An unbroken run of one thread, and the seconds that it took."""
+    """An unbroken run of one process, and the seconds that it took."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     started = time.monotonic()
-    process = run(*SMALL, "--threads", "1", "--output-dir", folder)
+    process = run_here(main, *SMALL, "--output-dir", folder)
     assert process.returncode == 0, process.stderr
     return folder, time.monotonic() - started
 
 
+def wait_for_a_chunk(journal, copy):
+    """Wait until the first images are in the journal, and the rest are not."""
+    while not (journal.exists() and b'"images 0-' in journal.read_bytes()):
+        assert copy.is_running(), "the run ended before it could be stopped"
+        time.sleep(0.02)
+
+
+@pytest.mark.full
 def test_killed_at_any_moment_a_run_resumes_to_the_same_results(whole, tmp_path):
     folder, seconds = whole
-    arguments = [*SMALL, "--threads", "1", "--resume", "--output-dir", tmp_path / "out"]
+    arguments = [*SMALL, "--resume", "--output-dir", tmp_path / "out"]
     journal, moments = tmp_path / "out" / "scan.journal", random.Random(6)
     for attempt in range(4):
-        process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *map(str, arguments)], stderr=subprocess.DEVNULL
-        )
-        if attempt == 0:  # once for certain between two chunks
-            while not (journal.exists() and b'"images 0-' in journal.read_bytes()):
-                assert process.poll() is None, "the run ended before it could be killed"
-                time.sleep(0.02)
-        else:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=moments.uniform(0, seconds))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with Copy(main, *arguments, output=tmp_path / "told") as copy:
+            if attempt == 0:  # once for certain between two chunks
+                wait_for_a_chunk(journal, copy)
+            else:
+                copy.wait(moments.uniform(0, seconds))
         if attempt == 0:
             assert not (tmp_path / "out" / "results.json").exists()
-    resumed = run(*arguments)
+    resumed = run_here(main, *arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert without_times(read(tmp_path / "out")) == without_times(read(folder))
     left = {path.name for path in (tmp_path / "out").iterdir()} - {"earlier"}
@@ -161,8 +152,9 @@ def test_a_damaged_journal_starts_afresh(tmp_path, damage):
             assert not journal
 
 
-def test_two_processes_find_what_one_finds(whole, torchrun, tmp_path):
-    done = torchrun(SCRIPT, *SMALL, "--threads", 1, "--output-dir", tmp_path / "out")
+def test_torchrun_finds_what_one_process_finds(whole, tmp_path):
+    done = run_fresh("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                     SCRIPT, *SMALL, "--output-dir", tmp_path / "out")  # fmt: skip
     assert done.returncode == 0, done.stderr
     together, alone = read(tmp_path / "out"), read(whole[0])
     check_results(together, tmp_path / "out")
@@ -174,57 +166,43 @@ def test_two_processes_find_what_one_finds(whole, torchrun, tmp_path):
     assert (tmp_path / "out" / pruned).read_bytes() == (whole[0] / pruned).read_bytes()
 
 
-def process_of(rank, folder):
-    """Return the number of the process of ``rank`` in the run that writes to ``folder``."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
-            writes_there = os.fsencode(folder) in (process / "cmdline").read_bytes()
-            if writes_there and f"\0RANK={rank}\0".encode() in (process / "environ").read_bytes():
-                return int(process.name)
-    raise AssertionError(f"process {rank} is not there")
-
-
 @pytest.mark.parametrize("stopped", ["one killed", "all killed", "terminated"])
-def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(
-    stopped, whole, start_torchrun, torchrun, tmp_path
-):
+def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(stopped, whole, tmp_path):
     folder, journal = tmp_path / "out", tmp_path / "out" / "scan.journal"
     folder.mkdir()
-    earlier = {"results.json": '{"artifacts": {"model": "model.pth"}}', "model.pth": "earlier"}
-    for name, content in earlier.items():
+    for name, content in EARLIER.items():
         (folder / name).write_text(content)
-    arguments = [*SMALL, "--threads", 1, "--resume", "--output-dir", folder]
-    process = start_torchrun(SCRIPT, *arguments)
-    while not (journal.exists() and b'"images 0-' in journal.read_bytes()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    if stopped == "terminated":
-        process.terminate()
-    else:
-        workers = [process_of(rank, folder) for rank in (0, 1)]
-        for victim in [process.pid, *workers] if stopped == "all killed" else workers[1:]:
-            os.kill(victim, signal.SIGKILL)
-    process.communicate(timeout=600)
-    assert process.returncode != 0
+    arguments = [*SMALL, "--resume", "--output-dir", folder]
+    with contextlib.ExitStack() as stack:
+        copies = start_together(main, *arguments, output=tmp_path / "told")
+        first, second = map(stack.enter_context, copies)
+        wait_for_a_chunk(journal, first)
+        second.send(signal.SIGTERM if stopped == "terminated" else signal.SIGKILL)
+        if stopped != "one killed":
+            first.send(signal.SIGTERM if stopped == "terminated" else signal.SIGKILL)
+        assert 0 not in [copy.wait().returncode for copy in copies]
     staging = {p.name for p in folder.iterdir() if p.name.startswith(STAGING_PREFIX)}
     assert bool(staging) == (stopped == "all killed")  # nobody was left to remove it
     left = {path.name: path for path in folder.iterdir() if path.name not in staging}
     assert left.pop("scan.journal") == journal
-    assert {name: path.read_text() for name, path in left.items()} == earlier
+    assert {name: path.read_text() for name, path in left.items()} == EARLIER
 
-    again = run(*arguments) if stopped == "all killed" else torchrun(SCRIPT, *arguments)
+    alone = run_here(main, *arguments)
+    assert alone.returncode == 1
+    assert "scan.journal: left by a run that differs in the number of processes;" in alone.stderr
+    again, _ = run_together(main, *arguments, output=tmp_path / "told")
     assert again.returncode == 0, again.stderr
-    afresh = "cannot resume: the number of processes changed; the scan starts afresh"
-    assert (afresh if stopped == "all killed" else "resuming") in again.stderr
+    assert "resuming" in again.stderr
     resumed, unbroken = without_times(read(folder)), without_times(read(whole[0]))
     assert resumed | {"processes": 1} == unbroken
     expected = {path.name for path in whole[0].iterdir()} | {"earlier"}
     assert {path.name for path in folder.iterdir()} == expected
 
 
+@pytest.mark.full
 def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole, tmp_path):
     for name in ("a", "b"):
-        process = run(*SMALL, "--threads", "2", "--output-dir", tmp_path / name)
+        process = run_here(main, *SMALL, "--threads", "2", "--output-dir", tmp_path / name)
         assert process.returncode == 0, process.stderr
     two, again, one = (without_times(read(folder)) for folder in
                        (tmp_path / "a", tmp_path / "b", whole[0]))  # fmt: skip
@@ -239,14 +217,24 @@ def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole,
     [
         (["--layers", "layer9.*"], "error: --layers layer9.*: matches none of conv1,"),
         (["--weights", "nowhere.pth"], "error: nowhere.pth: no such file"),
+        (["--scope", "all"], "error: --scope: within 2 points and one standard error to spare,"),
         (
-            ["--scope", "all", "--finetune-epochs", "1", "--finetune-images", "2001"],
+            [
+                "--scope",
+                "all",
+                "--tolerance",
+                "0.5",
+                "--finetune-epochs",
+                "1",
+                "--finetune-images",
+                "2001",
+            ],
             "error: 2001 train images asked for, only 2000 in the bundled JPEG images",
         ),
     ],
 )
 def test_bad_input_is_one_line_before_the_scan(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiment, "run_scan", None)
+    monkeypatch.setattr(scan_module, "run_scan", None)
     arguments = ["--bundled", "--test-images", "20", *arguments]
     assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -310,6 +298,7 @@ def test_every_number_of_the_search_is_that_of_results_json(finished):
     confirmed, holdout, savings = linear["confirmed"], linear["holdout"], results["savings"]
     low, high = confirmed["comparison"]["ci95"]
     dense, sparse = savings["latency"]
+    splits = linear["splits"]
     expected = {
         "dense accuracy": [100 * results["baseline"]["value"], 95,
                            *(100 * limit for limit in results["baseline"]["ci95"])],
@@ -317,11 +306,12 @@ def test_every_number_of_the_search_is_that_of_results_json(finished):
         "  true max": [100 * linear["exhaustive_max_amount"], len(linear["curve"])],
         "  confirmed": [100 * confirmed["accuracy"]["value"], confirmed["accuracy"]["total"]],
         r" {13}[-+]": [-100 * confirmed["comparison"]["drop"], 95, -100 * high, -100 * low],
+        "  elsewhere": [splits["splits"]],
+        " {13}average": [-100 * splits["drop"]["mean"], splits["within_tolerance"],
+                         splits["splits"]],
         "  held out": [100 * holdout["accuracy"]["value"], -100 * holdout["drop"]],
         "  dense file": [savings["dense_bytes"] / 1e6, savings["dense_compressed_bytes"] / 1e6],
         "  pruned file": [savings["pruned_bytes"] / 1e6, savings["pruned_compressed_bytes"] / 1e6],
-        "  packed file": [savings["packed_bytes"] / 1e6,
-                          savings["dense_bytes"] - savings["packed_bytes"]],
         "  speed": [90, sparse["median_ms"], dense["batch_size"], dense["median_ms"]],
         "verified:": [results["verification"]["different"],
                       results["verification"]["predictions"]],

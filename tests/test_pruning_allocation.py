@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from common.model import ResNet18, prunable_layers
-from pruning import allocation, pruning
-from pruning.allocation import DamageCurve, greedy_counts
+from common.network.resnet import ResNet18, Widths, prunable_layers
+from pruning import pruning
+from pruning.together import allocation
+from pruning.together.allocation import DamageCurve, greedy_counts
 
 
 def make_weights(seed, with_ties=False):
@@ -64,7 +65,7 @@ def test_random_takes_more_of_the_same_whatever_the_weights():
 
 
 def test_scopes_divide_the_layers():
-    model = ResNet18((4, 8, 8, 8))
+    model = ResNet18(Widths((4, 8, 8, 8)))
     everything = list(prunable_layers(model))
     assert list(allocation.weights_in_scope(model, "all")) == everything
     assert list(allocation.weights_in_scope(model, "conv")) == everything[:-1]

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pruning.allocation import greedy_counts
-from pruning.damage import AMOUNTS, _curve
+from pruning.together.allocation import greedy_counts
+from pruning.together.damage import AMOUNTS, _curve
 
 
 def test_steps_without_a_change_are_not_free():

@@ -1,9 +1,10 @@
 import torch
 
-from common.data import normalize
-from common.model import prunable_layers
-from pruning import recalibration
-from pruning.recalibration import recalibrate_batch_norm
+from common.images.data import normalize
+from common.network.batch_norm import reestimate_batch_norm
+from common.network.resnet import prunable_layers
+from pruning.together import recalibration
+from pruning.together.recalibration import recalibrate_batch_norm
 
 
 def test_first_statistics_are_those_of_a_hand_computation(tiny_model, random_images, monkeypatch):
@@ -20,6 +21,17 @@ def test_first_statistics_are_those_of_a_hand_computation(tiny_model, random_ima
     torch.testing.assert_close(tiny_model.bn1.running_var, variance)
     assert not tiny_model.training
     assert all(torch.equal(p, weights[name]) for name, p in tiny_model.named_parameters())
+
+
+def test_every_image_weighs_the_same(tiny_model, random_images):
+    """513 calibration images: the last one must not count a fifth."""
+    batches = [normalize(random_images(count, seed=count).images) for count in (8, 8, 1)]
+    with torch.no_grad():
+        means = torch.stack([tiny_model.conv1(b).mean(dim=(0, 2, 3)) for b in batches])
+    reestimate_batch_norm(tiny_model, batches)
+    expected = (8 * means[0] + 8 * means[1] + means[2]) / 17
+    torch.testing.assert_close(tiny_model.bn1.running_mean, expected)
+    assert {m.momentum for m in tiny_model.modules() if hasattr(m, "momentum")} == {1.0}
 
 
 def test_one_batch_gives_every_layer_what_training_mode_computes(tiny_model, random_images):

@@ -1,20 +1,23 @@
 """The branching scan against the plain way: a full forward pass of a pruned deep copy."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import cascade
-from common.branching import FoldedNetwork, branch_logits, trace_dense
-from common.data import Cifar10, normalize
-from common.model import ResNet18, prunable_layers
-from pruning.brute_force import pruned_copy
-from pruning.experiment import run_scan
-from pruning.journal import Journal
-from pruning.scan import Variants, scan
+from common.command.cli import UserError
+from common.images.data import Cifar10, normalize
+from common.network import cascade
+from common.network.branching import FoldedNetwork, branch_logits, trace_dense
+from common.network.resnet import ResNet18, Widths, prunable_layers
+from pruning.alone.brute_force import pruned_copy
+from pruning.alone.journal import Journal
+from pruning.alone.scan import Scan, run_scan, scan_images
+from pruning.alone.walk import Variants
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +32,7 @@ def one_thread():
 def make_model(seed, stage_channels=(4, 8, 8, 8)):
     """A network whose batch norms do something."""
     torch.manual_seed(seed)
-    model = ResNet18(stage_channels)
+    model = ResNet18(Widths(stage_channels))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -54,7 +57,7 @@ def plain_correct(model, dataset, layer, amount):
 def run(tmp_path, model, dataset, amounts, fast, layers=None, batch_size=4, resume=False):
     layers = layers or list(prunable_layers(model))
     with Journal(tmp_path / "journal", {"of": "this"}, resume) as journal:
-        return scan(model, dataset, layers, amounts, journal, batch_size, fast)
+        return scan_images(Scan(model, dataset, layers, amounts, batch_size, fast), journal)
 
 
 @settings(deadline=None, max_examples=12)
@@ -150,19 +153,40 @@ def test_resumed_scan_redoes_nothing_and_ends_the_same(tmp_path, monkeypatch):
         assert torch.equal(second.correct[key], correct)
 
 
-def test_changed_weights_start_afresh(tmp_path):
+def test_a_journal_of_another_scan_is_kept(tmp_path):
+    """--resume with other weights, or nothing that says what to do with it: neither destroys it."""
     dataset, journal = make_images(20), tmp_path / "journal"
-    names = ["conv1", "linear"]
-    run_scan(make_model(4), dataset, names, [0.9], journal, False, 4, False)
-    _, seconds = run_scan(make_model(4), dataset, names, [0.9], journal, True, 4, False)
-    assert seconds is None  # resumed
-    other = make_model(5)
-    fresh, seconds = run_scan(other, dataset, names, [0.9], journal, True, 4, False)
+
+    def run_with(seed, **flags):
+        scan = Scan(make_model(seed), dataset, ["conv1", "linear"], [0.9], 4, False)
+        return run_scan(scan, journal, **flags)
+
+    run_with(4)
+    finished = journal.read_bytes()
+    with pytest.raises(UserError, match=r"journal: left by a run that differs in the checkpoint;"):
+        run_with(5, resume=True)
+    with pytest.raises(UserError, match=r"journal: left by an unfinished run; .* --overwrite"):
+        run_with(5)
+    assert journal.read_bytes() == finished
+    assert run_with(4, resume=True)[1] is None  # no seconds, as all of it was done before
+    fresh, seconds = run_with(5, overwrite=True)
     assert seconds is not None
-    assert torch.equal(fresh.correct[0.9, "conv1"], plain_correct(other, dataset, "conv1", 0.9))
+    assert torch.equal(
+        fresh.correct[0.9, "conv1"], plain_correct(make_model(5), dataset, "conv1", 0.9)
+    )
 
 
-def test_journal_survives_a_cut_line_and_names_what_changed(tmp_path, caplog):
+def test_another_number_of_threads_does_not_destroy_the_journal(tmp_path):
+    scan = Scan(make_model(4), make_images(20), ["linear"], [0.9], 4, False)
+    run_scan(scan, tmp_path / "journal")
+    finished = (tmp_path / "journal").read_bytes()
+    torch.set_num_threads(2)
+    with pytest.raises(UserError, match="differs in the number of threads;"):
+        run_scan(scan, tmp_path / "journal", resume=True)
+    assert (tmp_path / "journal").read_bytes() == finished
+
+
+def test_journal_survives_a_cut_line(tmp_path):
     path = tmp_path / "journal"
     with Journal(path, {"the amounts": [0.9]}, False) as journal:
         journal["images 0-16"] = {"correct": "ff"}
@@ -173,6 +197,24 @@ def test_journal_survives_a_cut_line_and_names_what_changed(tmp_path, caplog):
         assert "images 0-16" in journal
         assert "images 16-32" not in journal
     assert all(json.loads(line.partition(" ")[2]) for line in path.read_text().splitlines())
-    with Journal(path, {"the amounts": [0.5]}, True) as journal:
-        assert len(journal) == 0
-    assert "cannot resume: the amounts changed" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux which files are open")
+def test_the_journal_takes_its_place_while_closed_as_windows_demands(tmp_path, monkeypatch):
+    def open_files():
+        return {os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()}
+
+    replace, moved = Path.replace, []
+
+    def checked(path, target):
+        assert os.path.realpath(path) not in open_files()
+        moved.append(Path(target).name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", checked)
+    with Journal(tmp_path / "journal", {"the amounts": [0.9]}, False) as journal:
+        journal["conv1"] = {"correct": 1}
+    assert moved == ["journal"]
+    monkeypatch.undo()
+    with Journal(tmp_path / "journal", {"the amounts": [0.9]}, True) as journal:
+        assert journal["conv1"] == {"correct": 1}

@@ -2,46 +2,32 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from check_page import check_page
 from check_results import check_results, without_times
 from printed import read_table, shows
+from processes import REPOSITORY, run_fresh, run_here
 from torch.nn.utils import prune
 
-from common.checkpoint import BUNDLED_WEIGHTS, load_model
-from common.model import prunable_layers
-from quantization import deploy
-from quantization.artifact import load_int8
+from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
+from common.network.resnet import prunable_layers
+from quantization.files.artifact import load_int8
+from quantization.int8 import deploy
 from quantization.quantization import main
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "quantization" / "quantization.py"
 QUICK = [
-    "--bundled", "--test-images", "100", "--calibration-images", "32",
+    "--bundled", "--threads", "1", "--test-images", "100", "--calibration-images", "32",
     "--batch-sizes", "1,4", "--timing-seconds", "0.1",
 ]  # fmt: skip
-
-
-def run(*arguments, cwd=REPOSITORY, script=SCRIPT):
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:__main__", str(script), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    return run(*QUICK, "--output-dir", folder), folder
+    return run_fresh(SCRIPT, *QUICK, "--output-dir", folder), folder
 
 
 def test_run_keeps_the_contract_and_tells_its_story(finished):
@@ -81,7 +67,9 @@ def test_every_layer_is_int8(finished):
 
 def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tmp_path):
     folder = tmp_path / "out"
-    process = run(*QUICK, "--engines", "auto", "--export-onnx", "--json", "--output-dir", folder)
+    process = run_here(
+        main, *QUICK, "--engines", "auto", "--export-onnx", "--json", "--output-dir", folder
+    )
     assert process.returncode == 0, process.stderr
     results = json.loads(process.stdout)
     check_results(results, folder)
@@ -99,28 +87,33 @@ def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tmp_path):
 
 def test_same_seed_same_results_from_another_folder_with_json(finished, tmp_path):
     first = json.loads((finished[1] / "results.json").read_text())
-    process = run("--json", "--quiet", *QUICK, "--output-dir", finished[1].parent / "b",
-                  cwd=SCRIPT.parent, script="quantization.py")  # fmt: skip
+    arguments = ["--json", "--quiet", *QUICK, "--output-dir", tmp_path / "b"]
+    process = run_here(main, *arguments, folder=SCRIPT.parent)
     assert process.returncode == 0, process.stderr
     second = json.loads(process.stdout)
     first["arguments"] |= {"json": True, "quiet": True}
     assert without_times(first) == without_times(second)
     assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
-    written = (finished[1].parent / "b" / "results.json").read_text()
+    written = (tmp_path / "b" / "results.json").read_text()
     assert written == process.stdout
 
 
-def test_two_processes_find_what_one_finds(check_two_processes):
-    check_two_processes(SCRIPT, *QUICK)
+def test_torchrun_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    process = run_here(main, *QUICK, "--output-dir", tmp_path / "out")
+    assert process.returncode == 1
+    assert process.stderr.count("\n") == 1
+    assert "start without torchrun" in process.stderr
+    assert not (tmp_path / "out").exists()
 
 
-def test_two_threads_agree_with_one_but_at_the_edge(tmp_path):
-    found = []
-    for threads in ("1", "2"):
-        process = run(*QUICK, "--threads", threads, "--json", "--output-dir", tmp_path / threads)
-        assert process.returncode == 0, process.stderr
-        found.append(json.loads(process.stdout)["models"])
-    for one, two in zip(*found, strict=True):
+@pytest.mark.full
+def test_two_threads_agree_with_one_but_at_the_edge(finished, tmp_path):
+    process = run_here(main, *QUICK, "--threads", "2", "--json", "--output-dir", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    first = json.loads((finished[1] / "results.json").read_text())
+    second = json.loads(process.stdout)
+    for one, two in zip(first["models"], second["models"], strict=True):
         assert abs(one["accuracy"]["correct"] - two["accuracy"]["correct"]) <= 1
         for name in ("name", "size_bytes", "settings", "int8_operations"):
             assert one.get(name) == two.get(name)
@@ -130,10 +123,11 @@ def test_earlier_results_are_kept_and_a_failure_changes_nothing(finished, tmp_pa
     before = {p.name: p.read_bytes() for p in finished[1].iterdir()}
     broken = tmp_path / "broken.pth"
     broken.write_bytes(b"PK\x03\x04 not a checkpoint")
-    process = run(*QUICK, "--weights", broken, "--output-dir", finished[1], cwd=tmp_path)
+    process = run_here(
+        main, *QUICK, "--weights", broken, "--output-dir", finished[1], folder=tmp_path
+    )
     assert process.returncode == 1
     assert process.stderr.splitlines()[-1].startswith(f"error: {broken}: ")
-    assert "Traceback" not in process.stderr
     assert process.stdout == ""
     assert {p.name: p.read_bytes() for p in finished[1].iterdir()} == before
 
@@ -151,21 +145,9 @@ def test_earlier_results_are_kept_and_a_failure_changes_nothing(finished, tmp_pa
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, tmp_path):
-    process = run(*arguments, "--output-dir", tmp_path / "out", cwd=tmp_path)
+    process = run_here(main, *arguments, "--output-dir", tmp_path / "out")
     assert process.returncode == 2
     assert not (tmp_path / "out").exists()
-
-
-def test_help_needs_no_torch():
-    code = "import runpy, sys; sys.argv = ['quantization.py', '--help']\n"
-    code += f"try:\n    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-    code += "except SystemExit:\n    pass\nprint('torch' in sys.modules)"
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-        env=os.environ | {"COLUMNS": "80"},
-    )  # fmt: skip
-    assert process.stdout.splitlines()[-1] == "False"
-    assert "default: 512" in process.stdout
 
 
 def test_a_pruned_network_keeps_its_zeros_and_is_packed(tmp_path):
@@ -176,7 +158,9 @@ def test_a_pruned_network_keeps_its_zeros_and_is_packed(tmp_path):
         prune.remove(layer, name)
     weights = tmp_path / "pruned.pth"
     torch.save(model.state_dict(), weights)
-    process = run(*QUICK, "--weights", weights, "--report", "--output-dir", tmp_path / "out")
+    process = run_here(
+        main, *QUICK, "--weights", weights, "--report", "--output-dir", tmp_path / "out"
+    )
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     check_results(results, tmp_path / "out")
@@ -195,35 +179,32 @@ def test_a_pruned_network_keeps_its_zeros_and_is_packed(tmp_path):
     assert torch.equal(packed(image), plain(image))
 
 
-@pytest.mark.shared
+@pytest.mark.full
 def test_targets_on_the_full_size_weights_and_images(tmp_path):
     shared = REPOSITORY.parent / "shared"
     weights = shared / "weights" / "resnet18_cifar10.pth"
     if not weights.exists():
         pytest.skip("no ../shared")
-    process = run("--weights", weights, "--bundled", "--test-images", "2000", "--batch-sizes", "1",
-                  "--timing-seconds", "1", "--output-dir", tmp_path / "out",
-                  "--json", "--quiet")  # fmt: skip
+    process = run_fresh(
+        SCRIPT, "--weights", weights, "--bundled", "--test-images", "2000", "--batch-sizes", "1",
+        "--timing-seconds", "1", "--output-dir", tmp_path / "out", "--json", "--quiet",
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     comparison = json.loads(process.stdout)["comparison"]
     assert comparison["size_ratio"] <= 0.26
     assert comparison["accuracy"]["drop"] <= 0.003
 
 
-def test_where_there_is_no_fbgemm_all_is_done_with_qnnpack(tmp_path, monkeypatch, capsys):
+def test_where_there_is_no_fbgemm_all_is_done_with_qnnpack(tmp_path, monkeypatch):
     """As on Arm: x86 builds of torch have qnnpack too."""
-    engine, threads = torch.backends.quantized.engine, torch.get_num_threads()
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none", "qnnpack"])
-    try:
-        assert main([*QUICK, "--threads", "1", "--output-dir", str(tmp_path / "out")]) == 0
-    finally:
-        torch.backends.quantized.engine = engine
-        torch.set_num_threads(threads)
+    process = run_here(main, *QUICK, "--output-dir", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     check_results(results, tmp_path / "out")
     assert results["models"][-1]["engine"] == "qnnpack"
     assert results["comparison"]["accuracy"]["drop"] < 0.05
-    assert "using qnnpack" in capsys.readouterr().err
+    assert "using qnnpack" in process.stderr
 
 
 def test_every_number_in_the_tables_is_that_of_results_json(finished):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data import batches
-from common.model import fold_batch_norm, prunable_layers
-from quantization import conversion, engines
-from quantization.quantizers import Quantizer, layer_quantizers, quantize_weight
+from common.images.data import batches, normalize
+from common.network.resnet import fold_batch_norm, prunable_layers
+from quantization.accuracy.quantizers import Quantizer, layer_quantizers, quantize_weight
+from quantization.int8 import conversion, engines
 from quantization.settings import Settings
 
 SETTINGS = Settings(engines.candidate_engines()[0])
@@ -24,14 +25,13 @@ def observed(tiny_model, random_images):
 @settings(deadline=None, max_examples=50)
 @given(
     scale=st.floats(2**-13, 1024, width=32),
-    zero_point=st.integers(0, 127),
-    quant_max=st.sampled_from([127, 255]),
+    zero_point=st.integers(0, 255),
     seed=st.integers(0, 1000),
 )
-def test_rounding_is_torchs_own(scale, zero_point, quant_max, seed):
+def test_rounding_is_torchs_own(scale, zero_point, seed):
     x = 200 * scale * torch.randn(500, generator=torch.Generator().manual_seed(seed))
-    rounded = Quantizer(scale, zero_point, 0, quant_max)(x)
-    expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, quant_max)
+    rounded = Quantizer(scale, zero_point)(x)
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
     assert torch.equal(rounded, expected)
 
 
@@ -46,6 +46,31 @@ def test_layers_read_and_write_on_the_grids_of_the_converted_model(tiny_model, o
     read, _ = quantizers["conv1"]
     assert read.scale == pytest.approx(converted.conv1_input_scale_0.item())
     assert quantizers["layer1.0.conv2"][0] == quantizers["layer1.0.conv1"][1]
+
+
+@pytest.mark.parametrize("engine", engines.candidate_engines())
+@torch.inference_mode()
+def test_in_seven_bits_the_kernels_reach_level_255_and_so_does_what_simulates_them(
+    tiny_model, random_images, engine
+):
+    settings = Settings(engine, reduce_range=True, observer="minmax")
+    dim, bright = normalize(random_images(32).images) / 3, normalize(random_images(8).images)
+    observed = conversion.calibrate(tiny_model, [(dim, None)], settings)
+    converted, (read, write) = (
+        conversion.convert(observed, settings),
+        layer_quantizers(observed)["conv1"],
+    )
+    with engines.quiet_torch(engine):
+        image = torch.quantize_per_tensor(bright, read.scale, read.zero_point, torch.quint8)
+        output = converted.conv1(image)
+    assert int(image.int_repr().max()) > 127
+    assert int(output.int_repr().max()) > 127
+    assert torch.equal(read(bright), image.dequantize())
+    layer = converted.conv1
+    simulated = write(
+        F.conv2d(read(bright), layer.weight().dequantize(), layer.bias(), padding=1).relu_()
+    )
+    assert (simulated - output.dequantize()).abs().max() <= 1.01 * write.scale
 
 
 def test_rounded_weights_are_those_of_the_converted_model(tiny_model, observed):

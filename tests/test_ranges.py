@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from common.data import batches, normalize
-from common.model import prunable_layers
-from quantization import conversion, engines
-from quantization.ranges import ChannelRanges, activation_ranges, weight_ranges
+from common.images.data import batches, normalize
+from common.network.resnet import prunable_layers
+from quantization.int8 import conversion, engines
+from quantization.report.ranges import ChannelRanges, activation_ranges, weight_ranges
 from quantization.settings import OBSERVERS, Settings
 
 ENGINE = engines.candidate_engines()[0]
@@ -29,6 +29,17 @@ def test_kept_ranges_lie_within_what_was_seen(observer, tiny_model, random_image
         assert kept.kept_max <= max(kept.seen_max, 0) + 1.01 * step
 
 
+@pytest.mark.parametrize("reduce_range", [False, True])
+def test_kept_ranges_are_the_255_steps_that_the_kernels_have(
+    reduce_range, tiny_model, random_images
+):
+    settings = Settings(ENGINE, reduce_range, "minmax")
+    observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
+    first = activation_ranges(observed)[0]
+    scale = conversion.convert(observed, settings).conv1_input_scale_0
+    assert first.kept_max - first.kept_min == pytest.approx(255 * float(scale))
+
+
 def test_pooling_and_flattening_have_no_range_of_their_own(tiny_model, random_images):
     observed = conversion.calibrate(tiny_model, batches(random_images(8), 8), Settings(ENGINE))
     names = [activation.name for activation in activation_ranges(observed)]
@@ -37,10 +48,10 @@ def test_pooling_and_flattening_have_no_range_of_their_own(tiny_model, random_im
 
 
 def test_channels_spread_from_the_weakest_to_the_strongest(tiny_model):
-    weight = tiny_model.layer2[0].conv1.weight.data  # 8 channels
+    weight = tiny_model.layer2[0].conv2.weight.data  # 8 channels
     for channel, largest in enumerate((3, 1, 8, 2, 5, 7, 6, 4)):
         weight[channel] = 0.5
         weight[channel, 0, 1, 2] = -largest
     ranges = {row.layer: row for row in weight_ranges(tiny_model)}
     assert list(ranges) == list(prunable_layers(tiny_model))
-    assert ranges["layer2.0.conv1"] == ChannelRanges("layer2.0.conv1", 1.0, 4.0, 8.0)
+    assert ranges["layer2.0.conv2"] == ChannelRanges("layer2.0.conv2", 1.0, 4.0, 8.0)

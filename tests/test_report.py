@@ -16,10 +16,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from common import report
-from common.checkpoint import WeightsFile
-from common.report import format_table, megabytes, percent, points
-from common.workers import ALONE
+from common.machine import device
+from common.machine.workers import ALONE
+from common.network.checkpoint import WeightsFile
+from common.report.results import (
+    BLUE,
+    common_results,
+    format_cost,
+    format_table,
+    megabytes,
+    new_figure,
+    p_value,
+    percent,
+    points,
+    run_cost,
+    save_figure,
+    to_json,
+    write_json,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CPUINFO = Path("/proc/cpuinfo")
@@ -28,7 +42,7 @@ CPUINFO = Path("/proc/cpuinfo")
 def test_common_results(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"weights")
     arguments = argparse.Namespace(weights=None, output_dir=Path("results"), seed=3, amounts=[0.5])
-    results = report.common_results(
+    results = common_results(
         "pruning",
         arguments,
         ALONE,
@@ -50,14 +64,14 @@ def test_common_results(tmp_path):
     assert environment["cpu"]
     assert environment["device"] == "cpu"
     assert results["processes"] == 1
-    assert json.loads(report.to_json(results)) == results
+    assert json.loads(to_json(results)) == results
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.76, "0.8"), (1.0, "1"), (3e-5, "3e-05"), (0.0, "<1e-300")]
 )
 def test_p_values(value, text):
-    assert report.p_value(value, 1) == text
+    assert p_value(value, 1) == text
 
 
 @pytest.mark.skipif(
@@ -65,7 +79,7 @@ def test_p_values(value, text):
 )
 def test_vnni_is_what_the_system_says():
     flags = Path("/proc/cpuinfo").read_text()
-    assert report.has_vnni() == ("avx512_vnni" in flags or "asimddp" in flags)
+    assert device.has_vnni() == ("avx512_vnni" in flags or "asimddp" in flags)
 
 
 json_values = st.recursive(
@@ -78,7 +92,7 @@ json_values = st.recursive(
 
 @given(st.dictionaries(st.text(), json_values, max_size=3))
 def test_json_holds_any_value(results):
-    text = report.to_json(results)
+    text = to_json(results)
     assert text.isascii()
     assert json.loads(text) == results
 
@@ -86,16 +100,16 @@ def test_json_holds_any_value(results):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_is_never_written(tmp_path, value):
     path = tmp_path / "results.json"
-    report.write_json(path, {"value": 1})
+    write_json(path, {"value": 1})
     with pytest.raises(ValueError, match="JSON"):
-        report.write_json(path, {"value": value})
+        write_json(path, {"value": value})
     assert json.loads(path.read_text()) == {"value": 1}
     assert os.listdir(tmp_path) == ["results.json"]
 
 
 def test_a_file_name_that_is_no_utf8(tmp_path):
     path = Path(os.fsdecode(b"caf\xe9.pth"))
-    report.write_json(tmp_path / "results.json", {"weights": str(path)})
+    write_json(tmp_path / "results.json", {"weights": str(path)})
     assert Path(json.loads((tmp_path / "results.json").read_text())["weights"]) == path
 
 
@@ -141,26 +155,26 @@ def test_numbers(text, expected):
 
 def test_figures_need_no_display_and_repeat(tmp_path):
     for name in ("first.png", "second.png"):
-        figure, axes = report.new_figure(4, 3, columns=2)
+        figure, axes = new_figure(4, 3, columns=2)
         assert len(axes) == 2
-        axes[0].plot([0, 1], [0.5, 0.9], color=report.BLUE)
-        report.save_figure(figure, tmp_path / name)
+        axes[0].plot([0, 1], [0.5, 0.9], color=BLUE)
+        save_figure(figure, tmp_path / name)
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
     with Image.open(tmp_path / "first.png") as image:
         assert image.size == (520, 390)
 
 
 def test_importing_report_imports_no_matplotlib():
-    code = "import sys, common.report; assert 'matplotlib' not in sys.modules"
+    code = "import sys, common.report.results; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 def test_the_peak_of_memory_counts_what_was_freed_and_not_who_started_the_process():
     code = (
-        "from common import report; import torch\n"
-        "before = report.peak_memory_bytes()\n"
+        "from common.machine import device; import torch\n"
+        "before = device.peak_memory_bytes()\n"
         "torch.ones(75_000_000)\n"  # 300 MB, freed at once
-        "print(before, report.peak_memory_bytes())\n"
+        "print(before, device.peak_memory_bytes())\n"
     )
     held = torch.ones(250_000_000)  # 1 GB, which the new process has nothing of
     done = subprocess.run(
@@ -173,7 +187,7 @@ def test_the_peak_of_memory_counts_what_was_freed_and_not_who_started_the_proces
 
 
 def test_the_cost_of_a_run_is_told():
-    cost = report.run_cost(time.perf_counter() - 3)
+    cost = run_cost(time.perf_counter() - 3)
     assert 3 <= cost["wall_seconds"] < 60
-    assert report.format_cost(cost).startswith(f"took {cost['wall_seconds']:.0f} s and at most ")
-    assert report.format_cost(cost | {"peak_memory_bytes": None}).endswith(" s")
+    assert format_cost(cost).startswith(f"took {cost['wall_seconds']:.0f} s and at most ")
+    assert format_cost(cost | {"peak_memory_bytes": None}).endswith(" s")

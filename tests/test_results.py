@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.latency import Timing
-from quantization import conversion, engines
-from quantization.budget import Plan, Step
-from quantization.experiment import OnnxModel, Quantized
-from quantization.results import describe_budget, describe_models
+from common.measure.latency import Timing
+from quantization.accuracy.budget import Plan, Step
+from quantization.int8 import conversion, engines
+from quantization.int8.deploy import Quantized
+from quantization.report.results import accuracy_by_class, describe_budget, describe_models
 from quantization.settings import Settings
+from quantization.steps import OnnxModel
 
 ENGINE = engines.candidate_engines()[0]
 
@@ -37,10 +38,12 @@ def test_models_are_compared_on_the_same_images(tiny_model, random_images, tmp_p
         ENGINE: [timing(1, 5.0)],
         "int8-onnx": [timing(1, 8.0)],
     }
-    models = describe_models(
+    found = describe_models(
         tiny_model, fp32, [candidate], {ENGINE: paths[:2]}, OnnxModel(paths[2], None, onnx),
         test, timings,
     )  # fmt: skip
+    models = found["models"]
+    assert found["comparison"] == models[2]["comparison"]
     assert [model["name"] for model in models] == ["fp32-nchw", "fp32", "int8", "int8-onnx"]
     assert [model["accuracy"]["correct"] for model in models] == [8, 8, 7, 6]
     _, best, ours, exported = models
@@ -65,15 +68,27 @@ def test_models_are_compared_on_the_same_images(tiny_model, random_images, tmp_p
 def test_a_budget_is_met_only_if_both_sets_of_images_say_so(held_out_drop, test_drop, met):
     steps = [Step("plain", 0.003, True), Step("conv1 in FP32", held_out_drop, True)]
     plan = Plan(None, Settings(ENGINE, fp32_layers=("conv1",)), held_out_drop, steps)
-    results = {"comparison": {"accuracy": {"drop": test_drop}}}
+    comparison = {"accuracy": {"drop": test_drop}}
+    results = {"models": [{"name": "int8", "engine": "x86", "comparison": comparison}]}
     assert describe_budget(plan, 0.001, results) == {
         "max_drop": 0.001,
         "met": met,
         "fp32_layers": ["conv1"],
         "held_out_drop": held_out_drop,
+        "held_out_engine": ENGINE,
         "test_drop": test_drop,
+        "test_engine": "x86",
         "steps": [
             {"action": "plain", "drop": 0.003, "kept": True},
             {"action": "conv1 in FP32", "drop": held_out_drop, "kept": True},
         ],
     }
+
+
+def test_accuracy_by_class_counts():
+    labels = torch.tensor([0, 0, 1, 1])
+    rows = accuracy_by_class(labels, torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 0, 1]))
+    assert rows == [
+        {"class": "airplane", "images": 2, "fp32": 0.5, "int8": 1.0},
+        {"class": "automobile", "images": 2, "fp32": 1.0, "int8": 0.5},
+    ]

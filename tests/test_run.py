@@ -10,14 +10,10 @@ import pytest
 import torch
 
 from common import run
-from common.html_report import Story
-from common.workers import Workers
+from common.machine.workers import Workers
+from common.report import page
 
 CPU = torch.device("cpu")
-
-
-def tell(results: dict) -> Story:
-    return Story(f"{results['peak_memory_bytes'] is None}", "Why?", [("1", "one")])
 
 
 def results() -> dict:
@@ -26,17 +22,18 @@ def results() -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("told", [None, tell])
-def test_a_finished_run_leaves_its_results(tmp_path, told):
+@pytest.mark.parametrize("with_page", [False, True])
+def test_a_finished_run_leaves_its_results(tmp_path, monkeypatch, with_page):
+    monkeypatch.setattr(page, "render", lambda results, plots: f"{results['wall_seconds']}")
     found = results()
     with run.start_run(CPU, tmp_path, overwrite=False) as (crew, folder):
         assert (crew.count, crew.is_first) == (1, True)
-        run.finish_run(found, folder, time.perf_counter() - 2, told)
+        run.finish_run(found, folder, time.perf_counter() - 2, with_page)
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert 2 <= found["wall_seconds"] < 60
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"results.json"} | ({"report.html"} if told else set())
-    assert found["artifacts"].get("report") == ("report.html" if told else None)
+    assert names == {"results.json"} | ({"report.html"} if with_page else set())
+    assert found["artifacts"].get("report") == ("report.html" if with_page else None)
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from common.checkpoint import save_checkpoint
-from common.model import ResNet18
-from common.size import count_parameters, describe_layers, saved_size_bytes
+from common.network.checkpoint import save_checkpoint
+from common.network.resnet import ResNet18
+from common.network.size import count_parameters, describe_layers, saved_size_bytes
 
 
 def test_layers_of_the_full_network():

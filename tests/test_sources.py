@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import sources
-from common.cli import UserError
-from common.sources import open_source
+from common.command.cli import UserError
+from common.images import sources
+from common.images.sources import open_source
 
 # --- image folders -------------------------------------------------------------------------------
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.data import batches
-from quantization import conversion, corrections, engines, sparsity
+from common.images.data import batches
+from quantization.accuracy import corrections
+from quantization.files import sparsity
+from quantization.int8 import conversion, engines
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
@@ -25,7 +27,9 @@ CORRECTIONS = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("fp32_layers", [(), ("layer1.0.conv2", "linear")])
+@pytest.mark.parametrize(
+    "fp32_layers", [(), ("layer1.0.conv2", "linear"), ("conv1", "layer2.0.conv1")]
+)
 def test_every_zero_stays_a_zero(pruned_model, random_images, engine, correction, fp32_layers):
     images = random_images(32)
     settings = Settings(engine, observer="minmax", fp32_layers=fp32_layers)
@@ -36,7 +40,8 @@ def test_every_zero_stays_a_zero(pruned_model, random_images, engine, correction
         layer = name.removesuffix(".weight")
         if not name.endswith(".weight") or weight.ndim == 1:
             continue
-        after = converted.get_submodule(layer).weight
+        module = converted.get_submodule(layer)
+        after = (module[0] if isinstance(module, torch.nn.Sequential) else module).weight
         after = after if isinstance(after, torch.Tensor) else after().dequantize()
         assert (after[weight == 0] == 0).all()
         total += weight.numel()

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.data import normalize
-from training.augment import make_batch, plan_epoch, resize
-from training.recipe import PRESETS, Recipe
+from common.images.data import normalize
+from training.loop.augment import make_batch, plan_epoch
+from training.recipe import BUNDLED_RECIPE, Recipe
 
 CPU = torch.device("cpu")
 PLAIN = Recipe(epochs=2, batch_size=8, learning_rate=0.1, crop_padding=0, flip=False)
@@ -25,8 +25,8 @@ def images():
 
 def batch_of(images, recipe, rows=slice(0, 40), seed=0, epoch=0):
     labels = torch.arange(40) % 10
-    plan = plan_epoch(40, images.shape[-1], recipe, seed, epoch, CPU)
-    return plan, *make_batch(resize(images, images.shape[-1]), labels, plan, rows)
+    plan = plan_epoch(40, recipe, seed, epoch, CPU)
+    return plan, *make_batch(images.permute(0, 2, 3, 1), labels, plan, rows)
 
 
 def test_without_augmentation_a_batch_is_the_normalized_images(images):
@@ -51,16 +51,6 @@ def test_crop_and_flip_equal_torchs_padding_and_flipping(images):
     assert 5 < plan.flip.sum() < 35
 
 
-def test_cutout_hides_one_square_of_its_size(images):
-    plain = batch_of(images, PLAIN)[1]
-    plan, batch, targets = batch_of(images, replace(PLAIN, cutout=8))
-    for row, (top, left) in enumerate(plan.hole.tolist()):
-        expected = plain[row].clone()
-        expected[:, max(top, 0) : top + 8, max(left, 0) : left + 8] = 0
-        assert torch.equal(batch[row], expected)
-    assert torch.equal(targets.sum(1), torch.ones(40))
-
-
 def test_cutmix_shares_out_the_probability_by_area(images):
     plain = batch_of(images, PLAIN)[1]
     plan, batch, targets = batch_of(images, replace(PLAIN, cutmix=1.0))
@@ -76,7 +66,7 @@ def test_cutmix_shares_out_the_probability_by_area(images):
 
 
 def test_cutmix_covers_the_fraction_of_images_asked_for():
-    plan = plan_epoch(10_000, 32, replace(PLAIN, cutmix=0.3), 0, 0, CPU)
+    plan = plan_epoch(10_000, replace(PLAIN, cutmix=0.3), 0, 0, CPU)
     covered = (plan.patch_size > 0).float().mean()
     assert abs(covered - 0.3) < 0.03
 
@@ -92,35 +82,23 @@ def test_jitter_changes_only_its_share_of_images(images):
 
 @given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
 def test_a_plan_is_a_function_of_seed_and_epoch(seed, epoch):
-    recipe = replace(PRESETS["gpu"], cutout=8)
-    first, second = (plan_epoch(20, 32, recipe, seed, epoch, CPU) for _ in range(2))
-    for name in ("order", "shift", "flip", "hole", "patch", "patch_size", "affine", "colour"):
+    first, second = (plan_epoch(20, BUNDLED_RECIPE, seed, epoch, CPU) for _ in range(2))
+    for name in ("order", "shift", "flip", "patch", "patch_size", "affine", "colour"):
         assert torch.equal(getattr(first, name), getattr(second, name))
     assert sorted(first.order.tolist()) == list(range(20))
-    assert not torch.equal(first.order, plan_epoch(20, 32, recipe, seed, epoch + 1, CPU).order)
+    assert not torch.equal(first.order, plan_epoch(20, BUNDLED_RECIPE, seed, epoch + 1, CPU).order)
 
 
 def test_batches_of_an_epoch_are_the_epoch_in_parts(images):
-    recipe = replace(PLAIN, crop_padding=4, cutout=8, jitter=0.5)
+    recipe = replace(PLAIN, crop_padding=4, jitter=0.5)
     whole = batch_of(images, recipe)[1]
     parts = [batch_of(images, recipe, slice(s, s + 8))[1] for s in range(0, 40, 8)]
     assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
 
 
-def test_resize_keeps_full_size_and_averages_when_shrinking(images):
-    assert torch.equal(resize(images, 32).permute(0, 3, 1, 2), images)
-    flat = torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)
-    assert (resize(flat, 12) == 77).all()
-    assert resize(images, 20).shape == (40, 20, 20, 3)
-
-
-@given(
-    schedule=st.sampled_from(["cosine", "one-cycle"]),
-    warmup=st.floats(0, 1),
-    progress=st.floats(0, 1),
-)
-def test_learning_rate_rises_then_falls_to_zero(schedule, warmup, progress):
-    recipe = replace(PLAIN, schedule=schedule, warmup=warmup)
+@given(warmup=st.floats(0, 1), progress=st.floats(0, 1))
+def test_learning_rate_rises_then_falls_to_zero(warmup, progress):
+    recipe = replace(PLAIN, warmup=warmup)
     rate = recipe.learning_rate_at(progress)
     assert 0 <= rate <= recipe.learning_rate * (1 + 1e-9)
     later = recipe.learning_rate_at(min(progress + 1e-3, 1.0))
@@ -137,12 +115,3 @@ def test_learning_rate_at_known_points():
     assert recipe.learning_rate_at(0.6) == pytest.approx(0.2)  # half way down the cosine
     assert recipe.learning_rate_at(0.4) == pytest.approx(0.2 * (1 + math.cos(math.pi / 4)))
     assert recipe.learning_rate_at(1.0) == pytest.approx(0, abs=1e-12)
-    linear = replace(recipe, schedule="one-cycle")
-    assert linear.learning_rate_at(0.4) == pytest.approx(0.3)
-
-
-def test_images_grow_in_steps_of_four_to_the_full_size():
-    recipe = replace(PLAIN, epochs=10, start_size=16, full_size_from=0.8)
-    sizes = [recipe.image_size_at(epoch) for epoch in range(10)]
-    assert sizes == [16, 16, 20, 20, 24, 24, 28, 28, 32, 32]
-    assert {PRESETS["gpu"].image_size_at(epoch) for epoch in range(150)} == {32}

@@ -4,49 +4,40 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_together
 
-from common import cli, device
-from common.cli import UserError
-from common.workers import ALONE, Workers, join_workers
+from common.command import cli
+from common.command.cli import UserError
+from common.images.data import Cifar10
+from common.machine import device, workers
+from common.machine.workers import ALONE, Workers, join_workers
+from common.measure.evaluate import predict
+from common.network.resnet import ResNet18, Widths
 
 CPU = torch.device("cpu")
 
-PROLOGUE = """
-import json, os, signal, sys, time
-from datetime import timedelta
-from pathlib import Path
 
-import torch
-from common import cli, device, workers
-from common.cli import UserError
-from common.data import Cifar10
-from common.evaluate import predict
-from common.model import ResNet18
+def together(does, folder):
+    """Run ``does`` in two processes, after they have met; it gets their Workers."""
 
-@cli.exit_codes
-def main(argv=None):
-    cli.set_up_messages(quiet=False)
-    with workers.join_workers(torch.device("cpu")) as crew:
-"""
+    @cli.exit_codes
+    def main(argv):
+        cli.set_up_messages(quiet=False)
+        with join_workers(CPU) as crew:
+            does(crew)
+        return cli.EXIT_DONE
 
-
-@pytest.fixture
-def together(tmp_path, torchrun):
-    """Run the lines of a program in two processes, after they have met."""
-
-    def run(lines: str, *arguments: object):
-        body = "".join(f"        {line}\n" for line in lines.strip().splitlines())
-        program = tmp_path / "program.py"
-        program.write_text(f"{PROLOGUE}{body}    return 0\n\nsys.exit(main())\n")
-        return torchrun(program, *arguments)
-
-    return run
+    return run_together(main, output=folder / "told")
 
 
 # --- shares --------------------------------------------------------------------------------------
@@ -98,40 +89,39 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
 # --- two processes -------------------------------------------------------------------------------
 
 
-def test_two_processes_exchange_and_predict_what_one_does(together, tmp_path):
-    done = together(
-        """
-torch.manual_seed(0)
-model = ResNet18((4, 8, 8, 8)).eval()
-images = Cifar10(torch.randint(0, 256, (22, 3, 32, 32), dtype=torch.uint8), torch.arange(22) % 10)
-torch.set_num_threads(1)
-found = {
-    "rank": crew.rank,
-    "gathered": crew.gather(10 + crew.rank),
-    "sent": crew.broadcast("from the first" if crew.is_first else None),
-    "sum": crew.sum(torch.tensor([1.0 + crew.rank])).item(),
-    "equal": torch.equal(predict(model, images, 4, "", crew), predict(model, images, 4)),
-    "few": torch.equal(predict(model, images.rows(slice(1)), 4, "", crew),
-                       predict(model, images.rows(slice(1)), 4)),
-}
-cli.log.warning("from %d", crew.rank)
-order = Path(sys.argv[1]) / "order"
-with crew.one_a_machine_first():
-    if crew.is_first:
-        time.sleep(0.5)
-    with order.open("a") as file:
-        file.write(str(crew.rank))
-try:
-    crew.require_same({"the images": crew.rank, "torch": 1})
-except UserError as error:
-    found["refused"] = str(error)
-(Path(sys.argv[1]) / f"{crew.rank}.json").write_text(json.dumps(found))
-""",
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+def exchange(crew, folder: Path):
+    torch.manual_seed(0)
+    model = ResNet18(Widths((4, 8, 8, 8))).eval()
+    pixels = torch.randint(0, 256, (22, 3, 32, 32), dtype=torch.uint8)
+    images = Cifar10(pixels, torch.arange(22) % 10)
+    one = images.rows(slice(1))
+    found = {
+        "rank": crew.rank,
+        "gathered": crew.gather(10 + crew.rank),
+        "sent": crew.broadcast("from the first" if crew.is_first else None),
+        "sum": crew.sum(torch.tensor([1.0 + crew.rank])).item(),
+        "equal": torch.equal(predict(model, images, 4, "", crew), predict(model, images, 4)),
+        "few": torch.equal(predict(model, one, 4, "", crew), predict(model, one, 4)),
+    }
+    cli.log.warning("from %d", crew.rank)
+    with crew.one_a_machine_first():
+        if crew.is_first:
+            time.sleep(0.2)
+        with (folder / "order").open("a") as file:
+            file.write(str(crew.rank))
+    try:
+        crew.require_same({"the images": crew.rank, "torch": 1})
+    except UserError as error:
+        found["refused"] = str(error)
+    (folder / f"{crew.rank}.json").write_text(json.dumps(found))
+
+
+def test_two_processes_exchange_and_predict_what_one_does(tmp_path):
+    first, second = together(lambda crew: exchange(crew, tmp_path), tmp_path)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["rank"] == rank
         assert found["gathered"] == [10, 11]
         assert found["sent"] == "from the first"
         assert found["sum"] == 3.0
@@ -139,39 +129,46 @@ except UserError as error:
         assert found["few"]
         assert found["refused"] == f"processes {rank} and {1 - rank} differ in the images"
     assert (tmp_path / "order").read_text() == "01"
-    assert "warning: from 0" in done.stderr
-    assert "from 1" not in done.stderr
+    assert first.stderr == "warning: from 0\n"
+    assert second.stderr == ""
 
 
-@pytest.mark.parametrize(
-    ("lines", "lost"),
-    [
-        ("if not crew.is_first: os.kill(os.getpid(), signal.SIGKILL)", True),
-        ("if not crew.is_first: raise UserError('no such folder')", True),
-        ("if crew.is_first: raise UserError('no such folder')", False),
-    ],
-    ids=["killed", "failed", "first-failed"],
-)
-def test_a_process_that_ends_ends_the_run(together, lines, lost):
+@pytest.mark.parametrize("how", ["killed", "failed", "first-failed"])
+def test_a_process_that_ends_ends_the_run(how, tmp_path):
+    def work(crew):
+        crew.gather(1)
+        if crew.is_first == (how == "first-failed"):
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise UserError("no such folder")
+        crew.gather(2)
+        time.sleep(600)
+
     started = time.monotonic()
-    done = together(f"crew.gather(1)\n{lines}\ncrew.gather(2)\ntime.sleep(600)")
+    first, second = together(work, tmp_path)
     assert time.monotonic() - started < 300
-    assert done.returncode == 1
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    expected = ["error: another process of this run ended, or no longer answers"] * lost
-    expected += ["error: no such folder"] * ("folder" in lines)
-    assert sorted(told) == expected
-    assert "program.py" not in done.stderr.partition("FAILED")[0].partition("Traceback")[0]
+    lost = "error: another process of this run ended, or no longer answers\n"
+    failed = "error: no such folder\n"
+    expected = {
+        "killed": ((1, lost), (-signal.SIGKILL, "")),
+        "failed": ((1, lost), (1, failed)),
+        "first-failed": ((1, failed), (1, "")),  # the first alone says that it lost another
+    }[how]
+    assert ((first.returncode, first.stderr), (second.returncode, second.stderr)) == expected
 
 
-def test_a_process_that_falls_silent_ends_the_run(tmp_path, torchrun):
-    program = tmp_path / "program.py"
-    body = PROLOGUE.replace("    with", "    workers.TIMEOUT = timedelta(seconds=5)\n    with")
-    body += "        crew.gather(1)\n        time.sleep(60 * crew.rank)\n        crew.gather(2)\n"
-    program.write_text(f"{body}    return 0\n\nsys.exit(main())\n")
-    done = torchrun(program)
-    assert done.returncode == 1
-    assert "error: another process of this run ended, or no longer answers\n" in done.stderr
+def test_a_process_that_falls_silent_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "TIMEOUT", timedelta(seconds=2))
+
+    def work(crew):
+        crew.gather(1)
+        if not crew.is_first:
+            time.sleep(5)
+        crew.gather(2)
+
+    first, second = together(work, tmp_path)
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert first.stderr == "error: another process of this run ended, or no longer answers\n"
 
 
 def test_processes_cannot_share_an_apple_gpu(monkeypatch):

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from quantization.study import StudyRow, best_row, format_study, plot_study
+from benchmarks.calibration_study import (
+    StudyRow,
+    best_row,
+    format_study,
+    plot_study,
+    read_calibration,
+)
+from common.images.data import load_images
+from common.images.sources import Source, Split
 
 
 @pytest.fixture
@@ -38,3 +47,14 @@ def test_table_names_the_choice(rows):
 def test_plot_is_written(rows, tmp_path):
     plot_study(rows, 0.93, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 1000
+
+
+def test_the_training_split_is_opened_once(random_images):
+    images, opened = random_images(600), []
+    split = Split(images.labels.numpy(), lambda rows: images.images[rows].numpy())
+    source = Source("random", "random images", lambda name: opened.append(name) or split)
+    train = read_calibration(source)
+    assert opened == ["train"]
+    assert [len(subset) for subset in train.values()] == [512] * 3
+    smaller = load_images(source, "train", 32, seed=1)
+    assert torch.equal(train[1].images[:32], smaller.images)

@@ -1,0 +1,131 @@
+"""The search over whole channels: its answer on a tiny network, told, written and timed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from check_results import check_model_search
+from processes import run_here
+
+from common.command.cli import UserError
+from common.images.data import Cifar10, normalize
+from common.network.checkpoint import load_model
+from common.network.resnet import Widths
+from common.network.size import describe_layers
+from pruning.alone.scan import Scan
+from pruning.channels import report, speed
+from pruning.channels import search as channel_search
+from pruning.channels.search import NORM, RECONSTRUCTED, ChannelSearch
+from pruning.pruning import main, read_arguments
+from pruning.report.together import format_model_search, plot_model_search
+from pruning.steps import Training, remove_channels
+from pruning.together.search import Method
+
+
+@pytest.fixture
+def scan(tiny_model, random_images):
+    """The tiny network on images that it classifies as labelled."""
+    images = random_images(120, seed=5).images
+    with torch.no_grad():
+        labels = tiny_model(normalize(images)).argmax(1)
+    return Scan(tiny_model, Cifar10(images, labels), ["linear"], [0.5], 16, False)
+
+
+def prepare(scan, calibration, **choices):
+    correct = torch.ones(len(scan.images), dtype=torch.bool)
+    choices = {"tolerance": 0.3, "macs_removed": None} | choices
+    return ChannelSearch.prepare(scan, correct, choices["tolerance"], 0, calibration.images,
+                                 choices["macs_removed"])  # fmt: skip
+
+
+def macs(model):
+    return sum(layer.macs for layer in describe_layers(model))
+
+
+@pytest.mark.parametrize("allocation", [RECONSTRUCTED, NORM])
+def test_as_many_multiply_adds_go_as_asked_for(scan, random_images, allocation):
+    search = prepare(scan, random_images(40))
+    for share in (0.25, 0.5):
+        slim = search.prune(Method(allocation, allocation == NORM), share)
+        assert macs(slim) <= (1 - share) * macs(scan.model)
+        assert slim.widths.stages == scan.model.widths.stages
+        assert slim.widths != scan.model.widths
+        assert not slim.training
+
+
+def test_more_than_there_is_cannot_go(scan, random_images):
+    with pytest.raises(UserError, match="can go at most"):
+        prepare(scan, random_images(4), macs_removed=0.99)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--remove-macs 0.5",
+        "--scope all --remove-macs 0.5",
+        "--scope channels --recalibrate-bn",
+        "--scope channels --allocation global",
+    ],
+)
+def test_flags_that_would_do_nothing_are_wrong_usage(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        read_arguments(flags.split())
+    assert stopped.value.code == 2
+    assert "does nothing with" in capsys.readouterr().err
+
+
+def test_a_run_on_a_slim_checkpoint_ends_in_a_slimmer_one(tiny_state, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "SECONDS_PER_BATCH_SIZE", 0.01)
+    monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
+    monkeypatch.setattr(channel_search, "CALIBRATION_IMAGES", 40)
+    weights, folder = tmp_path / "weights.pth", tmp_path / "out"
+    torch.save(tiny_state, weights)
+    done = run_here(
+        main, "--bundled", "--threads", "1", "--test-images", "20", "--layers", "linear",
+        "--weights", weights, "--scope", "channels", "--tolerance", "0.5", "--remove-macs",
+        "0.1", "--report", "--output-dir", folder, "--overwrite",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "INT8, slim against dense" in done.stdout
+    results = json.loads((folder / "results.json").read_text())
+    assert "slim.png" in results["artifacts"]["plots"]
+    assert (folder / "report.html").is_file()
+    slim = tmp_path / "slim.pth"
+    (folder / results["artifacts"]["model"]).rename(slim)
+    before, after = (sum(load_model(path).widths.inner) for path in (weights, slim))
+    assert after < before
+
+
+def test_the_slim_network_is_written_timed_and_told(scan, random_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "SECONDS_PER_BATCH_SIZE", 0.01)
+    monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
+    calibration, path = random_images(40), tmp_path / "slim.pth"
+    search = prepare(scan, calibration, macs_removed=0.3)
+    training = Training(None, random_images(64), 1)
+    told = remove_channels(scan, search, training, calibration, path)
+    json.dumps(told)
+    for entry in told["model_search"]:
+        check_model_search(entry)
+    first, control, tuned = told["model_search"]
+    assert (first["scope"], first["allocation"], first["max_sparsity"]) == (
+        "channels", RECONSTRUCTED, 0.3,
+    )  # fmt: skip
+    assert (control["allocation"], tuned["finetune_epochs"]) == (NORM, 1)
+    assert first["macs_kept"] <= 0.7
+    slim = load_model(path)
+    assert slim.widths == Widths(*map(tuple, told["slim"]["widths"].values()))
+    models = told["slim"]["models"]
+    assert [model["name"] for model in models] == [
+        "dense fp32", "dense int8", "slim fp32", "slim int8",
+    ]  # fmt: skip
+    assert models[2]["macs"] == macs(slim)
+    assert models[2]["accuracy"] == told["model_saved"]["accuracy"]
+    assert [entry["batch_size"] for entry in told["slim"]["speedup"]] == [1, 2]
+    assert "slim INT8" in report.format_slim(told["slim"])
+    report.plot_slim(models, tmp_path / "slim.png")
+    results = told | {"arguments": {"tolerance": 0.3}, "artifacts": {"model": path.name}}
+    assert "multiply-adds" in format_model_search(results)
+    plot_model_search(told["model_search"], 0.3, tmp_path / "search.png")
+    assert {file.name for file in tmp_path.iterdir()} == {"slim.pth", "slim.png", "search.png"}

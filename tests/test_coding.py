@@ -1,0 +1,136 @@
+"""Coding a network: levels that cost little in error and bits, layer by layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common.images.data import normalize
+from common.measure.evaluate import predict
+from common.network.coded import CodedNetwork
+from common.network.resnet import ResNet18, fold_batch_norm, prunable_layers
+from quantization.coding import encoder, study, training
+from quantization.coding.encoder import encode
+from quantization.coding.levels import choose_levels
+from quantization.settings import Settings
+
+
+@pytest.fixture
+def layer():
+    """A weight (8, 36) and the second moment of correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 36, generator=generator)
+    inputs = torch.randn(400, 36, generator=generator)
+    inputs = inputs @ torch.randn(36, 36, generator=generator) + inputs
+    return weight, inputs.T @ inputs / len(inputs)
+
+
+def output_error(weight, moment, values):
+    lost = weight - values
+    return float(torch.einsum("oc,cd,od->", lost, moment, lost))
+
+
+def test_carrying_errors_on_beats_rounding(layer):
+    weight, moment = layer
+    steps = torch.full((8,), 0.5)
+    levels = choose_levels(weight, moment, steps, price=0.0, positions=9)
+    assert levels.dtype == torch.int8
+    rounded = (weight / 0.5).round() * 0.5
+    assert output_error(weight, moment, levels * 0.5) < 0.7 * output_error(weight, moment, rounded)
+
+
+def test_a_column_alone_is_rounded_to_the_nearest(layer):
+    weight = layer[0]
+    levels = choose_levels(weight, torch.eye(36), torch.full((8,), 0.3), price=0.0, positions=9)
+    assert torch.equal(levels.float(), (weight / 0.3).round())
+
+
+def test_a_higher_price_makes_more_zeros_and_a_larger_error(layer):
+    weight, moment = layer
+    steps = torch.full((8,), 0.3)
+    found = [choose_levels(weight, moment, steps, p, positions=9) for p in (0.0, 1.0, 30.0)]
+    zeros = [int((levels == 0).sum()) for levels in found]
+    errors = [output_error(weight, moment, levels * 0.3) for levels in found]
+    assert zeros == sorted(set(zeros))
+    assert errors == sorted(set(errors))
+
+
+@pytest.fixture
+def few_positions(monkeypatch):
+    monkeypatch.setattr(encoder, "POSITIONS", 4)
+
+
+@torch.inference_mode()
+def test_at_no_price_the_network_stays_what_it_is(tiny_model, random_images, few_positions):
+    images = random_images(32)
+    layers = encode(fold_batch_norm(tiny_model), images, price=1e-6)
+    assert list(layers) == list(prunable_layers(tiny_model))
+    coded = ResNet18(tiny_model.widths).eval()
+    coded.load_state_dict(CodedNetwork(layers, torch.empty(0), torch.empty(0), {}).state_dict())
+    expected, logits = (m(normalize(images.images)) for m in (tiny_model, coded))
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+
+
+@torch.inference_mode()
+def test_layers_make_up_for_what_those_before_lost(
+    tiny_model, random_images, few_positions, monkeypatch
+):
+    images = random_images(64)
+    normalized = normalize(images.images)
+    expected = tiny_model(normalized)
+
+    def error():
+        layers = encode(fold_batch_norm(tiny_model), images, price=3.0)
+        model = fold_batch_norm(tiny_model)
+        for name, layer in layers.items():
+            model.get_submodule(name).weight.copy_(layer.dense())
+            model.get_submodule(name).bias.copy_(layer.bias)
+        return float((model(normalized) - expected).norm())
+
+    repaired = error()
+    monkeypatch.setattr(encoder, "REPAIR_RIDGE", 1e3)  # no repair
+    assert repaired < error()
+
+
+def test_the_study_measures_what_is_read_back(tiny_model, random_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "CURVE_PRICES", (0.03, 3.0))
+    images, test = random_images(32), random_images(40, seed=1)
+    fp32 = predict(tiny_model, test)
+    bench = study.Bench(
+        tiny_model, images, images, test, fp32, Settings("fbgemm", observer="minmax"), 16, 10**6
+    )
+    path = tmp_path / study.CODED_NAME
+    coding = study.study_coding(bench, study.Wanted(4.0, True, 32, 0), path)
+    assert coding["file_bytes"] == path.stat().st_size
+    assert coding["size_ratio"] == pytest.approx(10**6 / path.stat().st_size)
+    reloaded = predict(study.load_int8(path), test)
+    assert coding["accuracy"]["correct"] == int((reloaded == test.labels).sum())
+    assert coding["comparison"]["drop"] == pytest.approx(
+        float((fp32 == test.labels).float().mean() - (reloaded == test.labels).float().mean())
+    )
+    cheap, dear = coding["curve"]
+    assert dear["file_bytes"] < cheap["file_bytes"]
+    assert coding["levels_bytes"].keys() == {"coded", "entropy", "mask-lzma", "lzma", "gzip"}
+    text = study.format_coding(coding)
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"{coding['size_ratio']:.1f}×" in text
+
+
+def test_the_entropy_is_that_of_the_levels():
+    levels = np.array([[[0], [0], [1], [-1]]], np.int8)
+    assert study._entropy_bytes(levels) == pytest.approx(1.5 * 4 / 8)
+
+
+def test_training_keeps_the_zeros_and_comes_closer(tiny_model, random_images, few_positions):
+    images = random_images(32)
+    folded, normalized = fold_batch_norm(tiny_model), normalize(images.images)
+    with torch.inference_mode():
+        layers, expected = encode(folded, images, price=1.0), tiny_model(normalized)
+    before = fold_batch_norm(tiny_model)
+    training.train(before, layers, images, epochs=0)
+    training.train(folded, layers, images, epochs=8)
+    for name, layer in layers.items():
+        assert not folded.get_submodule(name).weight[layer.weight == 0].any()
+    with torch.inference_mode():
+        assert (folded(normalized) - expected).norm() < (before(normalized) - expected).norm()

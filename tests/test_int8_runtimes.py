@@ -1,0 +1,82 @@
+"""The benchmark of runtimes, on tiny networks and torch's engines alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import int8_runtimes, runtimes, runtimes_report
+from common.network.resnet import ResNet18, Widths, prunable_layers
+from quantization.int8 import engines
+from tests.check_results import SCHEMA
+
+ENGINES = engines.candidate_engines()[-2:]
+ARGUMENTS = (
+    "--bundled", "--test-images", "14", "--calibration-images", "10", "--batch-sizes", "7",
+    "--timing-seconds", "0.01", "--threads", "1", "--batch-size", "7", "--quiet",
+)  # fmt: skip
+
+
+@pytest.fixture
+def finished(tiny_model, tmp_path, monkeypatch, capsys):
+    """A run of a tiny network and a narrower one, and the sizes of the batches that FP32 met."""
+    met = []
+
+    def watched(model):
+        runner = watched.original(model)
+        return replace(runner, run=lambda images: (met.append(len(images)), runner.run(images))[1])
+
+    watched.original = runtimes.torch_fp32
+    monkeypatch.setattr(runtimes, "torch_fp32", watched)
+    monkeypatch.setattr(runtimes, "has_package", lambda name, rows: False)
+    monkeypatch.setattr(runtimes, "has_compiler", lambda row: False)
+    monkeypatch.setattr(engines, "candidate_engines", lambda: ENGINES)
+    monkeypatch.setattr(int8_runtimes, "measure_gemm", lambda: 1e11)
+    torch.save(tiny_model.state_dict(), tmp_path / "dense.pth")
+    slim = ResNet18(Widths(tiny_model.widths.stages, (2,) * 8))
+    torch.save(slim.state_dict(), tmp_path / "slim.pth")
+    threads = torch.get_num_threads()
+    code = int8_runtimes.main(
+        [*ARGUMENTS, "--weights", str(tmp_path / "dense.pth"), "--slim", str(tmp_path / "slim.pth"),
+         "--output-dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+    assert code == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    return results, capsys.readouterr().out, met, tiny_model, slim
+
+
+def test_a_slim_network_has_a_row_beside_the_dense_ones(finished):
+    results, printed, met, dense, slim = finished
+    SCHEMA.validate(results)
+    rows = {row["runtime"]: row for row in results["rows"]}
+    plain = [f"torch-int8-{engine}" for engine in ENGINES]
+    assert {"torch-fp32", "torch-int8-best", *plain} < rows.keys()
+    (row,) = (row for name, row in rows.items() if name.endswith("-slim"))
+    assert runtimes_report.label(row["runtime"]) == f"ours: slim + {ENGINES[-1]}"
+    assert row["macs_per_image"] == macs_of(slim)
+    assert rows["torch-fp32"]["macs_per_image"] == results["macs_per_image"] == macs_of(dense)
+    assert row["size_bytes"] < rows[f"torch-int8-{ENGINES[-1]}-deployed"]["size_bytes"]
+    share = row["images_per_second"] * macs_of(slim) / 1e11
+    assert row["share_of_gemm_rate"] == pytest.approx(share)
+    assert f"ours: slim + {ENGINES[-1]}" in printed
+    assert met[:2] == [7, 7]  # --batch-size: 14 images
+
+
+def macs_of(model):
+    """Count by hand: what each layer puts out, times the weights that each output takes."""
+    side = {"conv1": 32, "layer1": 32, "layer2": 16, "layer3": 8, "layer4": 4, "linear": 1}
+    return sum(
+        layer.weight.numel() * side[name.split(".")[0]] ** 2
+        for name, layer in prunable_layers(model).items()
+    )
+
+
+def test_the_device_is_no_choice(capsys):
+    with pytest.raises(SystemExit) as stop:
+        int8_runtimes.main(["--device", "cuda"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --device cuda" in capsys.readouterr().err
