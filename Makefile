@@ -1,8 +1,9 @@
 # make run       set up .venv and run the two scripts: results in results/
-# make pipeline  prune the whole network, quantize what is left, and compare
-# make test      the test suite
+# make pipeline  the smallest and the fastest network within a point
+# make test      the test suite; make test-all adds full-size and repeated runs
 # make lint      ruff
 # make bench     compare with other runtimes (installs them into .venv)
+# make clean     remove what make and the tests put here; results/ stays
 #
 # PYTHON chooses the interpreter, ARGS adds flags: make run ARGS='--test-images all'
 
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: run pipeline test lint bench clean
+.PHONY: run pipeline test test-all lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.runtime
@@ -24,6 +25,9 @@ pipeline: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -m ''
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +36,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/int8_runtimes.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps are touched last: an interrupted installation is taken up again.
 $(VENV)/.runtime: requirements.txt
