@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from common.images.data import Cifar10, normalize
+from common.machine.fresh_process import call_fresh
 from common.measure.evaluate import predict
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.checkpoint import load_model
@@ -56,12 +55,8 @@ def measure_files(
     Raises:
         UserError: A file is not what was written.
     """
-    threads = torch.get_num_threads()
     pixels, labels = images.images.numpy(), images.labels.numpy()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        return executor.submit(
-            _measure, fp32, dict(int8), pixels, labels, batch_size, timed, seconds, threads
-        ).result()
+    return call_fresh(_measure, fp32, dict(int8), pixels, labels, batch_size, timed, seconds)
 
 
 def _measure(
@@ -72,12 +67,10 @@ def _measure(
     batch_size: int,
     timed: Sequence[int],
     seconds: float,
-    threads: int,
 ) -> dict[str, Measured]:
     from quantization.files.artifact import load_int8
     from quantization.int8 import deploy
 
-    torch.set_num_threads(threads)
     images = Cifar10(torch.from_numpy(pixels), torch.from_numpy(labels))
     folded = fold_batch_norm(load_model(fp32)).to(memory_format=torch.channels_last)
     models = {FP32: deploy.freeze(folded)} | {name: load_int8(path) for name, path in int8.items()}

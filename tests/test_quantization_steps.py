@@ -68,8 +68,8 @@ def test_all_files_are_verified_in_one_process_and_a_difference_is_an_error(
     quantized = steps.quantize(tiny_model, Bench(test, test, 8), settings)
     monkeypatch.setattr(  # a fresh process takes seconds; the end-to-end tests start one
         artifact,
-        "run_in_fresh_process",
-        lambda *arguments: started.append(1) or artifact._run_saved(*arguments),
+        "call_fresh",
+        lambda function, *arguments: started.append(1) or function(*arguments),
     )
     paths = steps.save_models(quantized, lambda name: tmp_path / name)
     suffixes = [".pth", ".torchscript.pt"] if deploy.CAN_FREEZE else [".pth"]

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +29,7 @@ from common.command.cli import UserError, log
 from common.files.output import replace_file
 from common.files.untrusted import read_sealed, write_sealed
 from common.images.data import Cifar10, normalize
+from common.machine.fresh_process import call_fresh
 from common.network import coded
 from common.network.coded import CodedNetwork
 from common.network.resnet import Widths
@@ -227,8 +226,8 @@ def verify_reloaded(deployed: Mapping[Path, nn.Module], test: Cifar10) -> None:
         UserError: A reloaded model computes something else.
     """
     images = normalize(test.images[:RELOAD_IMAGES])
-    arguments = ([*deployed], images.numpy(), torch.get_num_threads())
-    for path, rows in zip(deployed, run_in_fresh_process(*arguments), strict=True):
+    logits = call_fresh(_run_saved, [*deployed], images.numpy())
+    for path, rows in zip(deployed, logits, strict=True):
         with torch.inference_mode():
             expected = deployed[path](images)
         reloaded = torch.from_numpy(rows)
@@ -238,16 +237,8 @@ def verify_reloaded(deployed: Mapping[Path, nn.Module], test: Cifar10) -> None:
         log.info("%s: reloaded in a fresh process, logits bit-equal", path.name)
 
 
-def run_in_fresh_process(
-    paths: Sequence[Path], images: np.ndarray, threads: int
-) -> list[np.ndarray]:
-    """Return the logits (float32, (N, 10)) of saved models, loaded in a new Python process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        return executor.submit(_run_saved, paths, images, threads).result()
-
-
-def _run_saved(paths: Sequence[Path], images: np.ndarray, threads: int) -> list[np.ndarray]:
-    torch.set_num_threads(threads)
+def _run_saved(paths: Sequence[Path], images: np.ndarray) -> list[np.ndarray]:
+    """Return the logits (float32, (N, 10)) of saved models."""
     logits = []
     for path in paths:
         model = (load_frozen if path.name.endswith(FROZEN_SUFFIX) else load_int8)(path)

@@ -1,0 +1,85 @@
+"""Calls in a fresh process: what comes back, and what ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from processes import foreground_signals
+
+from common.command import interruptions
+from common.command.cli import UserError
+from common.machine.fresh_process import call_fresh
+
+# What is called is looked up by name in this module, which the new process imports.
+
+
+def describe(*arguments: object) -> tuple:
+    print("not a part of the answer")
+    return os.getpid(), os.getsid(0), torch.get_num_threads(), arguments
+
+
+def refuse() -> None:
+    raise UserError("a file is damaged")
+
+
+def fail() -> None:
+    raise KeyError("a bug")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_own_number(path: str) -> None:
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_another_process_of_as_many_threads_and_of_no_terminal(capfd):
+    process, session, threads, arguments = call_fresh(describe, "text", 3)
+    assert process != os.getpid()
+    assert session == process  # a terminal's signals go to the processes of its own
+    assert threads == torch.get_num_threads()
+    assert arguments == ("text", 3)
+    assert capfd.readouterr() == ("", "not a part of the answer\n")
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "told"),
+    [
+        (refuse, UserError, "a file is damaged"),
+        (die, UserError, "the system ended a process of this run .signal 9.; too little memory"),
+        (fail, RuntimeError, "a process of this run failed"),
+    ],
+)
+def test_what_ends_it_is_told(function, error, told):
+    with pytest.raises(error, match=told):
+        call_fresh(function)
+
+
+def test_it_ends_with_this_one_and_does_not_finish_first(tmp_path):
+    """Interrupted as soon as the new process is at work, which would go on for ten minutes."""
+    path = tmp_path / "number"
+
+    def interrupt(number: int, frame: object) -> None:
+        if path.exists() and path.read_text():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        with foreground_signals(), interruptions.as_keyboard_interrupts() as came:
+            with pytest.raises(KeyboardInterrupt):
+                call_fresh(write_own_number, str(path))
+            assert came == [signal.SIGINT]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(path.read_text()), 0)
