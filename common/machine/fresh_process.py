@@ -46,7 +46,8 @@ def call_fresh(function: Callable[..., Value], *arguments: object) -> Value:
         try:
             answered, _ = process.communicate(task)
         finally:
-            process.kill()  # it has ended, or nobody waits for it any more
+            process.kill()  # it has ended, or nobody waits for its answer any more
+            process.wait()
     if process.returncode < 0:
         raise UserError(
             f"the system ended a process of this run (signal {-process.returncode}); "
