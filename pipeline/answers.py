@@ -22,6 +22,8 @@ WIDEST_SHARE, FIRST_SHARE = 0.97, 0.7
 ROUNDING = 1 / 32  # widths come in steps: the very least share cannot be asked for
 # Of the budget, what the slim network of the answer that is both may use; coding uses the rest.
 SLIM_SHARE = 0.5
+# What a trained network may be stronger by than one that is not; training takes the longest.
+TRAINED_STRIDE, TRAINED_TRIALS = 1.4, 2
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ def find_answers(workshop: Workshop, goals: Sequence[str]) -> dict[str, Answer]:
 
 
 def _find_size(workshop: Workshop, answers: dict[str, Answer]) -> Answer:
-    def attempt(strength: float) -> Candidate:
-        return workshop.try_coded("size", strength, workshop.dense, None)
+    def attempt(strength: float, trained: bool) -> Candidate:
+        return workshop.try_coded("size", strength, workshop.dense, None, trained)
 
-    return _answer("size", attempt, CODING)
+    return _search("size", attempt, CODING, workshop.training is not None)
 
 
 def _find_speed(workshop: Workshop, answers: dict[str, Answer]) -> Answer:
@@ -68,7 +70,7 @@ def _find_speed(workshop: Workshop, answers: dict[str, Answer]) -> Answer:
         resolution=1.03,
         trials=5,
     )
-    return _answer("speed", workshop.try_slim, where)
+    return _search("speed", workshop.try_slim, where, workshop.training is not None)
 
 
 def _find_both(workshop: Workshop, answers: dict[str, Answer]) -> Answer:
@@ -76,25 +78,42 @@ def _find_both(workshop: Workshop, answers: dict[str, Answer]) -> Answer:
     slim = answers.get("speed") or _find_speed(workshop, answers)
     allowed = SLIM_SHARE * workshop.budget.max_drop
     roomy = [c for c in slim.tried if c.verdict.passes and c.verdict.comparison.drop <= allowed]
-    base = min(roomy, key=lambda c: c.strength, default=None) or _widen(workshop, slim, allowed)
+    if roomy:
+        base = min(roomy, key=lambda candidate: candidate.strength)
+    else:  # wider than any so far
+        base = workshop.try_slim((max(candidate.strength for candidate in slim.tried) + 1) / 2)
     model = load_model(base.slim_path)
 
-    def attempt(strength: float) -> Candidate:
-        return workshop.try_coded("both", strength, model, base.slim_path)
+    def attempt(strength: float, trained: bool) -> Candidate:
+        return workshop.try_coded("both", strength, model, base.slim_path, trained)
 
     start = answers["size"].best.strength if "size" in answers else CODING.start
     where = Range(min(2 * start, CODING.most), CODING.least, CODING.most, CODING.resolution, 3)
-    return _answer("both", attempt, where)
+    return _search("both", attempt, where, workshop.training is not None)
 
 
-def _widen(workshop: Workshop, slim: Answer, allowed: float) -> Candidate:
-    """Try a wider network than any so far, for none of those leaves room for coding."""
-    widest = max(candidate.strength for candidate in slim.tried)
-    wider = workshop.try_slim((widest + 1) / 2)
-    return wider
+def _search(
+    goal: str, attempt: Callable[[float, bool], Candidate], where: Range, trains: bool
+) -> Answer:
+    """Search without training; then train where that ended, as strong as training may allow.
+
+    Args:
+        goal: One of ``GOALS``.
+        attempt: Makes the candidate of a strength, trained or not.
+        where: To look without training.
+        trains: Whether there are trained candidates.
+    """
+    tried = _try_all(goal, lambda strength: attempt(strength, False), where)
+    if trains:
+        reached = (strongest(tried) or nearest(tried)).strength
+        start = max(reached / TRAINED_STRIDE, where.least)
+        cli.log.info("%s: now with training", goal)
+        further = Range(start, where.least, reached, where.resolution, TRAINED_TRIALS)
+        tried = [*tried, *_try_all(goal, lambda strength: attempt(strength, True), further)]
+    return Answer(goal, strongest(tried) or nearest(tried), tried)
 
 
-def _answer(goal: str, attempt: Callable[[float], Candidate], where: Range) -> Answer:
+def _try_all(goal: str, attempt: Callable[[float], Candidate], where: Range) -> list[Candidate]:
     """Search, saying what it is doing and how long it may take."""
     started = time.perf_counter()
     made = 0
@@ -108,8 +127,7 @@ def _answer(goal: str, attempt: Callable[[float], Candidate], where: Range) -> A
         return attempt(strength)
 
     cli.log.info("%s: at most %d networks are tried", goal, where.trials)
-    tried = find_strongest(told, where)
-    return Answer(goal, strongest(tried) or nearest(tried), tried)
+    return find_strongest(told, where)
 
 
 _SEARCHES = {"size": _find_size, "speed": _find_speed, "both": _find_both}

@@ -6,8 +6,8 @@ it will run, on the images that choose.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +24,15 @@ from pipeline.store import Store
 from pruning.channels.allocation import CURVE_IMAGES, choose_widths, measure_curves, width_grid
 from pruning.channels.repair import Dense, measure_dense, repair
 from pruning.channels.slimming import inner_macs
+from pruning.together.finetuning import finetune
 from quantization.coding.encoder import encode
 from quantization.coding.kernels import assemble, from_int8, to_int8
+from quantization.coding.training import encode_and_train
 from quantization.int8 import conversion, deploy
 from quantization.settings import Settings
 
 RANGE_IMAGES = 512  # of the calibration images: those that set INT8's ranges
+TRAINED = "-trained"  # ends the name of what was
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Candidate:
         path: Of its coded file.
         slim_path: Of the slim FP32 network that it was made from; None where no channel is gone.
         macs: Multiply-adds an image.
+        trained: Whether it learned from the dense network.
     """
 
     goal: str
@@ -52,6 +56,7 @@ class Candidate:
     path: Path
     slim_path: Path | None
     macs: int
+    trained: bool
 
     @property
     def spare(self) -> float:
@@ -62,6 +67,19 @@ class Candidate:
     def file_bytes(self) -> int:
         """The size of the coded file."""
         return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class Training:
+    """What compressed networks learn from, to answer as the dense one does.
+
+    Attributes:
+        images: Training images.
+        epochs: Passes over them.
+    """
+
+    images: Cifar10
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class Workshop:
         store: Keeps what is made.
         batch_size: In images.
         seed: Of what is looked at.
-        train: Trains a compressed network towards the dense one, in place; None: no training.
+        training: For the candidates that are trained; None: there are none.
     """
 
     dense: ResNet18
@@ -86,7 +104,7 @@ class Workshop:
     store: Store
     batch_size: int
     seed: int
-    train: Callable[[ResNet18], ResNet18] | None = None
+    training: Training | None = None
 
     def quantize(self, model: ResNet18) -> CodedNetwork:
         """Return a network in INT8 as quantization.py makes it, in the form of a coded file."""
@@ -94,41 +112,63 @@ class Workshop:
         observed = conversion.calibrate(model, loader, self.settings)
         return from_int8(conversion.convert(observed, self.settings), self.settings)
 
-    def code(self, model: ResNet18, price: float) -> CodedNetwork:
-        """Return a network whose levels were chosen for their bits, at this price of a bit."""
-        layers = encode(fold_batch_norm(model), self.calibration, price, self.seed)
+    def code(self, model: ResNet18, price: float, trained: bool) -> CodedNetwork:
+        """Return a network whose levels were chosen for their bits, at this price of a bit.
+
+        If ``trained``, it learns between two codings.
+        """
+        folded, images = fold_batch_norm(model), self.calibration
+        if trained:
+            training = self.training
+            layers = encode_and_train(
+                folded, images, price, training.images, training.epochs, self.seed
+            )
+        else:
+            layers = encode(folded, images, price, self.seed)
         return assemble(layers, self._range_images, self.settings, self.batch_size)
 
-    def try_slim(self, share: float) -> Candidate:
+    def try_slim(self, share: float, trained: bool = False) -> Candidate:
         """Remove channels until ``share`` of the multiply-adds is left."""
         key = f"slim-{share:.4f}"
-        slim, slim_path = self.store.slim(key, lambda: self._make_slim(share))
-        coded, path = self.store.coded(f"{key}-int8", lambda: self.quantize(slim))
-        return self._judge("speed", share, coded, path, slim_path)
+        slim, path = self.store.slim(key, lambda: self._make_slim(share))
+        if trained:
+            key += TRAINED
+            slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
+        coded, coded_path = self.store.coded(f"{key}-int8", lambda: self.quantize(slim))
+        return self._judge("speed", share, coded, coded_path, path, trained)
 
     def try_coded(
-        self, goal: str, strength: float, base: ResNet18, base_path: Path | None
+        self,
+        goal: str,
+        strength: float,
+        base: ResNet18,
+        base_path: Path | None,
+        trained: bool = False,
     ) -> Candidate:
         """Code a network, dense or slim, at the price of a bit that ``strength`` says."""
         name = "dense" if base_path is None else base_path.stem
-        key = f"{name}-coded-{strength:.5f}"
-        coded, path = self.store.coded(
-            key,
-            lambda: self.code(base, 1 / strength),
-        )
-        return self._judge(goal, strength, coded, path, base_path)
+        key = f"{name}-coded-{strength:.5f}{TRAINED * trained}"
+        coded, path = self.store.coded(key, lambda: self.code(base, 1 / strength, trained))
+        return self._judge(goal, strength, coded, path, base_path, trained)
 
     def _judge(
-        self, goal: str, strength: float, coded: CodedNetwork, path: Path, slim_path: Path | None
+        self,
+        goal: str,
+        strength: float,
+        coded: CodedNetwork,
+        path: Path,
+        slim_path: Path | None,
+        trained: bool,
     ) -> Candidate:
         converted, settings = to_int8(coded)
         verdict = self.budget.judge(deploy.deploy(converted, settings.engine), self.batch_size)
         macs = sum(layer.macs for layer in describe_layers(ResNet18(coded.widths)))
-        candidate = Candidate(goal, strength, verdict, path, slim_path, macs)
+        candidate = Candidate(goal, strength, verdict, path, slim_path, macs, trained)
         cli.log.info(
-            "%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
-            goal, candidate.file_bytes / 1e6, macs / 1e6, -100 * verdict.comparison.drop,
-            f"{verdict.shown:,}", "within the budget" if verdict.passes else "over it",
+            "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
+            goal, ", trained" * trained, candidate.file_bytes / 1e6, macs / 1e6,
+            -100 * verdict.comparison.drop, f"{verdict.shown:,}",
+            "within the budget" if verdict.passes else "over it",
         )  # fmt: skip
         return candidate
 
@@ -139,9 +179,12 @@ class Workshop:
             for name in BLOCKS
         }
         outer = self._macs - sum(max(widths.values()) for widths in costs.values())
-        widths = choose_widths(self._curves, costs, share * self._macs - outer)
-        slim = repair(dense, widths)
-        return slim if self.train is None else self.train(slim)
+        return repair(dense, choose_widths(self._curves, costs, share * self._macs - outer))
+
+    def _finetune(self, slim: ResNet18) -> ResNet18:
+        trained, training = copy.deepcopy(slim), self.training
+        finetune(trained, self.dense, training.images, training.epochs, self.seed)
+        return trained
 
     @property
     def _range_images(self) -> Cifar10:

@@ -2,6 +2,7 @@
 
     python pipeline.py                          # within one point of the dense network
     python pipeline.py --max-drop 0.005 --for size --test-images all
+    python pipeline.py --data-dir ~/cifar10 --finetune-epochs 2
 
 Three answers: the smallest file (INT8 levels chosen for their bits), the fastest network (channels
 removed), and the one that is both. One half of the test images chooses, the other half measures
@@ -17,13 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import fraction, list_of, one_of
+from common.command.argument_types import fraction, image_count, list_of, one_of, positive_int
 from quantization.settings import ENGINES
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pipeline"
 PLOT = "frontier.png"
 GOALS = ("size", "speed", "both")  # those of pipeline.answers, which imports torch
 FILE_NAME = "resnet18_cifar10_{}.safetensors"
+NEEDED_FLAGS = {"--finetune-images": "--finetune-epochs"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--for", dest="goals", type=list_of(one_of(*GOALS)), metavar="GOAL,...",
         default=list(GOALS), help=f"what to find: {', '.join(GOALS)}",
     )  # fmt: skip
+    asked.add_argument(
+        "--finetune-epochs", type=positive_int, metavar="N",
+        help="train candidates for N epochs to answer as the dense network does (long)",
+    )  # fmt: skip
+    asked.add_argument(
+        "--finetune-images", type=image_count, metavar="N|all", default="all",
+        help="training images for --finetune-epochs",
+    )  # fmt: skip
     asked.add_argument("--engine", choices=ENGINES, help="INT8 kernels; by default the fastest")
     asked.add_argument(
         "--resume", action="store_true",
@@ -61,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Load, search, write, read back, measure, compare."""
-    args = build_parser().parse_args(argv)
+    args = arguments.parse_arguments(build_parser(), argv, NEEDED_FLAGS)
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
@@ -82,11 +92,12 @@ def main(argv: list[str] | None = None) -> int:
     with start_run(device.choose_device("cpu"), args.output_dir, args.overwrite) as (crew, folder):
         inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
         choosing, confirming = inputs.test.split_halves(args.seed)
+        training = steps.read_training(inputs, args.finetune_epochs, args.finetune_images)
         with steps.open_store(
-            inputs, settings, args.output_dir, args.resume, args.overwrite
+            inputs, settings, training, args.output_dir, args.resume, args.overwrite
         ) as store:
             workshop = steps.open_workshop(
-                inputs, choosing, settings, store, args.max_drop, args.batch_size
+                inputs, choosing, settings, store, args.max_drop, args.batch_size, training
             )
             found = find_answers(workshop, args.goals)
             results = common_results(

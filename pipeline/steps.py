@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.files.output import OutputFolder
-from common.images.data import Cifar10
+from common.images.data import Cifar10, checksum
 from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
@@ -18,7 +18,7 @@ from common.network.coded import load_coded
 from common.network.size import describe_layers
 from pipeline.answers import Answer
 from pipeline.budget import Budget
-from pipeline.candidates import Workshop
+from pipeline.candidates import Training, Workshop
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe_answers, describe_models, describe_tried
 from pipeline.store import FOLDER_NAME, Store
@@ -43,8 +43,22 @@ def choose_settings(engine: str | None) -> Settings:
     return engines.choose_settings(engine or fastest)
 
 
+def read_training(inputs: Inputs, epochs: int, count: int | None) -> Training | None:
+    """Read ``count`` images to train on, None for all; return None for no epochs.
+
+    Raises:
+        UserError: There are too few.
+    """
+    return Training(inputs.load_training(count), epochs) if epochs else None
+
+
 def open_store(
-    inputs: Inputs, settings: Settings, output_dir: Path, resume: bool, overwrite: bool
+    inputs: Inputs,
+    settings: Settings,
+    training: Training | None,
+    output_dir: Path,
+    resume: bool,
+    overwrite: bool,
 ) -> Store:
     """Open the place of the networks that an unfinished run leaves.
 
@@ -55,6 +69,8 @@ def open_store(
         "the seed": inputs.seed,
         "the settings of INT8": repr(sorted(asdict(settings).items())),
         "the number of threads": torch.get_num_threads(),
+        "the epochs of training": training and training.epochs,
+        "the training images": training and checksum([training.images.images]),
     }
     return Store(output_dir / FOLDER_NAME, identity, resume, overwrite)
 
@@ -66,12 +82,15 @@ def open_workshop(
     store: Store,
     max_drop: float,
     batch_size: int,
+    training: Training | None,
 ) -> Workshop:
     """Measure the dense network on the images that choose, and prepare to compress it."""
     dense = inputs.model
     predictions = predict(dense, choosing, batch_size, "evaluate FP32")
     budget = Budget(max_drop, choosing, predictions == choosing.labels)
-    return Workshop(dense, inputs.calibration, settings, budget, store, batch_size, inputs.seed)
+    return Workshop(
+        dense, inputs.calibration, settings, budget, store, batch_size, inputs.seed, training
+    )
 
 
 def write_files(

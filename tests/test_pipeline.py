@@ -136,6 +136,24 @@ def test_page_tells_the_same(finished):
         assert f"{answer['size_ratio']:.1f}×" in page.text
 
 
+def test_training_is_tried_on_top(weights, tmp_path):
+    """Each goal's trained candidates come last, and are stronger than its best untrained one."""
+    process = run_here(
+        main, *QUICK, "--weights", weights, "--max-drop", "0.6", "--for", "speed,both",
+        "--finetune-epochs", "1", "--finetune-images", "40", "--output-dir", tmp_path / "out",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    check_results(results, tmp_path / "out")
+    for goal, kept in (("speed", "macs_kept"), ("both", "file_bytes")):
+        tried = [entry for entry in results["tried"] if entry["goal"] == goal]
+        trained = [entry for entry in tried if entry["trained"]]
+        assert trained
+        assert tried[-len(trained) :] == trained
+        untrained = [e[kept] for e in tried if e["passes"] and not e["trained"]]
+        assert trained[0][kept] <= min(untrained)
+
+
 def test_a_killed_run_goes_on_where_it_was(finished, weights, tmp_path, monkeypatch):
     """Stopped before the second goal, resumed: the first goal's networks are not made again."""
     run = [*QUICK, "--weights", weights, "--max-drop", "0.6", "--for", "size,speed"]

@@ -30,13 +30,13 @@ MODEL = {
 }  # fmt: skip
 ANSWER = {
     "name": "both", "file": "both.safetensors", "file_bytes": 1, "size_ratio": 41.2,
-    "macs_kept": 0.5, "within_budget": True,
+    "macs_kept": 0.5, "trained": False, "within_budget": True,
     "accuracy": ACCURACY, "comparison": COMPARISON, "latency": [TIMING],
     "speedup": [{"batch_size": 1, "over_fp32": 9.0, "over_int8": 1.4}],
 }  # fmt: skip
 TRIED = {
-    "goal": "size", "file_bytes": 1, "size_ratio": 45.0, "macs_kept": 1.0, "passes": False,
-    "images": 250, "comparison": COMPARISON, "latency": [TIMING],
+    "goal": "size", "file_bytes": 1, "size_ratio": 45.0, "macs_kept": 1.0, "trained": False,
+    "passes": False, "images": 250, "comparison": COMPARISON, "latency": [TIMING],
 }  # fmt: skip
 EXAMPLES = {
     "pipeline": {

@@ -21,7 +21,7 @@ from common.network.resnet import ResNet18, fold_batch_norm
 from common.report.results import format_table, megabytes, percent, points
 from quantization.coding.encoder import encode
 from quantization.coding.kernels import assemble
-from quantization.coding.training import train
+from quantization.coding.training import encode_and_train
 from quantization.files.artifact import load_int8
 from quantization.settings import Settings
 
@@ -80,10 +80,10 @@ class Bench:
     def code(self, price: float) -> CodedNetwork:
         """Code the network at a price of a bit, as :func:`encode` takes it."""
         folded = fold_batch_norm(self.model)
-        layers = encode(folded, self.images, price)
-        if self.training is not None:
-            train(folded, layers, self.training, self.epochs)
+        if self.training is None:
             layers = encode(folded, self.images, price)
+        else:
+            layers = encode_and_train(folded, self.images, price, self.training, self.epochs)
         return assemble(layers, self.calibration, self.settings, self.batch_size)
 
     def code_to(self, bits_per_weight: float) -> CodedNetwork:

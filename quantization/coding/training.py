@@ -16,9 +16,35 @@ from torch import nn
 from common.images.data import Cifar10
 from common.network.coded import CodedLayer
 from common.network.resnet import ResNet18
+from quantization.coding.encoder import encode
 from training.loop.distillation import RECIPE, distill
 
 LEARNING_RATE = 0.002  # without batch-norms, which are folded, a network bears less
+
+
+def encode_and_train(
+    folded: ResNet18,
+    calibration: Cifar10,
+    price: float,
+    images: Cifar10,
+    epochs: int,
+    seed: int = 0,
+) -> dict[str, CodedLayer]:
+    """Code a network, train it, and code it again; return its layers as :func:`encode` does.
+
+    Args:
+        folded: As for :func:`encode`, but trained in place.
+        calibration: Images to code on.
+        price: Of a bit.
+        images: To train on.
+        epochs: Passes over them.
+        seed: Of the positions, and of the training.
+
+    Raises:
+        UserError: The loss is no longer finite.
+    """
+    train(folded, encode(folded, calibration, price, seed), images, epochs, seed)
+    return encode(folded, calibration, price, seed)
 
 
 def train(
