@@ -83,10 +83,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--tolerance", type=fraction, metavar="T", default=0.02,
         help="accuracy that may be lost, as a fraction",
     )  # fmt: skip
-    searching.add_argument(
-        "--holdout", action="store_true",
-        help="choose the amount on one half of the images and confirm it on the other",
-    )  # fmt: skip
     _add_model_search_arguments(parser.add_argument_group("search over many layers together"))
     return parser
 
@@ -189,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             results["verification"] = describe_verification(verification)
         linear_name = LINEAR_NAME if args.scope else PRUNED_NAME
         results |= steps.prune_linear(
-            scan, scanned, args.tolerance, args.seed, args.holdout, folder.file(linear_name)
+            scan, scanned, args.tolerance, args.seed, folder.file(linear_name)
         )
         if args.scope == "channels":
             slimming = ChannelSearch.prepare(

@@ -62,16 +62,14 @@ class Training:
         return cls(recalibration, finetuning, epochs)
 
 
-def prune_linear(
-    scan: Scan, scanned: ScanResult, tolerance: float, seed: int, holdout: bool, path: Path
-) -> dict:
+def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, path: Path) -> dict:
     """Search how far the linear layer can go, write that model, and confirm what was written.
 
     Raises:
         UserError: The reloaded model is not the one that the search measured.
     """
     model, labels = scan.model, scan.images.labels.cpu()
-    search = search_linear(model.linear, scanned.features, labels, tolerance, seed, holdout)
+    search = search_linear(model.linear, scanned.features, labels, tolerance, seed)
     kept = l1_mask(model.linear.weight.cpu(), search.found)
     reloaded, sizes = saved.save_pruned(model, copy_without(model, {"linear": kept}), path)
     logits = scanned.features @ reloaded.linear.weight.detach().T + reloaded.linear.bias.detach()

@@ -66,7 +66,7 @@ def test_answer_holds_on_any_curve_and_sweep_finds_the_maximum(values, required)
 
 
 def searched(curve, required, found):
-    return LinearSearch(0.1, found, [], required, 100, curve, None, None)
+    return LinearSearch(0.1, found, [], required, 100, curve, None)
 
 
 def test_non_monotone_curve_is_told():
@@ -105,18 +105,7 @@ def test_search_linear_reports_all_that_it_did():
     assert found.correct[found.found] >= 190
     assert found.largest >= found.found
     assert all(step.correct == found.correct[step.count] for step in found.steps)
-    assert found.holdout is None
     assert len(found.splits.drops) == SPLITS
-
-
-def test_holdout_uses_other_images_to_confirm():
-    model, features, labels = make_head()
-    found = search_linear(model.linear, features, labels, 0.05, seed=7, holdout=True)
-    assert found.images == found.holdout.accuracy.total == 100
-    every = sweep(features, labels, model.linear.weight.detach(), model.linear.bias.detach())
-    assert found.correct.tolist() != every.sum(axis=1).tolist()
-    assert found.correct[found.found] + found.holdout.accuracy.correct == every[found.found].sum()
-    assert found.holdout.dense.correct == 100  # as the labels are what the dense layer says
 
 
 # --- halves --------------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.images.data import Cifar10
-from common.measure.evaluate import Accuracy
 from pruning.alone.bisection import Step, binary_search, largest_within, required_correct
 from pruning.alone.halves import Splits, repeat_on_halves
 from pruning.masks import l1_mask
@@ -55,19 +53,6 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class Holdout:
-    """The answer on images that did not choose it; ``dense`` is of the same images."""
-
-    dense: Accuracy
-    accuracy: Accuracy
-
-    @property
-    def drop(self) -> float:
-        """Accuracy lost, as a fraction."""
-        return self.dense.value - self.accuracy.value
-
-
-@dataclass(frozen=True)
 class LinearSearch:
     """How many of the linear layer's weights can go, and how that was found.
 
@@ -78,8 +63,7 @@ class LinearSearch:
         required: Images that had to stay correct.
         images: That it was chosen on.
         correct: Images that each count leaves correct, of the same; int64, shape (weights + 1,).
-        holdout: On the other images, where only one half chose.
-        splits: On many random halves of all images.
+        splits: The choice repeated on many random halves of all images.
     """
 
     tolerance: float
@@ -88,7 +72,6 @@ class LinearSearch:
     required: int
     images: int
     correct: np.ndarray
-    holdout: Holdout | None
     splits: Splits | None
 
     @property
@@ -119,12 +102,7 @@ class LinearSearch:
 
 
 def search_linear(
-    layer: nn.Linear,
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    tolerance: float,
-    seed: int,
-    holdout: bool = False,
+    layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, tolerance: float, seed: int
 ) -> LinearSearch:
     """Find how many of the linear layer's weights can go, and check that against every count.
 
@@ -133,34 +111,18 @@ def search_linear(
         features: Its input for every image, FP32, shape (N, features), on the CPU.
         labels: int64, shape (N,), on the CPU.
         tolerance: Accuracy that may be lost, as a fraction.
-        seed: Of all halves.
-        holdout: Choose on one half of the images only, and judge by the other.
+        seed: Of the halves.
     """
     weight, bias = layer.weight.detach().cpu(), layer.bias.detach().cpu()
-    correct = sweep(features, labels, weight, bias)
-    chosen, other = torch.arange(len(labels)), None
-    if holdout:
-        halves = Cifar10(chosen, labels).split_halves(seed)
-        chosen, other = (half.images for half in halves)
 
-    def count_correct(count: int, rows: torch.Tensor) -> int:
+    def count_correct(count: int) -> int:
         """Count the images that the pruned layer classifies correctly, in FP64."""
         pruned = (weight * l1_mask(weight, count)).double()
-        logits = features[rows].double() @ pruned.T + bias.double()
-        return int((logits.argmax(dim=1) == labels[rows]).sum())
+        logits = features.double() @ pruned.T + bias.double()
+        return int((logits.argmax(dim=1) == labels).sum())
 
-    held_out = None
-    required = required_correct(count_correct(0, chosen), len(chosen), tolerance)
-    found, steps = binary_search(lambda n: count_correct(n, chosen), weight.numel(), required)
-    if holdout:
-        held_out = Holdout(*(Accuracy(count_correct(n, other), len(other)) for n in (0, found)))
-    return LinearSearch(
-        tolerance,
-        found,
-        steps,
-        required,
-        len(chosen),
-        correct[:, chosen.numpy()].sum(axis=1),
-        held_out,
-        repeat_on_halves(correct, tolerance, seed),
-    )
+    required = required_correct(count_correct(0), len(labels), tolerance)
+    found, steps = binary_search(count_correct, weight.numel(), required)
+    correct = sweep(features, labels, weight, bias)
+    splits = repeat_on_halves(correct, tolerance, seed)
+    return LinearSearch(tolerance, found, steps, required, len(labels), correct.sum(axis=1), splits)

@@ -142,13 +142,6 @@ def describe_linear(search: LinearSearch, confirmed: Confirmation) -> dict:
     }
     if search.splits is not None:
         result["splits"] = describe_splits(search.splits, total)
-    if (holdout := search.holdout) is not None:
-        result["holdout"] = {
-            "dense": holdout.dense.as_dict(),
-            "accuracy": holdout.accuracy.as_dict(),
-            "drop": holdout.drop,
-            "within_tolerance": holdout.drop <= search.tolerance + 1e-12,
-        }
     return result
 
 

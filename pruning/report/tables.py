@@ -125,9 +125,8 @@ def _search_lines(results: dict) -> list[str]:
     confirmed = linear["confirmed"]
     comparison = confirmed["comparison"]
     low, high = (points(-limit) for limit in reversed(comparison["ci95"]))
-    half = " (on the half to choose on)" if "holdout" in linear else ""
     lines = [
-        f"Linear layer: binary search within {100 * linear['tolerance']:g} points of dense{half}",
+        f"Linear layer: binary search within {100 * linear['tolerance']:g} points of dense",
         search_table(linear),
         f"  found      {percent(linear['max_amount'])} pruned, "
         f"{linear['kept_weights']:,} weights kept",
@@ -148,13 +147,6 @@ def _search_lines(results: dict) -> list[str]:
             f"             average {points(0.0 - splits['drop']['mean'])} points, within the "
             f"tolerance in {splits['within_tolerance']} of {splits['splits']}",
         ]
-    if "holdout" in linear:
-        holdout = linear["holdout"]
-        verdict = "within" if holdout["within_tolerance"] else "OUTSIDE"
-        lines.append(
-            f"  held out   {percent(holdout['accuracy']['value'])}, "
-            f"{points(0.0 - holdout['drop'])} points on the other half: {verdict} the tolerance"
-        )
     return lines
 
 
