@@ -7,9 +7,15 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common.network.resnet import ResNet18, Widths
-from pruning.alone.bisection import binary_search, largest_within, required_correct
-from pruning.alone.halves import SPLITS, repeat_on_halves
-from pruning.alone.linear import LinearSearch, search_linear, sweep
+from pruning.alone.linear import (
+    SPLITS,
+    LinearSearch,
+    binary_search,
+    repeat_on_halves,
+    required_correct,
+    search_linear,
+    sweep,
+)
 
 
 def brute_force_counts(features, labels, weight, bias):
@@ -57,12 +63,11 @@ def test_binary_search_is_right_on_falling_curves(values, required):
 def test_answer_holds_on_any_curve_and_sweep_finds_the_maximum(values, required):
     curve = np.array([100, *values])
     found, _ = binary_search(lambda k: int(curve[k]), len(curve) - 1, required)
-    largest = largest_within(curve, required)
+    search = searched(curve, required, found)
     assert curve[found] >= required
-    assert found <= largest
-    assert (curve[largest + 1 :] < required).all()
-    explanation = searched(curve, required, found).explain()
-    assert ("confirms" in explanation) == (found == largest)
+    assert found <= search.largest
+    assert (curve[search.largest + 1 :] < required).all()
+    assert ("confirms" in search.explain()) == (found == search.largest)
 
 
 def searched(curve, required, found):

@@ -12,8 +12,7 @@ from common.measure.latency import Timing
 from common.network.resnet import ResNet18, prunable_layers
 from common.network.size import Layer, describe_layers
 from pruning.alone.brute_force import Verification
-from pruning.alone.halves import Splits
-from pruning.alone.linear import LinearSearch
+from pruning.alone.linear import LinearSearch, Splits
 from pruning.alone.scan import ScanResult
 from pruning.files.saved import TIMED_AMOUNT, Confirmation, Sizes
 from pruning.masks import pruned_count
