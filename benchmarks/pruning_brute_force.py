@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.report import results as report
     from common.run import finish_run, print_results
     from pruning.alone import brute_force
-    from pruning.alone.bisection import required_correct
+    from pruning.alone.linear import binary_search, required_correct
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
@@ -67,8 +67,12 @@ def main(argv: list[str] | None = None) -> int:
             model, test, list(prunable_layers(model)), AMOUNT, layout
         )
         required = required_correct(dense, len(test), TOLERANCE)
-        total = model.linear.weight.numel()
-        usual_found, steps = brute_force.search_brute_force(model, test, required, total, layout)
+
+        def correct_at(count: int) -> int:
+            pruned = brute_force.pruned_copy(model, "linear", count)
+            return int(brute_force.classify_all(pruned, test, layout).sum())
+
+        usual_found, steps = binary_search(correct_at, model.linear.weight.numel(), required)
         usual_seconds = time.perf_counter() - started
 
         results = report.common_results(
@@ -77,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         usual_counts = {"dense": dense} | {name: int(c.sum()) for name, c in scanned.items()}
         results |= {
             "seconds": {**seconds, "brute_force": usual_seconds},
-            "brute_force_passes": 1 + len(scanned) + steps,
+            "brute_force_passes": 1 + len(scanned) + len(steps),
             "speedup": usual_seconds / seconds["all"],
             "found": {"ours": found, "brute_force": usual_found},
             "rows": [

@@ -83,10 +83,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--tolerance", type=fraction, metavar="T", default=0.02,
         help="accuracy that may be lost, as a fraction",
     )  # fmt: skip
-    searching.add_argument(
-        "--holdout", action="store_true",
-        help="choose the amount on one half of the images and confirm it on the other",
-    )  # fmt: skip
     _add_model_search_arguments(parser.add_argument_group("search over many layers together"))
     return parser
 
@@ -151,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     from pruning import steps
     from pruning.alone.brute_force import verify
     from pruning.alone.scan import Scan, choose_layers, run_scan
-    from pruning.channels.search import CALIBRATION_IMAGES, ChannelSearch
+    from pruning.channels.search import ChannelSearch
     from pruning.files.saved import LINEAR_NAME, PRUNED_NAME, SLIM_NAME
     from pruning.report import plots, tables
     from pruning.report.results import describe_scan, describe_verification
@@ -173,10 +169,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.scope:
             require_enough_images(len(inputs.test), args.tolerance)
         training = steps.Training.read(
-            inputs, args.recalibrate_bn, args.finetune_epochs, args.finetune_images
+            inputs, args.scope, args.recalibrate_bn, args.finetune_epochs, args.finetune_images
         )
-        model_name = SLIM_NAME if args.scope == "channels" else PRUNED_NAME
-        calibration = inputs.load_training(CALIBRATION_IMAGES) if model_name == SLIM_NAME else None
         scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, crew)
         scanned, scan_seconds = run_scan(scan, journal_path, args.resume, args.overwrite)
         verification = verify(scan, scanned, scan_seconds) if args.verify else None
@@ -188,21 +182,20 @@ def main(argv: list[str] | None = None) -> int:
         if verification is not None:
             results["verification"] = describe_verification(verification)
         linear_name = LINEAR_NAME if args.scope else PRUNED_NAME
+        model_name = SLIM_NAME if args.scope == "channels" else PRUNED_NAME
         results |= steps.prune_linear(
-            scan, scanned, args.tolerance, args.seed, args.holdout, folder.file(linear_name)
+            scan, scanned, args.tolerance, args.seed, folder.file(linear_name)
         )
         if args.scope == "channels":
             slimming = ChannelSearch.prepare(
                 scan, scanned.dense_correct, args.tolerance, args.seed,
-                calibration.images.to(crew.device), args.remove_macs,
+                training.calibration_images, args.remove_macs,
             )  # fmt: skip
-            results |= steps.remove_channels(
-                scan, slimming, training, calibration, folder.file(model_name)
-            )
+            results |= steps.remove_channels(scan, slimming, training, folder.file(model_name))
         elif args.scope:
             search = ModelSearch.prepare(
                 scan, scanned.dense_correct, args.scope, args.tolerance, args.seed,
-                training.recalibration,
+                training.calibration_images,
             )  # fmt: skip
             results |= steps.prune_together(
                 scan, search, args.allocation, training, folder.file(model_name)

@@ -16,10 +16,9 @@ from common.images.data import Cifar10
 from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
-from common.network.resnet import ResNet18
 from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
-from pruning.channels.search import ChannelSearch
+from pruning.channels import search as channels
 from pruning.channels.speed import measure_models
 from pruning.files import saved
 from pruning.masks import copy_without, l1_mask
@@ -31,54 +30,62 @@ from pruning.together.search import ModelSearch
 
 @dataclass(frozen=True)
 class Training:
-    """What the search over many layers needs beside the test images.
+    """The training images that the search over many layers needs, on the network's device.
 
     Attributes:
-        recalibration: uint8 images (N, 3, 32, 32) for batch-norm statistics; None: none are
-            re-estimated.
+        calibration: For batch-norm statistics or, of whole channels, to make up for those that
+            go; None: neither is done.
         finetuning: To train on; None: nothing is trained.
         epochs: Of that training.
     """
 
-    recalibration: torch.Tensor | None
+    calibration: Cifar10 | None
     finetuning: Cifar10 | None
     epochs: int | None
 
+    @property
+    def calibration_images(self) -> torch.Tensor | None:
+        """uint8, shape (N, 3, 32, 32)."""
+        return None if self.calibration is None else self.calibration.images
+
     @classmethod
     def read(
-        cls, inputs: Inputs, recalibrated: bool, epochs: int | None, count: int | None
-    ) -> Training:
-        """Read it to the device of ``inputs``; ``count`` images to train on, None for all.
+        cls, inputs: Inputs, scope: str | None, recalibrated: bool, epochs: int | None,
+        count: int | None,
+    ) -> Training:  # fmt: skip
+        """Read them; ``count`` images to train on, None for all.
 
         Raises:
             UserError: There are too few: better found before the scan than after it.
         """
         device = inputs.test.images.device
-        recalibration = finetuning = None
-        if recalibrated:
-            recalibration = inputs.load_training(RECALIBRATION_IMAGES).images.to(device)
+        calibration = finetuning = None
+        if scope == channels.SCOPE:
+            calibration = inputs.load_training(channels.CALIBRATION_IMAGES).to(device)
+        elif recalibrated:
+            calibration = inputs.load_training(RECALIBRATION_IMAGES).to(device)
         if epochs:
             finetuning = inputs.load_training(count).to(device)
-        return cls(recalibration, finetuning, epochs)
+        return cls(calibration, finetuning, epochs)
 
 
-def prune_linear(
-    scan: Scan, scanned: ScanResult, tolerance: float, seed: int, holdout: bool, path: Path
-) -> dict:
+def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, path: Path) -> dict:
     """Search how far the linear layer can go, write that model, and confirm what was written.
 
     Raises:
         UserError: The reloaded model is not the one that the search measured.
     """
-    model, labels = scan.model, scan.images.labels.cpu()
-    search = search_linear(model.linear, scanned.features, labels, tolerance, seed, holdout)
+    model, images, labels = scan.model, scan.images, scan.images.labels.cpu()
+    search = search_linear(model.linear, scanned.features, labels, tolerance, seed)
     kept = l1_mask(model.linear.weight.cpu(), search.found)
     reloaded, sizes = saved.save_pruned(model, copy_without(model, {"linear": kept}), path)
     logits = scanned.features @ reloaded.linear.weight.detach().T + reloaded.linear.bias.detach()
-    confirmed = saved.Confirmation.of(
-        _find_correct(scan, reloaded), logits.argmax(dim=1) == labels, scanned.dense_correct
-    )
-    timings = saved.time_zeros(model, saved.zero_everywhere(model), scan.images.images)
+    expected = logits.argmax(dim=1) == labels
+    predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
+    confirmed = saved.confirm(scanned.dense_correct, expected, predictions == labels)
+    sparse = f"{100 * saved.TIMED_AMOUNT:g} % zeros everywhere"
+    models = {"dense": model, sparse: saved.zero_everywhere(model)}
+    timings = saved.time_zeros(models, images.images)
     return {
         "linear_search": results.describe_linear(search, confirmed),
         "savings": results.describe_savings(sizes, model, timings),
@@ -100,18 +107,19 @@ def prune_together(
         found.append(search_finetuned(search, best, training.finetuning, training.epochs))
         best = best_of(search, found)
     seconds = time.perf_counter() - started
-    held_out = search.held_out
-    expected = search.classifier(best.model).find_correct(held_out.images)
+    rows = [search_results.describe_found(search, one) for one in found]
+    images, dense_correct = search.held_out.images, search.held_out.dense_correct
+    expected = search.classifier(best.model).find_correct(images)
     reloaded, sizes = saved.save_pruned(search.model, best.model, path)
-    correct = predict(reloaded.to(scan.workers.device), held_out.images, description="confirm")
-    confirmed = saved.Confirmation.of(
-        correct == held_out.images.labels.cpu(), expected, held_out.dense_correct
-    )
-    timings = saved.time_zeros(search.model, reloaded, held_out.images.images)
+    predictions = predict(reloaded.to(scan.workers.device), images, description="confirm")
+    confirmed = saved.confirm(dense_correct, expected, predictions == images.labels.cpu())
+    timings = saved.time_zeros({"dense": search.model, "pruned": reloaded}, images.images)
     told = {
-        "model_search": search_results.describe_search(search, found),
+        "model_search": rows,
         "model_search_seconds": seconds,
-        "model_saved": search_results.describe_saved(search, best, confirmed, sizes, timings),
+        "model_saved": search_results.describe_saved(
+            rows[found.index(best)], confirmed, sizes, timings
+        ),
     }
     if search.fast:
         search.record.warn_if_near()
@@ -120,7 +128,7 @@ def prune_together(
 
 
 def remove_channels(
-    scan: Scan, search: ChannelSearch, training: Training, calibration: Cifar10, path: Path
+    scan: Scan, search: channels.ChannelSearch, training: Training, path: Path
 ) -> dict:
     """Search how many channels can go, write that network, and time it beside the dense one.
 
@@ -128,13 +136,6 @@ def remove_channels(
         UserError: The reloaded model is not the one that the search measured.
     """
     told = prune_together(scan, search, (), training, path)
-    reloaded = load_model(path)
-    models = measure_models(search.model, reloaded, calibration, search.held_out.images)
-    return told | {"slim": search_results.describe_slim(reloaded, models)}
-
-
-def _find_correct(scan: Scan, model: ResNet18) -> torch.Tensor:
-    """Return which of the scan's images a model gets right (bool, on the CPU)."""
-    images = scan.images
-    predictions = predict(model.to(images.images.device), images, scan.batch_size, "confirm")
-    return predictions == images.labels.cpu()
+    slim = load_model(path)
+    models = measure_models(search.model, slim, training.calibration, search.held_out.images)
+    return told | {"slim": search_results.describe_slim(slim, models)}

@@ -103,8 +103,8 @@ def test_the_slim_network_is_written_timed_and_told(scan, random_images, tmp_pat
     monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
     calibration, path = random_images(40), tmp_path / "slim.pth"
     search = prepare(scan, calibration, macs_removed=0.3)
-    training = Training(None, random_images(64), 1)
-    told = remove_channels(scan, search, training, calibration, path)
+    training = Training(calibration, random_images(64), 1)
+    told = remove_channels(scan, search, training, path)
     json.dumps(told)
     for entry in told["model_search"]:
         check_model_search(entry)

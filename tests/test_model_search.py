@@ -12,19 +12,19 @@ from test_pruning import QUICK
 
 from common.command.cli import UserError
 from common.images.data import normalize
-from common.measure.evaluate import Accuracy, predict
+from common.measure.evaluate import Accuracy, Paired, predict
 from common.network.checkpoint import load_model
 from common.network.resnet import prunable_layers
 from common.network.size import describe_layers
 from pruning.alone.scan import Scan
 from pruning.pruning import main
 from pruning.report import search_results
-from pruning.report.search_results import describe_search
+from pruning.report.search_results import describe_found
 from pruning.report.together import plot_model_search
 from pruning.together import found as found_module
 from pruning.together import search as model_search
 from pruning.together.allocation import ALLOCATIONS, RANDOM, uniform_masks, weights_in_scope
-from pruning.together.found import Found, Point, best_of, search_all, search_with
+from pruning.together.found import Found, best_of, search_all, search_with
 from pruning.together.held_out import (
     SPARE_ERRORS,
     clearance,
@@ -111,7 +111,7 @@ def test_prunes_a_copy_within_the_scope(search):
 def test_entry_is_what_plain_passes_measure(search):
     method, layers = Method("global", True), describe_layers(search.model)
     found = search_with(search, method)
-    (entry,) = describe_search(search, [found])
+    entry = describe_found(search, found)
     pruned = search.prune(method, found.sparsity)
     held = search.held_out.images
     assert found.measured.accuracy.correct == int((predict(pruned, held, 16) == held.labels).sum())
@@ -129,7 +129,7 @@ def test_all_of_a_curve_is_on_the_same_images(search, monkeypatch):
     monkeypatch.setattr(found_module, "CURVE_IMAGES", 12)
     monkeypatch.setattr(search_results, "CURVE_IMAGES", 12)
     found = search_with(search, Method("uniform", False))
-    (entry,) = describe_search(search, [found])
+    entry = describe_found(search, found)
     first = search.held_out.images.rows(slice(12))
     for sparsity, accuracy in entry["curve"]:
         pruned = search.prune(found.method, sparsity)
@@ -146,8 +146,8 @@ def test_equals_are_told_apart_by_the_half_that_chooses(search):
     worse = search.prune(Method("uniform", False), 0.99)
 
     def made(model, right_on_held_out):
-        point = Point(0.5, Accuracy(right_on_held_out, 20), None)
-        return Found(Method("global", False), 0, model, point, point, [], [])
+        measured = Paired(Accuracy(right_on_held_out, 20), None)
+        return Found(Method("global", False), 0, 0.5, model, measured, measured, {}, [])
 
     chosen.labels[:] = predict(better, chosen, 16)
     assert not torch.equal(predict(worse, chosen, 16), chosen.labels)
@@ -157,7 +157,7 @@ def test_equals_are_told_apart_by_the_half_that_chooses(search):
 
 def test_every_method_gets_its_row(search, tmp_path):
     found = search_all(search, ALLOCATIONS)
-    entries = describe_search(search, found)
+    entries = [describe_found(search, one) for one in found]
     rows = [(entry["allocation"], entry["recalibrated"]) for entry in entries]
     expected = [(name, recalibrated) for recalibrated in (False, True) for name in ALLOCATIONS]
     assert rows == [*expected, (RANDOM, False)]

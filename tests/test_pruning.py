@@ -29,7 +29,7 @@ QUICK = ["--bundled", "--threads", "1", "--test-images", "20"]
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     arguments = ["--verify", "--layers", "conv1,layer3.0.*,linear", "--amounts", "0.5,0.9"]
-    return run_fresh(SCRIPT, *QUICK, *arguments, "--holdout", "--output-dir", folder), folder
+    return run_fresh(SCRIPT, *QUICK, *arguments, "--output-dir", folder), folder
 
 
 def test_run_keeps_the_contract_and_tells_its_story(finished):
@@ -42,7 +42,6 @@ def test_run_keeps_the_contract_and_tells_its_story(finished):
     parts = ("conv_weights", "linear_weights", "biases", "batch_norm_parameters")
     assert sum(results["structure"][part] for part in parts) == 11_173_962
     assert results["verification"]["different"] == 0
-    assert results["linear_search"]["holdout"]["accuracy"]["total"] == 10
     assert f"{100 * results['linear_search']['max_amount']:.2f} %" in process.stdout
     *lines, written_to = process.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -295,7 +294,7 @@ def test_every_number_of_the_search_is_that_of_results_json(finished):
         assert shows(" ".join(row[1:5]), 100 * step["amount"], step["pruned_weights"], 100 * value,
                      100 * (value - linear["dense"]["value"]))  # fmt: skip
         assert (row[5] == "within") == step["kept"]
-    confirmed, holdout, savings = linear["confirmed"], linear["holdout"], results["savings"]
+    confirmed, savings = linear["confirmed"], results["savings"]
     low, high = confirmed["comparison"]["ci95"]
     dense, sparse = savings["latency"]
     splits = linear["splits"]
@@ -309,7 +308,6 @@ def test_every_number_of_the_search_is_that_of_results_json(finished):
         "  elsewhere": [splits["splits"]],
         " {13}average": [-100 * splits["drop"]["mean"], splits["within_tolerance"],
                          splits["splits"]],
-        "  held out": [100 * holdout["accuracy"]["value"], -100 * holdout["drop"]],
         "  dense file": [savings["dense_bytes"] / 1e6, savings["dense_compressed_bytes"] / 1e6],
         "  pruned file": [savings["pruned_bytes"] / 1e6, savings["pruned_compressed_bytes"] / 1e6],
         "  speed": [90, sparse["median_ms"], dense["batch_size"], dense["median_ms"]],

@@ -49,4 +49,4 @@ def test_a_rejected_model_is_not_the_answer(search, random_images, monkeypatch):
     found = search_finetuned(search, best, random_images(20, seed=2), 1)
     assert (found.sparsity, len(found.steps)) == (0.0, 1)
     assert found.model is search.model
-    assert [point.sparsity for point in found.curve] == [best.sparsity]
+    assert list(found.points) == [best.sparsity]

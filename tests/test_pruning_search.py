@@ -7,9 +7,15 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common.network.resnet import ResNet18, Widths
-from pruning.alone.bisection import binary_search, largest_within, required_correct
-from pruning.alone.halves import SPLITS, repeat_on_halves
-from pruning.alone.linear import LinearSearch, search_linear, sweep
+from pruning.alone.linear import (
+    SPLITS,
+    LinearSearch,
+    binary_search,
+    repeat_on_halves,
+    required_correct,
+    search_linear,
+    sweep,
+)
 
 
 def brute_force_counts(features, labels, weight, bias):
@@ -57,16 +63,15 @@ def test_binary_search_is_right_on_falling_curves(values, required):
 def test_answer_holds_on_any_curve_and_sweep_finds_the_maximum(values, required):
     curve = np.array([100, *values])
     found, _ = binary_search(lambda k: int(curve[k]), len(curve) - 1, required)
-    largest = largest_within(curve, required)
+    search = searched(curve, required, found)
     assert curve[found] >= required
-    assert found <= largest
-    assert (curve[largest + 1 :] < required).all()
-    explanation = searched(curve, required, found).explain()
-    assert ("confirms" in explanation) == (found == largest)
+    assert found <= search.largest
+    assert (curve[search.largest + 1 :] < required).all()
+    assert ("confirms" in search.explain()) == (found == search.largest)
 
 
 def searched(curve, required, found):
-    return LinearSearch(0.1, found, [], required, 100, curve, None, None)
+    return LinearSearch(0.1, found, [], required, 100, curve, None)
 
 
 def test_non_monotone_curve_is_told():
@@ -105,18 +110,7 @@ def test_search_linear_reports_all_that_it_did():
     assert found.correct[found.found] >= 190
     assert found.largest >= found.found
     assert all(step.correct == found.correct[step.count] for step in found.steps)
-    assert found.holdout is None
     assert len(found.splits.drops) == SPLITS
-
-
-def test_holdout_uses_other_images_to_confirm():
-    model, features, labels = make_head()
-    found = search_linear(model.linear, features, labels, 0.05, seed=7, holdout=True)
-    assert found.images == found.holdout.accuracy.total == 100
-    every = sweep(features, labels, model.linear.weight.detach(), model.linear.bias.detach())
-    assert found.correct.tolist() != every.sum(axis=1).tolist()
-    assert found.correct[found.found] + found.holdout.accuracy.correct == every[found.found].sum()
-    assert found.holdout.dense.correct == 100  # as the labels are what the dense layer says
 
 
 # --- halves --------------------------------------------------------------------------------------

@@ -70,6 +70,23 @@ class Comparison:
         return asdict(self) | {"ci95": list(self.ci95)}
 
 
+@dataclass(frozen=True)
+class Paired:
+    """A model's accuracy, and the dense model (a) against it (b) on the same images."""
+
+    accuracy: Accuracy
+    comparison: Comparison
+
+    @classmethod
+    def of(cls, dense_correct: torch.Tensor, correct: torch.Tensor) -> Paired:
+        """Take both from per-image correctness (bool, shape (N,))."""
+        return cls(measure_accuracy(correct), compare(dense_correct, correct))
+
+    def as_dict(self) -> dict:
+        """Return the ``accuracy`` and ``comparison`` of results.json."""
+        return {"accuracy": self.accuracy.as_dict(), "comparison": self.comparison.as_dict()}
+
+
 @torch.inference_mode()
 def predict(
     model: nn.Module,

@@ -61,27 +61,6 @@ def scan_brute_force(
     }
 
 
-def search_brute_force(
-    model: ResNet18,
-    dataset: Cifar10,
-    required: int,
-    total_weights: int,
-    layout: torch.memory_format = torch.contiguous_format,
-) -> tuple[int, int]:
-    """Binary-search the linear layer's pruned weights with a deep copy and a full pass a step.
-
-    Returns:
-        The largest count found to keep ``required`` images correct, and the number of passes.
-    """
-    low, high, passes = 0, total_weights, 0
-    while low < high:
-        count, passes = (low + high + 1) // 2, passes + 1
-        correct = classify_all(pruned_copy(model, "linear", count), dataset, layout)
-        kept = int(correct.sum()) >= required
-        low, high = (count, high) if kept else (low, count - 1)
-    return low, passes
-
-
 # --- against the scan ----------------------------------------------------------------------------
 
 

@@ -3,21 +3,65 @@
 The linear layer is the last one, so its input is the same however much of it is pruned. With that
 input kept for every image, an amount costs one small matrix product, and going from one pruned
 weight to the next changes one logit an image.
+
+An answer is chosen because it is just within the tolerance on some images; on others it is not so
+sure to be. So the choice is repeated on random halves, each judged by the other half.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from common.images.data import Cifar10
-from common.measure.evaluate import Accuracy
-from pruning.alone.bisection import Step, binary_search, largest_within, required_correct
-from pruning.alone.halves import Splits, repeat_on_halves
 from pruning.masks import l1_mask
+
+SPLITS = 200
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the binary search: ``count`` weights pruned, ``correct`` images; kept or not."""
+
+    count: int
+    correct: int
+    kept: bool
+
+
+def required_correct(dense_correct: int, total: int, tolerance: float) -> int:
+    """Return how many images must stay correct for accuracy to be within ``tolerance`` of dense."""
+    return max(0, math.ceil(dense_correct - tolerance * total - 1e-9))
+
+
+def binary_search(
+    correct_at: Callable[[int], int], largest: int, required: int
+) -> tuple[int, list[Step]]:
+    """Search the largest pruned count that keeps ``required`` images correct.
+
+    Right where correctness falls steadily. Where it does not, the answer still holds but a larger
+    one may exist: the sweep finds it.
+
+    Args:
+        correct_at: Number of correct images for a number of pruned weights. Nothing pruned is
+            taken to be within the tolerance.
+        largest: The number of weights.
+        required: Images that must stay correct.
+
+    Returns:
+        The count, and the steps that led to it.
+    """
+    low, high, steps = 0, largest, []
+    while low < high:
+        count = (low + high + 1) // 2
+        correct = correct_at(count)
+        kept = correct >= required
+        steps.append(Step(count, correct, kept))
+        low, high = (count, high) if kept else (low, count - 1)
+    return low, steps
 
 
 def sweep(
@@ -55,16 +99,51 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class Holdout:
-    """The answer on images that did not choose it; ``dense`` is of the same images."""
+class Splits:
+    """The choice repeated: in each of ``SPLITS``, one random half chooses and the other judges.
 
-    dense: Accuracy
-    accuracy: Accuracy
+    Attributes:
+        counts: Pruned weights that each split chose; int64, shape (SPLITS,).
+        drops: Accuracy that each lost on its other half; shape (SPLITS,).
+        within: Of how many splits that is within the tolerance.
+    """
 
-    @property
-    def drop(self) -> float:
-        """Accuracy lost, as a fraction."""
-        return self.dense.value - self.accuracy.value
+    counts: np.ndarray
+    drops: np.ndarray
+    within: int
+
+
+def repeat_on_halves(correct: np.ndarray, tolerance: float, seed: int) -> Splits | None:
+    """Repeat the binary search on random halves; None where there is no image to judge by.
+
+    Args:
+        correct: Of :func:`sweep`.
+        tolerance: Accuracy that may be lost, as a fraction.
+        seed: Of the halves.
+    """
+    weights, total = correct.shape[0] - 1, correct.shape[1]
+    half = total // 2
+    if not half:
+        return None
+    rng = np.random.default_rng(seed)
+    chooses = np.zeros((total, SPLITS), dtype=np.float32)
+    for split in range(SPLITS):
+        chooses[rng.permutation(total)[:half], split] = 1
+    # In parts, as FP32 takes four times the memory; whole numbers of images are exact in it.
+    parts = np.array_split(correct, 32)
+    chosen = np.concatenate([part.astype(np.float32) @ chooses for part in parts]).astype(np.int64)
+    judged = correct.sum(axis=1)[:, None] - chosen
+    counts = [
+        binary_search(
+            lambda n, of=chosen[:, split]: int(of[n]),
+            weights,
+            required_correct(int(chosen[0, split]), half, tolerance),
+        )[0]
+        for split in range(SPLITS)
+    ]
+    others = total - half
+    lost = judged[0] - judged[counts, range(SPLITS)]
+    return Splits(np.array(counts), lost / others, int((lost <= tolerance * others + 1e-9).sum()))
 
 
 @dataclass(frozen=True)
@@ -77,9 +156,8 @@ class LinearSearch:
         steps: That led to it.
         required: Images that had to stay correct.
         images: That it was chosen on.
-        correct: Images that each count leaves correct, of the same; int64, shape (weights + 1,).
-        holdout: On the other images, where only one half chose.
-        splits: On many random halves of all images.
+        correct: Of these, those that each count leaves correct; int64, shape (weights + 1,).
+        splits: The choice repeated on random halves; None where one image has none.
     """
 
     tolerance: float
@@ -88,7 +166,6 @@ class LinearSearch:
     required: int
     images: int
     correct: np.ndarray
-    holdout: Holdout | None
     splits: Splits | None
 
     @property
@@ -99,7 +176,7 @@ class LinearSearch:
     @property
     def largest(self) -> int:
         """The most weights that can go, of all counts."""
-        return largest_within(self.correct, self.required)
+        return int(np.flatnonzero(self.correct >= self.required)[-1])
 
     @property
     def is_monotone(self) -> bool:
@@ -119,12 +196,7 @@ class LinearSearch:
 
 
 def search_linear(
-    layer: nn.Linear,
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    tolerance: float,
-    seed: int,
-    holdout: bool = False,
+    layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, tolerance: float, seed: int
 ) -> LinearSearch:
     """Find how many of the linear layer's weights can go, and check that against every count.
 
@@ -133,34 +205,18 @@ def search_linear(
         features: Its input for every image, FP32, shape (N, features), on the CPU.
         labels: int64, shape (N,), on the CPU.
         tolerance: Accuracy that may be lost, as a fraction.
-        seed: Of all halves.
-        holdout: Choose on one half of the images only, and judge by the other.
+        seed: Of the halves.
     """
     weight, bias = layer.weight.detach().cpu(), layer.bias.detach().cpu()
-    correct = sweep(features, labels, weight, bias)
-    chosen, other = torch.arange(len(labels)), None
-    if holdout:
-        halves = Cifar10(chosen, labels).split_halves(seed)
-        chosen, other = (half.images for half in halves)
 
-    def count_correct(count: int, rows: torch.Tensor) -> int:
+    def count_correct(count: int) -> int:
         """Count the images that the pruned layer classifies correctly, in FP64."""
         pruned = (weight * l1_mask(weight, count)).double()
-        logits = features[rows].double() @ pruned.T + bias.double()
-        return int((logits.argmax(dim=1) == labels[rows]).sum())
+        logits = features.double() @ pruned.T + bias.double()
+        return int((logits.argmax(dim=1) == labels).sum())
 
-    held_out = None
-    required = required_correct(count_correct(0, chosen), len(chosen), tolerance)
-    found, steps = binary_search(lambda n: count_correct(n, chosen), weight.numel(), required)
-    if holdout:
-        held_out = Holdout(*(Accuracy(count_correct(n, other), len(other)) for n in (0, found)))
-    return LinearSearch(
-        tolerance,
-        found,
-        steps,
-        required,
-        len(chosen),
-        correct[:, chosen.numpy()].sum(axis=1),
-        held_out,
-        repeat_on_halves(correct, tolerance, seed),
-    )
+    required = required_correct(count_correct(0), len(labels), tolerance)
+    found, steps = binary_search(count_correct, weight.numel(), required)
+    correct = sweep(features, labels, weight, bias)
+    splits = repeat_on_halves(correct, tolerance, seed)
+    return LinearSearch(tolerance, found, steps, required, len(labels), correct.sum(axis=1), splits)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common.command.cli import UserError
 from common.files.output import replace_file
 from common.images.data import normalize
-from common.measure.evaluate import Accuracy, Comparison, compare, measure_accuracy
+from common.measure.evaluate import Paired
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.checkpoint import load_model, serialize
 from common.network.resnet import ResNet18, prunable_layers
@@ -56,25 +57,10 @@ def save_pruned(dense: ResNet18, pruned: ResNet18, path: Path) -> tuple[ResNet18
     reloaded, state = load_model(path), pruned.state_dict()
     if any(not torch.equal(state[name].cpu(), t) for name, t in reloaded.state_dict().items()):
         raise AssertionError(f"{path.name} gives back other tensors than were saved")
-    dense_compressed, compressed = compressed_sizes(plain, path.read_bytes())
-    return reloaded, Sizes(len(plain), dense_compressed, path.stat().st_size, compressed)
-
-
-def compressed_sizes(first: bytes, second: bytes) -> tuple[int, int]:
-    """Return the sizes after zlib (level 1: random mantissas gain nothing from more).
-
-    What both begin with is compressed once.
-    """
-    shorter = min(len(first), len(second))
-    one, other = (np.frombuffer(data, np.uint8, shorter) for data in (first, second))
-    unlike = np.flatnonzero(one != other)
-    shared = int(unlike[0]) if len(unlike) else shorter
-    stream, sizes = zlib.compressobj(level=1), []
-    begun = len(stream.compress(memoryview(first)[:shared]))
-    for data in (first, second):
-        rest = stream.copy()
-        sizes.append(begun + len(rest.compress(memoryview(data)[shared:])) + len(rest.flush()))
-    return tuple(sizes)
+    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter while it works
+        # Level 1, as random mantissas gain nothing from more.
+        small = list(pool.map(lambda data: len(zlib.compress(data, 1)), (plain, content)))
+    return reloaded, Sizes(len(plain), small[0], path.stat().st_size, small[1])
 
 
 # --- accuracy ------------------------------------------------------------------------------------
@@ -82,33 +68,28 @@ def compressed_sizes(first: bytes, second: bytes) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What the reloaded model gets right, and on how many images the search said otherwise."""
+    """How the reloaded model did, and on how many images the search said otherwise."""
 
-    accuracy: Accuracy
-    comparison: Comparison
+    measured: Paired
     images_unlike_search: int
-
-    @classmethod
-    def of(
-        cls, correct: torch.Tensor, expected: torch.Tensor, dense_correct: torch.Tensor
-    ) -> Confirmation:
-        """Hold the reloaded model's per-image correctness against what the search ``expected``.
-
-        Raises:
-            UserError: More than 1 image in 1,000 differs.
-        """
-        unlike = int((correct != expected).sum())
-        if unlike > max(1, MAX_FLIPS * len(correct)):
-            raise UserError(f"the reloaded model differs from the search on {unlike} images")
-        return cls(measure_accuracy(correct), compare(dense_correct, correct), unlike)
 
     def as_dict(self) -> dict:
         """Return it as results.json has it."""
-        return {
-            "accuracy": self.accuracy.as_dict(),
-            "comparison": self.comparison.as_dict(),
-            "images_unlike_search": self.images_unlike_search,
-        }
+        return self.measured.as_dict() | {"images_unlike_search": self.images_unlike_search}
+
+
+def confirm(
+    dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.Tensor
+) -> Confirmation:
+    """Hold the reloaded model's per-image correctness against what the search ``expected``.
+
+    Raises:
+        UserError: More than 1 image in 1,000 differs.
+    """
+    unlike = int((correct != expected).sum())
+    if unlike > max(1, MAX_FLIPS * len(correct)):
+        raise UserError(f"the reloaded model differs from the search on {unlike} images")
+    return Confirmation(Paired.of(dense_correct, correct), unlike)
 
 
 # --- speed ---------------------------------------------------------------------------------------
@@ -123,12 +104,12 @@ def zero_everywhere(model: ResNet18) -> ResNet18:
     return sparse
 
 
-def time_zeros(dense: ResNet18, sparse: ResNet18, images: torch.Tensor) -> tuple[Timing, Timing]:
-    """Time two models in turns on the CPU, on some of the uint8 ``images``: dense, sparse."""
+def time_zeros(models: Mapping[str, ResNet18], images: torch.Tensor) -> dict[str, Timing]:
+    """Time models in turns on the CPU, on some of the uint8 ``images``; by name."""
     contenders = []
-    for name, model in (("dense", dense), ("sparse", sparse)):
+    for name, model in models.items():
         laid_out = copy.deepcopy(model).cpu().to(memory_format=torch.channels_last)
         contenders.append(Contender(name, torch.inference_mode()(laid_out)))
     batch = normalize(images[:TIMED_BATCH_SIZE].cpu())
     timings = time_interleaved(contenders, batch, (TIMED_BATCH_SIZE,), seconds_per_batch_size=1.5)
-    return timings["dense"][0], timings["sparse"][0]
+    return {name: timing for name, (timing,) in timings.items()}

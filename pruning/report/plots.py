@@ -63,9 +63,9 @@ def plot_sensitivity(
     """
     if by_drop:
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
-    value = 100 * np.array([dense - row["comparison"]["drop"] for row in rows])
-    low = 100 * np.array([dense - row["comparison"]["ci95"][1] for row in rows])
-    high = 100 * np.array([dense - row["comparison"]["ci95"][0] for row in rows])
+    comparisons = [row["comparison"] for row in rows]
+    losses = np.array([[c["drop"], *reversed(c["ci95"])] for c in comparisons])
+    value, low, high = 100 * (dense - losses.T)
     limit = 100 * (dense - tolerance)
     figure, axes = new_figure(9.5, 4.6)
     positions = np.arange(len(rows))
@@ -73,8 +73,9 @@ def plot_sensitivity(
     axes.bar(positions, value, color=colors, width=0.72)
     whiskers = np.clip([value - low, high - value], 0, None)
     axes.errorbar(positions, value, whiskers, fmt="none", ecolor="#333333", capsize=2.5, lw=1)
-    axes.axhline(100 * dense, color="black", lw=1.2)
-    axes.axhline(limit, color=ORANGE, lw=1.2, ls="--")
+    axes.axhline(100 * dense, color="black", lw=1.2, label=f"dense {100 * dense:.2f} %")
+    label = f"dense − {100 * tolerance:g} points"
+    axes.axhline(limit, color=ORANGE, lw=1.2, ls="--", label=label)
     bottom = max(0.0, min(low.min(), limit) - 3)
     top = max(high.max(), 100 * dense)
     axes.set_ylim(bottom, min(103.0, top + 0.16 * (top - bottom)))
@@ -87,23 +88,8 @@ def plot_sensitivity(
         f"{worse} of {len(rows)} layers lose more than {100 * tolerance:g} points "
         f"when {100 * amount:g} % of their weights go" + (" (sorted by drop)" if by_drop else "")
     )
-    _line_labels(axes, dense, tolerance)
+    axes.legend(ncols=2, loc="upper right")
     save_figure(figure, path)
-
-
-def _line_labels(axes, dense: float, tolerance: float) -> None:
-    from matplotlib.lines import Line2D
-
-    axes.legend(
-        handles=[
-            Line2D([], [], color="black", lw=1.2, label=f"dense {100 * dense:.2f} %"),
-            Line2D(
-                [], [], color=ORANGE, lw=1.2, ls="--", label=f"dense − {100 * tolerance:g} points"
-            ),
-        ],
-        ncols=2,
-        loc="upper right",
-    )
 
 
 def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Path) -> None:
@@ -150,37 +136,30 @@ def plot_search(linear: dict, path: Path) -> None:
     """
     accuracies = 100 * np.array([accuracy for _, accuracy in linear["curve"]])
     weights, steps = len(accuracies) - 1, linear["steps"]
-    found = weights - linear["kept_weights"]
-    stride = max(1, weights // MAX_CURVE_POINTS)
-    amounts = 100 * np.arange(0, weights + 1, stride) / weights
+    found, largest = (100 * linear[name] for name in ("max_amount", "exhaustive_max_amount"))
+    amounts = 100 * np.arange(weights + 1) / weights
     limit = 100 * (linear["dense"]["value"] - linear["tolerance"])
     figure, (whole, near) = new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
-    for axes in (whole, near):
+    points = [(100 * step["amount"], 100 * step["accuracy"]["value"]) for step in steps]
+    for axes, stride, lw in ((whole, max(1, weights // MAX_CURVE_POINTS), 1.4), (near, 1, 1.2)):
         axes.axhline(limit, color=ORANGE, ls="--", lw=1.2, label=f"limit {limit:.2f} %")
-        axes.axvline(
-            100 * found / weights, color=GREEN, lw=1.2, label=f"found {found / weights:.2%}"
-        )
+        axes.axvline(found, color=GREEN, lw=1.2, label=f"found {found:.2f}%")
+        axes.plot(amounts[::stride], accuracies[::stride], color=BLUE, lw=lw, label="every amount")
+        for kept, color, label in ((True, GREEN, "step kept"), (False, RED, "step rejected")):
+            chosen = [p for p, step in zip(points, steps, strict=True) if step["kept"] is kept]
+            x, y = np.reshape(chosen, (-1, 2)).T
+            axes.scatter(x, y, color=color, s=24, zorder=3, label=label)
         axes.set_xlabel("linear layer's weights pruned (%)")
-    whole.plot(amounts, accuracies[::stride], color=BLUE, lw=1.4, label="every amount")
-    near.plot(100 * np.arange(weights + 1) / weights, accuracies, color=BLUE, lw=1.2)
-    for kept, color, label in ((True, GREEN, "step kept"), (False, RED, "step rejected")):
-        chosen = [step for step in steps if step["kept"] is kept]
-        x = [100 * step["amount"] for step in chosen]
-        y = [100 * step["accuracy"]["value"] for step in chosen]
-        whole.scatter(x, y, color=color, s=24, zorder=3, label=label)
-        near.scatter(x, y, color=color, s=24, zorder=3)
-    for number, step in enumerate(steps[:5], start=1):
-        point = (100 * step["amount"], 100 * step["accuracy"]["value"])
+    for number, point in enumerate(points[:5], start=1):
         whole.annotate(str(number), point, xytext=(3, 6), textcoords="offset points", fontsize=8)
-    largest = 100 * linear["exhaustive_max_amount"]
     near.axvline(largest, color=GREY, ls=":", lw=1.5)
-    left = max(0.0, 100 * found / weights - 4)
-    near.set_xlim(left, min(100.0, max(largest, 100 * found / weights) + 0.5))
+    left = max(0.0, found - 4)
+    near.set_xlim(left, min(100.0, max(largest, found) + 0.5))
     near.set_ylim(limit - 3, accuracies[int(weights * left / 100) :].max() + 0.5)
     near.text(largest, near.get_ylim()[0], f" true maximum {largest:.2f} %", rotation=90,
               ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
     near.set_title("Near the answer")
     whole.set_ylabel("top-1 accuracy (%)")
-    whole.set_title(f"{100 * found / weights:.1f} % of the linear layer's weights can go")
+    whole.set_title(f"{found:.1f} % of the linear layer's weights can go")
     whole.legend(loc="lower left")
     save_figure(figure, path)

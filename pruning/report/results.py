@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
 
-from common.measure.evaluate import Accuracy, compare, measure_accuracy
+from common.measure.evaluate import Accuracy, Paired, compare, measure_accuracy
 from common.measure.latency import Timing
 from common.network.resnet import ResNet18, prunable_layers
 from common.network.size import Layer, describe_layers
 from pruning.alone.brute_force import Verification
-from pruning.alone.halves import Splits
-from pruning.alone.linear import LinearSearch
+from pruning.alone.linear import LinearSearch, Splits
 from pruning.alone.scan import ScanResult
-from pruning.files.saved import TIMED_AMOUNT, Confirmation, Sizes
+from pruning.files.saved import Confirmation, Sizes
 from pruning.masks import pruned_count
 
 # Neighbours in the ranking whose difference McNemar's test cannot tell from chance.
@@ -71,15 +70,8 @@ def describe_sensitivity(scanned: ScanResult, weights: dict[str, int]) -> list[d
         # Weights that were zero before only add to what pruning asked for.
         if achieved < pruned_count(weights[layer], amount) / weights[layer] - 1e-9:
             raise AssertionError(f"{layer}: sparsity {achieved} is below the amount {amount}")
-        entries.append(
-            {
-                "layer": layer,
-                "amount": amount,
-                "achieved": achieved,
-                "accuracy": measure_accuracy(correct).as_dict(),
-                "comparison": compare(scanned.dense_correct, correct).as_dict(),
-            }
-        )
+        measured = Paired.of(scanned.dense_correct, correct).as_dict()
+        entries.append({"layer": layer, "amount": amount, "achieved": achieved, **measured})
     return entries
 
 
@@ -100,17 +92,12 @@ def rank(scanned: ScanResult, amount: float) -> list[dict]:
 def describe_verification(found: Verification) -> dict:
     """Return what brute force found otherwise, and how long it takes."""
     speedup = found.brute_force_seconds / found.scan_seconds if found.scan_seconds else None
-    return {
-        "predictions": found.predictions,
-        "different": sum(found.different.values()),
-        "by_layer": [
-            {"amount": amount, "layer": layer, "different": count}
-            for (amount, layer), count in found.different.items()
-        ],
-        "scan_seconds": found.scan_seconds,
-        "brute_force_seconds": found.brute_force_seconds,
-        "speedup": speedup,
-    }
+    by_layer = [
+        {"amount": amount, "layer": layer, "different": count}
+        for (amount, layer), count in found.different.items()
+    ]
+    total = sum(found.different.values())
+    return asdict(found) | {"different": total, "by_layer": by_layer, "speedup": speedup}
 
 
 # --- the linear layer ----------------------------------------------------------------------------
@@ -142,13 +129,6 @@ def describe_linear(search: LinearSearch, confirmed: Confirmation) -> dict:
     }
     if search.splits is not None:
         result["splits"] = describe_splits(search.splits, total)
-    if (holdout := search.holdout) is not None:
-        result["holdout"] = {
-            "dense": holdout.dense.as_dict(),
-            "accuracy": holdout.accuracy.as_dict(),
-            "drop": holdout.drop,
-            "within_tolerance": holdout.drop <= search.tolerance + 1e-12,
-        }
     return result
 
 
@@ -167,18 +147,15 @@ def describe_splits(splits: Splits, weights: int) -> dict:
     }
 
 
-def describe_savings(sizes: Sizes, model: ResNet18, timings: tuple[Timing, Timing]) -> dict:
+def describe_savings(sizes: Sizes, model: ResNet18, timings: Mapping[str, Timing]) -> dict:
     """Return the bytes, the linear layer's share of the weights, and what zeros do for speed."""
     weights = {name: layer.weight.numel() for name, layer in prunable_layers(model).items()}
     return asdict(sizes) | {
         "linear_share": weights["linear"] / sum(weights.values()),
-        "latency": describe_timings(timings, f"{100 * TIMED_AMOUNT:g} % zeros everywhere"),
+        "latency": describe_timings(timings),
     }
 
 
-def describe_timings(timings: tuple[Timing, Timing], sparse: str) -> list[dict]:
-    """Return the times of the dense and of the sparse model, which gets a name."""
-    return [
-        {"name": name} | timing.as_dict()
-        for name, timing in zip(("dense", sparse), timings, strict=True)
-    ]
+def describe_timings(timings: Mapping[str, Timing]) -> list[dict]:
+    """Return the times of models by their names."""
+    return [{"name": name} | timing.as_dict() for name, timing in timings.items()]

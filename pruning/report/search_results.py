@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from common.measure.evaluate import measure_accuracy
@@ -16,37 +16,25 @@ from pruning.together.found import CURVE_IMAGES, Found
 from pruning.together.search import ModelSearch
 
 
-def describe_search(search: ModelSearch, found: Sequence[Found]) -> list[dict]:
-    """Return a row for each method."""
-    layers = describe_layers(search.model)
-    return [describe_found(search, one, layers) for one in found]
-
-
-def describe_found(search: ModelSearch, found: Found, layers: Sequence[Layer]) -> dict:
+def describe_found(search: ModelSearch, found: Found) -> dict:
     """Return a method's row; all of its curve, dense at its start, is on the same images."""
     first = search.held_out.first(CURVE_IMAGES).dense_correct
-    curve = {(p.sparsity, p.accuracy.value) for p in (*found.curve, found.on_curve)}
-    curve.add((0.0, measure_accuracy(first).value))
-    comparison = found.measured.comparison
+    curve = {(0.0, measure_accuracy(first).value), (found.sparsity, found.on_curve.accuracy.value)}
+    curve |= {(sparsity, point.accuracy.value) for sparsity, point in found.points.items()}
     return {
         "scope": search.scope,
-        **describe_method(found),
+        **asdict(found.method),
+        "finetune_epochs": found.finetune_epochs,
         "max_sparsity": found.sparsity,
         "chosen_on_images": len(search.chosen.dense_correct),
-        "accuracy": found.measured.accuracy.as_dict(),
-        "comparison": comparison.as_dict(),
-        "within_tolerance": comparison.drop <= search.tolerance + 1e-12,
+        **found.measured.as_dict(),
+        "within_tolerance": found.measured.comparison.drop <= search.tolerance + 1e-12,
         "dense": measure_accuracy(search.held_out.dense_correct).as_dict(),
         "curve": [list(pair) for pair in sorted(curve)],
-        "points": [point.as_dict() for point in found.curve],
+        "points": [{"sparsity": s} | point.as_dict() for s, point in found.points.items()],
         "steps": [asdict(step) for step in found.steps],
-        **describe_density(found.model, layers),
+        **describe_density(found.model, describe_layers(search.model)),
     }
-
-
-def describe_method(found: Found) -> dict:
-    """Return what was searched with."""
-    return asdict(found.method) | {"finetune_epochs": found.finetune_epochs}
 
 
 def describe_density(model: ResNet18, layers: Sequence[Layer]) -> dict:
@@ -83,19 +71,14 @@ def describe_slim(model: ResNet18, models: Sequence[Measured]) -> dict:
 
 
 def describe_saved(
-    search: ModelSearch,
-    best: Found,
-    confirmed: Confirmation,
-    sizes: Sizes,
-    timings: tuple[Timing, Timing],
+    row: dict, confirmed: Confirmation, sizes: Sizes, timings: Mapping[str, Timing]
 ) -> dict:
-    """Return the sparsest network found, as it was written and read back."""
+    """Return the sparsest network, whose row is given, as it was written and read back."""
+    same = ("scope", "allocation", "recalibrated", "finetune_epochs", "macs_kept")
     return {
-        "scope": search.scope,
-        **describe_method(best),
-        "macs_kept": describe_density(best.model, describe_layers(search.model))["macs_kept"],
-        "sparsity": best.sparsity,
+        **{name: row[name] for name in same},
+        "sparsity": row["max_sparsity"],
         **confirmed.as_dict(),
         **asdict(sizes),
-        "latency": describe_timings(timings, "pruned"),
+        "latency": describe_timings(timings),
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.report.results import (
+    format_change,
     format_cost,
     format_table,
     megabytes,
@@ -23,8 +24,8 @@ SENSITIVITY_CSV, CURVE_CSV = "sensitivity.csv", "linear_curve.csv"
 
 def structure_table(results: dict) -> str:
     """Lay out every prunable layer and the totals."""
-    total = results["structure"]["conv_weights"] + results["structure"]["linear_weights"]
     structure = results["structure"]
+    total = structure["conv_weights"] + structure["linear_weights"]
     rows = [
         [
             layer["name"],
@@ -59,13 +60,13 @@ def sensitivity_table(results: dict, amount: float) -> tuple[list[str], list[lis
     for ranked in ranking:
         entry = entries[ranked["layer"]]
         comparison = entry["comparison"]
-        low, high = (points(-limit) for limit in reversed(comparison["ci95"]))
+        change = format_change(comparison)
         rows.append(
             [
                 ranked["layer"],
                 percent(entry["accuracy"]["value"]),
-                points(0.0 - comparison["drop"]),
-                f"{low} … {high}",
+                change.points,
+                f"{change.low} … {change.high}",
                 p_value(comparison["mcnemar_p"], 1),
                 str(comparison["only_a_correct"]),
                 str(comparison["only_b_correct"]),
@@ -123,11 +124,9 @@ def format_results(results: dict, output_dir: Path) -> str:
 def _search_lines(results: dict) -> list[str]:
     linear = results["linear_search"]
     confirmed = linear["confirmed"]
-    comparison = confirmed["comparison"]
-    low, high = (points(-limit) for limit in reversed(comparison["ci95"]))
-    half = " (on the half to choose on)" if "holdout" in linear else ""
+    change = format_change(confirmed["comparison"])
     lines = [
-        f"Linear layer: binary search within {100 * linear['tolerance']:g} points of dense{half}",
+        f"Linear layer: binary search within {100 * linear['tolerance']:g} points of dense",
         search_table(linear),
         f"  found      {percent(linear['max_amount'])} pruned, "
         f"{linear['kept_weights']:,} weights kept",
@@ -138,23 +137,16 @@ def _search_lines(results: dict) -> list[str]:
         ),
         f"  confirmed  {percent(confirmed['accuracy']['value'])} by the saved, reloaded model on "
         f"{confirmed['accuracy']['total']:,} images:",
-        f"             {points(0.0 - comparison['drop'])} points, 95 % interval {low} to {high}",
+        f"             {change.points} points, 95 % interval {change.low} to {change.high}",
     ]
     if "splits" in linear:
         splits = linear["splits"]
         lines += [
             f"  elsewhere  chosen on random halves, judged on the others {splits['splits']} times: "
             "on",
-            f"             average {points(0.0 - splits['drop']['mean'])} points, within the "
+            f"             average {points(-splits['drop']['mean'])} points, within the "
             f"tolerance in {splits['within_tolerance']} of {splits['splits']}",
         ]
-    if "holdout" in linear:
-        holdout = linear["holdout"]
-        verdict = "within" if holdout["within_tolerance"] else "OUTSIDE"
-        lines.append(
-            f"  held out   {percent(holdout['accuracy']['value'])}, "
-            f"{points(0.0 - holdout['drop'])} points on the other half: {verdict} the tolerance"
-        )
     return lines
 
 

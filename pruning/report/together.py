@@ -12,11 +12,11 @@ from common.report.results import (
     GREY,
     ORANGE,
     RED,
+    format_change,
     format_table,
     megabytes,
     new_figure,
     percent,
-    points,
     save_figure,
 )
 from pruning.channels.search import NORM, RECONSTRUCTED, SCOPE
@@ -63,15 +63,15 @@ def largest_table(entries: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows: each method's largest sparsity, its accuracy on held-out images."""
     rows = []
     for entry in entries:
-        low, high = (points(-limit) for limit in reversed(entry["comparison"]["ci95"]))
+        change = format_change(entry["comparison"])
         rows.append(
             [
                 method_name(entry),
                 percent(entry["max_sparsity"], 1),
                 f"{1 / (1 - entry['max_sparsity']):.1f}×",
                 percent(entry["accuracy"]["value"]),
-                points(0.0 - entry["comparison"]["drop"]),
-                f"{low} … {high}",
+                change.points,
+                f"{change.low} … {change.high}",
                 "yes" if entry["within_tolerance"] else "NO",
                 percent(entry["macs_kept"], 0),
             ]
@@ -107,7 +107,7 @@ def _loss(comparison: dict | None) -> str:
     if comparison is None:
         return ""
     low, high = comparison["ci95"]
-    return f"{points(0.0 - comparison['drop'], 1)} ±{50 * (high - low):.1f}"
+    return f"{format_change(comparison, 1).points} ±{50 * (high - low):.1f}"
 
 
 def format_model_search(results: dict) -> str:

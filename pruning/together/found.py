@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.command import cli
 from common.images.data import Cifar10
-from common.measure.evaluate import Accuracy, Comparison, compare, measure_accuracy
+from common.measure.evaluate import Paired
 from common.network.resnet import ResNet18
+from common.report.results import format_change
 from pruning.together.finetuning import finetune
 from pruning.together.search import CONTROLS, Method, ModelSearch, Step
 
@@ -17,46 +18,29 @@ from pruning.together.search import CONTROLS, Method, ModelSearch, Step
 CURVE_IMAGES = 2000
 
 
-@dataclass(frozen=True)
-class Point:
-    """A pruned network on held-out images, against dense on the same ones."""
-
-    sparsity: float
-    accuracy: Accuracy
-    comparison: Comparison
-
-    def as_dict(self) -> dict:
-        """Return it as results.json has it."""
-        parts = {"accuracy": self.accuracy.as_dict(), "comparison": self.comparison.as_dict()}
-        return {"sparsity": self.sparsity} | parts
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Found:
     """A method's sparsest network within the tolerance.
 
     Attributes:
         method: What was searched with.
         finetune_epochs: Of training after pruning; 0 for none.
+        sparsity: The largest within the tolerance; 0 where there is none.
         model: The network; dense where no pruned one was within the tolerance.
         measured: It, on all held-out images.
         on_curve: It, on the curve's images.
-        curve: Networks at fixed compressions, on the first ``CURVE_IMAGES`` of the held-out ones.
+        points: Networks by sparsity, on the first ``CURVE_IMAGES`` of the held-out ones.
         steps: Of the search.
     """
 
     method: Method
     finetune_epochs: int
+    sparsity: float
     model: ResNet18
-    measured: Point
-    on_curve: Point
-    curve: Sequence[Point]
+    measured: Paired
+    on_curve: Paired
+    points: Mapping[float, Paired]
     steps: Sequence[Step]
-
-    @property
-    def sparsity(self) -> float:
-        """The largest within the tolerance; 0 where there is none."""
-        return self.measured.sparsity
 
     @property
     def is_control(self) -> bool:
@@ -65,25 +49,18 @@ class Found:
 
     @classmethod
     def of(
-        cls,
-        search: ModelSearch,
-        method: Method,
-        finetune_epochs: int,
-        sparsity: float,
-        model: ResNet18,
-        curve: Sequence[Point],
-        steps: Sequence[Step],
-    ) -> Found:
+        cls, search: ModelSearch, method: Method, finetune_epochs: int, sparsity: float,
+        model: ResNet18, points: Mapping[float, Paired], steps: Sequence[Step],
+    ) -> Found:  # fmt: skip
         """Measure the network that the search ended with."""
-        measured, on_curve = (measure(search, sparsity, model, n) for n in (None, CURVE_IMAGES))
-        return cls(method, finetune_epochs, model, measured, on_curve, curve, steps)
+        measured, on_curve = (measure(search, model, most) for most in (None, CURVE_IMAGES))
+        return cls(method, finetune_epochs, sparsity, model, measured, on_curve, points, steps)
 
 
-def measure(search: ModelSearch, sparsity: float, model: ResNet18, most: int | None) -> Point:
+def measure(search: ModelSearch, model: ResNet18, most: int | None) -> Paired:
     """Measure a pruned model on the first ``most`` held-out images; None for all."""
     half = search.held_out.first(most)
-    correct = search.classifier(model).find_correct(half.images)
-    return Point(sparsity, measure_accuracy(correct), compare(half.dense_correct, correct))
+    return Paired.of(half.dense_correct, search.classifier(model).find_correct(half.images))
 
 
 def search_all(search: ModelSearch, allocations: Sequence[str]) -> list[Found]:
@@ -92,12 +69,12 @@ def search_all(search: ModelSearch, allocations: Sequence[str]) -> list[Found]:
     for method in search.methods(allocations):
         found.append(search_with(search, method))
         cli.log.info(
-            "%s%s: %.1f %% of the %s can go, %+.2f points on held-out images",
+            "%s%s: %.1f %% of the %s can go, %s points on held-out images",
             method.allocation,
             ", batch norms re-estimated" if method.recalibrated else "",
             100 * found[-1].sparsity,
             search.unit,
-            100 * (0.0 - found[-1].measured.comparison.drop),
+            format_change(found[-1].measured.comparison.as_dict()).points,
         )
     return found
 
@@ -105,8 +82,8 @@ def search_all(search: ModelSearch, allocations: Sequence[str]) -> list[Found]:
 def search_with(search: ModelSearch, method: Method) -> Found:
     """Search with one method and measure it on the held-out half."""
     sparsity, steps = search.find_largest(method)
-    curve = [measure(search, s, search.prune(method, s), CURVE_IMAGES) for s in search.curve]
-    return Found.of(search, method, 0, sparsity, search.prune(method, sparsity), curve, steps)
+    points = {at: measure(search, search.prune(method, at), CURVE_IMAGES) for at in search.curve}
+    return Found.of(search, method, 0, sparsity, search.prune(method, sparsity), points, steps)
 
 
 def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
@@ -129,13 +106,13 @@ def search_finetuned(search: ModelSearch, best: Found, train: Cifar10, epochs: i
     Each starts from the dense weights, pruned at once, and learns from the dense network. Where not
     even the first is kept, the answer is that nothing can go.
     """
-    kept, curve, steps = (0.0, search.model), [], []
+    kept, points, steps = (0.0, search.model), {}, []
     for sparsity in (best.sparsity, *(s for s in search.curve if s > best.sparsity)):
         model = copy.deepcopy(search.prune(best.method, sparsity))
         finetune(model, search.model, train, epochs, search.seed)
         steps.append(search.judge(model, sparsity))
-        curve.append(measure(search, sparsity, model, CURVE_IMAGES))
+        points[sparsity] = measure(search, model, CURVE_IMAGES)
         if not steps[-1].kept:
             break
         kept = (sparsity, model)
-    return Found.of(search, best.method, epochs, *kept, curve, steps)
+    return Found.of(search, best.method, epochs, *kept, points, steps)
