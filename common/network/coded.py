@@ -31,7 +31,7 @@ from safetensors.torch import save
 from common.command.cli import UserError
 from common.files import entropy
 from common.files.output import replace_file
-from common.network.resnet import ResNet18, Widths, prunable_layers
+from common.network.resnet import ResNet18, Widths, batch_norm_after, prunable_layers
 
 MARK, VERSION = "resnet18-cifar10-coded", "1"
 SUFFIX = ".safetensors"
@@ -98,7 +98,7 @@ class CodedNetwork:
             if name == "linear":
                 state["linear.bias"] = layer.bias
                 continue
-            norm = name.replace("conv", "bn").replace("shortcut.0", "shortcut.1")
+            norm = batch_norm_after(name)
             state[f"{norm}.bias"] = layer.bias
             state[f"{norm}.running_var"] = torch.full_like(layer.bias, 1 - NORM_EPSILON)
         return state
