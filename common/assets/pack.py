@@ -60,12 +60,7 @@ def pack_weights(checkpoint: Path) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = arguments.make_parser(
-        __doc__,
-        epilog="examples:\n"
-        "  python common/assets/pack.py images cifar10_jpeg_train.tar.xz --count 2000\n"
-        "  python common/assets/pack.py weights resnet18_cifar10.pth",
-    )
+    parser = arguments.make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser("images", help="pack a class-balanced subset of an archive")
     images.add_argument("archive", type=Path)
