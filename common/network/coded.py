@@ -179,12 +179,8 @@ def _decode(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, object]) -
     """
     stages, inner = fields["widths"]
     with torch.device("meta"):
-        shapes = {
-            name: layer.weight.shape
-            for name, layer in prunable_layers(
-                ResNet18(Widths(tuple(stages), tuple(inner)))
-            ).items()
-        }
+        layers = prunable_layers(ResNet18(Widths(tuple(stages), tuple(inner))))
+    shapes = {name: layer.weight.shape for name, layer in layers.items()}
     kept = fields["fp32_layers"]
     if not isinstance(kept, list) or not set(kept) <= shapes.keys():
         raise ValueError("FP32 layers that no such network has")
