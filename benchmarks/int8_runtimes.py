@@ -26,12 +26,7 @@ PLOT = "int8_runtimes.png"
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = arguments.make_parser(
-        __doc__,
-        epilog="examples:\n"
-        "  python benchmarks/int8_runtimes.py --bundled\n"
-        "  python benchmarks/int8_runtimes.py --data-dir ~/cifar10 --test-images all --threads 2",
-    )
+    parser = arguments.make_parser(__doc__)
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_report=False, with_device=False)
     parser.set_defaults(batch_size=128)
     parser.add_argument(
@@ -52,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
-    from benchmarks import runtimes_report
+    from benchmarks import runtimes, runtimes_report
     from common.files import output
     from common.images import data
     from common.inputs import load_inputs
@@ -62,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.network import checkpoint, size
     from common.report import results as report
     from common.run import finish_run, print_results
+    from quantization.bench import Bench
 
     device.set_threads(args.threads)
     device.keep_freed_memory()
@@ -71,23 +67,25 @@ def main(argv: list[str] | None = None) -> int:
         if args.slim is not None:
             networks["slim"] = checkpoint.load_model(args.slim)
         with tempfile.TemporaryDirectory() as models:
-            runners = make_runners(
-                networks, inputs.calibration, test, args.batch_size, Path(models)
-            )
-            accuracies = evaluate_runners(runners, test, args.batch_size)
+            bench = Bench(inputs.calibration, test, args.batch_size)
+            runners = make_runners(networks, bench, Path(models))
+            predictions = {name: bench.predict(r.run, name) for name, r in runners.items()}
             contenders = [
-                latency.Contender(name, runner.run, runner.memory_format)
-                for name, runner in runners.items()
+                latency.Contender(name, r.run, r.memory_format) for name, r in runners.items()
             ]
             images = data.normalize(test.images[: max(args.batch_sizes)])
             timings = latency.time_interleaved(
                 contenders, images, args.batch_sizes, args.timing_seconds
             )
+        accuracies = {
+            name: float((classes == test.labels).double().mean())
+            for name, classes in predictions.items()
+        }
         macs = {
             name: sum(layer.macs for layer in size.describe_layers(network))
             for name, network in networks.items()
         }
-        gemm_rate = measure_gemm()
+        gemm_rate = runtimes.measure_gemm_rate()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 
         results = report.common_results(
@@ -102,20 +100,18 @@ def main(argv: list[str] | None = None) -> int:
     return cli.EXIT_DONE
 
 
-def make_runners(networks: dict, calibration, test, batch_size: int, folder: Path) -> dict:
+def make_runners(networks: dict, bench, folder: Path) -> dict:
     """Return a runner by name; those of a missing package are left out, and a line says so."""
     from benchmarks import runtimes
     from quantization import steps
-    from quantization.bench import Bench
     from quantization.files import onnx_export
     from quantization.int8 import engines
 
-    model = networks["dense"]
+    model, calibration = networks["dense"], bench.calibration
     runners = {"torch-fp32": runtimes.torch_fp32(model)}
-    if (bf16 := runtimes.torch_bf16(model)) is not None:
-        runners["torch-bf16"] = bf16
+    if runtimes.has_compiler("torch-bf16"):
+        runners["torch-bf16"] = runtimes.torch_bf16(model)
     settings = [engines.choose_settings(engine) for engine in engines.candidate_engines()]
-    bench = Bench(calibration, test, batch_size)
     quantized = steps.quantize(model, bench, settings)
     for candidate in quantized:
         name = f"torch-int8-{candidate.settings.engine}"
@@ -125,9 +121,9 @@ def make_runners(networks: dict, calibration, test, batch_size: int, folder: Pat
         chosen = settings[-1]  # onednn, where there is more than one
         (slim,) = steps.quantize(networks["slim"], bench, [chosen])
         runners[f"torch-int8-{chosen.engine}-slim"] = runtimes.torch_deployed(slim, folder)
-    if runtimes.has_package("torchao", "torch-int8-pt2e"):
-        pt2e = runtimes.torch_pt2e(model, calibration, folder)
-        runners |= {} if pt2e is None else {"torch-int8-pt2e": pt2e}
+    pt2e = "torch-int8-pt2e"
+    if runtimes.has_package("torchao", pt2e) and runtimes.has_compiler(pt2e):
+        runners[pt2e] = runtimes.torch_pt2e(model, calibration, folder)
     path = folder / "ours.onnx"
     has_onnx = runtimes.has_package("onnx", "all rows of ONNX Runtime and OpenVINO")
     if has_onnx:
@@ -140,24 +136,6 @@ def make_runners(networks: dict, calibration, test, batch_size: int, folder: Pat
         if runtimes.has_package("nncf", "openvino-int8"):
             runners["openvino-int8"] = runtimes.openvino_own(model, calibration, folder)
     return runners
-
-
-def evaluate_runners(runners: dict, test, batch_size: int) -> dict[str, float]:
-    """Return every runner's top-1 accuracy."""
-    from common.measure.evaluate import predict
-
-    return {
-        name: float((predict(runner.run, test, batch_size, name) == test.labels).double().mean())
-        for name, runner in runners.items()
-    }
-
-
-def measure_gemm() -> float:
-    """Return the best INT8 GEMM rate of torch's engines, in multiply-accumulates a second."""
-    from benchmarks.runtimes import measure_gemm_rate
-    from quantization.int8.engines import candidate_engines
-
-    return max(measure_gemm_rate(engine) for engine in candidate_engines())
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ threads, and how many bytes the model takes on disk.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
+import itertools
 import logging
 import shutil
 import warnings
@@ -18,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from benchmarks import pt2e
 from common.command.cli import log
 from common.images.cifar10 import IMAGE_SIZE
 from common.images.data import Cifar10, batches, normalize
@@ -34,18 +36,20 @@ CALIBRATION_BATCH = 64
 GEMM_SIZES = (512, 1024, 2048)
 GEMM_SECONDS = 1.0
 
+Run = Callable[[torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Runner:
     """A model in a runtime.
 
     Attributes:
-        run: Maps float32 images (N, 3, 32, 32) to logits.
+        run: Maps normalised float32 images (N, 3, 32, 32) to logits (N, 10).
         size_bytes: On disk.
         memory_format: Layout of the images that it is fed.
     """
 
-    run: Callable[[torch.Tensor], torch.Tensor]
+    run: Run
     size_bytes: int
     memory_format: torch.memory_format = torch.channels_last
 
@@ -66,6 +70,12 @@ def has_compiler(row: str) -> bool:
     return False
 
 
+def for_each_batch_size(prepare: Callable[[int], Run]) -> Run:
+    """Return what runs images by a program for just their number, made at the first such call."""
+    prepared = functools.cache(prepare)
+    return lambda images: prepared(len(images))(images)
+
+
 # --- torch ---------------------------------------------------------------------------------------
 
 
@@ -75,10 +85,8 @@ def torch_fp32(model: ResNet18) -> Runner:
     return Runner(deploy.freeze(folded), saved_size_bytes(model.state_dict()))
 
 
-def torch_bf16(model: ResNet18) -> Runner | None:
-    """Bfloat16, channels_last, compiled; None where there is no C++ compiler."""
-    if not has_compiler("torch-bf16"):
-        return None
+def torch_bf16(model: ResNet18) -> Runner:
+    """Bfloat16, channels_last, compiled, which needs a C++ compiler."""
     torch._dynamo.config.recompile_limit = 32  # one compilation a batch size
     folded = fold_batch_norm(model).to(torch.bfloat16, memory_format=torch.channels_last)
     compiled = torch.compile(folded, dynamic=False, options={"freezing": True})
@@ -89,13 +97,47 @@ def torch_bf16(model: ResNet18) -> Runner | None:
     return Runner(run, saved_size_bytes(folded.state_dict()))
 
 
-def torch_pt2e(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner | None:
-    """PT2E's INT8 model, compiled ahead of time; None where there is no C++ compiler."""
-    if not has_compiler("torch-int8-pt2e"):
-        return None
+def torch_pt2e(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner:
+    """INT8 by torchao's x86 quantizer (PT2E, the named successor of ``torch.ao``), compiled.
+
+    Its graph runs fast only when inductor compiles it, which needs a C++ compiler, and what
+    AOTInductor saves is for one batch size: so there is one package for each, as our own deployed
+    model is prepared for each.
+    """
+
+    @functools.cache
+    def package(batch_size: int) -> Path:
+        path = folder / f"pt2e_{batch_size}.pt2"
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "To copy construct from a tensor")  # its own
+            program = torch.export.export(converted, (deploy.blank_images(batch_size),))
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs={"freezing": True}
+            )
+        return path
+
     with _quiet_logging():
-        run = pt2e.Pt2eModel(pt2e.quantize(model, calibration), folder)
-        return Runner(run, run.package(1).stat().st_size)
+        converted = _quantize_pt2e(model, calibration)
+        size_bytes = package(1).stat().st_size
+    load = torch._inductor.aoti_load_package
+    return Runner(for_each_batch_size(lambda count: load(str(package(count)))), size_bytes)
+
+
+def _quantize_pt2e(model: ResNet18, calibration: Cifar10) -> nn.Module:
+    """Return the INT8 graph of torchao's x86 quantizer with its default settings."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    with torch.inference_mode(False), torch.no_grad():
+        any_batch = {0: torch.export.Dim("N", max=1024)}
+        example = (deploy.blank_images(2),)
+        program = torch.export.export(model, example, dynamic_shapes=(any_batch,))
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(program.module(), quantizer)
+        for images, _ in batches(calibration, CALIBRATION_BATCH):
+            prepared(images)
+        return convert_pt2e(prepared)
 
 
 def torch_plain(quantized: Quantized, folder: Path) -> Runner:
@@ -117,31 +159,30 @@ def torch_deployed(quantized: Quantized, folder: Path) -> Runner:
 # --- ONNX Runtime and OpenVINO -------------------------------------------------------------------
 
 
-class OpenVinoModel:
-    """A model in OpenVINO on the CPU, compiled for every batch size that it meets."""
+def _openvino_runner(model: object, size_bytes: int) -> Runner:
+    import openvino
 
-    def __init__(self, model: object, threads: int):
-        import openvino
-
-        self._core, self._model = openvino.Core(), model
-        self._settings = {
-            "INFERENCE_NUM_THREADS": threads,
+    core, settings = (
+        openvino.Core(),
+        {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
-        }
-        self._requests = {}
+        },
+    )
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits (N, 10) of float32 images (N, 3, 32, 32)."""
-        request = self._requests.get(len(images))
-        if request is None:
-            # Fixed shapes: that is what OpenVINO optimises best.
-            model = self._model.clone()
-            model.reshape(list(images.shape))
-            compiled = self._core.compile_model(model, "CPU", self._settings)
-            request = self._requests[len(images)] = compiled.create_infer_request()
-        outputs = request.infer([images.contiguous().numpy()], share_inputs=True)
-        return torch.from_numpy(outputs[0].copy())
+    def prepare(batch_size: int) -> Run:
+        fixed = model.clone()  # a fixed shape is what OpenVINO optimises best
+        fixed.reshape([batch_size, 3, IMAGE_SIZE, IMAGE_SIZE])
+        request = core.compile_model(fixed, "CPU", settings).create_infer_request()
+
+        def run(images: torch.Tensor) -> torch.Tensor:
+            outputs = request.infer([images.contiguous().numpy()], share_inputs=True)
+            return torch.from_numpy(outputs[0].copy())
+
+        return run
+
+    return Runner(for_each_batch_size(prepare), size_bytes, torch.contiguous_format)
 
 
 def onnxruntime_ours(path: Path) -> Runner:
@@ -154,8 +195,7 @@ def openvino_ours(path: Path) -> Runner:
     """Our Q/DQ file in OpenVINO."""
     import openvino
 
-    run = OpenVinoModel(openvino.Core().read_model(path), torch.get_num_threads())
-    return Runner(run, path.stat().st_size, torch.contiguous_format)
+    return _openvino_runner(openvino.Core().read_model(path), path.stat().st_size)
 
 
 def onnxruntime_own(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner:
@@ -200,8 +240,7 @@ def openvino_own(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner:
         )
         openvino.save_model(quantized, path, compress_to_fp16=False)
     size_bytes = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    run = OpenVinoModel(quantized, torch.get_num_threads())
-    return Runner(run, size_bytes, torch.contiguous_format)
+    return _openvino_runner(quantized, size_bytes)
 
 
 def _export_fp32(model: ResNet18, path: Path) -> None:
@@ -234,14 +273,13 @@ def _quiet_logging():
 # --- the yardstick -------------------------------------------------------------------------------
 
 
-def measure_gemm_rate(engine: str) -> float:
+def measure_gemm_rate() -> float:
     """Return the INT8 multiply-accumulates a second of square u8·s8 products, at their best.
 
-    Args:
-        engine: Whose linear kernel multiplies.
+    Of all sizes, and of the linear kernels of all engines.
     """
     rates = []
-    for size in GEMM_SIZES:
+    for engine, size in itertools.product(engines.candidate_engines(), GEMM_SIZES):
         with engines.quiet_torch(engine):
             weight = torch.quantize_per_channel(
                 torch.randn(size, size), torch.full((size,), 0.02),

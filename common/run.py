@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from common.files.output import RESULTS_NAME, OutputFolder
+from common.machine.device import peak_memory_bytes
 from common.machine.workers import Workers, join_workers
 from common.report.page import write_page
-from common.report.results import run_cost, to_json, write_json
+from common.report.results import to_json, write_json
 
 
 @contextlib.contextmanager
@@ -38,10 +40,7 @@ def start_run(
 
 
 def finish_run(
-    results: dict,
-    folder: OutputFolder,
-    started: float,
-    with_page: bool = False,
+    results: dict, folder: OutputFolder, started: float, with_page: bool = False
 ) -> None:
     """Add what the run has cost, write results.json, and move everything into place.
 
@@ -51,7 +50,8 @@ def finish_run(
         started: What ``time.perf_counter()`` said at the start.
         with_page: Write report.html too.
     """
-    results |= run_cost(started)
+    results["wall_seconds"] = time.perf_counter() - started
+    results["peak_memory_bytes"] = peak_memory_bytes()
     if with_page:
         write_page(results, folder)
     write_json(folder.file(RESULTS_NAME), results)

@@ -34,12 +34,7 @@ NEEDED = {  # flags that do nothing without others
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = arguments.make_parser(
-        __doc__,
-        epilog="examples:\n"
-        "  python quantization.py\n"
-        "  python quantization.py --weights my.pth --data-dir ~/cifar10 --test-images all",
-    )
+    parser = arguments.make_parser(__doc__)
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     quantizing = parser.add_argument_group("quantization")
     quantizing.add_argument(
@@ -138,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.accuracy.budget import Trial, meet_budget
     from quantization.accuracy.diagnosis import diagnose
     from quantization.bench import Bench
-    from quantization.coding.study import Wanted
+    from quantization.coding import study
     from quantization.files import artifact, onnx_export, sparsity
     from quantization.int8 import engines
     from quantization.report import plots, ranges, results, tables
@@ -159,12 +154,11 @@ def main(argv: list[str] | None = None) -> int:
         bench, source, plan = Bench(inputs.calibration, test, args.batch_size), model, None
         if args.max_drop is not None:
             held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
-        coder = None
         if args.bits_per_weight is not None:
-            wanted = Wanted(
+            wanted = study.Wanted(
                 args.bits_per_weight, args.coding_curve, args.coding_images, args.coding_epochs
             )
-            coder = steps.Coder.read(inputs, wanted)
+            coding_bench = steps.prepare_coding(inputs, wanted, args.batch_size)
         fp32 = steps.predict_fp32(model, bench, place)
         if args.max_drop is not None:
             trial = Trial(model, replace(bench, images=held_out))
@@ -197,8 +191,9 @@ def main(argv: list[str] | None = None) -> int:
             found["sparsity"] = sparsity.pack(model, first, fp32_bytes, packed)
             saved[packed] = first.deployed
         artifact.verify_reloaded(saved, test)
-        if coder is not None:
-            found["coding"] = coder.code(bench, first.settings, fp32, fp32_bytes, folder.file)
+        if args.bits_per_weight is not None:
+            coding = coding_bench(fp32=fp32, settings=first.settings, fp32_bytes=fp32_bytes)
+            found["coding"] = study.study_coding(coding, wanted, folder.file(study.CODED_NAME))
         plots.draw_all(found, test, fp32, first.predictions, folder.file)
         ranges.plot_ranges(source, first.observed, folder.file(RANGES_PLOT))
         found["artifacts"] = results.list_artifacts(folder, first)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,42 +122,20 @@ def save_models(
     return paths
 
 
-@dataclass(frozen=True)
-class Coder:
-    """What codes the network: its weights, and images read before the long work.
+def prepare_coding(
+    inputs: Inputs, wanted: study.Wanted, batch_size: int
+) -> Callable[..., study.Bench]:
+    """Read the training images that coding takes, before the long work.
 
-    Attributes:
-        model: FP32.
-        wanted: What is asked for.
-        images: Training images to code on.
-        training: Those to train on between two codings, if any.
+    Returns:
+        What makes the bench once ``fp32``, ``settings`` and ``fp32_bytes`` are known.
     """
-
-    model: ResNet18
-    wanted: study.Wanted
-    images: Cifar10
-    training: Cifar10 | None
-
-    @classmethod
-    def read(cls, inputs: Inputs, wanted: study.Wanted) -> Coder:
-        """Read the training images that coding takes."""
-        training = inputs.load_training(None) if wanted.epochs else None
-        return cls(inputs.model, wanted, inputs.load_training(wanted.images), training)
-
-    def code(
-        self,
-        bench: Bench,
-        settings: Settings,
-        fp32: torch.Tensor,
-        fp32_bytes: int,
-        file: Callable[[str], Path],
-    ) -> dict:
-        """Return results.json's ``coding``, as :func:`quantization.coding.study.study_coding`."""
-        coding = study.Bench(
-            self.model, self.images, bench.calibration, bench.images, fp32, settings,
-            bench.batch_size, fp32_bytes, self.training, self.wanted.epochs,
-        )  # fmt: skip
-        return study.study_coding(coding, self.wanted, file(study.CODED_NAME))
+    training = inputs.load_training(None) if wanted.epochs else None
+    images = inputs.load_training(wanted.images)
+    return partial(
+        study.Bench, inputs.model, images, inputs.calibration, inputs.test,
+        batch_size=batch_size, training=training, epochs=wanted.epochs,
+    )  # fmt: skip
 
 
 def export_onnx(quantized: Quantized, path: Path, bench: Bench) -> OnnxModel:
@@ -176,15 +155,8 @@ def time_models(
 ) -> dict[str, list[Timing]]:
     """Time FP32 as usually written, FP32 at its best and each INT8 model, interleaved.
 
-    FP32 at its best is treated as INT8 is: batch-norm folded, channels_last, frozen.
-
-    Args:
-        model: FP32.
-        quantized: The INT8 models.
-        onnx: The exported one, if any.
-        test: Images to feed.
-        batch_sizes: In images.
-        seconds: To spend on each batch size.
+    FP32 at its best is treated as INT8 is: batch-norm folded, channels_last, frozen. ``seconds``
+    are spent on each batch size.
 
     Returns:
         Timings by ``fp32-nchw``, ``fp32``, each engine's name and ``int8-onnx``.

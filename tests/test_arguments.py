@@ -25,7 +25,7 @@ FLAGS = (
 
 
 def shared_parser() -> argparse.ArgumentParser:
-    parser = arguments.make_parser("Do it.\n\nIn detail.", "examples:\n  python script.py")
+    parser = arguments.make_parser("Do it.\n\n    python script.py  # now\n\nIn detail.")
     arguments.add_shared_arguments(parser, Path("results"))
     return parser
 

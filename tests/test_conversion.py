@@ -91,7 +91,7 @@ def test_layers_left_in_fp32_and_no_others(layer, tiny_model, random_images, ima
     settings = Settings(ENGINES[0], fp32_layers=(layer,))
     observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
     converted = conversion.convert(observed, settings)
-    floating = [op.name for op in list_operations(converted) if not op.is_int8]
+    floating = [name for name, is_int8 in list_operations(converted).items() if not is_int8]
     assert floating == [layer]
 
 

@@ -34,7 +34,7 @@ def finished(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtimes, "has_package", lambda name, rows: False)
     monkeypatch.setattr(runtimes, "has_compiler", lambda row: False)
     monkeypatch.setattr(engines, "candidate_engines", lambda: ENGINES)
-    monkeypatch.setattr(int8_runtimes, "measure_gemm", lambda: 1e11)
+    monkeypatch.setattr(runtimes, "measure_gemm_rate", lambda: 1e11)
     torch.save(tiny_model.state_dict(), tmp_path / "dense.pth")
     slim = ResNet18(Widths(tiny_model.widths.stages, (2,) * 8))
     torch.save(slim.state_dict(), tmp_path / "slim.pth")

@@ -25,9 +25,12 @@ def observed(tiny_model, random_images):
 
 @pytest.mark.parametrize("fast", [False, True])
 @torch.inference_mode()
-def test_only_quantized_equals_whole_forward_passes(tiny_model, observed, random_images, fast):
+def test_only_quantized_equals_whole_forward_passes(
+    tiny_model, observed, random_images, monkeypatch, fast
+):
+    monkeypatch.setattr(layer_cost, "bf16_pays", lambda: fast)
     test = random_images(24, seed=2)
-    dense, alone = layer_cost.scan_only_quantized(tiny_model, observed, test, Recomputation(), fast)
+    dense, alone = layer_cost.scan_only_quantized(tiny_model, observed, test, Recomputation())
     x = normalize(test.images)
     assert torch.equal(dense, tiny_model(x).argmax(dim=1) == test.labels)
     quantizers = layer_quantizers(observed)

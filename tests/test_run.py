@@ -31,6 +31,7 @@ def test_a_finished_run_leaves_its_results(tmp_path, monkeypatch, with_page):
         run.finish_run(found, folder, time.perf_counter() - 2, with_page)
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert 2 <= found["wall_seconds"] < 60
+    assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] > 50e6
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"results.json"} | ({"report.html"} if with_page else set())
     assert found["artifacts"].get("report") == ("report.html" if with_page else None)

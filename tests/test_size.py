@@ -33,7 +33,7 @@ def test_nonzeros_are_counted(tiny_model):
 
 def test_describe_layers_leaves_the_model_alone(tiny_model):
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
-    describe_layers(tiny_model, image_size=16)
+    describe_layers(tiny_model)
     assert not any(module._forward_hooks for module in tiny_model.modules())
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
 

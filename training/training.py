@@ -22,17 +22,11 @@ from common.command.argument_types import fraction, image_count, positive_float,
 from training.recipe import BUNDLED_RECIPE, Recipe
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "training"
-EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = arguments.make_parser(
-        __doc__,
-        epilog="examples:\n"
-        "  python training.py --data-dir ~/cifar10\n"
-        "  torchrun --nproc-per-node 4 training.py --data-dir ~/cifar10",
-    )
+    parser = arguments.make_parser(__doc__)
     inputs = parser.add_argument_group("inputs")
     arguments.add_image_arguments(inputs, test_images=None)
     inputs.add_argument(
@@ -90,10 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     from common.network.size import count_parameters
     from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
-    from training.loop.precision import choose_precision
+    from training.loop.fit import choose_precision
     from training.loop.state import TrainingState
-    from training.record import journal, measure
-    from training.record.report import format_results
+    from training.record import journal, measure, report
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
@@ -135,10 +128,10 @@ def main(argv: list[str] | None = None) -> int:
         results["recipe"] = dataclasses.asdict(recipe)
         results["parameters"] = count_parameters(state.model)
         results |= measure.describe_accuracy(state.model.eval(), held_out, test.to(crew.device))
-        results["artifacts"] = save_epochs(notes.rows, folder)
+        results["artifacts"] = report.save_epochs(notes.rows, folder)
         finish_run(results, folder, started)
         notes.remove()
-    print_results(results, format_results(results, args.output_dir), args.json)
+    print_results(results, report.format_results(results, args.output_dir), args.json)
     return cli.EXIT_DONE
 
 
@@ -166,17 +159,6 @@ def save_weights(model, folder) -> dict:
     state = model.state_dict()
     save_checkpoint({name: value.cpu().contiguous() for name, value in state.items()}, file.path)
     return file.describe()
-
-
-def save_epochs(rows, folder) -> dict:
-    """Write the table and the plot of the epochs; return results.json's ``artifacts``."""
-    from common.network.checkpoint import WEIGHTS_NAME
-    from common.report.results import write_csv
-    from training.record.report import plot_epochs
-
-    write_csv(folder.file(EPOCHS_NAME), [dataclasses.asdict(row) for row in rows])
-    plot_epochs(folder.file(EPOCHS_PLOT), rows)
-    return {"model": WEIGHTS_NAME, "plots": [EPOCHS_PLOT], "epochs": EPOCHS_NAME}
 
 
 if __name__ == "__main__":

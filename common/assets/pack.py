@@ -16,16 +16,14 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.command import arguments, cli
 from common.command.argument_types import positive_int
 from common.files.output import replace_file
-from common.images.cifar10 import CLASSES
 from common.images.data import balanced_subset
-from common.images.sources import ASSETS
+from common.images.sources import ASSETS, open_archive
 from common.network.checkpoint import BUNDLED_WEIGHTS, read_checkpoint
 
 SUBSET_SEED = 0
@@ -33,10 +31,7 @@ SUBSET_SEED = 0
 
 def pack_images(archive: Path, count: int) -> Path:
     """Write a class-balanced subset of ``archive``'s images beside this script, as a tar.xz."""
-    unpacked = io.BytesIO(lzma.decompress(archive.read_bytes()))
-    source = tarfile.open(fileobj=unpacked)  # noqa: SIM115  (in memory)
-    members = sorted((m for m in source if m.isfile()), key=lambda member: member.name)
-    labels = np.array([CLASSES.index(member.name.split("/")[1]) for member in members])
+    source, members, labels = open_archive(archive)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for index in sorted(balanced_subset(labels, count, SUBSET_SEED)):
@@ -60,12 +55,7 @@ def pack_weights(checkpoint: Path) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = arguments.make_parser(
-        __doc__,
-        epilog="examples:\n"
-        "  python common/assets/pack.py images cifar10_jpeg_train.tar.xz --count 2000\n"
-        "  python common/assets/pack.py weights resnet18_cifar10.pth",
-    )
+    parser = arguments.make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser("images", help="pack a class-balanced subset of an archive")
     images.add_argument("archive", type=Path)

@@ -45,8 +45,11 @@ def make_parser(script_doc: str | None, epilog: str | None = None) -> argparse.A
     Args:
         script_doc: The script's docstring, of which the first paragraph introduces ``--help``; None
             under ``python -OO``.
-        epilog: What ends it: examples, line by line.
+        epilog: What ends it; by default the docstring's indented lines, which are examples.
     """
+    if epilog is None and script_doc:
+        lines = [line for line in script_doc.splitlines() if line.startswith("    ")]
+        epilog = "\n".join(["examples:", *(f"  {line.split(' #')[0].strip()}" for line in lines)])
     return argparse.ArgumentParser(
         # The formatter keeps lines as they are, and those of a docstring may be longer than 80.
         description=textwrap.fill((script_doc or "").split("\n\n")[0], width=80),

@@ -7,6 +7,7 @@ what was written so.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import pickle
@@ -14,6 +15,7 @@ import re
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -99,6 +101,22 @@ def read_sealed(path: Path, kind: str) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: {NO_CHECKPOINT}")
     return content
+
+
+@contextlib.contextmanager
+def damage_told(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn the ``errors`` that a damaged file causes within the block into one line for the user.
+
+    Raises:
+        UserError: The file is damaged or is not ``what``.
+    """
+    try:
+        yield
+    except UserError:  # says already what is wrong
+        raise
+    except errors as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{path}: damaged or no {what} ({reason})") from None
 
 
 def _check_file(path: Path) -> bytes:

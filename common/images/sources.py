@@ -170,23 +170,28 @@ def _image_files(folder: Path) -> list[Path]:
 # --- bundled images ------------------------------------------------------------------------------
 
 
+def open_archive(path: Path) -> tuple[tarfile.TarFile, list[tarfile.TarInfo], np.ndarray]:
+    """Open a tar.xz of images ``…/<class>/…``: the tar, its images, their labels (int64, (N,))."""
+    unpacked = io.BytesIO(lzma.decompress(path.read_bytes()))
+    tar = tarfile.open(fileobj=unpacked)  # noqa: SIM115  (its images are read later)
+    members = sorted((m for m in tar if m.isfile()), key=lambda member: member.name)
+    return tar, members, np.array([CLASSES.index(m.name.split("/")[1]) for m in members], np.int64)
+
+
 def bundled_source() -> Source:
     """Read the bundled JPEG re-encodings: 10,000 test and 2,000 training images."""
 
     def open_split(split: str) -> Split:
         archive = BUNDLED_ARCHIVES[split]
         try:
-            unpacked = io.BytesIO(lzma.decompress(archive.read_bytes()))
-            tar = tarfile.open(fileobj=unpacked)  # noqa: SIM115  (read() below needs it)
-            members = sorted((m for m in tar if m.isfile()), key=lambda member: member.name)
+            tar, members, labels = open_archive(archive)
         except (OSError, lzma.LZMAError, tarfile.TarError) as error:
             raise UserError(f"{archive}: bundled images are missing or damaged ({error})") from None
-        labels = [CLASSES.index(member.name.split("/")[1]) for member in members]
 
         def read(indices: np.ndarray) -> np.ndarray:
             chosen = (members[i] for i in indices)
             return decode_images((m.name, tar.extractfile(m).read) for m in chosen)
 
-        return Split(np.asarray(labels, dtype=np.int64), read)
+        return Split(labels, read)
 
     return Source("bundled", "the bundled JPEG images", open_split)

@@ -15,7 +15,6 @@ from torch import nn
 
 from common.command import cli
 from common.images.data import Cifar10, batches
-from common.machine.workers import ALONE, Workers
 
 CONFIDENCE = 0.95
 # Of the standard normal distribution. What is needed of statistics is less than importing SciPy's,
@@ -93,22 +92,14 @@ def predict(
     dataset: Cifar10,
     batch_size: int = 128,
     description: str = "evaluate",
-    workers: Workers = ALONE,
 ) -> torch.Tensor:
     """Return the predicted class of every image: int64, shape (N,), on the CPU.
 
     The model runs as it is, in its own train/eval mode, on the device where ``dataset`` lies.
-    Images are fed channels_last, which every CPU and GPU convolution of torch prefers. Several
-    ``workers`` take a share of the batches each; all of them get all predictions.
+    Images are fed channels_last, which every CPU and GPU convolution of torch prefers.
     """
-    share = dataset.rows(workers.share_of(0, len(dataset), batch_size))
-    predictions = torch.empty(len(share), dtype=torch.int64, device=share.images.device)
-    start = 0
-    for images, _ in cli.progress(batches(share, batch_size), description):
-        stop = start + len(images)
-        predictions[start:stop] = model(images).argmax(dim=1)
-        start = stop
-    return torch.cat(workers.gather(predictions.cpu()))
+    loader = cli.progress(batches(dataset, batch_size), description)
+    return torch.cat([model(images).argmax(dim=1) for images, _ in loader]).cpu()
 
 
 def measure_accuracy(correct: torch.Tensor) -> Accuracy:

@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from common.network.resnet import BasicBlock, ResNet18
+from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm, prunable_layers
 
 Rows = torch.Tensor | slice
 ALL_ROWS = slice(None)
@@ -25,7 +24,7 @@ ALL_ROWS = slice(None)
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution with its batch norm folded in: y = conv(x, weight) + bias."""
+    """A convolution of a folded network: y = conv(x, weight) + bias."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -33,14 +32,10 @@ class Convolution:
     padding: int
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Convolution:
-        """Fold ``norm``, in eval mode, into ``conv``."""
-        weight, bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
-            norm.bias,
-        )  # fmt: skip
-        weight = weight.detach().contiguous(memory_format=torch.channels_last)
-        return cls(weight, bias.detach(), conv.stride[0], conv.padding[0])
+    def of(cls, conv: nn.Conv2d) -> Convolution:
+        """Take over a folded convolution."""
+        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        return cls(weight, conv.bias.detach(), conv.stride[0], conv.padding[0])
 
     def masked(self, kept: torch.Tensor) -> Convolution:
         """Return the convolution without the weights that are not ``kept`` (bool, same shape)."""
@@ -84,21 +79,14 @@ class FoldedNetwork:
     @classmethod
     def of(cls, model: ResNet18) -> FoldedNetwork:
         """Fold a model in eval mode."""
+        stem, *rest = prunable_layers(fold_batch_norm(model)).items()
+        parts = {name: Convolution.of(layer) for name, layer in rest[:-1]}
         blocks = {
-            name: Block(
-                Convolution.of(block.conv1, block.bn1),
-                Convolution.of(block.conv2, block.bn2),
-                Convolution.of(*block.shortcut) if len(block.shortcut) else None,
-            )
-            for name, block in model.named_modules()
-            if isinstance(block, BasicBlock)
+            name: Block(*(parts.get(f"{name}.{part}") for part in ("conv1", "conv2", "shortcut.0")))
+            for name in BLOCKS
         }
-        return cls(
-            Convolution.of(model.conv1, model.bn1),
-            blocks,
-            model.linear.weight.detach(),
-            model.linear.bias.detach(),
-        )
+        linear = model.linear
+        return cls(Convolution.of(stem[1]), blocks, linear.weight.detach(), linear.bias.detach())
 
     def convolutions(self) -> dict[str, Convolution]:
         """Return the convolutions by name, in the order in which branches leave."""

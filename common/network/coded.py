@@ -31,7 +31,8 @@ from safetensors.torch import save
 from common.command.cli import UserError
 from common.files import entropy
 from common.files.output import replace_file
-from common.network.resnet import ResNet18, Widths, prunable_layers
+from common.files.untrusted import damage_told
+from common.network.resnet import ResNet18, Widths, batch_norm_after, prunable_layers
 
 MARK, VERSION = "resnet18-cifar10-coded", "1"
 SUFFIX = ".safetensors"
@@ -98,7 +99,7 @@ class CodedNetwork:
             if name == "linear":
                 state["linear.bias"] = layer.bias
                 continue
-            norm = name.replace("conv", "bn").replace("shortcut.0", "shortcut.1")
+            norm = batch_norm_after(name)
             state[f"{norm}.bias"] = layer.bias
             state[f"{norm}.running_var"] = torch.full_like(layer.bias, 1 - NORM_EPSILON)
         return state
@@ -152,7 +153,10 @@ def load_coded(path: Path) -> CodedNetwork:
     Raises:
         UserError: The file is missing, damaged, or not one of ours.
     """
-    try:
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    errors = (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError)
+    with damage_told(path, "coded network", *errors):
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError("far too large")
         with safe_open(path, framework="pt") as file:
@@ -165,11 +169,6 @@ def load_coded(path: Path) -> CodedNetwork:
         if _checksum(tensors, metadata) != metadata.get("sha256"):
             raise ValueError("checksum differs")
         return _decode(tensors, {k: json.loads(metadata.get(k, "")) for k in JSON_FIELDS})
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path}: damaged or no coded network ({reason})") from None
 
 
 def _decode(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, object]) -> CodedNetwork:
@@ -180,12 +179,8 @@ def _decode(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, object]) -
     """
     stages, inner = fields["widths"]
     with torch.device("meta"):
-        shapes = {
-            name: layer.weight.shape
-            for name, layer in prunable_layers(
-                ResNet18(Widths(tuple(stages), tuple(inner)))
-            ).items()
-        }
+        layers = prunable_layers(ResNet18(Widths(tuple(stages), tuple(inner))))
+    shapes = {name: layer.weight.shape for name, layer in layers.items()}
     kept = fields["fp32_layers"]
     if not isinstance(kept, list) or not set(kept) <= shapes.keys():
         raise ValueError("FP32 layers that no such network has")

@@ -8,9 +8,11 @@ other widths.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -139,18 +141,31 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     }
 
 
+@contextlib.contextmanager
+def hooked(layers: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Have ``hook`` called with name, layer, inputs and output whenever a layer has run."""
+    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def batch_norm_after(convolution: str) -> str:
+    """Return the name of the batch norm that follows a convolution."""
+    return convolution.replace("conv", "bn").replace("shortcut.0", "shortcut.1")
+
+
 def fold_batch_norm(model: ResNet18) -> ResNet18:
     """Return a copy whose convolutions compute their batch-norm too; ``model`` is in eval mode.
 
     The function is the same up to FP32 rounding; the copy is for inference, not for saving.
     """
     folded = copy.deepcopy(model)
-    for module in (folded, *(m for m in folded.modules() if isinstance(m, BasicBlock))):
-        for conv, bn in (("conv1", "bn1"), ("conv2", "bn2")):
-            if hasattr(module, conv):
-                fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn))
-                setattr(module, conv, fused)
-                setattr(module, bn, nn.Identity())
-        if isinstance(module, BasicBlock) and len(module.shortcut):
-            module.shortcut = nn.Sequential(fuse_conv_bn_eval(*module.shortcut))
+    for name, layer in prunable_layers(model).items():
+        if isinstance(layer, nn.Conv2d):
+            norm = batch_norm_after(name)
+            folded.set_submodule(name, fuse_conv_bn_eval(layer, model.get_submodule(norm)))
+            folded.set_submodule(norm, nn.Identity())
     return folded

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from common.files.untrusted import serialize
-from common.network.resnet import prunable_layers
+from common.images.cifar10 import IMAGE_SIZE
+from common.network.resnet import hooked, prunable_layers
 
 
 @dataclass(frozen=True)
@@ -43,31 +44,20 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def describe_layers(model: nn.Module, image_size: int = 32) -> list[Layer]:
+def describe_layers(model: nn.Module) -> list[Layer]:
     """Describe every convolution and linear layer, in the order of the state dict.
 
-    Args:
-        model: Run once on a blank image of ``image_size`` × ``image_size`` to learn output sizes.
-        image_size: In pixels.
+    The model is run once on a blank image to learn output sizes.
     """
-    output_positions = {}
+    layers, output_positions = prunable_layers(model), {}
 
-    def record(name: str):
-        def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-            # Each weight is used once at every position of the output.
-            output_positions[name] = output[0, 0].numel() if output.ndim == 4 else 1
+    def record(name: str, layer: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        # Each weight is used once at every position of the output.
+        output_positions[name] = output[0, 0].numel() if output.ndim == 4 else 1
 
-        return hook
-
-    layers = prunable_layers(model)
-    hooks = [module.register_forward_hook(record(name)) for name, module in layers.items()]
-    try:
+    with hooked(layers, record), torch.inference_mode():
         device = next(model.parameters()).device
-        with torch.inference_mode():
-            model(torch.zeros(1, 3, image_size, image_size, device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+        model(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device))
     return [
         Layer(
             name=name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from common.files.output import replace_file
-from common.machine.device import cpu_name, has_vnni, peak_memory_bytes
+from common.machine.device import cpu_name, has_vnni
 
 if TYPE_CHECKING:
     import argparse
@@ -31,11 +30,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9
 
 
 def common_results(
-    script: str,
-    arguments: argparse.Namespace,
-    workers: Workers,
-    data: dict,
-    weights: dict,
+    script: str, arguments: argparse.Namespace, workers: Workers, data: dict, weights: dict
 ) -> dict:
     """Return the part of results.json that all scripts share, but for what is known at the end.
 
@@ -70,18 +65,6 @@ def environment(device: str) -> dict:
         "vnni": has_vnni(),
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-    }
-
-
-def run_cost(started: float) -> dict:
-    """Return what the run has cost so far: wall-clock seconds, and the peak of its memory.
-
-    Args:
-        started: What ``time.perf_counter()`` said at the start.
-    """
-    return {
-        "wall_seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 

@@ -8,8 +8,9 @@ images that were not used for calibration; the test images are for the report al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch.fx import GraphModule
 
@@ -56,12 +57,7 @@ class Plan:
 
 
 class Trial:
-    """Measures plans on held-out images, against the FP32 model.
-
-    Args:
-        model: FP32.
-        bench: Calibration images that set ranges, and held-out ones that decide.
-    """
+    """Measures plans against the FP32 model: ``bench`` has the held-out images that decide."""
 
     def __init__(self, model: ResNet18, bench: Bench):
         self.bench = bench
@@ -82,14 +78,8 @@ class Trial:
 def meet_budget(trial: Trial, model: ResNet18, settings: Settings, max_drop: float) -> Plan:
     """Find a plan whose drop on the held-out images is at most ``max_drop``, or the best one.
 
-    Args:
-        trial: Measures drops.
-        model: FP32.
-        settings: To start from.
-        max_drop: As a fraction of images.
-
-    Returns:
-        The first plan within the budget; else the one with the least drop.
+    It begins with the FP32 ``model`` and ``settings``. The first plan within the budget is taken;
+    if there is none, the one with the least drop.
     """
     plan = Plan(model, settings, trial.measure_drop(model, settings))
     plan.steps.append(Step("plain", plan.drop, True))
@@ -100,33 +90,39 @@ def meet_budget(trial: Trial, model: ResNet18, settings: Settings, max_drop: flo
 
 
 def _try_free_corrections(trial: Trial, plan: Plan, max_drop: float) -> Plan:
-    for action, propose in _free_corrections(trial):
+    for action, correct in _free_corrections(trial.bench).items():
         if plan.drop <= max_drop:
             break
-        model, settings = propose(plan)
-        plan = _keep_if_better(plan, action, model, settings, trial.measure_drop(model, settings))
+        tried = correct(plan)
+        drop = trial.measure_drop(tried.model, tried.settings)
+        better = drop < plan.drop
+        cli.log.info(
+            "budget: %s: drop %.2f points on held-out images%s",
+            action, 100 * drop, "" if better else ", not kept",
+        )  # fmt: skip
+        steps = [*plan.steps, Step(action, drop, better)]
+        plan = replace(tried, drop=drop, steps=steps) if better else replace(plan, steps=steps)
     return plan
 
 
-def _free_corrections(
-    trial: Trial,
-) -> Iterator[tuple[str, Callable[[Plan], tuple[ResNet18, Settings]]]]:
-    yield (
-        "equalise channels across layers",
-        lambda plan: (corrections.equalize_cross_layer(plan.model), plan.settings),
-    )
-    for observer in OBSERVERS:
-        yield (
-            f"{observer} observer",
-            lambda plan, observer=observer: (plan.model, replace(plan.settings, observer=observer)),
-        )
-    yield (
-        "correct biases",
-        lambda plan: (
-            corrections.correct_biases(plan.model, trial.bench.calibration, trial.bench.batch_size),
-            plan.settings,
-        ),
-    )
+def _free_corrections(bench: Bench) -> dict[str, Callable[[Plan], Plan]]:
+    """Return what costs no time, in the order in which it is tried."""
+
+    def equalize(plan: Plan) -> Plan:
+        return replace(plan, model=corrections.equalize_cross_layer(plan.model))
+
+    def observe(observer: str, plan: Plan) -> Plan:
+        return replace(plan, settings=replace(plan.settings, observer=observer))
+
+    def correct_biases(plan: Plan) -> Plan:
+        model = corrections.correct_biases(plan.model, bench.calibration, bench.batch_size)
+        return replace(plan, model=model)
+
+    return {
+        "equalise channels across layers": equalize,
+        **{f"{observer} observer": partial(observe, observer) for observer in OBSERVERS},
+        "correct biases": correct_biases,
+    }
 
 
 def _restore_layers(trial: Trial, plan: Plan, max_drop: float) -> Plan:
@@ -159,15 +155,3 @@ def _restore_layers(trial: Trial, plan: Plan, max_drop: float) -> Plan:
     steps = [Step(f"{layer} in FP32", value, layer in restored) for layer, value in tried]
     settings = replace(plan.settings, fp32_layers=restored)
     return Plan(plan.model, settings, drop, [*plan.steps, *steps, *undone])
-
-
-def _keep_if_better(
-    plan: Plan, action: str, model: ResNet18, settings: Settings, drop: float
-) -> Plan:
-    better = drop < plan.drop
-    steps = [*plan.steps, Step(action, drop, better)]
-    cli.log.info(
-        "budget: %s: drop %.2f points on held-out images%s",
-        action, 100 * drop, "" if better else ", not kept",
-    )  # fmt: skip
-    return Plan(model, settings, drop, steps) if better else replace(plan, steps=steps)

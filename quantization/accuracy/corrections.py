@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.images.data import Cifar10, batches
-from common.network.resnet import BasicBlock, ResNet18, fold_batch_norm, prunable_layers
+from common.network.resnet import (
+    BasicBlock,
+    ResNet18,
+    batch_norm_after,
+    fold_batch_norm,
+    hooked,
+    prunable_layers,
+)
 from quantization.accuracy.quantizers import quantize_weight
 
 
@@ -23,10 +30,12 @@ def absorb_batch_norm(model: ResNet18) -> ResNet18:
     Every batch-norm that stays is an identity but for its bias, which is the folded one. So the
     result is a ResNet18 like any other: it can be saved, loaded and quantized.
     """
-    absorbed, folded = copy.deepcopy(model), fold_batch_norm(model)
-    for name, norm in _batch_norms(absorbed).items():
-        conv = folded.get_submodule(name)
+    absorbed, folded = copy.deepcopy(model), prunable_layers(fold_batch_norm(model))
+    for name, conv in folded.items():
+        if name == "linear":
+            continue
         absorbed.get_submodule(name).weight.data.copy_(conv.weight)
+        norm = absorbed.get_submodule(batch_norm_after(name))
         nn.init.ones_(norm.weight)
         norm.bias.data.copy_(conv.bias)
         norm.running_mean.zero_()
@@ -64,39 +73,21 @@ def correct_biases(model: ResNet18, calibration: Cifar10, batch_size: int) -> Re
     (Nagel et al., 2019, section 4.2, measured on calibration images instead of derived).
     """
     corrected = absorb_batch_norm(model)
-    errors = {name: [] for name in prunable_layers(corrected)}
+    layers = prunable_layers(corrected)
+    errors = {name: [] for name in layers}
 
-    def measure(name: str):
-        def hook(layer: nn.Conv2d | nn.Linear, inputs: tuple[torch.Tensor], _: object) -> None:
-            rounding = layer.weight - quantize_weight(layer.weight)
-            if isinstance(layer, nn.Linear):
-                errors[name].append(F.linear(inputs[0], rounding).mean(dim=0))
-            else:
-                error = F.conv2d(inputs[0], rounding, None, layer.stride, layer.padding)
-                errors[name].append(error.mean(dim=(0, 2, 3)))
+    def measure(name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple[torch.Tensor], _) -> None:
+        rounding = layer.weight - quantize_weight(layer.weight)
+        if isinstance(layer, nn.Linear):
+            errors[name].append(F.linear(inputs[0], rounding).mean(dim=0))
+        else:
+            error = F.conv2d(inputs[0], rounding, None, layer.stride, layer.padding)
+            errors[name].append(error.mean(dim=(0, 2, 3)))
 
-        return hook
-
-    hooks = [m.register_forward_hook(measure(n)) for n, m in prunable_layers(corrected).items()]
-    try:
+    with hooked(layers, measure):
         for images, _ in batches(calibration, batch_size):
             corrected(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    norms = _batch_norms(corrected)
     for name, values in errors.items():
-        layer = norms.get(name, corrected.linear)
+        layer = corrected.get_submodule(batch_norm_after(name))  # the linear layer is its own
         layer.bias += torch.stack(values).mean(dim=0)
     return corrected
-
-
-def _batch_norms(model: ResNet18) -> dict[str, nn.BatchNorm2d]:
-    """Return the batch-norm that follows each convolution, by the convolution's name."""
-    norms, last = {}, None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            last = name
-        elif isinstance(module, nn.BatchNorm2d):
-            norms[last] = module
-    return norms

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from common.images.data import Cifar10, normalize
 from common.measure import evaluate
 from common.network.cascade import Recomputation
-from common.network.resnet import ResNet18, fold_batch_norm, prunable_layers
+from common.network.resnet import ResNet18, fold_batch_norm, hooked, prunable_layers
 from quantization.accuracy import layer_cost
 from quantization.accuracy.quantizers import Quantizer, layer_quantizers, quantize_weight
 from quantization.bench import Bench
@@ -39,12 +39,7 @@ class LayerNoise:
     activation_sqnr_db: float
 
 
-def diagnose(
-    model: ResNet18,
-    observed: GraphModule,
-    settings: Settings,
-    bench: Bench,
-) -> dict:
+def diagnose(model: ResNet18, observed: GraphModule, settings: Settings, bench: Bench) -> dict:
     """Return results.json's ``diagnosis``: each layer's noise and accuracy cost, in network order.
 
     Beside it ``bf16``, where that ran: how FP32 decided what bf16 could not. Noise is measured on
@@ -98,16 +93,12 @@ def measure_noise(model: ResNet18, observed: GraphModule, images: Cifar10) -> li
     quantizers = layer_quantizers(observed)
     noise: dict[str, LayerNoise] = {}
 
-    def measure(name: str):
+    def measure(name: str, layer: nn.Module, inputs: tuple[torch.Tensor], _: object) -> None:
         # As the layers run: kept for later, their inputs alone would take 0.3 GB.
-        def hook(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            noise[name] = _layer_noise(name, layer, *inputs, *quantizers[name])
+        noise[name] = _layer_noise(name, layer, *inputs, *quantizers[name])
 
-        return hook
-
-    for name, layer in prunable_layers(folded).items():
-        layer.register_forward_pre_hook(measure(name))
-    folded(normalize(images.images[:NOISE_IMAGES]))
+    with hooked(prunable_layers(folded), measure):
+        folded(normalize(images.images[:NOISE_IMAGES]))
     return [noise[name] for name in quantizers]
 
 

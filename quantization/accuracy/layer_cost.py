@@ -65,22 +65,19 @@ class Fp32Layer(nn.Module):
 
 @torch.inference_mode()
 def scan_only_quantized(
-    model: ResNet18,
-    observed: GraphModule,
-    test: Cifar10,
-    record: Recomputation,
-    fast: bool | None = None,
+    model: ResNet18, observed: GraphModule, test: Cifar10, record: Recomputation
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
+
+    Branches run in bf16 first, where the CPU is made for it.
 
     Args:
         model: FP32, in eval mode.
         observed: The same model calibrated, which knows the activations' ranges.
         test: Images to measure on.
         record: Of what FP32 decided again after bf16; counted into.
-        fast: Run branches in bf16 first; by default where the CPU is made for it.
     """
-    fast = bf16_pays() if fast is None else fast
+    fast = bf16_pays()
     cascade, quantizers = Cascade.of(model, fast), layer_quantizers(observed)
     network = cascade.network
     exact = {

@@ -27,11 +27,10 @@ from torch.fx import GraphModule
 
 from common.command.cli import UserError, log
 from common.files.output import replace_file
-from common.files.untrusted import read_sealed, write_sealed
+from common.files.untrusted import damage_told, read_sealed, write_sealed
 from common.images.data import Cifar10, normalize
 from common.machine.fresh_process import call_fresh
 from common.network import coded
-from common.network.coded import CodedNetwork
 from common.network.resnet import Widths
 from quantization.coding import kernels
 from quantization.coding.reference import ReferenceNetwork
@@ -51,13 +50,7 @@ def file_name(engine: str) -> str:
 
 
 def save_int8(model: GraphModule, settings: Settings, path: Path) -> int:
-    """Write an INT8 model whole or not at all; return its size in bytes.
-
-    Args:
-        model: From :func:`quantization.int8.conversion.convert`.
-        settings: How it was made.
-        path: Of the file.
-    """
+    """Write what ``convert`` returned, whole or not at all; return the file's size in bytes."""
     content = {
         "settings": asdict(settings),
         "torch": str(torch.__version__),
@@ -87,7 +80,8 @@ def load_int8(path: str | Path) -> nn.Module:
         supported = torch.backends.quantized.supported_engines
         if network.settings.get("engine") in {*ENGINES} - {*supported}:  # made on another machine
             network = replace(network, settings={**network.settings, "engine": here[0]})
-        model, settings = _to_int8(path, network)
+        with damage_told(path, "INT8 model", ValueError, RuntimeError):
+            model, settings = kernels.to_int8(network)
     else:
         model, settings = _load_plain(path)
     if engines.saturates(settings.engine) and not settings.reduce_range:
@@ -99,19 +93,9 @@ def load_int8(path: str | Path) -> nn.Module:
     return deploy.deploy(model, settings.engine)
 
 
-def _to_int8(path: Path, network: CodedNetwork) -> tuple[GraphModule, Settings]:
-    try:
-        return kernels.to_int8(network)
-    except UserError:  # no such engine here
-        raise
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path}: damaged or no INT8 model ({reason})") from None
-
-
 def _load_plain(path: Path) -> tuple[GraphModule, Settings]:
     content = read_sealed(path, FORMAT)
-    try:
+    with damage_told(path, "INT8 model", ValueError, RuntimeError, TypeError, AttributeError):
         settings, state = parse_settings(content.get("settings")), content.get("state_dict")
         if not isinstance(state, dict):
             raise ValueError("no state dict")
@@ -123,11 +107,6 @@ def _load_plain(path: Path) -> tuple[GraphModule, Settings]:
         with engines.quiet_torch(settings.engine):
             template.update(item for item in state.items() if not isinstance(item[1], torch.dtype))
             model.load_state_dict(template)
-    except UserError:  # no such engine here
-        raise
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path}: damaged or no INT8 model ({reason})") from None
     return model, settings
 
 
@@ -169,12 +148,9 @@ def _named_tensors(state: Mapping[str, object]) -> Iterator[tuple[str, torch.Ten
 
 
 def save_frozen(model: GraphModule, engine: str, path: Path) -> int:
-    """Write an INT8 model as frozen TorchScript, whole or not at all; return its size in bytes.
+    """Write what ``convert`` returned as frozen TorchScript, whole or not at all; return its bytes.
 
-    Args:
-        model: From :func:`quantization.int8.conversion.convert`.
-        engine: Its engine, kept in the file.
-        path: Of the file.
+    The model's engine is kept in the file.
     """
     frozen, entries = deploy.freeze(deploy.flatten(model, engine)), {ENGINE_ENTRY: engine}
     with engines.quiet_torch(engine):
@@ -197,7 +173,8 @@ def load_frozen(path: str | Path) -> torch.jit.ScriptModule:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
+    errors = (zipfile.BadZipFile, RuntimeError, ValueError)
+    with damage_told(path, "frozen INT8 model", *errors):
         with zipfile.ZipFile(path) as archive:
             (entry,) = (n for n in archive.namelist() if n.endswith(f"/extra/{ENGINE_ENTRY}"))
             engine = archive.read(entry).decode()
@@ -207,9 +184,6 @@ def load_frozen(path: str | Path) -> torch.jit.ScriptModule:
             # Loading warns once from C++, past Python's filters; after this it no longer does.
             torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
             return torch.jit.load(path, map_location="cpu")
-    except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path}: damaged or no frozen INT8 model ({reason})") from None
 
 
 def verify_reloaded(deployed: Mapping[Path, nn.Module], test: Cifar10) -> None:

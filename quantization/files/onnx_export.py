@@ -39,11 +39,9 @@ def require_packages() -> None:
 
 
 def export_onnx(model: GraphModule, path: Path) -> None:
-    """Write a converted model to ``path``, checked by onnx; its batch size is free.
+    """Write what ``convert`` returned to a file that onnx has checked.
 
-    Args:
-        model: From :func:`quantization.int8.conversion.convert`.
-        path: Of the file; input ``images`` (normalised, float32), output ``logits``.
+    Its input is ``images`` (normalised, float32; the batch size is free), its output ``logits``.
     """
     import onnx
 
@@ -96,16 +94,12 @@ class _Exporter:
             elif node.op != "get_attr":  # scales and zero points: read where they are used
                 self._names[node] = self._convert(node)
         classes = self._model.get_submodule("linear").out_features
+        images, logits = (
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape])
+            for name, shape in (("images", (3, IMAGE_SIZE, IMAGE_SIZE)), ("logits", (classes,)))
+        )
         graph = helper.make_graph(
-            self._nodes,
-            "resnet18_cifar10_int8",
-            [
-                helper.make_tensor_value_info(
-                    "images", TensorProto.FLOAT, ["N", 3, IMAGE_SIZE, IMAGE_SIZE]
-                )
-            ],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", classes])],
-            self._initializers,
+            self._nodes, "resnet18_cifar10_int8", [images], [logits], self._initializers
         )
         opset = helper.make_opsetid("", OPSET)
         return helper.make_model(
@@ -154,23 +148,18 @@ class _Exporter:
     def _weight_and_bias(
         self, name: str, layer: nn.Module, is_int8: bool, source: str
     ) -> tuple[str, str]:
+        weight_name, bias_name = f"{name}_weight", f"{name}_bias"
         if not is_int8:
-            weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
-            return self._constant_tensor(f"{name}_weight", weight), self._constant_tensor(
-                f"{name}_bias", bias
-            )
+            self._constant_tensor(weight_name, layer.weight.detach().numpy())
+            return weight_name, self._constant_tensor(bias_name, layer.bias.detach().numpy())
         weight, bias = layer.weight(), layer.bias().detach().numpy()
         scales = weight.q_per_channel_scales().numpy().astype(np.float32)
-        zero_points = np.zeros(len(scales), np.int8)
-        weight_name = self._dequantize(
-            f"{name}_weight", weight.int_repr().numpy(), scales, zero_points
-        )
+        self._dequantize(weight_name, weight.int_repr().numpy(), scales)
         bias_scales = np.float32(self._scales[source][0]) * scales
         bias_levels = np.rint(bias.astype(np.float64) / bias_scales)
         if np.abs(bias_levels).max() > INT32_MAX:  # weights of a dead channel: scale near zero
-            return weight_name, self._constant_tensor(f"{name}_bias", bias)
-        bias_levels, zero_points = bias_levels.astype(np.int32), np.zeros(len(scales), np.int32)
-        return weight_name, self._dequantize(f"{name}_bias", bias_levels, bias_scales, zero_points)
+            return weight_name, self._constant_tensor(bias_name, bias)
+        return weight_name, self._dequantize(bias_name, bias_levels.astype(np.int32), bias_scales)
 
     def _quantize(self, value: str, name: str, scale: float, zero_point: int) -> str:
         """Add a QuantizeLinear and a DequantizeLinear; return the name of the FP32 result."""
@@ -187,9 +176,8 @@ class _Exporter:
         """Quantize with the scale of ``source``, which pooling and reshaping keep."""
         return self._quantize(value, name, *self._scales[source])
 
-    def _dequantize(
-        self, name: str, levels: np.ndarray, scales: np.ndarray, zero_points: np.ndarray
-    ) -> str:
+    def _dequantize(self, name: str, levels: np.ndarray, scales: np.ndarray) -> str:
+        zero_points = np.zeros(len(scales), levels.dtype)
         operands = {"levels": levels, "scale": scales, "zero_point": zero_points}
         names = [self._constant_tensor(f"{name}_{key}", value) for key, value in operands.items()]
         return self._add("DequantizeLinear", names, name, axis=0)

@@ -51,16 +51,9 @@ def count_zeros(model: ResNet18, converted: GraphModule) -> dict:
 
 
 def pack(model: ResNet18, quantized: Quantized, fp32_bytes: int, path: Path) -> dict:
-    """Check the zeros and write the packed file.
+    """Check an INT8 model's zeros against FP32's, and pack it; return results.json's ``sparsity``.
 
-    Args:
-        model: FP32, as it was loaded.
-        quantized: Its INT8 model.
-        fp32_bytes: Size of the FP32 file, to compare with.
-        path: Of the packed file.
-
-    Returns:
-        results.json's ``sparsity``.
+    The packed file, at ``path``, is compared with the ``fp32_bytes`` of the FP32 one.
     """
     zeros = count_zeros(model, quantized.model)
     size_bytes = save_coded(from_int8(quantized.model, quantized.settings), path)

@@ -66,9 +66,7 @@ WEIGHT_OBSERVER = default_per_channel_weight_observer  # symmetric
 
 
 def calibrate(
-    model: ResNet18,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    settings: Settings,
+    model: ResNet18, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], settings: Settings
 ) -> GraphModule:
     """Return a copy of ``model`` that has observed its activations on the calibration images.
 
@@ -117,7 +115,7 @@ def convert(observed: GraphModule, settings: Settings) -> GraphModule:
     with quiet_torch(settings.engine), torch.inference_mode(), _models_forgotten():
         converted = convert_fx(copy.deepcopy(observed))
         round_biases(converted)
-    refused = {op.name for op in list_operations(converted) if not op.is_int8}
+    refused = {name for name, is_int8 in list_operations(converted).items() if not is_int8}
     if refused := sorted(refused - set(settings.fp32_layers)):
         raise RuntimeError(f"not INT8 after conversion: {', '.join(refused)}")
     return converted

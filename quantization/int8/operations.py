@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
@@ -11,17 +9,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from common.images.cifar10 import IMAGE_SIZE
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One operation of a converted model: its name, what it is, and whether it runs in INT8."""
+def list_operations(converted: GraphModule) -> dict[str, bool]:
+    """Return whether each operation of a converted model runs in INT8, by name, in their order.
 
-    name: str
-    kind: str
-    is_int8: bool
-
-
-def list_operations(converted: GraphModule) -> list[Operation]:
-    """List what a converted model runs between its first quantize and its last dequantize.
+    Listed is what lies between its first quantize and its last dequantize.
 
     The model is run on a blank image, and an operation is INT8 if what it returned is: the proof
     does not rest on the names of classes.
@@ -59,17 +50,14 @@ class _Recorder(Interpreter):
 
     def __init__(self, module: GraphModule):
         super().__init__(module)
-        self.operations: list[Operation] = []
+        self.operations: dict[str, bool] = {}
 
     def run_node(self, node: Node) -> object:
         result = super().run_node(node)
         is_boundary = node.target in (torch.quantize_per_tensor, "dequantize")
         if node.op.startswith("call_") and not is_boundary:
-            kind = getattr(node.target, "__name__", str(node.target))
-            if node.op == "call_module":
-                kind = type(self.fetch_attr(node.target)).__name__
             name = node.target if node.op == "call_module" else node.name
-            self.operations.append(Operation(name, kind, result.is_quantized))
+            self.operations[name] = result.is_quantized
         return result
 
 

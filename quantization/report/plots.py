@@ -28,7 +28,7 @@ def draw_all(
 
     Args:
         results: With ``models``, and perhaps ``diagnosis``.
-        test: The images.
+        test: The N images.
         fp32: FP32's predictions (int64, shape (N,)).
         int8: INT8's.
         file: Returns the path of a name.
@@ -40,12 +40,7 @@ def draw_all(
 
 
 def plot_overview(models: Sequence[dict], path: Path) -> None:
-    """Plot size, accuracy with its interval, and throughput by batch size.
-
-    Args:
-        models: The ``models`` of results.json.
-        path: PNG to write.
-    """
+    """Plot the size, accuracy and throughput of results.json's ``models``."""
     figure, axes = report.new_figure(11, 3.8, columns=3, width_ratios=(1, 1.15, 2))
     size_axis, accuracy_axis, speed_axis = axes
     # The layout in memory changes neither size nor accuracy.
@@ -97,12 +92,7 @@ def plot_overview(models: Sequence[dict], path: Path) -> None:
 
 
 def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
-    """Plot each layer's quantization noise, and what INT8 costs with it alone and without it.
-
-    Args:
-        rows: The ``diagnosis`` of results.json.
-        path: PNG to write.
-    """
+    """Plot each layer's quantization noise, and what INT8 costs with it alone and without it."""
     figure, (noise_axis, cost_axis) = report.new_figure(11, 6, columns=2, sharey=True)
     at = np.arange(len(rows))
     worst = min(range(len(rows)), key=lambda index: rows[index]["sqnr_db"])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from common.network.resnet import ResNet18, fold_batch_norm, prunable_layers
 from common.report import results as report
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class ActivationRange:
+class ActivationRange(NamedTuple):
     """The range of one observed activation, and what the observer chose to keep of it."""
 
     name: str
@@ -30,8 +28,7 @@ class ActivationRange:
     kept_max: float
 
 
-@dataclass(frozen=True)
-class ChannelRanges:
+class ChannelRanges(NamedTuple):
     """The largest weight magnitude of each output channel of a layer: its spread over channels."""
 
     layer: str
@@ -42,52 +39,30 @@ class ChannelRanges:
 
 def activation_ranges(observed: GraphModule) -> list[ActivationRange]:
     """Return the range of every activation that calibration observed, in network order."""
-    ranges, shared = [], set()
+    sources = {}  # pooling and flattening share the observer of what they read
     for node, observer in activation_observers(observed):
-        if observer in shared:  # pooling and flattening share that of what they read
-            continue
-        shared.add(observer)
-        kept_min, kept_max = quantizer_of(observer).limits
-        ranges.append(
-            ActivationRange(
-                name=_producer_name(node.args[0]),
-                seen_min=float(observer.min_val),
-                seen_max=float(observer.max_val),
-                kept_min=kept_min,
-                kept_max=kept_max,
-            )
-        )
+        sources.setdefault(observer, node.args[0])
+    ranges = []
+    for observer, node in sources.items():
+        name = node.target if node.op == "call_module" else node.name
+        seen = float(observer.min_val), float(observer.max_val)
+        kept = quantizer_of(observer).limits
+        ranges.append(ActivationRange("input" if node.op == "placeholder" else name, *seen, *kept))
     return ranges
 
 
 def weight_ranges(model: ResNet18) -> list[ChannelRanges]:
-    """Return the spread of weight ranges over channels, by layer, as INT8 sees it.
-
-    Args:
-        model: FP32 with batch-norm folded in.
-    """
+    """Return the spread of weight ranges over channels, by layer; batch-norms are folded."""
     ranges = []
     for name, module in prunable_layers(model).items():
         largest = module.weight.detach().abs().flatten(1).amax(dim=1)
-        spread = (float(value) for value in (largest.min(), largest.median(), largest.max()))
-        ranges.append(ChannelRanges(name, *spread))
+        spread = (largest.min(), largest.median(), largest.max())
+        ranges.append(ChannelRanges(name, *map(float, spread)))
     return ranges
 
 
-def _producer_name(node: Node) -> str:
-    if node.op == "placeholder":
-        return "input"
-    return node.target if node.op == "call_module" else node.name
-
-
 def plot_ranges(model: ResNet18, observed: GraphModule, path: Path) -> None:
-    """Plot the ranges that INT8 has to cover: of weights by channel, of activations by layer.
-
-    Args:
-        model: FP32, as it was quantized.
-        observed: The same calibrated.
-        path: PNG to write.
-    """
+    """Plot the ranges of an FP32 model's weights, and of its activations as ``observed``."""
     figure, axes = report.new_figure(11, 6.2, columns=2, width_ratios=(1, 1.25))
     _plot_weights(axes[0], weight_ranges(fold_batch_norm(model)))
     _plot_activations(axes[1], activation_ranges(observed))

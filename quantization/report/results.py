@@ -51,19 +51,24 @@ def describe_models(
     dense = predictions == test.labels
     size_bytes = saved_size_bytes(model.state_dict())
     fp32 = [_entry(name, None, size_bytes, dense, timings[name]) for name in (FP32_NCHW, FP32)]
+
+    def int8_entry(
+        name: str, engine: str, path: Path, predicted: torch.Tensor, timed: Sequence[Timing]
+    ) -> dict:
+        correct = predicted == test.labels
+        entry = _entry(name, engine, path.stat().st_size, correct, timed)
+        entry |= {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return entry | _against_fp32(entry, fp32, evaluate.compare(dense, correct))
+
     entries = []
     for candidate in quantized:
-        engine = candidate.settings.engine
-        correct = candidate.predictions == test.labels
-        entry = _file_entry("int8", engine, paths[engine][0], correct, timings[engine])
-        entry |= _describe_conversion(candidate, paths[engine])
-        entries.append(entry | _against_fp32(entry, fp32, evaluate.compare(dense, correct)))
+        engine, predicted = candidate.settings.engine, candidate.predictions
+        entry = int8_entry("int8", engine, paths[engine][0], predicted, timings[engine])
+        entries.append(entry | _describe_conversion(candidate, paths[engine]))
     if onnx is not None:
-        correct = onnx.predictions == test.labels
-        entry = _file_entry(ONNX, "onnxruntime", onnx.path, correct, timings[ONNX])
+        entry = int8_entry(ONNX, "onnxruntime", onnx.path, onnx.predictions, timings[ONNX])
         agreeing = onnx.predictions == quantized[0].predictions
-        entry |= {"agreement": float(agreeing.double().mean())}
-        entries.append(entry | _against_fp32(entry, fp32, evaluate.compare(dense, correct)))
+        entries.append(entry | {"agreement": float(agreeing.double().mean())})
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],
@@ -88,26 +93,16 @@ def _entry(
     }
 
 
-def _file_entry(
-    name: str, engine: str, path: Path, correct: torch.Tensor, timings: Sequence[Timing]
-) -> dict:
-    entry = _entry(name, engine, path.stat().st_size, correct, timings)
-    return entry | {
-        "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
-
-
 def _describe_conversion(candidate: Quantized, paths: Sequence[Path]) -> dict:
     operations = list_operations(candidate.model)
     return {
         "frozen": paths[1].name if len(paths) > 1 else None,
         "settings": asdict(candidate.settings),
-        "int8_operations": [op.name for op in operations if op.is_int8],
+        "int8_operations": [name for name, is_int8 in operations.items() if is_int8],
         "fp32_operations": [
-            {"name": op.name, "reason": "kept in FP32 to hold the accuracy budget"}
-            for op in operations
-            if not op.is_int8
+            {"name": name, "reason": "kept in FP32 to hold the accuracy budget"}
+            for name, is_int8 in operations.items()
+            if not is_int8
         ],
     }
 

@@ -75,15 +75,8 @@ def plan_epoch(
     affine = colour = None
     if recipe.jitter:
         affine, colour = (place(values) for values in _draw_jitter(rng, count, recipe.jitter))
-    return EpochPlan(
-        order=place(order),
-        shift=place(shift),
-        flip=place(flip),
-        patch=place(patch),
-        patch_size=place(patch_size),
-        affine=affine,
-        colour=colour,
-    )
+    placed = map(place, (order, shift, flip, patch, patch_size))
+    return EpochPlan(*placed, affine, colour)
 
 
 def _draw_jitter(

@@ -16,8 +16,7 @@ from torch import nn
 
 from common.images.data import Cifar10
 from common.machine.workers import Workers
-from training.loop.fit import EpochSummary, Loss, fit
-from training.loop.precision import choose_precision
+from training.loop.fit import EpochSummary, Loss, choose_precision, fit
 from training.loop.state import TrainingState
 from training.recipe import Recipe
 

@@ -22,9 +22,9 @@ from torch import nn
 from common.command import cli
 from common.command.cli import UserError
 from common.images.data import Cifar10
+from common.machine.device import bf16_pays
 from common.machine.workers import Workers
 from training.loop.augment import make_batch, plan_epoch
-from training.loop.precision import autocast
 from training.loop.state import TrainingState
 from training.recipe import Recipe
 
@@ -41,6 +41,15 @@ class EpochSummary:
     loss: float
     train_accuracy: float
     seconds: float
+
+
+def choose_precision(device: torch.device) -> str:
+    """Return ``bf16`` where a device's convolutions and products are fast in it, else ``fp32``."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and bf16_pays()
+    return "bf16" if fast else "fp32"
 
 
 def fit(
@@ -128,7 +137,8 @@ class _Loop:
         optimizer = self.state.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        with autocast(self.recipe.precision, images.device):
+        is_bf16 = self.recipe.precision == "bf16"
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=is_bf16):
             logits = self.network(images)
             loss = self.loss(images, logits, targets)
         optimizer.zero_grad(set_to_none=True)

@@ -6,7 +6,6 @@ not at all.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +14,7 @@ from pathlib import Path
 from common.command.cli import UserError
 from common.files.resuming import refuse_to_discard, require_same_settings
 from common.files.untrusted import read_sealed, write_sealed
-from common.images.data import Cifar10
+from common.images.data import Cifar10, checksum
 from training.loop.fit import EpochSummary
 from training.loop.state import TrainingState
 from training.recipe import Recipe
@@ -34,9 +33,7 @@ class EpochRow(EpochSummary):
 
 def describe_settings(recipe: Recipe, seed: int, processes: int, train: Cifar10) -> dict:
     """Return all that decides the weights; the images stand for themselves by their SHA-256."""
-    digest = hashlib.sha256(train.labels.cpu().numpy().tobytes())
-    digest.update(train.images.cpu().contiguous().numpy())
-    images = digest.hexdigest()
+    images = checksum((train.labels, train.images))
     return {**asdict(recipe), "seed": seed, "processes": processes, "training images": images}
 
 

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from common.report.results import (
-    BLUE,
-    GREY,
-    ORANGE,
-    RED,
-    format_table,
-    new_figure,
-    percent,
-    save_figure,
-)
+from common.files.output import OutputFolder
+from common.network.checkpoint import WEIGHTS_NAME
+from common.report import results as report
+from common.report.results import format_table, percent
 from training.record.journal import EpochRow
+
+EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
+
+
+def save_epochs(rows: Sequence[EpochRow], folder: OutputFolder) -> dict:
+    """Write the table and the plot of the epochs; return results.json's ``artifacts``."""
+    report.write_csv(folder.file(EPOCHS_NAME), [asdict(row) for row in rows])
+    plot_epochs(folder.file(EPOCHS_PLOT), rows)
+    return {"model": WEIGHTS_NAME, "plots": [EPOCHS_PLOT], "epochs": EPOCHS_NAME}
 
 
 def plot_epochs(path: Path, rows: Sequence[EpochRow]) -> None:
     """Draw loss, accuracies and learning rate by epoch as PNG."""
-    figure, (loss_axes, accuracy_axes, rate_axes) = new_figure(11, 3.6, columns=3)
+    figure, (loss_axes, accuracy_axes, rate_axes) = report.new_figure(11, 3.6, columns=3)
     epochs = [row.epoch for row in rows]
     marker = "o" if len(rows) < 2 else None  # a line through one point shows nothing
-    loss_axes.plot(epochs, [row.loss for row in rows], color=BLUE, marker=marker)
+    loss_axes.plot(epochs, [row.loss for row in rows], color=report.BLUE, marker=marker)
     loss_axes.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
     for values, label, colour in (
-        ([row.train_accuracy for row in rows], "training images, augmented", GREY),
-        ([row.held_out_accuracy for row in rows], "held-out images", ORANGE),
+        ([row.train_accuracy for row in rows], "training images, augmented", report.GREY),
+        ([row.held_out_accuracy for row in rows], "held-out images", report.ORANGE),
     ):
         percents = [100 * value for value in values]
         accuracy_axes.plot(epochs, percents, label=label, color=colour, marker=marker)
     accuracy_axes.set(title="Accuracy", xlabel="epoch", ylabel="top-1 (%)")
     accuracy_axes.legend(loc="lower right", fontsize=8)
-    rate_axes.plot(epochs, [row.learning_rate for row in rows], color=RED, marker=marker)
+    rate_axes.plot(epochs, [row.learning_rate for row in rows], color=report.RED, marker=marker)
     rate_axes.set(title="Learning rate", xlabel="epoch", ylim=(0, None))
-    save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 def format_results(results: dict, output_dir: Path) -> str:
