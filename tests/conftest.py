@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ from torch.nn.utils import prune
 
 from common.images.cifar10 import CLASSES
 from common.images.data import Cifar10, normalize
+from common.network.checkpoint import save_checkpoint
 from common.network.resnet import ResNet18, Widths, prunable_layers
 
 TINY = Widths((4, 8, 8, 8), (4, 3, 5, 8, 8, 6, 8, 7))  # of no two kinds of layers alike
@@ -42,6 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _imports_frozen() -> None:
+    """Take what is imported off the collector's hands: quantizing collects garbage at each step."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _undisturbed() -> Iterator[None]:
     """Leave the process to the next test as importing left it."""
@@ -49,7 +58,7 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_images() -> Callable[..., Cifar10]:
     """Make a dataset of random pixels, its classes in turns."""
 
@@ -64,18 +73,36 @@ def random_images() -> Callable[..., Cifar10]:
     return make
 
 
+@pytest.fixture(scope="session")
+def make_network(random_images) -> Callable[[Widths], ResNet18]:
+    """Make a network whose batch-norms fit its activations, so that its classes vary."""
+
+    def make(widths: Widths) -> ResNet18:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = ResNet18(widths)
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = 1.0
+            with torch.no_grad():
+                model(normalize(random_images(32).images))
+        return model.eval()
+
+    return make
+
+
 @pytest.fixture
-def tiny_model(random_images) -> ResNet18:
-    """A narrow network whose batch-norms fit its activations, so that its classes vary."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = ResNet18(TINY)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 1.0
-        with torch.no_grad():
-            model(normalize(random_images(32).images))
-    return model.eval()
+def tiny_model(make_network) -> ResNet18:
+    """A narrow network."""
+    return make_network(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(make_network, tmp_path_factory) -> Path:
+    """The narrow network's checkpoint, for runs that are not about the bundled weights."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    save_checkpoint(make_network(TINY).state_dict(), path)
+    return path
 
 
 @pytest.fixture

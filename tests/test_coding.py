@@ -93,7 +93,9 @@ def test_layers_make_up_for_what_those_before_lost(
     assert repaired < error()
 
 
-def test_the_study_measures_what_is_read_back(tiny_model, random_images, tmp_path, monkeypatch):
+def test_the_study_measures_what_is_read_back(
+    tiny_model, random_images, few_positions, tmp_path, monkeypatch
+):
     monkeypatch.setattr(study, "CURVE_PRICES", (0.03, 3.0))
     images, test = random_images(32), random_images(40, seed=1)
     fp32 = predict(tiny_model, test)

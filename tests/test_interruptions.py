@@ -81,9 +81,10 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def command_of(script: str, folder: Path) -> list[object]:
+def command_of(script: str, folder: Path, weights: Path) -> list[object]:
     shared = ["--bundled", "--threads", "1", "--test-images", "12", "--output-dir", folder]
-    return [*ARGUMENTS[script], *shared]
+    read = [] if script == "training" else ["--weights", weights]
+    return [*ARGUMENTS[script], *shared, *read]
 
 
 def main_of(script: str):
@@ -95,10 +96,10 @@ def check_nothing_changed(folder: Path) -> None:
     assert {path.name: path.read_text() for path in left} == EARLIER
 
 
-def interrupted(main, folder: Path, script: str) -> None:
+def interrupted(main, *command: object, folder: Path) -> None:
     """Run ``main`` in a copy of this process: an import that is cut short would stay so here."""
     told = folder.with_name(f"{folder.name}-told")
-    with Copy(main, *command_of(script, folder), output=told) as copy:
+    with Copy(main, *command, output=told) as copy:
         done = copy.wait()
     assert (done.returncode, done.stdout) == (cli.EXIT_INTERRUPTED, ""), done.stderr
     assert "Traceback" not in done.stderr
@@ -106,7 +107,7 @@ def interrupted(main, folder: Path, script: str) -> None:
 
 
 @pytest.mark.parametrize("script", ARGUMENTS)
-def test_interrupted_at_any_call(script, folder):
+def test_interrupted_at_any_call(script, folder, tiny_weights):
     """At the first calls the modules are imported, later images are read and networks run."""
     moment, calls = random.Random(script).randrange(2_000, 400_000), itertools.count()
 
@@ -119,11 +120,11 @@ def test_interrupted_at_any_call(script, folder):
         sys.setprofile(watch)
         return main_of(script)(argv)
 
-    interrupted(main, folder, script)
+    interrupted(main, *command_of(script, folder, tiny_weights), folder=folder)
 
 
 @pytest.mark.parametrize("script", ARGUMENTS)
-def test_interrupted_while_files_are_written(script, folder, monkeypatch):
+def test_interrupted_while_files_are_written(script, folder, tiny_weights, monkeypatch):
     name_file, files = OutputFolder.file, itertools.count()
     chosen = random.Random(script).randrange(3)
 
@@ -133,16 +134,16 @@ def test_interrupted_while_files_are_written(script, folder, monkeypatch):
         return name_file(self, name)
 
     monkeypatch.setattr(OutputFolder, "file", interrupt)
-    interrupted(main_of(script), folder, script)
+    interrupted(main_of(script), *command_of(script, folder, tiny_weights), folder=folder)
 
 
 @pytest.mark.parametrize("stage", ["importing", "reading back"])
-def test_ctrl_c_in_a_terminal(stage, folder):
+def test_ctrl_c_in_a_terminal(stage, folder, tiny_weights):
     """It goes to all processes of the run, and comes before main does, or as another starts."""
     seconds = random.Random(stage).uniform(0.2, 2)
     with subprocess.Popen(
         [sys.executable, REPOSITORY / "quantization" / "quantization.py",
-         *map(str, command_of("quantization", folder))],
+         *map(str, command_of("quantization", folder, tiny_weights))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         while stage == "reading back" and not list(folder.glob(f"{STAGING_PREFIX}*/*.pth")):

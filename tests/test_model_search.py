@@ -170,10 +170,10 @@ def test_every_method_gets_its_row(search, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tiny_weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     arguments = ["--layers", "linear", "--scope", "all", "--allocation", "global"]
-    arguments += ["--tolerance", "0.3"]
+    arguments += ["--tolerance", "0.3", "--weights", tiny_weights]
     return run_here(main, *QUICK, *arguments, "--output-dir", folder), folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from printed import read_table, shows
 from processes import REPOSITORY, run_here
 
 from common.images.data import normalize
-from common.network.checkpoint import load_model, save_checkpoint
+from common.network.checkpoint import load_model
 from pipeline import answers
 from pipeline.pipeline import main
+from pipeline.search import find_strongest
 from pipeline.store import FOLDER_NAME
 from quantization.files.artifact import load_int8
 from quantization.files.onnx_export import OnnxRuntimeModel
@@ -26,30 +28,23 @@ QUICK = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A tiny network, whose classes vary, as a checkpoint."""
-    from conftest import TINY
-
-    from common.network.resnet import ResNet18
-
-    torch.manual_seed(0)
-    model = ResNet18(TINY)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 1.0
-        model(torch.randn(64, 3, 32, 32))
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    save_checkpoint(model.eval().state_dict(), path)
-    return path
+@pytest.fixture(scope="module", autouse=True)
+def _few_trials():
+    """Two trials for each goal; test_pipeline_search.py is about where more of them lead."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            answers,
+            "find_strongest",
+            lambda make, where: find_strongest(make, replace(where, trials=2)),
+        )
+        yield
 
 
 @pytest.fixture(scope="module")
-def finished(weights, tmp_path_factory):
+def finished(tiny_weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     process = run_here(
-        main, *QUICK, "--weights", weights, "--max-drop", "0.6", "--report", "--export-onnx",
+        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.6", "--report", "--export-onnx",
         "--output-dir", folder,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -106,7 +101,7 @@ def test_answers_are_of_the_files_on_images_that_did_not_choose(finished):
         assert answer["accuracy"]["total"] == len(confirming)
 
 
-def test_the_fastest_has_fewer_channels_and_the_smallest_fewer_bytes(finished, weights):
+def test_the_fastest_has_fewer_channels_and_the_smallest_fewer_bytes(finished, tiny_weights):
     _, folder, results = finished
     size, speed, both = results["answers"]
     assert size["macs_kept"] == 1
@@ -114,7 +109,7 @@ def test_the_fastest_has_fewer_channels_and_the_smallest_fewer_bytes(finished, w
     assert both["macs_kept"] < 1
     assert size["file_bytes"] < results["models"][1]["size_bytes"]
     slim = load_model(folder / "resnet18_cifar10_slim.pth")
-    assert sum(slim.widths.inner) < sum(load_model(weights).widths.inner)
+    assert sum(slim.widths.inner) < sum(load_model(tiny_weights).widths.inner)
 
 
 def test_onnx_gives_the_same_classes(finished):
@@ -136,10 +131,10 @@ def test_page_tells_the_same(finished):
         assert f"{answer['size_ratio']:.1f}×" in page.text
 
 
-def test_training_is_tried_on_top(weights, tmp_path):
+def test_training_is_tried_on_top(tiny_weights, tmp_path):
     """Each goal's trained candidates come last, and are stronger than its best untrained one."""
     process = run_here(
-        main, *QUICK, "--weights", weights, "--max-drop", "0.6", "--for", "speed,both",
+        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.6", "--for", "speed,both",
         "--finetune-epochs", "1", "--finetune-images", "40", "--output-dir", tmp_path / "out",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -154,9 +149,9 @@ def test_training_is_tried_on_top(weights, tmp_path):
         assert trained[0][kept] <= min(untrained)
 
 
-def test_a_killed_run_goes_on_where_it_was(finished, weights, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_where_it_was(finished, tiny_weights, tmp_path, monkeypatch):
     """Stopped before the second goal, resumed: the first goal's networks are not made again."""
-    run = [*QUICK, "--weights", weights, "--max-drop", "0.6", "--for", "size,speed"]
+    run = [*QUICK, "--weights", tiny_weights, "--max-drop", "0.6", "--for", "size,speed"]
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -185,11 +180,11 @@ def test_a_killed_run_goes_on_where_it_was(finished, weights, tmp_path, monkeypa
 
 
 def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
-    weights, tmp_path, monkeypatch
+    tiny_weights, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("pipeline.budget.standard_error", lambda *_: 1.0)  # none to spare
     arguments = ["--max-drop", "0", "--for", "size", "--output-dir", tmp_path / "out"]
-    process = run_here(main, *QUICK, "--weights", weights, *arguments)
+    process = run_here(main, *QUICK, "--weights", tiny_weights, *arguments)
     assert process.returncode == 3, process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert not results["answers"][0]["within_budget"]

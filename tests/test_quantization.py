@@ -11,8 +11,7 @@ from printed import read_table, shows
 from processes import REPOSITORY, run_fresh, run_here
 from torch.nn.utils import prune
 
-from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
-from common.network.resnet import prunable_layers
+from common.network.resnet import Widths, prunable_layers
 from quantization.files.artifact import load_int8
 from quantization.int8 import deploy
 from quantization.quantization import main
@@ -65,11 +64,12 @@ def test_every_layer_is_int8(finished):
     assert "linear" in operations
 
 
-def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tmp_path):
+def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tiny_weights, tmp_path):
     folder = tmp_path / "out"
     process = run_here(
-        main, *QUICK, "--engines", "auto", "--export-onnx", "--json", "--output-dir", folder
-    )
+        main, *QUICK, "--weights", tiny_weights, "--engines", "auto", "--export-onnx", "--json",
+        "--output-dir", folder,
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     results = json.loads(process.stdout)
     check_results(results, folder)
@@ -150,8 +150,8 @@ def test_wrong_usage_exits_with_2(arguments, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pruned_network_keeps_its_zeros_and_is_packed(tmp_path):
-    model = load_model(BUNDLED_WEIGHTS)
+def test_a_pruned_network_keeps_its_zeros_and_is_packed(make_network, tmp_path):
+    model = make_network(Widths((16, 32, 64, 128)))
     layers = [(layer, "weight") for layer in prunable_layers(model).values()]
     prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.7)
     for layer, name in layers:
@@ -195,10 +195,10 @@ def test_targets_on_the_full_size_weights_and_images(tmp_path):
     assert comparison["accuracy"]["drop"] <= 0.003
 
 
-def test_where_there_is_no_fbgemm_all_is_done_with_qnnpack(tmp_path, monkeypatch):
+def test_where_there_is_no_fbgemm_all_is_done_with_qnnpack(tiny_weights, tmp_path, monkeypatch):
     """As on Arm: x86 builds of torch have qnnpack too."""
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none", "qnnpack"])
-    process = run_here(main, *QUICK, "--output-dir", tmp_path / "out")
+    process = run_here(main, *QUICK, "--weights", tiny_weights, "--output-dir", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     check_results(results, tmp_path / "out")
