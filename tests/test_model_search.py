@@ -18,13 +18,13 @@ from common.network.checkpoint import load_model
 from common.network.resnet import prunable_layers
 from common.network.size import describe_layers
 from pruning.alone.scan import Scan
-from pruning.pruning import main
+from pruning.pruning import ALLOCATIONS, main
 from pruning.report import search_results
 from pruning.report.search_results import describe_found
 from pruning.report.together import plot_model_search
 from pruning.together import found as found_module
 from pruning.together import search as model_search
-from pruning.together.allocation import ALLOCATIONS, RANDOM, uniform_masks, weights_in_scope
+from pruning.together.allocation import RANDOM, uniform_masks, weights_in_scope
 from pruning.together.found import Found, best_of, search_all, search_with
 from pruning.together.held_out import require_enough_images, split_test
 from pruning.together.search import LARGEST_LEVEL, LEVELS, Method, ModelSearch
