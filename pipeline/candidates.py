@@ -16,10 +16,11 @@ import torch
 from common.command import cli
 from common.images.data import Cifar10, batches
 from common.machine.device import bf16_pays
+from common.measure.budget import Budget, Verdict, doubling_looks
+from common.measure.evaluate import predict
 from common.network.coded import CodedNetwork
 from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm
 from common.network.size import describe_layers
-from pipeline.budget import Budget, Verdict
 from pipeline.store import Store
 from pruning.channels.allocation import CURVE_IMAGES, choose_widths, measure_curves, width_grid
 from pruning.channels.repair import Dense, measure_dense, repair
@@ -33,6 +34,8 @@ from quantization.settings import Settings
 
 RANGE_IMAGES = 512  # of the calibration images: those that set INT8's ranges
 TRAINED = "-trained"  # ends the name of what was
+# A candidate that has lost so many standard errors more than the budget is not looked at further.
+CLEARLY_OUT = 3.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,13 @@ class Workshop:
         trained: bool,
     ) -> Candidate:
         converted, settings = to_int8(coded)
-        verdict = self.budget.judge(deploy.deploy(converted, settings.engine), self.batch_size)
+        model = deploy.deploy(converted, settings.engine)
+
+        def find_correct(images: Cifar10) -> torch.Tensor:
+            return predict(model, images, self.batch_size, "judge") == images.labels
+
+        looks = doubling_looks(len(self.budget.images))
+        verdict = self.budget.judge(find_correct, looks, CLEARLY_OUT)
         macs = sum(layer.macs for layer in describe_layers(ResNet18(coded.widths)))
         candidate = Candidate(goal, strength, verdict, path, slim_path, macs, trained)
         cli.log.info(

@@ -12,12 +12,12 @@ import torch
 from common.files.output import OutputFolder
 from common.images.data import Cifar10, checksum
 from common.inputs import Inputs
+from common.measure.budget import Budget
 from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
 from common.network.coded import load_coded
 from common.network.size import describe_layers
 from pipeline.answers import Answer
-from pipeline.budget import Budget
 from pipeline.candidates import Training, Workshop
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe_answers, describe_models, describe_tried

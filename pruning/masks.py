@@ -43,20 +43,15 @@ def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prune_model(model: ResNet18, kept: Mapping[str, torch.Tensor]) -> None:
-    """Zero the weights of ``model`` (changed in place) that are not in ``kept``.
+def copy_without(model: ResNet18, kept: Mapping[str, torch.Tensor]) -> ResNet18:
+    """Return a copy, on the CPU, of which the weights that are not in ``kept`` are zero.
 
     Args:
-        model: On the CPU.
+        model: On any device.
         kept: For each layer's name the mask of the weights to keep.
     """
-    layers = prunable_layers(model)
+    pruned = copy.deepcopy(model).cpu()
+    layers = prunable_layers(pruned)
     for name, mask in kept.items():
         layers[name].weight.masked_fill_(~mask, 0)
-
-
-def copy_without(model: ResNet18, kept: Mapping[str, torch.Tensor]) -> ResNet18:
-    """Return a copy, on the CPU, of which the weights that are not in ``kept`` are zero."""
-    pruned = copy.deepcopy(model).cpu()
-    prune_model(pruned, kept)
     return pruned

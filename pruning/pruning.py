@@ -29,7 +29,6 @@ DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
 JOURNAL_NAME = "scan.journal"
 # Images in a batch. On a CPU small ones, which keep the activations of all branches in the cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
-# The choices of pruning.together.allocation, which imports torch, and --help must not.
 ALLOCATIONS = ("uniform", "global", "sensitivity")
 NEEDED_FLAGS = {
     "--allocation": "--scope",

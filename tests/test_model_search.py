@@ -12,25 +12,21 @@ from test_pruning import QUICK
 
 from common.command.cli import UserError
 from common.images.data import normalize
+from common.measure.budget import Budget
 from common.measure.evaluate import Accuracy, Paired, predict
 from common.network.checkpoint import load_model
 from common.network.resnet import prunable_layers
 from common.network.size import describe_layers
 from pruning.alone.scan import Scan
-from pruning.pruning import main
+from pruning.pruning import ALLOCATIONS, main
 from pruning.report import search_results
 from pruning.report.search_results import describe_found
 from pruning.report.together import plot_model_search
 from pruning.together import found as found_module
 from pruning.together import search as model_search
-from pruning.together.allocation import ALLOCATIONS, RANDOM, uniform_masks, weights_in_scope
+from pruning.together.allocation import RANDOM, uniform_masks, weights_in_scope
 from pruning.together.found import Found, best_of, search_all, search_with
-from pruning.together.held_out import (
-    SPARE_ERRORS,
-    clearance,
-    require_enough_images,
-    split_test,
-)
+from pruning.together.held_out import require_enough_images, split_test
 from pruning.together.search import LARGEST_LEVEL, LEVELS, Method, ModelSearch
 
 
@@ -55,15 +51,6 @@ def test_any_answer_was_kept(kept):
     assert found >= max(compressed, default=0)
 
 
-def test_clearance_is_the_paired_z_score():
-    dense = torch.tensor([True] * 90 + [False] * 10)
-    pruned = torch.tensor([False] * 6 + [True] * 84 + [True] * 2 + [False] * 8)
-    # 6 lost, 2 gained: 4 of the 10 that a tolerance of 10 points allows; variance 8 - 16 / 100.
-    expected = (10 - 4) / (8 - 0.16) ** 0.5
-    assert clearance(dense, pruned, 0.1) == pytest.approx(expected)
-    assert clearance(dense, dense, 0.0) == 0
-
-
 def test_halves_share_no_image_and_are_shuffled(random_images):
     test = random_images(40)
     right = torch.arange(40) % 3 > 0
@@ -75,12 +62,13 @@ def test_halves_share_no_image_and_are_shuffled(random_images):
     assert torch.equal(torch.cat([chosen.dense_correct, held_out.dense_correct]), right[rows])
 
 
-def test_too_few_images_for_any_network_to_pass():
+def test_too_few_images_for_any_network_to_pass(random_images):
     """It said "0.0 % of the weights can go" there; now it says how many images it takes."""
-    right = torch.ones(50, dtype=torch.bool)
     for count, passes in ((50, True), (49, False)):
-        spare = clearance(right[:count], right[:count], 0.02)
-        assert (spare >= SPARE_ERRORS) == passes  # of a network that loses nothing
+        right = torch.ones(count, dtype=torch.bool)
+        budget = Budget(0.02, random_images(count), right)
+        verdict = budget.judge(lambda images: torch.ones(len(images), dtype=bool), [count], 4.0)
+        assert verdict.passes == passes  # of a network that loses nothing
     require_enough_images(99, 0.02)  # 50 of which choose
     with pytest.raises(UserError, match="takes 100 test images, not 98"):
         require_enough_images(98, 0.02)

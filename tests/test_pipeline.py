@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_where_it_was(finished, tiny_weights, tmp_path, mon
 def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
     tiny_weights, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("pipeline.budget.standard_error", lambda *_: 1.0)  # none to spare
+    monkeypatch.setattr("common.measure.budget.standard_error", lambda *_: 1.0)  # none to spare
     arguments = ["--max-drop", "0", "--for", "size", "--output-dir", tmp_path / "out"]
     process = run_here(main, *QUICK, "--weights", tiny_weights, *arguments)
     assert process.returncode == 3, process.stderr

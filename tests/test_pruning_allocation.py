@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common.network.resnet import ResNet18, Widths, prunable_layers
-from pruning import pruning
 from pruning.together import allocation
 from pruning.together.allocation import DamageCurve, greedy_counts
 
@@ -70,7 +69,6 @@ def test_scopes_divide_the_layers():
     assert list(allocation.weights_in_scope(model, "all")) == everything
     assert list(allocation.weights_in_scope(model, "conv")) == everything[:-1]
     assert list(allocation.weights_in_scope(model, "linear")) == ["linear"]
-    assert pruning.ALLOCATIONS == allocation.ALLOCATIONS
 
 
 # --- by sensitivity ------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
-import copy
-
 import pytest
 import torch
 
 from common.network.resnet import prunable_layers
 from pruning.alone.scan import Scan
-from pruning.masks import prune_model
+from pruning.masks import copy_without
 from pruning.together import finetuning
 from pruning.together.allocation import uniform_masks, weights_in_scope
 from pruning.together.found import search_finetuned, search_with
@@ -13,13 +11,11 @@ from pruning.together.search import Method, ModelSearch, Step
 
 
 def test_zeros_stay_zeros_and_the_rest_learns(tiny_model, random_images):
-    dense = copy.deepcopy(tiny_model)
-    masks = uniform_masks(weights_in_scope(tiny_model, "conv"), 0.8)
-    prune_model(tiny_model, masks)
-    before = {n: layer.weight.detach().clone() for n, layer in prunable_layers(tiny_model).items()}
-    finetuning.finetune(tiny_model, dense, random_images(40), epochs=2, seed=0)
-    assert not tiny_model.training
-    for name, layer in prunable_layers(tiny_model).items():
+    pruned = copy_without(tiny_model, uniform_masks(weights_in_scope(tiny_model, "conv"), 0.8))
+    before = {n: layer.weight.detach().clone() for n, layer in prunable_layers(pruned).items()}
+    finetuning.finetune(pruned, tiny_model, random_images(40), epochs=2, seed=0)
+    assert not pruned.training
+    for name, layer in prunable_layers(pruned).items():
         assert torch.equal(layer.weight == 0, before[name] == 0), name
         assert not torch.equal(layer.weight, before[name]), name
 

@@ -63,9 +63,7 @@ def plot_sensitivity(
     """
     if by_drop:
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
-    comparisons = [row["comparison"] for row in rows]
-    losses = np.array([[c["drop"], *reversed(c["ci95"])] for c in comparisons])
-    value, low, high = 100 * (dense - losses.T)
+    value, low, high = together.accuracies(dense, rows)
     limit = 100 * (dense - tolerance)
     figure, axes = new_figure(9.5, 4.6)
     positions = np.arange(len(rows))

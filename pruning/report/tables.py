@@ -26,21 +26,13 @@ def structure_table(results: dict) -> str:
     """Lay out every prunable layer and the totals."""
     structure = results["structure"]
     total = structure["conv_weights"] + structure["linear_weights"]
+    whole = structure | {"name": "all", "shape": [], "weights": total}
     rows = [
-        [
-            layer["name"],
-            "×".join(map(str, layer["shape"])),
-            f"{layer['weights']:,}",
-            percent(layer["weights"] / total),
-            f"{layer['macs'] / 1e6:.2f}",
-            f"{layer['nonzeros']:,}",
-        ]
-        for layer in results["layers"]
-    ]
-    rows.append(
-        ["all", "", f"{total:,}", percent(1.0), f"{structure['macs'] / 1e6:.2f}",
-         f"{structure['nonzeros']:,}"]
-    )  # fmt: skip
+        [layer["name"], "×".join(map(str, layer["shape"])), f"{layer['weights']:,}",
+         percent(layer["weights"] / total), f"{layer['macs'] / 1e6:.2f}",
+         f"{layer['nonzeros']:,}"]
+        for layer in (*results["layers"], whole)
+    ]  # fmt: skip
     header = ["layer", "shape", "weights", "share", "MMAC", "non-zero"]
     return "\n".join(
         [
@@ -52,43 +44,33 @@ def structure_table(results: dict) -> str:
     )
 
 
-def sensitivity_table(results: dict, amount: float) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: the layers by drop at one amount; ≈ ties a row with the next."""
+def sensitivity_table(results: dict, ranking: dict) -> str:
+    """Lay out the layers by drop at the ranking's amount; ≈ ties a row with the next."""
+    amount, rows = ranking["amount"], []
     entries = {e["layer"]: e for e in results["sensitivity"] if e["amount"] == amount}
-    ranking = next(r["layers"] for r in results["ranking"] if r["amount"] == amount)
-    rows = []
-    for ranked in ranking:
+    for ranked in ranking["layers"]:
         entry = entries[ranked["layer"]]
         comparison = entry["comparison"]
         change = format_change(comparison)
         rows.append(
-            [
-                ranked["layer"],
-                percent(entry["accuracy"]["value"]),
-                change.points,
-                f"{change.low} … {change.high}",
-                p_value(comparison["mcnemar_p"], 1),
-                str(comparison["only_a_correct"]),
-                str(comparison["only_b_correct"]),
-                "≈" if ranked["tied_with_next"] else "",
-            ]
-        )
-    return ["layer", "accuracy", "points", "95 % interval", "p", "lost", "gained", ""], rows
+            [ranked["layer"], percent(entry["accuracy"]["value"]), change.points,
+             f"{change.low} … {change.high}", p_value(comparison["mcnemar_p"], 1),
+             str(comparison["only_a_correct"]), str(comparison["only_b_correct"]),
+             "≈" if ranked["tied_with_next"] else ""]
+        )  # fmt: skip
+    header = ["layer", "accuracy", "points", "95 % interval", "p", "lost", "gained", ""]
+    return format_table(header, rows)
 
 
 def search_table(linear: dict) -> str:
     """Lay out the steps of the binary search."""
     rows = [
-        [
-            str(number),
-            percent(step["amount"]),
-            f"{step['pruned_weights']:,}",
-            percent(step["accuracy"]["value"]),
-            points(step["accuracy"]["value"] - linear["dense"]["value"]),
-            "within" if step["kept"] else "too much",
-        ]
+        [str(number), percent(step["amount"]), f"{step['pruned_weights']:,}",
+         percent(step["accuracy"]["value"]),
+         points(step["accuracy"]["value"] - linear["dense"]["value"]),
+         "within" if step["kept"] else "too much"]
         for number, step in enumerate(linear["steps"], start=1)
-    ]
+    ]  # fmt: skip
     return format_table(["step", "amount", "weights", "accuracy", "points", ""], rows)
 
 
@@ -108,7 +90,7 @@ def format_results(results: dict, output_dir: Path) -> str:
             "",
             f"Each layer pruned alone by {100 * ranking['amount']:g} % "
             "(≈: chance explains the difference to the next)",
-            format_table(*sensitivity_table(results, ranking["amount"])),
+            sensitivity_table(results, ranking),
         ]
     lines += ["", *_search_lines(results), "", *_saving_lines(results)]
     if "model_search" in results:

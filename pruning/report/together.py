@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from common.report.results import (
     BLUE,
     GREEN,
@@ -59,33 +61,27 @@ def explain_names(entries: Sequence[dict]) -> str:
     return explanation
 
 
-def largest_table(entries: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: each method's largest sparsity, its accuracy on held-out images."""
+def largest_table(entries: Sequence[dict]) -> str:
+    """Lay out each method's largest sparsity, and its accuracy on held-out images."""
     rows = []
     for entry in entries:
-        change = format_change(entry["comparison"])
+        sparsity, change = entry["max_sparsity"], format_change(entry["comparison"])
         rows.append(
-            [
-                method_name(entry),
-                percent(entry["max_sparsity"], 1),
-                f"{1 / (1 - entry['max_sparsity']):.1f}×",
-                percent(entry["accuracy"]["value"]),
-                change.points,
-                f"{change.low} … {change.high}",
-                "yes" if entry["within_tolerance"] else "NO",
-                percent(entry["macs_kept"], 0),
-            ]
-        )
-    return ["", "pruned", "", "accuracy", "points", "95 % interval", "within", "MACs"], rows
+            [method_name(entry), percent(sparsity, 1), f"{1 / (1 - sparsity):.1f}×",
+             percent(entry["accuracy"]["value"]), change.points, f"{change.low} … {change.high}",
+             "yes" if entry["within_tolerance"] else "NO", percent(entry["macs_kept"], 0)]
+        )  # fmt: skip
+    header = ["", "pruned", "", "accuracy", "points", "95 % interval", "within", "MACs"]
+    return format_table(header, rows)
 
 
-def curve_table(entries: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: points lost at each compression, ± half the paired 95 % interval."""
-    rows = []
+def curve_table(entries: Sequence[dict]) -> str:
+    """Lay out the points lost at each compression, ± half the paired 95 % interval."""
+    columns, rows = sparsities(entries), []
     for entry in entries:
         found = {point["sparsity"]: point["comparison"] for point in entry["points"]}
-        rows.append([method_name(entry), *(_loss(found.get(s)) for s in sparsities(entries))])
-    return ["points at", *(fewer(s) for s in sparsities(entries))], rows
+        rows.append([method_name(entry), *(_loss(found.get(sparsity)) for sparsity in columns)])
+    return format_table(["points at", *map(fewer, columns)], rows)
 
 
 def sparsities(entries: Sequence[dict]) -> list[float]:
@@ -123,12 +119,12 @@ def format_model_search(results: dict) -> str:
     lines = [
         f"{SCOPES[first['scope']].capitalize()}: the largest sparsity within {tolerance:g} points "
         f"({results['model_search_seconds']:.0f} s)",
-        format_table(*largest_table(entries)),
+        largest_table(entries),
         *textwrap.wrap(summary, 78, initial_indent="  ", subsequent_indent="  "),
         "",
         f"Points lost at each compression of the {unit_of(entries)}, on "
         f"{first['points'][0]['accuracy']['total']:,} of the held-out images",
-        format_table(*curve_table(entries)),
+        curve_table(entries),
         "",
         f"Saved: {method_name(saved)} at {percent(saved['sparsity'], 1)}; reloaded and measured "
         f"again: {percent(saved['accuracy']['value'])}",
@@ -145,6 +141,13 @@ def format_model_search(results: dict) -> str:
     return "\n".join(lines)
 
 
+def accuracies(dense: float, entries: Sequence[dict]) -> np.ndarray:
+    """Return accuracies in percent as losses from ``dense``: values, lower and upper limits."""
+    comparisons = [entry["comparison"] for entry in entries]
+    losses = np.array([[c["drop"], *reversed(c["ci95"])] for c in comparisons])
+    return 100 * (dense - losses.T)
+
+
 def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> None:
     """Draw accuracy against compression: a line a method, a star where its search ended.
 
@@ -158,13 +161,12 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
     for entry in entries:
         color = RED if entry["finetune_epochs"] else COLORS[entry["allocation"]]
         style = "--" if entry["recalibrated"] else "-"
-        times = [1.0, *(1 / (1 - point["sparsity"]) for point in entry["points"])]
-        value = [100 * dense, *(100 * (dense - p["comparison"]["drop"]) for p in entry["points"])]
-        axes.plot(times, value, style, color=color, lw=1.6, label=method_name(entry))
-        for x, y, point in zip(times[1:], value[1:], entry["points"], strict=True):
-            low, high = (100 * (dense - limit) for limit in point["comparison"]["ci95"][::-1])
-            whiskers = [[max(0.0, y - low)], [max(0.0, high - y)]]
-            axes.errorbar(x, y, whiskers, fmt=".", ms=4, color=color, capsize=2, lw=1)
+        times = [1 / (1 - point["sparsity"]) for point in entry["points"]]
+        value, low, high = accuracies(dense, entry["points"])
+        line = ([1.0, *times], [100 * dense, *value])
+        axes.plot(*line, style, color=color, lw=1.6, label=method_name(entry))
+        whiskers = np.clip([value - low, high - value], 0, None)
+        axes.errorbar(times, value, whiskers, fmt=".", ms=4, color=color, capsize=2, lw=1)
         if entry["max_sparsity"] > 0 and entry["allocation"] not in CONTROLS:
             found = 1 / (1 - entry["max_sparsity"])
             y = 100 * (dense - entry["comparison"]["drop"])

@@ -6,7 +6,7 @@ total is shared out. Each is a function of the total alone and only ever takes m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,11 +16,9 @@ import torch
 from common.network.resnet import ResNet18, prunable_layers
 from pruning.masks import l1_mask, pruned_count
 
-ALLOCATIONS = ("uniform", "global", "sensitivity")
 RANDOM = "random"  # the control: the same amount of every layer, whichever weights chance takes
 
 Masks = dict[str, torch.Tensor]
-Allocate = Callable[[float], Masks]
 
 
 def weights_in_scope(model: ResNet18, scope: str) -> dict[str, torch.Tensor]:

@@ -1,8 +1,4 @@
-"""One half of the test images chooses, the other confirms; the two have no image in common.
-
-Where an amount is chosen because its loss is just within the tolerance, new images find it outside
-as often as not, so a choice must leave one standard error to spare.
-"""
+"""One half of the test images chooses, the other confirms; the two have no image in common."""
 
 from __future__ import annotations
 
@@ -13,8 +9,6 @@ import torch
 
 from common.command.cli import UserError
 from common.images.data import Cifar10
-
-SPARE_ERRORS = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,15 +26,15 @@ class Half:
 def require_enough_images(test_images: int, tolerance: float) -> None:
     """Check that a network could be kept at all: one that loses nothing has an error to spare.
 
-    The standard error of a loss is taken for one image at least, so the half to choose on needs
-    1/``tolerance`` images.
+    The standard error of a loss is taken for one image at least (:mod:`common.measure.budget`), so
+    the half to choose on needs 1/``tolerance`` images.
 
     Raises:
         UserError: It could not.
     """
     if tolerance == 0:
         raise UserError("--scope: a tolerance of 0 leaves no standard error to spare")
-    needed = 2 * math.ceil(SPARE_ERRORS / tolerance - 1e-9)
+    needed = 2 * math.ceil(1 / tolerance - 1e-9)
     if test_images < needed - 1:
         raise UserError(
             f"--scope: within {100 * tolerance:g} points and one standard error to spare, choosing "
@@ -56,12 +50,3 @@ def split_test(test: Cifar10, dense_correct: torch.Tensor, seed: int) -> tuple[H
              dense_correct[half.images])
         for half in positions
     )  # fmt: skip
-
-
-def clearance(dense_correct: torch.Tensor, correct: torch.Tensor, tolerance: float) -> float:
-    """Return how far the loss is below the tolerance, in standard errors of the paired loss."""
-    total = len(correct)
-    lost = int((dense_correct & ~correct).sum())
-    gained = int((correct & ~dense_correct).sum())
-    variance = max(1.0, lost + gained - (lost - gained) ** 2 / total)
-    return (tolerance * total - (lost - gained)) / variance**0.5

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from common.measure.budget import Budget
 from common.network.cascade import Classifier, Recomputation
 from common.network.resnet import ResNet18
 from pruning.alone.scan import Scan
@@ -22,7 +23,7 @@ from pruning.together.allocation import (
     weights_in_scope,
 )
 from pruning.together.damage import measure_damage
-from pruning.together.held_out import SPARE_ERRORS, Half, clearance, split_test
+from pruning.together.held_out import Half, split_test
 from pruning.together.recalibration import recalibrate_batch_norm
 
 COMPRESSIONS = (2, 4, 8, 16, 32)
@@ -177,16 +178,12 @@ class ModelSearch:
 
     def judge(self, model: ResNet18, sparsity: float) -> Step:
         """Decide on the half to choose on whether a model, pruned by ``sparsity``, is kept."""
-        images, dense_correct = self.chosen.images, self.chosen.dense_correct
+        budget = Budget(self.tolerance, self.chosen.images, self.chosen.dense_correct)
+        count = len(budget.images)
+        looks = [*range(CHUNK_IMAGES, count, CHUNK_IMAGES), count]
         classifier = self.classifier(model)
-        correct = torch.empty(0, dtype=torch.bool)
-        for start in range(0, len(images), CHUNK_IMAGES):
-            chunk = images.rows(slice(start, start + CHUNK_IMAGES))
-            correct = torch.cat([correct, classifier.find_correct(chunk)])
-            spare = clearance(dense_correct[: len(correct)], correct, self.tolerance)
-            if abs(spare) > CLEAR_ERRORS:
-                break
-        return Step(sparsity, len(correct), int(correct.sum()), spare >= SPARE_ERRORS)
+        verdict = budget.judge(classifier.find_correct, looks, CLEAR_ERRORS, CLEAR_ERRORS)
+        return Step(sparsity, verdict.shown, verdict.accuracy.correct, verdict.passes)
 
     def _curves(self, recalibrated: bool) -> dict[str, DamageCurve]:
         """Measure the layers' damage around what global pruning leaves at its own limit."""

@@ -1,4 +1,4 @@
-"""pipeline/budget.py: what a candidate may lose, and when it is looked at no further."""
+"""common/measure/budget.py: what a candidate may lose, and when it is looked at no further."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from common.images.data import Cifar10
+from common.measure.budget import Budget, Verdict, doubling_looks, standard_error
 from common.measure.evaluate import compare
-from pipeline.budget import Budget, looks, standard_error
 
 
 def make_budget(count: int, max_drop: float) -> Budget:
@@ -25,17 +25,19 @@ class Reader:
     def __init__(self, period: int):
         self.period, self.seen = period, 0
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        brightness = (images[:, 0, 0, 0] * 0.2023 + 0.4914) * 255
-        labels = (brightness / 20).round().long()
+    def __call__(self, images: Cifar10) -> torch.Tensor:
+        labels = images.images[:, 0, 0, 0].long() // 20
         numbers = torch.arange(self.seen, self.seen + len(images))
         self.seen += len(images)
-        wrong = numbers % self.period == 0 if self.period else torch.zeros_like(numbers, dtype=bool)
-        return torch.nn.functional.one_hot(torch.where(wrong, (labels + 1) % 10, labels), 10)
+        return (labels == images.labels) & (numbers % self.period > 0)
+
+
+def judge(budget: Budget, reader: Reader, clearly_in: float = math.inf) -> Verdict:
+    return budget.judge(reader, doubling_looks(len(budget.images)), 3.0, clearly_in)
 
 
 def test_a_candidate_within_the_budget_sees_all_images_and_leaves_a_standard_error():
-    verdict = make_budget(1000, 0.02).judge(Reader(100), batch_size=64)
+    verdict = judge(make_budget(1000, 0.02), Reader(100))
     assert verdict.shown == 1000
     assert verdict.comparison.drop == pytest.approx(0.01)
     variance = 0.01 - 0.01**2  # of one image's loss, which is 1 or 0
@@ -44,22 +46,35 @@ def test_a_candidate_within_the_budget_sees_all_images_and_leaves_a_standard_err
 
 
 def test_a_drop_within_the_budget_but_not_by_a_standard_error_fails():
-    assert not make_budget(1000, 0.0105).judge(Reader(100), batch_size=64).passes
+    assert not judge(make_budget(1000, 0.0105), Reader(100)).passes
 
 
 def test_what_is_clearly_out_is_dropped_at_the_first_look():
     reader = Reader(2)
-    verdict = make_budget(1000, 0.01).judge(reader, batch_size=64)
+    verdict = judge(make_budget(1000, 0.01), reader)
     assert verdict.shown == reader.seen == 250
     assert not verdict.passes
 
 
+def test_what_is_clearly_in_is_looked_at_no_further():
+    verdict = judge(make_budget(1000, 0.5), Reader(100), clearly_in=4.0)
+    assert verdict.shown == 250
+    assert verdict.passes
+
+
 def test_looks_end_with_all_images():
-    assert list(looks(1000)) == [250, 500, 1000]
-    assert list(looks(100)) == [100]
-    assert list(looks(250)) == [250]
+    assert list(doubling_looks(1000)) == [250, 500, 1000]
+    assert list(doubling_looks(100)) == [100]
+    assert list(doubling_looks(250)) == [250]
 
 
 def test_two_models_that_agree_still_have_a_standard_error():
     same = torch.ones(50, dtype=torch.bool)
     assert standard_error(compare(same, same), 50) == 1 / 50
+
+
+def test_the_standard_error_is_of_the_paired_loss():
+    dense = torch.tensor([True] * 90 + [False] * 10)
+    pruned = torch.tensor([False] * 6 + [True] * 84 + [True] * 2 + [False] * 8)
+    # 6 lost, 2 gained: variance 8 - 16 / 100.
+    assert standard_error(compare(dense, pruned), 100) == pytest.approx((8 - 0.16) ** 0.5 / 100)
