@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # which torch.ao imports at its first network; copies of this process have it
 from check_results import check_results, without_times
 from PIL import Image
 from processes import run_here, run_together, undisturbed
@@ -37,6 +38,9 @@ LONGEST = (
 # Tiny networks gain nothing from threads, and lose a lot where other work shares the cores.
 torch.set_num_threads(1)
 
+# torch.ao has torch.fx tell where each node came from: dear beneath as many calls as pytest makes.
+torch.fx.config.do_not_emit_stack_traces = True
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; xdist hands files out in this order."""
@@ -46,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _imports_frozen() -> None:
-    """Take what is imported off the collector's hands: quantizing collects garbage at each step."""
+    """Spare the garbage collector what is imported: quantizing calls it at every step."""
     gc.collect()
     gc.freeze()
 

@@ -19,6 +19,7 @@ from common.files.output import STAGING_PREFIX
 from common.network.checkpoint import load_model
 from pruning.alone import scan as scan_module
 from pruning.alone.journal import Journal
+from pruning.alone.walk import Walk
 from pruning.pruning import main
 
 SCRIPT = REPOSITORY / "pruning" / "pruning.py"
@@ -91,11 +92,16 @@ def test_pruned_model_can_be_pruned_again_from_another_folder(finished, tmp_path
 
 # --- the same results, however a run goes ---------------------------------------------------------
 
-# Three chunks, as a batch is one image.
-SMALL = [
-    "--bundled", "--threads", "1", "--test-images", "40", "--batch-size", "1",
-    "--layers", "layer4.1.*", "--amounts", "0.5,0.9",
-]  # fmt: skip
+
+@pytest.fixture(scope="module")
+def small(tiny_weights):
+    """The arguments of a run of three chunks, as a batch is one image."""
+    return [
+        "--bundled", "--threads", "1", "--test-images", "40", "--batch-size", "1",
+        "--layers", "layer4.1.*", "--amounts", "0.5,0.9", "--weights", tiny_weights,
+    ]  # fmt: skip
+
+
 EARLIER = {"results.json": '{"artifacts": {"model": "model.pth"}}', "model.pth": "earlier"}
 
 
@@ -104,13 +110,26 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(small, tmp_path_factory):
     """An unbroken run of one process, and the seconds that it took."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     started = time.monotonic()
-    process = run_here(main, *SMALL, "--output-dir", folder)
+    process = run_here(main, *small, "--output-dir", folder)
     assert process.returncode == 0, process.stderr
     return folder, time.monotonic() - started
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Let each chunk take a second more, in which a run can be stopped."""
+    run = Walk.run
+
+    def run_slowly(*arguments):
+        time.sleep(1)
+        return run(*arguments)
+
+    monkeypatch.setattr(Walk, "run", run_slowly)
+    return monkeypatch
 
 
 def wait_for_a_chunk(journal, copy):
@@ -121,9 +140,9 @@ def wait_for_a_chunk(journal, copy):
 
 
 @pytest.mark.full
-def test_killed_at_any_moment_a_run_resumes_to_the_same_results(whole, tmp_path):
+def test_killed_at_any_moment_a_run_resumes_to_the_same_results(whole, small, slow, tmp_path):
     folder, seconds = whole
-    arguments = [*SMALL, "--resume", "--output-dir", tmp_path / "out"]
+    arguments = [*small, "--resume", "--output-dir", tmp_path / "out"]
     journal, moments = tmp_path / "out" / "scan.journal", random.Random(6)
     for attempt in range(4):
         with Copy(main, *arguments, output=tmp_path / "told") as copy:
@@ -132,6 +151,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_results(whole, tmp_path)
             else:
                 copy.wait(moments.uniform(0, seconds))
         if attempt == 0:
+            slow.undo()
             assert not (tmp_path / "out" / "results.json").exists()
     resumed = run_here(main, *arguments)
     assert resumed.returncode == 0, resumed.stderr
@@ -151,9 +171,9 @@ def test_a_damaged_journal_starts_afresh(tmp_path, damage):
             assert not journal
 
 
-def test_torchrun_finds_what_one_process_finds(whole, tmp_path):
+def test_torchrun_finds_what_one_process_finds(whole, small, tmp_path):
     done = run_fresh("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-                     SCRIPT, *SMALL, "--output-dir", tmp_path / "out")  # fmt: skip
+                     SCRIPT, *small, "--output-dir", tmp_path / "out")  # fmt: skip
     assert done.returncode == 0, done.stderr
     together, alone = read(tmp_path / "out"), read(whole[0])
     check_results(together, tmp_path / "out")
@@ -166,12 +186,14 @@ def test_torchrun_finds_what_one_process_finds(whole, tmp_path):
 
 
 @pytest.mark.parametrize("stopped", ["one killed", "all killed", "terminated"])
-def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(stopped, whole, tmp_path):
+def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(
+    stopped, whole, small, slow, tmp_path
+):
     folder, journal = tmp_path / "out", tmp_path / "out" / "scan.journal"
     folder.mkdir()
     for name, content in EARLIER.items():
         (folder / name).write_text(content)
-    arguments = [*SMALL, "--resume", "--output-dir", folder]
+    arguments = [*small, "--resume", "--output-dir", folder]
     with contextlib.ExitStack() as stack:
         copies = start_together(main, *arguments, output=tmp_path / "told")
         first, second = map(stack.enter_context, copies)
@@ -180,6 +202,7 @@ def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(stopped, w
         if stopped != "one killed":
             first.send(signal.SIGTERM if stopped == "terminated" else signal.SIGKILL)
         assert 0 not in [copy.wait().returncode for copy in copies]
+    slow.undo()
     staging = {p.name for p in folder.iterdir() if p.name.startswith(STAGING_PREFIX)}
     assert bool(staging) == (stopped == "all killed")  # nobody was left to remove it
     left = {path.name: path for path in folder.iterdir() if path.name not in staging}
@@ -199,9 +222,9 @@ def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(stopped, w
 
 
 @pytest.mark.full
-def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole, tmp_path):
+def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole, small, tmp_path):
     for name in ("a", "b"):
-        process = run_here(main, *SMALL, "--threads", "2", "--output-dir", tmp_path / name)
+        process = run_here(main, *small, "--threads", "2", "--output-dir", tmp_path / name)
         assert process.returncode == 0, process.stderr
     two, again, one = (without_times(read(folder)) for folder in
                        (tmp_path / "a", tmp_path / "b", whole[0]))  # fmt: skip

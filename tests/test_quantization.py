@@ -64,12 +64,11 @@ def test_every_layer_is_int8(finished):
     assert "linear" in operations
 
 
-def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tiny_weights, tmp_path):
+def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tmp_path):
     folder = tmp_path / "out"
     process = run_here(
-        main, *QUICK, "--weights", tiny_weights, "--engines", "auto", "--export-onnx", "--json",
-        "--output-dir", folder,
-    )  # fmt: skip
+        main, *QUICK, "--engines", "auto", "--export-onnx", "--json", "--output-dir", folder
+    )
     assert process.returncode == 0, process.stderr
     results = json.loads(process.stdout)
     check_results(results, folder)
@@ -85,9 +84,12 @@ def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tiny_weights, tmp_pat
     assert written == {*results["artifacts"]["models"], *results["artifacts"]["plots"]}
 
 
-def test_same_seed_same_results_from_another_folder_with_json(finished, tmp_path):
-    first = json.loads((finished[1] / "results.json").read_text())
-    arguments = ["--json", "--quiet", *QUICK, "--output-dir", tmp_path / "b"]
+def test_same_seed_same_results_from_another_folder_with_json(tiny_weights, tmp_path):
+    arguments = [*QUICK, "--weights", tiny_weights, "--output-dir"]
+    process = run_fresh(SCRIPT, *arguments, tmp_path / "a")
+    assert process.returncode == 0, process.stderr
+    first = json.loads((tmp_path / "a" / "results.json").read_text())
+    arguments = ["--json", "--quiet", *arguments, tmp_path / "b"]
     process = run_here(main, *arguments, folder=SCRIPT.parent)
     assert process.returncode == 0, process.stderr
     second = json.loads(process.stdout)
