@@ -180,3 +180,9 @@ def test_the_package_hands_on_its_reader():
     assert quantization.load_int8 is artifact.load_int8
     with pytest.raises(AttributeError):
         quantization.load_int4  # noqa: B018
+
+
+def test_from_python_a_refusal_is_a_value_error_of_one_line(tmp_path):
+    for name in ("nothing.pth", "nothing.safetensors"):
+        with pytest.raises(ValueError, match=r"\A[^\n]*no such file\Z"):
+            quantization.load_int8(tmp_path / name)

@@ -31,8 +31,11 @@ Item = TypeVar("Item")
 log = logging.getLogger("compression")
 
 
-class UserError(Exception):
-    """A failure that the user can mend, told in one line: no traceback, exit code 1."""
+class UserError(ValueError):
+    """A failure that the user can mend, told in one line: no traceback, exit code 1.
+
+    From Python it is a ValueError, so that callers of ``load_int8`` need no name of this project.
+    """
 
 
 # --- messages: all of them on stderr -------------------------------------------------------------

@@ -165,6 +165,8 @@ def _check_archive(path: Path, file: Path | IO[bytes]) -> None:
                 raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a ResNet18")
             damaged = archive.testzip()
             members = {name.partition("/")[2] for name in archive.namelist()}
+    except UserError:
+        raise
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError,
             NotImplementedError, EOFError):  # fmt: skip
         raise UserError(f"{path}: {NO_CHECKPOINT}") from None
