@@ -18,11 +18,8 @@ from processes import run_together
 
 from common.command import cli
 from common.command.cli import UserError
-from common.images.data import Cifar10
 from common.machine import device, workers
 from common.machine.workers import ALONE, Workers, join_workers
-from common.measure.evaluate import predict
-from common.network.resnet import ResNet18, Widths
 
 CPU = torch.device("cpu")
 
@@ -90,18 +87,11 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
 
 
 def exchange(crew, folder: Path):
-    torch.manual_seed(0)
-    model = ResNet18(Widths((4, 8, 8, 8))).eval()
-    pixels = torch.randint(0, 256, (22, 3, 32, 32), dtype=torch.uint8)
-    images = Cifar10(pixels, torch.arange(22) % 10)
-    one = images.rows(slice(1))
     found = {
         "rank": crew.rank,
         "gathered": crew.gather(10 + crew.rank),
         "sent": crew.broadcast("from the first" if crew.is_first else None),
         "sum": crew.sum(torch.tensor([1.0 + crew.rank])).item(),
-        "equal": torch.equal(predict(model, images, 4, "", crew), predict(model, images, 4)),
-        "few": torch.equal(predict(model, one, 4, "", crew), predict(model, one, 4)),
     }
     cli.log.warning("from %d", crew.rank)
     with crew.one_a_machine_first():
@@ -116,7 +106,7 @@ def exchange(crew, folder: Path):
     (folder / f"{crew.rank}.json").write_text(json.dumps(found))
 
 
-def test_two_processes_exchange_and_predict_what_one_does(tmp_path):
+def test_two_processes_exchange_what_each_has(tmp_path):
     first, second = together(lambda crew: exchange(crew, tmp_path), tmp_path)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     for rank in (0, 1):
@@ -125,8 +115,6 @@ def test_two_processes_exchange_and_predict_what_one_does(tmp_path):
         assert found["gathered"] == [10, 11]
         assert found["sent"] == "from the first"
         assert found["sum"] == 3.0
-        assert found["equal"]
-        assert found["few"]
         assert found["refused"] == f"processes {rank} and {1 - rank} differ in the images"
     assert (tmp_path / "order").read_text() == "01"
     assert first.stderr == "warning: from 0\n"

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm, prunable_layers
+from common.network.resnet import BLOCKS, ResNet18, fold_weights, prunable_layers
 
 Rows = torch.Tensor | slice
 ALL_ROWS = slice(None)
@@ -32,10 +31,11 @@ class Convolution:
     padding: int
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> Convolution:
-        """Take over a folded convolution."""
-        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
-        return cls(weight, conv.bias.detach(), conv.stride[0], conv.padding[0])
+    def of(cls, model: ResNet18, name: str) -> Convolution:
+        """Fold a convolution of a model in eval mode."""
+        conv, (weight, bias) = model.get_submodule(name), fold_weights(model, name)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return cls(weight, bias, conv.stride[0], conv.padding[0])
 
     def masked(self, kept: torch.Tensor) -> Convolution:
         """Return the convolution without the weights that are not ``kept`` (bool, same shape)."""
@@ -79,14 +79,14 @@ class FoldedNetwork:
     @classmethod
     def of(cls, model: ResNet18) -> FoldedNetwork:
         """Fold a model in eval mode."""
-        stem, *rest = prunable_layers(fold_batch_norm(model)).items()
-        parts = {name: Convolution.of(layer) for name, layer in rest[:-1]}
+        stem, *inner, _ = prunable_layers(model)
+        parts = {name: Convolution.of(model, name) for name in inner}
         blocks = {
             name: Block(*(parts.get(f"{name}.{part}") for part in ("conv1", "conv2", "shortcut.0")))
             for name in BLOCKS
         }
-        linear = model.linear
-        return cls(Convolution.of(stem[1]), blocks, linear.weight.detach(), linear.bias.detach())
+        weight, bias = (tensor.detach() for tensor in (model.linear.weight, model.linear.bias))
+        return cls(Convolution.of(model, stem), blocks, weight, bias)
 
     def convolutions(self) -> dict[str, Convolution]:
         """Return the convolutions by name, in the order in which branches leave."""

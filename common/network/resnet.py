@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 CLASS_COUNT = 10
 BLOCKS = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1))
@@ -157,15 +157,25 @@ def batch_norm_after(convolution: str) -> str:
     return convolution.replace("conv", "bn").replace("shortcut.0", "shortcut.1")
 
 
+def fold_weights(model: ResNet18, convolution: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight and bias of a convolution that does its batch norm, in eval mode, as well."""
+    conv = model.get_submodule(convolution)
+    norm = model.get_submodule(batch_norm_after(convolution))
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
+        norm.bias,
+    )  # fmt: skip
+    return weight.detach(), bias.detach()
+
+
 def fold_batch_norm(model: ResNet18) -> ResNet18:
     """Return a copy whose convolutions compute their batch-norm too; ``model`` is in eval mode.
 
     The function is the same up to FP32 rounding; the copy is for inference, not for saving.
     """
     folded = copy.deepcopy(model)
-    for name, layer in prunable_layers(model).items():
+    for name, layer in prunable_layers(folded).items():
         if isinstance(layer, nn.Conv2d):
-            norm = batch_norm_after(name)
-            folded.set_submodule(name, fuse_conv_bn_eval(layer, model.get_submodule(norm)))
-            folded.set_submodule(norm, nn.Identity())
+            layer.weight, layer.bias = map(nn.Parameter, fold_weights(model, name))
+            folded.set_submodule(batch_norm_after(name), nn.Identity())
     return folded
