@@ -77,7 +77,7 @@ class Training:
     """What compressed networks learn from, to answer as the dense one does.
 
     Attributes:
-        images: Training images.
+        images: Training images, on the device to train on.
         epochs: Passes over them.
     """
 
@@ -191,9 +191,11 @@ class Workshop:
         return repair(dense, choose_widths(self._curves, costs, share * self._macs - outer))
 
     def _finetune(self, slim: ResNet18) -> ResNet18:
-        trained, training = copy.deepcopy(slim), self.training
-        finetune(trained, self.dense, training.images, training.epochs, self.seed)
-        return trained
+        training = self.training
+        device = training.images.images.device
+        trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.dense))
+        finetune(trained, dense, training.images, training.epochs, self.seed)
+        return trained.cpu()
 
     @property
     def _range_images(self) -> Cifar10:

@@ -30,12 +30,7 @@ NEEDED_FLAGS = {"--finetune-images": "--finetune-epochs"}
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = arguments.make_parser(
-        __doc__,
-        epilog="examples:\n"
-        "  python pipeline.py\n"
-        "  python pipeline.py --max-drop 0.005 --for size,both --test-images all",
-    )
+    parser = arguments.make_parser(__doc__)
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     asked = parser.add_argument_group("the question")
     asked.add_argument(
@@ -76,32 +71,36 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     # torch takes seconds to import, so nothing that needs it is imported before this line.
+    from common.files.output import OutputFolder
     from common.inputs import load_inputs
     from common.machine import device
+    from common.machine.workers import Workers, require_one_process
     from common.report.results import common_results
-    from common.run import finish_run, print_results, start_run
+    from common.run import finish_run, print_results
     from pipeline import plots, steps, tables
     from pipeline.answers import find_answers
     from quantization.files.onnx_export import require_packages
 
+    require_one_process()
     device.set_threads(args.threads)
     device.keep_freed_memory()
+    place = device.choose_device(args.device)
     settings = steps.choose_settings(args.engine)
     if args.export_onnx:
         require_packages()
-    with start_run(device.choose_device("cpu"), args.output_dir, args.overwrite) as (crew, folder):
+    with OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
         choosing, confirming = inputs.test.split_halves(args.seed)
-        training = steps.read_training(inputs, args.finetune_epochs, args.finetune_images)
+        training = steps.read_training(inputs, args.finetune_epochs, args.finetune_images, place)
         with steps.open_store(
             inputs, settings, training, args.output_dir, args.resume, args.overwrite
         ) as store:
             workshop = steps.open_workshop(
-                inputs, choosing, settings, store, args.max_drop, args.batch_size, training
+                inputs, choosing, settings, store, args.max_drop, args.batch_size, training, place
             )
             found = find_answers(workshop, args.goals)
             results = common_results(
-                "pipeline", args, crew, inputs.describe_images(), inputs.weights
+                "pipeline", args, Workers(place), inputs.describe_images(), inputs.weights
             )
             results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
             files = steps.write_files(workshop, found, folder, FILE_NAME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -43,13 +44,15 @@ def choose_settings(engine: str | None) -> Settings:
     return engines.choose_settings(engine or fastest)
 
 
-def read_training(inputs: Inputs, epochs: int, count: int | None) -> Training | None:
-    """Read ``count`` images to train on, None for all; return None for no epochs.
+def read_training(
+    inputs: Inputs, epochs: int | None, count: int | None, device: torch.device
+) -> Training | None:
+    """Read ``count`` images to train on to ``device``, None for all; return None for no epochs.
 
     Raises:
         UserError: There are too few.
     """
-    return Training(inputs.load_training(count), epochs) if epochs else None
+    return Training(inputs.load_training(count).to(device), epochs) if epochs else None
 
 
 def open_store(
@@ -83,10 +86,12 @@ def open_workshop(
     max_drop: float,
     batch_size: int,
     training: Training | None,
+    device: torch.device,
 ) -> Workshop:
     """Measure the dense network on the images that choose, and prepare to compress it."""
     dense = inputs.model
-    predictions = predict(dense, choosing, batch_size, "evaluate FP32")
+    moved = copy.deepcopy(dense).to(device)
+    predictions = predict(moved, choosing.to(device), batch_size, "evaluate FP32")
     budget = Budget(max_drop, choosing, predictions == choosing.labels)
     return Workshop(
         dense, inputs.calibration, settings, budget, store, batch_size, inputs.seed, training

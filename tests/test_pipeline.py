@@ -192,6 +192,13 @@ def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
     assert load_int8(tmp_path / "out" / results["answers"][0]["file"])
 
 
+def test_torchrun_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    process = run_here(main, *QUICK, "--output-dir", tmp_path / "out")
+    assert process.returncode == 1
+    assert process.stderr == "error: this script runs in one process: start without torchrun\n"
+
+
 def test_bad_input_is_one_line_and_changes_nothing(tmp_path, capsys):
     assert main(["--bundled", "--weights", "no.pth", "--output-dir", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: no.pth: no such file"

@@ -116,7 +116,7 @@ def require_one_process() -> None:
         UserError: It did.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this script takes seconds and runs in one process: start without torchrun")
+        raise UserError("this script runs in one process: start without torchrun")
 
 
 @contextlib.contextmanager

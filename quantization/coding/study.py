@@ -18,7 +18,7 @@ from common.images.data import Cifar10
 from common.measure.evaluate import compare, measure_accuracy, predict
 from common.network.coded import CodedNetwork, save_coded
 from common.network.resnet import ResNet18, fold_batch_norm
-from common.report.results import format_table, megabytes, percent, points
+from common.report.results import format_change, format_table, megabytes, percent
 from quantization.coding.encoder import encode
 from quantization.coding.kernels import assemble
 from quantization.coding.training import encode_and_train
@@ -174,14 +174,13 @@ def _format_point(point: dict) -> str:
         for name, size in point["levels_bytes"].items()
         if name != "coded"
     )
-    low, high = (points(-limit) for limit in reversed(point["comparison"]["ci95"]))
-    drop = points(-point["comparison"]["drop"])
+    change = format_change(point["comparison"])
     return (
         f"the smallest file: {point['file']}\n"
         f"  size      {megabytes(point['file_bytes'])}, {point['size_ratio']:.1f}× smaller than "
         f"FP32; {point['bits_per_weight']:.2f} bits a weight\n"
-        f"  accuracy  {percent(point['accuracy']['value'])}, {drop} points, 95 % interval "
-        f"{low} to {high}\n"
+        f"  accuracy  {percent(point['accuracy']['value'])}, {change.points} points, 95 % interval "
+        f"{change.low} to {change.high}\n"
         f"  its levels otherwise: {others}\n"
     )
 
@@ -190,15 +189,15 @@ def _format_curve(curve: Sequence[dict]) -> str:
     header = ["coded", "size", "smaller", "accuracy", "points", "95 % interval"]
     rows = []
     for point in curve:
-        low, high = (points(-limit) for limit in reversed(point["comparison"]["ci95"]))
+        change = format_change(point["comparison"])
         rows.append(
             [
                 f"{point['bits_per_weight']:.2f} bits",
                 megabytes(point["file_bytes"]),
                 f"{point['size_ratio']:.1f}×",
                 percent(point["accuracy"]["value"]),
-                points(-point["comparison"]["drop"]),
-                f"{low} to {high}",
+                change.points,
+                f"{change.low} to {change.high}",
             ]
         )
     return format_table(header, rows) + "\n"

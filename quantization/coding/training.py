@@ -52,18 +52,23 @@ def train(
 ) -> None:
     """Train a folded network (changed in place) from its coded weights towards its dense answers.
 
+    It runs where the images lie, and comes back to the CPU.
+
     Raises:
         UserError: The loss is no longer finite.
     """
-    teacher = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+    device = images.images.device
+    teacher = copy.deepcopy(folded).to(device, memory_format=torch.channels_last)
+    zeros = {name: (layer.weight == 0).to(device) for name, layer in layers.items()}
     for name, layer in layers.items():
         module = folded.get_submodule(name)
         module.weight.data, module.bias.data = layer.dense(), layer.bias.clone()
 
     @torch.no_grad()
     def hold_zeros(model: nn.Module) -> None:
-        for name, layer in layers.items():
-            model.get_submodule(name).weight.masked_fill_(layer.weight == 0, 0)
+        for name, mask in zeros.items():
+            model.get_submodule(name).weight.masked_fill_(mask, 0)
 
     recipe = dataclasses.replace(RECIPE, learning_rate=LEARNING_RATE)
     distill(folded, teacher, images, epochs, seed, recipe, after_step=hold_zeros)
+    folded.cpu()
