@@ -19,12 +19,10 @@ from common.machine.device import bf16_pays
 from common.measure.budget import Budget, Verdict, doubling_looks
 from common.measure.evaluate import predict
 from common.network.coded import CodedNetwork
-from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm
+from common.network.resnet import ResNet18, fold_batch_norm
 from common.network.size import describe_layers
 from pipeline.store import Store
-from pruning.channels.allocation import CURVE_IMAGES, choose_widths, measure_curves, width_grid
-from pruning.channels.repair import Dense, measure_dense, repair
-from pruning.channels.slimming import inner_macs
+from pruning.channels.slimmer import Slimmer
 from pruning.together.finetuning import finetune
 from quantization.coding.encoder import encode
 from quantization.coding.kernels import assemble, from_int8, to_int8
@@ -133,7 +131,7 @@ class Workshop:
     def try_slim(self, share: float, trained: bool = False) -> Candidate:
         """Remove channels until ``share`` of the multiply-adds is left."""
         key = f"slim-{share:.4f}"
-        slim, path = self.store.slim(key, lambda: self._make_slim(share))
+        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share))
         if trained:
             key += TRAINED
             slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
@@ -181,15 +179,6 @@ class Workshop:
         )  # fmt: skip
         return candidate
 
-    def _make_slim(self, share: float) -> ResNet18:
-        dense = self._measured
-        costs = {
-            name: {width: self._channel_macs[name] * width for width in dense.kept[name]}
-            for name in BLOCKS
-        }
-        outer = self._macs - sum(max(widths.values()) for widths in costs.values())
-        return repair(dense, choose_widths(self._curves, costs, share * self._macs - outer))
-
     def _finetune(self, slim: ResNet18) -> ResNet18:
         training = self.training
         device = training.images.images.device
@@ -204,35 +193,9 @@ class Workshop:
     @property
     def least_share(self) -> float:
         """The smallest share of the multiply-adds that can be left."""
-        grid = self._grid
-        inner = {name: self._channel_macs[name] * (grid[name][-1] - grid[name][0]) for name in grid}
-        return 1 - sum(inner.values()) / self._macs
+        return 1 - self._slimmer.largest_removed
 
     @functools.cached_property
-    def _measured(self) -> Dense:
-        network, images = self.dense, self.calibration.images
+    def _slimmer(self) -> Slimmer:
         dtype = torch.bfloat16 if bf16_pays() else torch.float32
-        return measure_dense(network, images, self._grid, self.seed, dtype)
-
-    @functools.cached_property
-    def _curves(self) -> dict:
-        half = {name: grid[(len(grid) - 1) // 2] for name, grid in self._grid.items()}
-        images = self.calibration.images[:CURVE_IMAGES]
-        return measure_curves(self._measured.network, self._measured.kept, half, images)
-
-    @functools.cached_property
-    def _grid(self) -> dict[str, list[int]]:
-        widths = zip(BLOCKS, self.dense.widths.inner, strict=True)
-        return {name: width_grid(width) for name, width in widths}
-
-    @functools.cached_property
-    def _layer_macs(self) -> dict[str, int]:
-        return {layer.name: layer.macs for layer in describe_layers(self.dense)}
-
-    @property
-    def _macs(self) -> int:
-        return sum(self._layer_macs.values())
-
-    @functools.cached_property
-    def _channel_macs(self) -> dict[str, int]:
-        return inner_macs(self.dense, self._layer_macs)
+        return Slimmer(self.dense, self.calibration.images, self.seed, dtype)

@@ -9,18 +9,10 @@ import torch
 
 from common.command.cli import UserError
 from common.network.resnet import BLOCKS, ResNet18
-from common.network.size import describe_layers
 from common.report.results import percent
 from pruning.alone.scan import Scan
-from pruning.channels.allocation import (
-    CURVE_IMAGES,
-    Curves,
-    choose_widths,
-    measure_curves,
-    width_grid,
-)
-from pruning.channels.repair import Dense, measure_dense, repair
-from pruning.channels.slimming import inner_macs, slim_by_norm
+from pruning.channels.slimmer import Slimmer
+from pruning.channels.slimming import slim_by_norm
 from pruning.together.held_out import split_test
 from pruning.together.recalibration import recalibrate_batch_norm
 from pruning.together.search import Method, ModelSearch, Step, largest_level
@@ -43,8 +35,6 @@ class ChannelSearch(ModelSearch):
     """
 
     macs_removed: float | None = None
-    _dense: Dense | None = None
-    _curves_in_context: Curves | None = None
     _slim: dict[tuple[Method, float], ResNet18] = field(default_factory=dict)
 
     @classmethod
@@ -69,15 +59,9 @@ class ChannelSearch(ModelSearch):
         )  # fmt: skip
 
     def __post_init__(self):
-        layers = describe_layers(self.model)
-        self.total_macs = sum(layer.macs for layer in layers)
-        self.macs = inner_macs(self.model, {layer.name: layer.macs for layer in layers})
-        dense = dict(zip(BLOCKS, self.model.widths.inner, strict=True))
-        self.grid = {name: width_grid(dense[name]) for name in BLOCKS}
-        inner = sum(self.macs[name] * dense[name] for name in BLOCKS)
-        least = sum(self.macs[name] * self.grid[name][0] for name in BLOCKS)
-        self._outer_macs = self.total_macs - inner
-        self.highest = int(LEVELS * (inner - least) / self.total_macs)
+        dtype = torch.bfloat16 if self.fast else torch.float32
+        self.slimmer = Slimmer(self.model, self.training, self.seed, dtype)
+        self.highest = int(LEVELS * self.slimmer.largest_removed)
         if self.macs_removed is not None and self.macs_removed > self.highest / LEVELS:
             raise UserError(f"of this network {percent(self.highest / LEVELS)} can go at most")
 
@@ -93,35 +77,27 @@ class ChannelSearch(ModelSearch):
             return [self.macs_removed]
         return [level / LEVELS for level in reversed(COARSE_LEVELS) if level <= self.highest]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision to run the dense network and its repair in."""
-        return torch.bfloat16 if self.fast else torch.float32
-
     def methods(self, allocations: Sequence[str]) -> list[Method]:
         """Return what is searched with; the allocations are those of weights."""
         return [Method(RECONSTRUCTED, False), Method(NORM, True)]
 
-    def widths(self, method: Method, sparsity: float) -> dict[str, int]:
-        """Return the width of each block."""
-        budget = (1 - sparsity) * self.total_macs - self._outer_macs
-        if method.allocation == NORM:
-            share = budget / sum(self.macs[name] * self.grid[name][-1] for name in BLOCKS)
-            return {name: max(1, int(share * self.grid[name][-1])) for name in BLOCKS}
-        costs = {name: {w: self.macs[name] * w for w in self.grid[name]} for name in BLOCKS}
-        return choose_widths(self._measured_curves(), costs, budget)
+    def norm_widths(self, sparsity: float) -> dict[str, int]:
+        """Return widths for the control: the same share of every block."""
+        macs, grid = self.slimmer.macs, self.slimmer.grid
+        share = self.slimmer.inner_budget(1 - sparsity)
+        share /= sum(macs[name] * grid[name][-1] for name in BLOCKS)
+        return {name: max(1, int(share * grid[name][-1])) for name in BLOCKS}
 
     def prune(self, method: Method, sparsity: float) -> ResNet18:
         """Return a slim network without this share of the multiply-adds."""
         if sparsity == 0:
             return self.model
         if (method, sparsity) not in self._slim:
-            widths = self.widths(method, sparsity)
             if method.allocation == NORM:
-                slim = slim_by_norm(self.model, widths)
+                slim = slim_by_norm(self.model, self.norm_widths(sparsity))
                 recalibrate_batch_norm(slim, self.training)
             else:
-                slim = repair(self._measured_dense(), widths)
+                slim = self.slimmer.slim(1 - sparsity)
             self._slim[method, sparsity] = slim
         return self._slim[method, sparsity]
 
@@ -139,16 +115,3 @@ class ChannelSearch(ModelSearch):
         coarse = [level for level in COARSE_LEVELS if level <= self.highest]
         found = largest_level(lambda level: is_kept(level / LEVELS), coarse, self.highest)
         return found / LEVELS, steps
-
-    def _measured_dense(self) -> Dense:
-        if self._dense is None:
-            self._dense = measure_dense(self.model, self.training, self.grid, self.seed, self.dtype)
-        return self._dense
-
-    def _measured_curves(self) -> Curves:
-        if self._curves_in_context is None:
-            dense = self._measured_dense()
-            half = {name: grid[(len(grid) - 1) // 2] for name, grid in self.grid.items()}
-            images = self.training[:CURVE_IMAGES]
-            self._curves_in_context = measure_curves(dense.network, dense.kept, half, images)
-        return self._curves_in_context
