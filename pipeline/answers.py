@@ -1,7 +1,8 @@
 """The three answers: the smallest file, the fastest network, and the one that is both.
 
-Each is the strongest candidate that the choosing half of the test images finds within the budget,
-with a standard error to spare. What one search found is where the next begins.
+Each is the best candidate that the choosing half of the test images finds within the budget, with
+a standard error to spare. Channels go first, those that hold the most weights for size and those
+that take the most multiply-adds for speed; what is left is coded with the rest of the budget.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.command import cli
-from common.network.checkpoint import load_model
 from pipeline.candidates import Candidate, Workshop
-from pipeline.search import Range, find_strongest, nearest, strongest
+from pipeline.search import Range, Spare, find_strongest, nearest, of_budget, strongest
+from pruning.channels.slimmer import MACS, WEIGHTS
 
 GOALS = ("size", "speed", "both")
 # In 1 / price; on the bundled weights the budget of one point ends near the start.
-CODING = Range(start=1 / 0.03, least=1 / 0.5, most=1 / 0.001, resolution=1.1, trials=4)
-WIDEST_SHARE, FIRST_SHARE = 0.97, 0.7
+CODING = Range(start=1 / 0.035, least=1 / 0.5, most=1 / 0.001, resolution=1.1, trials=4)
+WIDEST_SHARE = 0.97
 ROUNDING = 1 / 32  # widths come in steps: the very least share cannot be asked for
-# Of the budget, what the slim network of the answer that is both may use; coding uses the rest.
-SLIM_SHARE = 0.5
-# What a trained network may be stronger by than one that is not; training takes the longest.
-TRAINED_STRIDE, TRAINED_TRIALS = 1.4, 2
+FIRST_SHARE = {WEIGHTS: 0.4, MACS: 0.65}
+# Of the budget, what the channels of a network may use that is then coded. Those that hold many
+# weights hardly cost accuracy, and at a given price of a bit a point buys more of those.
+SIZE_SHARE, BOTH_SHARE = 0.25, 0.5
+# Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
+# of the multiply-adds, shares smaller by so much than without it.
+TRAINED_STRIDES = (1.4, 1.2)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Answer:
 
     Attributes:
         goal: One of ``GOALS``.
-        best: The strongest within the budget; where there is none, the one least over it.
+        best: Of those within the budget; where there is none, the one least over it.
         tried: In the order in which they were made.
     """
 
@@ -48,72 +52,78 @@ class Answer:
 
 def find_answers(workshop: Workshop, goals: Sequence[str]) -> dict[str, Answer]:
     """Search for every goal; return the answers by goal, in the order of ``GOALS``."""
-    answers: dict[str, Answer] = {}
+    tried: dict[str, list[Candidate]] = {}
     for goal in GOALS:
         if goal in goals:
-            answers[goal] = _SEARCHES[goal](workshop, answers)
-    return answers
+            _SEARCHES[goal](workshop, tried)
+    if workshop.training and "size" in goals and "both" not in goals:
+        _find_both(workshop, tried)  # trained networks, coded
+        tried["size"] += tried.pop("both")
+    return {goal: Answer(goal, _best(goal, tried), tried[goal]) for goal in GOALS if goal in goals}
 
 
-def _find_size(workshop: Workshop, answers: dict[str, Answer]) -> Answer:
-    def attempt(strength: float, trained: bool) -> Candidate:
-        return workshop.try_coded("size", strength, workshop.dense, None, trained)
-
-    return _search("size", attempt, CODING, workshop.training is not None)
-
-
-def _find_speed(workshop: Workshop, answers: dict[str, Answer]) -> Answer:
-    where = Range(
-        FIRST_SHARE,
-        least=workshop.least_share + ROUNDING,
-        most=WIDEST_SHARE,
-        resolution=1.03,
-        trials=5,
-    )
-    return _search("speed", workshop.try_slim, where, workshop.training is not None)
+def _best(goal: str, tried: dict[str, list[Candidate]]) -> Candidate:
+    """Return the best candidate of a goal: it may have been made for another one."""
+    candidates = tried[goal]
+    if goal == "size":
+        candidates = [*candidates, *tried.get("both", [])]
+    passing = [candidate for candidate in candidates if candidate.verdict.passes]
+    if not passing:
+        return nearest(tried[goal])
+    return min(passing, key=lambda c: c.macs if goal == "speed" else c.file_bytes)
 
 
-def _find_both(workshop: Workshop, answers: dict[str, Answer]) -> Answer:
-    """Code a slim network that leaves a part of the budget for it."""
-    slim = answers.get("speed") or _find_speed(workshop, answers)
-    allowed = SLIM_SHARE * workshop.budget.max_drop
-    roomy = [c for c in slim.tried if c.verdict.passes and c.verdict.comparison.drop <= allowed]
-    if roomy:
-        base = min(roomy, key=lambda candidate: candidate.strength)
-    else:  # wider than any so far
-        base = workshop.try_slim((max(candidate.strength for candidate in slim.tried) + 1) / 2)
-    model = load_model(base.slim_path)
-
-    def attempt(strength: float, trained: bool) -> Candidate:
-        return workshop.try_coded("both", strength, model, base.slim_path, trained)
-
-    start = answers["size"].best.strength if "size" in answers else CODING.start
-    where = Range(min(2 * start, CODING.most), CODING.least, CODING.most, CODING.resolution, 3)
-    return _search("both", attempt, where, workshop.training is not None)
+def _find_size(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
+    room = _room(workshop, SIZE_SHARE)
+    slim = _search_slim(workshop, "size", WEIGHTS, 3, room)
+    base = strongest(slim, room) or nearest(slim)
+    tried["size"] = [*slim, *_search_coded(workshop, "size", base, CODING)]
 
 
-def _search(
-    goal: str, attempt: Callable[[float, bool], Candidate], where: Range, trains: bool
-) -> Answer:
-    """Search without training; then train where that ended, as strong as training may allow.
-
-    Args:
-        goal: One of ``GOALS``.
-        attempt: Makes the candidate of a strength, trained or not.
-        where: To look without training.
-        trains: Whether there are trained candidates.
-    """
-    tried = _try_all(goal, lambda strength: attempt(strength, False), where)
-    if trains:
-        reached = (strongest(tried) or nearest(tried)).strength
-        start = max(reached / TRAINED_STRIDE, where.least)
-        cli.log.info("%s: now with training", goal)
-        further = Range(start, where.least, reached, where.resolution, TRAINED_TRIALS)
-        tried = [*tried, *_try_all(goal, lambda strength: attempt(strength, True), further)]
-    return Answer(goal, strongest(tried) or nearest(tried), tried)
+def _find_speed(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
+    slim = _search_slim(workshop, "speed", MACS, 5, of_budget)
+    if workshop.training:
+        reached = (strongest(slim) or nearest(slim)).strength
+        for stride in TRAINED_STRIDES:
+            share = max(reached / stride, workshop.least_share(MACS) + ROUNDING)
+            cli.log.info("speed: training a network of %.0f %% of the multiply-adds", 100 * share)
+            slim.append(workshop.try_slim("speed", share, trained=True))
+            if slim[-1].verdict.passes:
+                break
+    tried["speed"] = slim
 
 
-def _try_all(goal: str, attempt: Callable[[float], Candidate], where: Range) -> list[Candidate]:
+def _find_both(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
+    if "speed" not in tried:
+        _find_speed(workshop, tried)
+    base = strongest(tried["speed"], _room(workshop, BOTH_SHARE))
+    if base is None:  # one that is wider than any so far
+        widest = max(candidate.strength for candidate in tried["speed"])
+        base = workshop.try_slim("speed", (widest + 1) / 2)
+    tried["both"] = _search_coded(workshop, "both", base, CODING)
+
+
+def _room(workshop: Workshop, share: float) -> Spare:
+    """Return what tells how much of a ``share`` of the budget a candidate leaves."""
+    return lambda candidate: share * workshop.budget.max_drop - candidate.verdict.comparison.drop
+
+
+def _search_slim(
+    workshop: Workshop, goal: str, unit: str, trials: int, spare: Spare
+) -> list[Candidate]:
+    """Look for the least share of the ``unit`` that leaves something to ``spare``."""
+    least = workshop.least_share(unit) + ROUNDING
+    where = Range(max(FIRST_SHARE[unit], least), least, WIDEST_SHARE, 1.03, trials)
+    return _try_all(goal, lambda share: workshop.try_slim(goal, share, unit), where, spare)
+
+
+def _search_coded(workshop: Workshop, goal: str, base: Candidate, where: Range) -> list[Candidate]:
+    return _try_all(goal, lambda s: workshop.try_coded(goal, s, base), where, of_budget)
+
+
+def _try_all(
+    goal: str, attempt: Callable[[float], Candidate], where: Range, spare: Spare
+) -> list[Candidate]:
     """Search, saying what it is doing and how long it may take."""
     started = time.perf_counter()
     made = 0
@@ -121,13 +131,13 @@ def _try_all(goal: str, attempt: Callable[[float], Candidate], where: Range) -> 
     def told(strength: float) -> Candidate:
         nonlocal made
         if made:
-            left = (where.trials - made) * (time.perf_counter() - started) / made
-            cli.log.info("%s: at most %.0f s more", goal, left)
+            seconds = (where.trials - made) * (time.perf_counter() - started) / made
+            cli.log.info("%s: at most %.0f s more", goal, seconds)
         made += 1
         return attempt(strength)
 
     cli.log.info("%s: at most %d networks are tried", goal, where.trials)
-    return find_strongest(told, where)
+    return find_strongest(told, where, spare)
 
 
 _SEARCHES = {"size": _find_size, "speed": _find_speed, "both": _find_both}

@@ -1,4 +1,4 @@
-"""What the search tries: slim networks, coded networks, and slim networks that are then coded.
+"""What the search tries: slim networks, in INT8 with all their bits or coded.
 
 Each is made on calibration images without labels, kept in the run's store, and judged in INT8, as
 it will run, on the images that choose.
@@ -18,15 +18,15 @@ from common.images.data import Cifar10, batches
 from common.machine.device import bf16_pays
 from common.measure.budget import Budget, Verdict, doubling_looks
 from common.measure.evaluate import predict
+from common.network.checkpoint import load_model
 from common.network.coded import CodedNetwork
 from common.network.resnet import ResNet18, fold_batch_norm
 from common.network.size import describe_layers
 from pipeline.store import Store
-from pruning.channels.slimmer import Slimmer
+from pruning.channels.slimmer import MACS, Slimmer
 from pruning.together.finetuning import finetune
-from quantization.coding.encoder import encode
+from quantization.coding.encoder import Original, encode
 from quantization.coding.kernels import assemble, from_int8, to_int8
-from quantization.coding.training import encode_and_train
 from quantization.int8 import conversion, deploy
 from quantization.settings import Settings
 
@@ -43,10 +43,10 @@ class Candidate:
     Attributes:
         goal: ``size``, ``speed`` or ``both``.
         strength: What steers the search: less is stronger. Of coding the inverse of a bit's price,
-            of removing channels the share of the multiply-adds that is kept.
+            of removing channels the share that is kept.
         verdict: On the images that choose.
         path: Of its coded file.
-        slim_path: Of the slim FP32 network that it was made from; None where no channel is gone.
+        slim_path: Of the slim FP32 network that it was made from.
         macs: Multiply-adds an image.
         trained: Whether it learned from the dense network.
     """
@@ -55,7 +55,7 @@ class Candidate:
     strength: float
     verdict: Verdict
     path: Path
-    slim_path: Path | None
+    slim_path: Path
     macs: int
     trained: bool
 
@@ -113,44 +113,36 @@ class Workshop:
         observed = conversion.calibrate(model, loader, self.settings)
         return from_int8(conversion.convert(observed, self.settings), self.settings)
 
-    def code(self, model: ResNet18, price: float, trained: bool) -> CodedNetwork:
-        """Return a network whose levels were chosen for their bits, at this price of a bit.
+    def try_slim(
+        self, goal: str, share: float, unit: str = MACS, trained: bool = False
+    ) -> Candidate:
+        """Remove channels until ``share`` of the multiply-adds, or weights, is left.
 
-        If ``trained``, it learns between two codings.
+        If ``trained``, the network then learns to answer as the dense one does.
         """
-        folded, images = fold_batch_norm(model), self.calibration
-        if trained:
-            training = self.training
-            layers = encode_and_train(
-                folded, images, price, training.images, training.epochs, self.seed
-            )
-        else:
-            layers = encode(folded, images, price, self.seed)
-        return assemble(layers, self._range_images, self.settings, self.batch_size)
-
-    def try_slim(self, share: float, trained: bool = False) -> Candidate:
-        """Remove channels until ``share`` of the multiply-adds is left."""
-        key = f"slim-{share:.4f}"
-        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share))
+        key = f"{unit}-{share:.4f}"
+        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share, unit))
         if trained:
             key += TRAINED
             slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
         coded, coded_path = self.store.coded(f"{key}-int8", lambda: self.quantize(slim))
-        return self._judge("speed", share, coded, coded_path, path, trained)
+        return self._judge(goal, share, coded, coded_path, path, trained)
 
-    def try_coded(
-        self,
-        goal: str,
-        strength: float,
-        base: ResNet18,
-        base_path: Path | None,
-        trained: bool = False,
-    ) -> Candidate:
-        """Code a network, dense or slim, at the price of a bit that ``strength`` says."""
-        name = "dense" if base_path is None else base_path.stem
-        key = f"{name}-coded-{strength:.5f}{TRAINED * trained}"
-        coded, path = self.store.coded(key, lambda: self.code(base, 1 / strength, trained))
-        return self._judge(goal, strength, coded, path, base_path, trained)
+    def try_coded(self, goal: str, strength: float, base: Candidate) -> Candidate:
+        """Code the slim network of a candidate at the price of a bit that ``strength`` says."""
+
+        def code() -> CodedNetwork:
+            slim = load_model(base.slim_path)
+            original = None
+            if not base.trained:  # training makes channels others than the dense network's
+                original = Original(fold_batch_norm(self.dense), self._slimmer.channels_of(slim))
+            layers = encode(
+                fold_batch_norm(slim), self.calibration, 1 / strength, self.seed, original
+            )
+            return assemble(layers, self._range_images, self.settings, self.batch_size)
+
+        coded, path = self.store.coded(f"{base.slim_path.stem}-coded-{strength:.5f}", code)
+        return self._judge(goal, strength, coded, path, base.slim_path, base.trained)
 
     def _judge(
         self,
@@ -158,7 +150,7 @@ class Workshop:
         strength: float,
         coded: CodedNetwork,
         path: Path,
-        slim_path: Path | None,
+        slim_path: Path,
         trained: bool,
     ) -> Candidate:
         converted, settings = to_int8(coded)
@@ -190,10 +182,9 @@ class Workshop:
     def _range_images(self) -> Cifar10:
         return self.calibration.rows(slice(RANGE_IMAGES))
 
-    @property
-    def least_share(self) -> float:
-        """The smallest share of the multiply-adds that can be left."""
-        return 1 - self._slimmer.largest_removed
+    def least_share(self, unit: str) -> float:
+        """Return the smallest share of the ``unit`` that can be left."""
+        return self._slimmer.least_share(unit)
 
     @functools.cached_property
     def _slimmer(self) -> Slimmer:

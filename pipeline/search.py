@@ -8,6 +8,7 @@ through these two would use up the budget.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,6 +25,8 @@ class Judged:
 
 
 Trial = TypeVar("Trial", bound=Judged)
+Spare = Callable[[Trial], float]  # what a trial leaves of a budget; below zero it fails
+of_budget: Spare = operator.attrgetter("spare")
 
 
 @dataclass(frozen=True)
@@ -45,26 +48,29 @@ class Range:
     trials: int = 5
 
 
-def find_strongest(make: Callable[[float], Trial], where: Range) -> list[Trial]:
+def find_strongest(
+    make: Callable[[float], Trial], where: Range, spare: Spare = of_budget
+) -> list[Trial]:
     """Make trials, and return all of them in the order in which they were made.
 
     Args:
-        make: Returns the trial of a strength; ``spare`` below zero means that it fails.
+        make: Returns the trial of a strength.
         where: To look.
+        spare: Which of them fail.
     """
     trials: list[Trial] = []
     strength: float | None = where.start
     while strength is not None and len(trials) < where.trials:
         trials.append(make(strength))
-        strength = next_strength(trials, where)
+        strength = next_strength(trials, where, spare)
     return trials
 
 
-def next_strength(trials: Sequence[Judged], where: Range) -> float | None:
+def next_strength(trials: Sequence[Trial], where: Range, spare: Spare = of_budget) -> float | None:
     """Return what to try after ``trials``; None where nothing is left to find out."""
-    passing = min((t for t in trials if t.spare >= 0), key=lambda t: t.strength, default=None)
+    passing = strongest(trials, spare)
     failing = max(
-        (t for t in trials if t.spare < 0 and (passing is None or t.strength < passing.strength)),
+        (t for t in trials if spare(t) < 0 and (passing is None or t.strength < passing.strength)),
         key=lambda t: t.strength,
         default=None,
     )
@@ -79,15 +85,15 @@ def next_strength(trials: Sequence[Judged], where: Range) -> float | None:
     if bracket < 2 * apart:
         return None
     margin = max(MARGIN * bracket, apart)
-    share = failing.spare / (failing.spare - passing.spare)  # of the way from failing
+    share = spare(failing) / (spare(failing) - spare(passing))  # of the way from failing
     return failing.strength * math.exp(min(max(share * bracket, margin), bracket - margin))
 
 
-def strongest(trials: Sequence[Trial]) -> Trial | None:
+def strongest(trials: Sequence[Trial], spare: Spare = of_budget) -> Trial | None:
     """Return the strongest trial that passes; None where none does."""
-    return min((t for t in trials if t.spare >= 0), key=lambda t: t.strength, default=None)
+    return min((t for t in trials if spare(t) >= 0), key=lambda t: t.strength, default=None)
 
 
 def nearest(trials: Sequence[Trial]) -> Trial:
     """Return the trial that is least over the budget: the best that there is where none passes."""
-    return max(trials, key=lambda trial: trial.spare)
+    return max(trials, key=of_budget)

@@ -13,7 +13,7 @@ from common.network.branching import FoldedNetwork
 from common.network.resnet import BLOCKS, ResNet18, Widths
 from pruning.channels.allocation import choose_widths, measure_curves, width_grid
 from pruning.channels.repair import measure_dense, repair
-from pruning.channels.slimming import inner_macs, slim_by_norm
+from pruning.channels.slimming import inner_costs, slim_by_norm
 from pruning.channels.surgeon import (
     DAMPING,
     at_positions,
@@ -203,7 +203,7 @@ def test_repair_brings_a_narrow_network_closer(model, random_images):
     assert (trained - slim.eval()(x)).square().mean() < 0.2 * trained.var()
 
 
-def test_macs_of_a_channel(model):
+def test_costs_of_a_channel(model):
     macs = {f"{name}.{conv}": 0 for name in BLOCKS for conv in ("conv1", "conv2")}
     macs |= {"layer1.0.conv1": 4 * 36 * 100, "layer1.0.conv2": 4 * 36 * 100}
-    assert inner_macs(model, macs)["layer1.0"] == 2 * 36 * 100
+    assert inner_costs(model, macs)["layer1.0"] == 2 * 36 * 100

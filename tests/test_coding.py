@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,10 @@ import torch
 from common.images.data import normalize
 from common.measure.evaluate import predict
 from common.network.coded import CodedNetwork
-from common.network.resnet import ResNet18, fold_batch_norm, prunable_layers
+from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm, prunable_layers
+from pruning.channels.slimming import slim_by_norm
 from quantization.coding import encoder, study, training
-from quantization.coding.encoder import encode
+from quantization.coding.encoder import Original, encode
 from quantization.coding.levels import choose_levels
 from quantization.settings import Settings
 
@@ -91,6 +94,30 @@ def test_layers_make_up_for_what_those_before_lost(
     repaired = error()
     monkeypatch.setattr(encoder, "REPAIR_RIDGE", 1e3)  # no repair
     assert repaired < error()
+
+
+@torch.inference_mode()
+def test_channels_that_are_gone_are_made_up_for(tiny_model, random_images, few_positions):
+    images = random_images(64)
+    widths = {name: width - 1 for name, width in zip(BLOCKS, tiny_model.widths.inner, strict=True)}
+    slim = fold_batch_norm(slim_by_norm(tiny_model, widths))
+    dense = fold_batch_norm(tiny_model)
+    channels = {}
+    for name in BLOCKS:
+        of_slim, of_dense = (n.get_submodule(name).conv1.weight for n in (slim, dense))
+        same = (of_slim[:, None] == of_dense).flatten(2).all(2)
+        channels[name] = same.int().argmax(1)
+    normalized = normalize(images.images)
+
+    def error(original):
+        layers = encode(slim, images, price=1e-6, original=original)
+        model = copy.deepcopy(slim)
+        for name, layer in layers.items():
+            model.get_submodule(name).weight.copy_(layer.dense())
+            model.get_submodule(name).bias.copy_(layer.bias)
+        return float((model(normalized) - tiny_model(normalized)).norm())
+
+    assert error(Original(dense, channels)) < 0.8 * error(None)
 
 
 def test_the_study_measures_what_is_read_back(

@@ -61,7 +61,7 @@ class ChannelSearch(ModelSearch):
     def __post_init__(self):
         dtype = torch.bfloat16 if self.fast else torch.float32
         self.slimmer = Slimmer(self.model, self.training, self.seed, dtype)
-        self.highest = int(LEVELS * self.slimmer.largest_removed)
+        self.highest = int(LEVELS * (1 - self.slimmer.least_share()))
         if self.macs_removed is not None and self.macs_removed > self.highest / LEVELS:
             raise UserError(f"of this network {percent(self.highest / LEVELS)} can go at most")
 
@@ -83,7 +83,7 @@ class ChannelSearch(ModelSearch):
 
     def norm_widths(self, sparsity: float) -> dict[str, int]:
         """Return widths for the control: the same share of every block."""
-        macs, grid = self.slimmer.macs, self.slimmer.grid
+        macs, grid = self.slimmer.channel_costs(), self.slimmer.grid
         share = self.slimmer.inner_budget(1 - sparsity)
         share /= sum(macs[name] * grid[name][-1] for name in BLOCKS)
         return {name: max(1, int(share * grid[name][-1])) for name in BLOCKS}

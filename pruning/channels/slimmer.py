@@ -1,15 +1,15 @@
-"""Slim networks of one dense network, for any share of its multiply-adds."""
+"""Slim networks of one dense network, for any share of its multiply-adds or of its weights."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from common.network.resnet import BLOCKS, ResNet18
-from common.network.size import describe_layers
+from common.network.size import Layer, describe_layers
 from pruning.channels.allocation import (
     CURVE_IMAGES,
     Curves,
@@ -18,7 +18,10 @@ from pruning.channels.allocation import (
     width_grid,
 )
 from pruning.channels.repair import Dense, measure_dense, repair
-from pruning.channels.slimming import inner_macs
+from pruning.channels.slimming import inner_costs
+
+# What a share is of, as describe_layers calls it: for speed the first, for size the second.
+MACS, WEIGHTS = "macs", "weights"
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,27 @@ class Slimmer:
     seed: int
     dtype: torch.dtype
 
-    def slim(self, share: float) -> ResNet18:
-        """Return the network in which ``share`` of the multiply-adds is left, repaired."""
-        costs = {name: {w: self.macs[name] * w for w in self.grid[name]} for name in BLOCKS}
-        return repair(self._dense, choose_widths(self._curves, costs, self.inner_budget(share)))
+    def slim(self, share: float, unit: str = MACS) -> ResNet18:
+        """Return the network in which ``share`` of the ``unit`` is left, repaired."""
+        channel = self.channel_costs(unit)
+        costs = {name: {w: channel[name] * w for w in self.grid[name]} for name in BLOCKS}
+        widths = choose_widths(self._curves, costs, self.inner_budget(share, unit))
+        return repair(self._dense, widths)
 
-    def inner_budget(self, share: float) -> float:
-        """Return the multiply-adds that inner channels may take where ``share`` of all is left."""
-        return share * self.total_macs - (self.total_macs - self._inner_macs(-1))
+    def channels_of(self, slim: ResNet18) -> Mapping[str, torch.Tensor]:
+        """Return which inner channels of each block such a network has of the dense one's."""
+        widths = zip(BLOCKS, slim.widths.inner, strict=True)
+        return {name: self._dense.kept[name][width].channels for name, width in widths}
 
-    @property
-    def largest_removed(self) -> float:
-        """The largest share of the multiply-adds that can go."""
-        return (self._inner_macs(-1) - self._inner_macs(0)) / self.total_macs
+    def inner_budget(self, share: float, unit: str = MACS) -> float:
+        """Return what the inner channels may cost where ``share`` of all is left."""
+        total = self._total(unit)
+        return share * total - (total - self._inner_cost(-1, unit))
+
+    def least_share(self, unit: str = MACS) -> float:
+        """Return the smallest share that can be left."""
+        going = self._inner_cost(-1, unit) - self._inner_cost(0, unit)
+        return 1 - going / self._total(unit)
 
     @functools.cached_property
     def grid(self) -> Mapping[str, list[int]]:
@@ -57,22 +68,23 @@ class Slimmer:
         widths = zip(BLOCKS, self.model.widths.inner, strict=True)
         return {name: width_grid(width) for name, width in widths}
 
-    @property
-    def total_macs(self) -> int:
-        """Multiply-adds of the dense network."""
-        return sum(self._layer_macs.values())
+    def channel_costs(self, unit: str = MACS) -> Mapping[str, int]:
+        """Return what one inner channel of each block costs."""
+        return inner_costs(self.model, self._layer_costs(unit))
+
+    def _inner_cost(self, index: int, unit: str) -> int:
+        costs = self.channel_costs(unit)
+        return sum(costs[name] * self.grid[name][index] for name in BLOCKS)
+
+    def _total(self, unit: str) -> int:
+        return sum(self._layer_costs(unit).values())
+
+    def _layer_costs(self, unit: str) -> Mapping[str, int]:
+        return {layer.name: getattr(layer, unit) for layer in self._layers}
 
     @functools.cached_property
-    def macs(self) -> Mapping[str, int]:
-        """The multiply-adds that one inner channel of each block takes."""
-        return inner_macs(self.model, self._layer_macs)
-
-    def _inner_macs(self, index: int) -> int:
-        return sum(self.macs[name] * self.grid[name][index] for name in BLOCKS)
-
-    @functools.cached_property
-    def _layer_macs(self) -> Mapping[str, int]:
-        return {layer.name: layer.macs for layer in describe_layers(self.model)}
+    def _layers(self) -> Sequence[Layer]:
+        return describe_layers(self.model)
 
     @functools.cached_property
     def _dense(self) -> Dense:

@@ -95,16 +95,16 @@ def _load(model: ResNet18, state: dict[str, torch.Tensor]) -> ResNet18:
     return slim.to(state["conv1.weight"].device).eval()
 
 
-def inner_macs(model: ResNet18, macs: Mapping[str, int]) -> dict[str, int]:
-    """Return, for each block, the multiply-adds that one of its inner channels takes.
+def inner_costs(model: ResNet18, costs: Mapping[str, int]) -> dict[str, int]:
+    """Return, for each block, what one of its inner channels costs.
 
     Args:
         model: Dense.
-        macs: Of each of its layers.
+        costs: Of each of its layers: multiply-adds, or weights.
     """
     layers = prunable_layers(model)
     return {
-        name: (macs[f"{name}.conv1"] + macs[f"{name}.conv2"])
+        name: (costs[f"{name}.conv1"] + costs[f"{name}.conv2"])
         // layers[f"{name}.conv1"].out_channels
         for name in BLOCKS
     }

@@ -4,14 +4,15 @@ Every layer is coded on the inputs that the coded layers before it give, and tow
 that the dense network has there: of a block's second convolution, those after the shortcut is
 added. What the layers before lost, a layer makes up for as far as it can (as in GPTAQ, Li et al.,
 2025, arXiv:2504.02692): its weights become those of the ridge regression from the coded inputs to
-the dense outputs, and these are coded. The bias takes up the mean of what is left.
+the dense outputs, and these are coded. The bias takes up the mean of what is left. In a network
+without some of the dense one's channels it makes up for these as well.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,19 @@ STEP_PRICES = 60.0  # the square of a step, in prices of a bit
 
 
 @dataclass(frozen=True)
+class Original:
+    """The network that another was made from by removing channels.
+
+    Attributes:
+        model: FP32, in eval mode, its batch-norms folded; not changed.
+        channels: Of each block, which of its inner channels are left (int64).
+    """
+
+    model: ResNet18
+    channels: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Signal:
     """What all images are after some layers: in the dense network, and in the coded one.
 
@@ -56,7 +70,11 @@ class Signal:
 
 @torch.inference_mode()
 def encode(
-    folded: ResNet18, calibration: Cifar10, price: float, seed: int = 0
+    folded: ResNet18,
+    calibration: Cifar10,
+    price: float,
+    seed: int = 0,
+    original: Original | None = None,
 ) -> dict[str, CodedLayer]:
     """Code a network's weights; return its layers by name, in network order.
 
@@ -65,21 +83,22 @@ def encode(
         calibration: Images; each is used as it is and mirrored.
         price: Of a bit, in millionths of the outputs' variance.
         seed: Of the positions at which outputs are looked at.
+        original: What channels were removed from, if any were: its outputs are wanted.
     """
     images = torch.cat([calibration.images, calibration.images.flip(3)])
-    return _Encoder(folded, price, seed).encode(images)
+    return _Encoder(folded, original or Original(folded, {}), price, seed).encode(images)
 
 
 class _Encoder:
     """Holds the two networks; the coded one's layers are replaced one by one."""
 
-    def __init__(self, dense: ResNet18, price: float, seed: int):
-        self._dense, self._coded, self._price = dense, copy.deepcopy(dense), price
+    def __init__(self, folded: ResNet18, original: Original, price: float, seed: int):
+        self._coded, self._original, self._price = copy.deepcopy(folded), original, price
         self._generator = torch.Generator().manual_seed(seed)
         self._layers: dict[str, CodedLayer] = {}
 
     def encode(self, images: torch.Tensor) -> dict[str, CodedLayer]:
-        names = prunable_layers(self._dense)
+        names = prunable_layers(self._coded)
         self._progress = iter(cli.progress(names, "code"))
         pixels = _in_batches(normalize, images)
         signal = self._code("conv1", Signal(pixels, pixels)).relu()
@@ -95,12 +114,13 @@ class _Encoder:
     def _code(self, name: str, inputs: Signal, added: Signal | None = None) -> Signal:
         """Code a layer; return its outputs, ``added`` added."""
         next(self._progress)
-        dense, coded = (net.get_submodule(name) for net in (self._dense, self._coded))
+        dense, coded = (net.get_submodule(name) for net in (self._original.model, self._coded))
         outputs = _apply(dense, inputs.dense, added and added.dense)
-        statistics = _Statistics(dense)
-        for rows, wanted in self._sample(dense, inputs.coded, outputs, added and added.coded):
-            statistics.add(rows, wanted)
-        layer = _code_layer(dense, statistics, self._price, name in FINE_LAYERS)
+        kept = self._original.channels.get(name.removesuffix(".conv1"), slice(None))
+        statistics = _Statistics(coded)
+        for rows, wanted in self._sample(coded, inputs.coded, outputs, added and added.coded):
+            statistics.add(rows, wanted[:, kept])
+        layer = _code_layer(coded, statistics, self._price, name in FINE_LAYERS)
         coded.weight.copy_(layer.dense())
         coded.bias.copy_(layer.bias)
         self._layers[name] = layer
@@ -161,7 +181,7 @@ class _Statistics:
 
 
 def _code_layer(layer: nn.Module, statistics: _Statistics, price: float, fine: bool) -> CodedLayer:
-    """Code one layer of the dense network on statistics of it."""
+    """Code one layer on statistics of it."""
     covariance, mean, cross, lacking, variance = statistics.finish()
     spread = float(covariance.diagonal().mean())
     spread = max(spread, SMALLEST_SPREAD * (1 + float(mean.square().mean())))
