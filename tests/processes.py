@@ -11,6 +11,7 @@ import io
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -31,6 +33,9 @@ DISPOSITIONS = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGHUP: signal.SIG_DFL,
 }
+
+# What calls functions in fresh processes, with the files that were written.
+READING_BACK = ("quantization.files.artifact", "pipeline.readback")
 
 Finished = subprocess.CompletedProcess[str]
 
@@ -63,18 +68,38 @@ def foreground_signals() -> Iterator[None]:
 
 
 def run_here(
-    main: Callable[[list[str]], int], *arguments: object, folder: Path = REPOSITORY
+    main: Callable[[list[str]], int],
+    *arguments: object,
+    folder: Path = REPOSITORY,
+    reads_back_here: bool = True,
 ) -> Finished:
-    """Run a script's ``main`` in this process, in ``folder``; a wrong usage is its exit code."""
+    """Run a script's ``main`` in this process, in ``folder``; a wrong usage is its exit code.
+
+    What it would read back in a fresh process it reads here, unless told otherwise: starting one
+    takes seconds.
+    """
     command = [str(argument) for argument in arguments]
     out, err = io.StringIO(), io.StringIO()
-    with undisturbed(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(undisturbed())
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        for module in READING_BACK if reads_back_here else ():
+            stack.enter_context(mock.patch(f"{module}.call_fresh", _call_here))
         os.chdir(folder)
         try:
             code = main(command)
         except SystemExit as stopped:
             code = stopped.code
     return Finished(command, code, out.getvalue(), err.getvalue())
+
+
+def _call_here(function: Callable, *arguments: object) -> object:
+    engine = torch.backends.quantized.engine
+    try:
+        return function(*pickle.loads(pickle.dumps(arguments)))
+    finally:
+        torch.backends.quantized.engine = engine
 
 
 def run_fresh(*command: object, folder: Path = REPOSITORY, **environment: str) -> Finished:

@@ -45,7 +45,7 @@ def finished(tiny_weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     process = run_here(
         main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.6", "--report", "--export-onnx",
-        "--output-dir", folder,
+        "--output-dir", folder, reads_back_here=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return process, folder, json.loads((folder / "results.json").read_text())
@@ -183,6 +183,7 @@ def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
     tiny_weights, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("common.measure.budget.standard_error", lambda *_: 1.0)  # none to spare
+    monkeypatch.setattr(answers, "find_strongest", lambda make, where, spare: [make(where.start)])
     arguments = ["--max-drop", "0", "--for", "size", "--output-dir", tmp_path / "out"]
     process = run_here(main, *QUICK, "--weights", tiny_weights, *arguments)
     assert process.returncode == 3, process.stderr

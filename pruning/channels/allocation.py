@@ -1,9 +1,9 @@
 """How wide each block of a slim network is: what a width costs in context against what it saves.
 
 A block that may be narrowed for nothing in the dense network may not in one that is narrow
-everywhere, for errors add up. So each block's curve is measured with all others at half their
-width: the divergence of the logits from the dense network's, which needs no labels. With the curves
-taken to add up, the best widths for any number of multiply-adds follow exactly.
+everywhere, for errors add up. So each block's curve is measured in a network whose other blocks
+are narrow: the divergence of the logits from the dense network's, which needs no labels. With the
+curves taken to add up, the best widths for any number of multiply-adds follow exactly.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def measure_dense(
     widths: Mapping[str, Iterable[int]],
     seed: int,
     dtype: torch.dtype,
+    fitted: int | None = None,
 ) -> Dense:
     """Run the dense network, and find what to keep of each block at every one of its ``widths``.
 
@@ -67,20 +68,26 @@ def measure_dense(
         widths: For each block.
         seed: Of the positions.
         dtype: Precision to run in.
+        fitted: The first so many images say what to keep; None for all.
     """
+    fitted = len(images) if fitted is None else fitted
     exact = FoldedNetwork.of(model)
     network = exact.to(dtype)
     generator = torch.Generator().manual_seed(seed)
     positions, targets = ({name: [] for name in BLOCKS} for _ in range(2))
     grams = dict.fromkeys(BLOCKS, 0)
-    for batch in cli.progress(images.split(BATCH_SIZE), "dense network"):
+    parts = [*images[:fitted].split(BATCH_SIZE), *images[fitted:].split(BATCH_SIZE)]
+    seen = 0
+    for batch in cli.progress(parts, "dense network"):
+        seen += len(batch)
         x = network.stem(normalize(batch).to(dtype)).relu_()
         for name, block in network.blocks.items():
             hidden = block.conv1(x).relu_()
             residual = block.conv2(hidden)
             where = _draw(residual, generator)
-            inputs = windows(hidden, where)
-            grams[name] += inputs.T @ inputs / (len(images) * where.shape[1])
+            if seen <= fitted:
+                inputs = windows(hidden, where)
+                grams[name] += inputs.T @ inputs / (fitted * where.shape[1])
             total = residual.add_(block.shortcut_of(x))
             positions[name].append(where)
             targets[name].append(at_positions(total, where).unflatten(0, where.shape))

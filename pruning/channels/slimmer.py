@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ from pruning.channels.slimming import inner_costs
 
 # What a share is of, as describe_layers calls it: for speed the first, for size the second.
 MACS, WEIGHTS = "macs", "weights"
+# Of the images, those that say what to keep of a block. The others measure what that costs: on the
+# images that it was fitted to, a narrow block looks better than it is.
+FITTED_SHARE = 0.75
+CONTEXT_SHARE = 0.5  # of the multiply-adds
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,7 @@ class Slimmer:
 
     def slim(self, share: float, unit: str = MACS) -> ResNet18:
         """Return the network in which ``share`` of the ``unit`` is left, repaired."""
-        channel = self.channel_costs(unit)
-        costs = {name: {w: channel[name] * w for w in self.grid[name]} for name in BLOCKS}
-        widths = choose_widths(self._curves, costs, self.inner_budget(share, unit))
-        return repair(self._dense, widths)
+        return repair(self._dense, self._choose(self._curves, share, unit))
 
     def channels_of(self, slim: ResNet18) -> Mapping[str, torch.Tensor]:
         """Return which inner channels of each block such a network has of the dense one's."""
@@ -88,10 +90,28 @@ class Slimmer:
 
     @functools.cached_property
     def _dense(self) -> Dense:
-        return measure_dense(self.model, self.images, self.grid, self.seed, self.dtype)
+        return measure_dense(
+            self.model, self.images, self.grid, self.seed, self.dtype, self._fitted
+        )
 
     @functools.cached_property
     def _curves(self) -> Curves:
+        """What each width costs, in a network of half of the multiply-adds."""
         half = {name: grid[(len(grid) - 1) // 2] for name, grid in self.grid.items()}
+        share = max(CONTEXT_SHARE, self.least_share() + 0.01)  # of a network that can go so far
+        context = self._choose(self._measure(half), share, MACS)
+        return self._measure(context)
+
+    def _measure(self, context: Mapping[str, int]) -> Curves:
         dense = self._dense
-        return measure_curves(dense.network, dense.kept, half, self.images[:CURVE_IMAGES])
+        unseen = self.images[min(self._fitted, len(self.images) - 1) :]  # of one image, that
+        return measure_curves(dense.network, dense.kept, context, unseen[:CURVE_IMAGES])
+
+    @property
+    def _fitted(self) -> int:
+        return math.ceil(FITTED_SHARE * len(self.images))
+
+    def _choose(self, curves: Curves, share: float, unit: str) -> dict[str, int]:
+        channel = self.channel_costs(unit)
+        costs = {name: {w: channel[name] * w for w in self.grid[name]} for name in BLOCKS}
+        return choose_widths(curves, costs, self.inner_budget(share, unit))
