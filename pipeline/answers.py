@@ -7,6 +7,7 @@ that take the most multiply-adds for speed; what is left is coded with the rest 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from pipeline.search import Range, Spare, find_strongest, nearest, of_budget, st
 from pruning.channels.slimmer import MACS, WEIGHTS
 
 GOALS = ("size", "speed", "both")
-# In 1 / price; on the bundled weights the budget of one point ends near the start.
-CODING = Range(start=1 / 0.035, least=1 / 0.5, most=1 / 0.001, resolution=1.1, trials=4)
+# In 1 / price; on the bundled weights the budget of one point ends near these.
+FIRST_STRENGTH = {"size": 1 / 0.028, "both": 1 / 0.022}
+CODING = Range(start=1.0, least=1 / 0.5, most=1 / 0.001, resolution=1.1, trials=3)
 WIDEST_SHARE = 0.97
 ROUNDING = 1 / 32  # widths come in steps: the very least share cannot be asked for
 FIRST_SHARE = {WEIGHTS: 0.38, MACS: 0.6}
@@ -27,7 +29,7 @@ FIRST_SHARE = {WEIGHTS: 0.38, MACS: 0.6}
 SIZE_SHARE, BOTH_SHARE = 0.25, 0.5
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
 # of the multiply-adds, shares smaller by so much than without it.
-TRAINED_STRIDES = (1.15, 1.07)
+TRAINED_STRIDES = (1.25, 1.12)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _find_size(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
     room = _room(workshop, SIZE_SHARE)
     slim = _search_slim(workshop, "size", WEIGHTS, 3, room)
     base = strongest(slim, room) or nearest(slim)
-    tried["size"] = [*slim, *_search_coded(workshop, "size", base, CODING)]
+    tried["size"] = [*slim, *_search_coded(workshop, "size", base)]
 
 
 def _find_speed(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
@@ -100,7 +102,7 @@ def _find_both(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
     if base is None:  # one that is wider than any so far
         widest = max(candidate.strength for candidate in tried["speed"])
         base = workshop.try_slim("speed", (widest + 1) / 2)
-    tried["both"] = _search_coded(workshop, "both", base, CODING)
+    tried["both"] = _search_coded(workshop, "both", base)
 
 
 def _room(workshop: Workshop, share: float) -> Spare:
@@ -117,7 +119,8 @@ def _search_slim(
     return _try_all(goal, lambda share: workshop.try_slim(goal, share, unit), where, spare)
 
 
-def _search_coded(workshop: Workshop, goal: str, base: Candidate, where: Range) -> list[Candidate]:
+def _search_coded(workshop: Workshop, goal: str, base: Candidate) -> list[Candidate]:
+    where = dataclasses.replace(CODING, start=FIRST_STRENGTH[goal])
     return _try_all(goal, lambda s: workshop.try_coded(goal, s, base), where, of_budget)
 
 

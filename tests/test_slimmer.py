@@ -1,0 +1,60 @@
+"""Slim networks by share: of the multiply-adds, or of the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.network.resnet import BLOCKS
+from common.network.size import describe_layers
+from pruning.channels import slimmer as module
+from pruning.channels.slimmer import MACS, WEIGHTS, Slimmer
+
+
+def cost_of(model, unit):
+    return sum(getattr(layer, unit) for layer in describe_layers(model))
+
+
+@pytest.fixture
+def slimmer(tiny_model, random_images):
+    return Slimmer(tiny_model, random_images(40).images, 0, torch.float32)
+
+
+@pytest.mark.parametrize("unit", [MACS, WEIGHTS])
+def test_as_much_is_left_as_asked_for(slimmer, unit):
+    whole, least = cost_of(slimmer.model, unit), slimmer.least_share(unit)
+    for share in (0.9, 0.6):
+        assert cost_of(slimmer.slim(share, unit), unit) <= share * whole
+    assert cost_of(slimmer.slim(least + 0.02, unit), unit) / whole >= least
+    with pytest.raises(ValueError, match="no widths cost as little"):
+        slimmer.slim(least - 0.01, unit)
+
+
+def test_its_channels_are_those_of_the_dense_network(slimmer):
+    slim = slimmer.slim(0.7)
+    for name, channels in slimmer.channels_of(slim).items():
+        left, all_ = (m.get_submodule(name).conv1.weight for m in (slim, slimmer.model))
+        assert torch.equal(left, all_[channels])
+
+
+@pytest.mark.parametrize(("images", "fitted"), [(40, 30), (2, 2), (1, 1)])
+def test_widths_are_measured_on_images_that_chose_nothing(
+    tiny_model, random_images, monkeypatch, images, fitted
+):
+    calls = []
+    pixels = random_images(images).images
+    dense_of, curves_of = module.measure_dense, module.measure_curves
+    monkeypatch.setattr(
+        module, "measure_dense", lambda *a: calls.append(("fitted", a[5])) or dense_of(*a)
+    )
+    monkeypatch.setattr(
+        module, "measure_curves", lambda *a: calls.append(("unseen", a[3])) or curves_of(*a)
+    )
+    slim = Slimmer(tiny_model, pixels, 0, torch.float32).slim(0.8)
+    assert sum(slim.widths.inner) < sum(tiny_model.widths.inner)
+    assert dict(calls)["fitted"] == fitted
+    measured = [seen for kind, seen in calls if kind == "unseen"]
+    assert len(measured) == 2  # among blocks of half their width, then in a network of that kind
+    expected = pixels[fitted:] if fitted < images else pixels[-1:]
+    assert all(torch.equal(seen, expected) for seen in measured)
+    assert len(BLOCKS) == len(slim.widths.inner)
