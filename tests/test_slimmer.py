@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from common.network.resnet import BLOCKS
 from common.network.size import describe_layers
 from pruning.channels import slimmer as module
 from pruning.channels.slimmer import MACS, WEIGHTS, Slimmer
@@ -33,8 +33,11 @@ def test_as_much_is_left_as_asked_for(slimmer, unit):
 def test_its_channels_are_those_of_the_dense_network(slimmer):
     slim = slimmer.slim(0.7)
     for name, channels in slimmer.channels_of(slim).items():
-        left, all_ = (m.get_submodule(name).conv1.weight for m in (slim, slimmer.model))
-        assert torch.equal(left, all_[channels])
+        left, all_ = (
+            F.normalize(m.get_submodule(name).conv1.weight.flatten(1))
+            for m in (slim, slimmer.model)
+        )
+        assert torch.equal((left @ all_.T).argmax(1), channels)  # refitted, but much the same
 
 
 @pytest.mark.parametrize(("images", "fitted"), [(40, 30), (2, 2), (1, 1)])
@@ -57,4 +60,3 @@ def test_widths_are_measured_on_images_that_chose_nothing(
     assert len(measured) == 2  # among blocks of half their width, then in a network of that kind
     expected = pixels[fitted:] if fitted < images else pixels[-1:]
     assert all(torch.equal(seen, expected) for seen in measured)
-    assert len(BLOCKS) == len(slim.widths.inner)

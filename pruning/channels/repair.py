@@ -1,8 +1,8 @@
 """Choice and repair of channels, block by block, on images without labels.
 
 The dense network is run once: it says which channels of each block can go, and what every block
-should add up to. A slim network is then repaired in network order: what reads the channels that are
-left is refitted on what the slim blocks before it give, so that it also takes back their errors.
+should add up to. A slim network is then repaired in network order: both convolutions of a block are
+refitted on what the slim layers before them give, so that they also take back their errors.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ import torch
 
 from common.command import cli
 from common.images.data import normalize
-from common.network.branching import FoldedNetwork
+from common.network.branching import Block, Convolution, FoldedNetwork
 from common.network.resnet import BLOCKS, ResNet18
-from pruning.channels.slimming import flat_weight, slim_block, slim_model
+from pruning.channels.slimming import (
+    Narrow,
+    flat_weight,
+    slim_block,
+    slim_model,
+    with_flat_weight,
+)
 from pruning.channels.surgeon import (
+    DAMPING,
     Kept,
     at_positions,
     output_statistics,
@@ -28,6 +35,8 @@ from pruning.channels.surgeon import (
 
 POSITIONS = 16  # of each map, to speak for it
 BATCH_SIZE = 100
+# Of a block's first convolution: it lacks nothing, it only meets other inputs.
+INNER_DAMPING = 0.2
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Dense:
         network: It, folded, in the precision to run in.
         images: uint8, shape (N, 3, 32, 32).
         positions: For each block, int64, shape (N, P).
+        inner: For each block, FP32, shape (N, P, C): its inner channels there, before their ReLU.
         targets: For each block, FP32, shape (N, P, O): its sums there, before the last ReLU.
         kept: For each block and width, what is best kept where all else is dense.
     """
@@ -47,6 +57,7 @@ class Dense:
     network: FoldedNetwork
     images: torch.Tensor
     positions: Mapping[str, torch.Tensor]
+    inner: Mapping[str, torch.Tensor]
     targets: Mapping[str, torch.Tensor]
     kept: Mapping[str, Mapping[int, Kept]]
 
@@ -74,7 +85,7 @@ def measure_dense(
     exact = FoldedNetwork.of(model)
     network = exact.to(dtype)
     generator = torch.Generator().manual_seed(seed)
-    positions, targets = ({name: [] for name in BLOCKS} for _ in range(2))
+    positions, inner, targets = ({name: [] for name in BLOCKS} for _ in range(3))
     grams = dict.fromkeys(BLOCKS, 0)
     parts = [*images[:fitted].split(BATCH_SIZE), *images[fitted:].split(BATCH_SIZE)]
     seen = 0
@@ -82,9 +93,11 @@ def measure_dense(
         seen += len(batch)
         x = network.stem(normalize(batch).to(dtype)).relu_()
         for name, block in network.blocks.items():
-            hidden = block.conv1(x).relu_()
+            hidden = block.conv1(x)
+            where = _draw(hidden, generator)
+            inner[name].append(at_positions(hidden, where).unflatten(0, where.shape))
+            hidden = hidden.relu_()
             residual = block.conv2(hidden)
-            where = _draw(residual, generator)
             if seen <= fitted:
                 inputs = windows(hidden, where)
                 grams[name] += inputs.T @ inputs / (fitted * where.shape[1])
@@ -96,10 +109,14 @@ def measure_dense(
         model,
         network,
         images,
-        {name: torch.cat(found) for name, found in positions.items()},
-        {name: torch.cat(found) for name, found in targets.items()},
+        *(
+            {name: torch.cat(found[name]) for name in BLOCKS}
+            for found in (positions, inner, targets)
+        ),
         {
-            name: remove_channels(grams.pop(name), flat_weight(exact.blocks[name]), widths[name])
+            name: remove_channels(
+                grams.pop(name), flat_weight(exact.blocks[name].conv2), widths[name]
+            )
             for name in cli.progress(BLOCKS, "choose channels")
         },
     )
@@ -115,23 +132,52 @@ def _draw(maps: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 @torch.no_grad()
 def repair(dense: Dense, widths: Mapping[str, int]) -> ResNet18:
     """Return the network of these ``widths``, each block refitted to what the dense one gives."""
-    network, batches = dense.network, range(0, len(dense.images), BATCH_SIZE)
-    rows = [slice(start, start + BATCH_SIZE) for start in batches]
+    network, exact = dense.network, FoldedNetwork.of(dense.model)
     dtype = network.stem.weight.dtype
+    rows = [slice(at, at + BATCH_SIZE) for at in range(0, len(dense.images), BATCH_SIZE)]
     streams = [network.stem(normalize(dense.images[r]).to(dtype)).relu_() for r in rows]
-    kept, statistics = {}, {}
+    narrow = {}
     for name, block in cli.progress(network.blocks.items(), "repair"):
-        chosen, gram, cross = dense.kept[name][widths[name]], 0, 0
-        slim, count = slim_block(block, chosen), dense.targets[name].flatten(0, 1).shape[0]
+        kept = dense.kept[name][widths[name]]
+        slim, positions = slim_block(exact.blocks[name], kept), dense.positions[name]
+        inner = dense.inner[name][..., kept.channels]
+        first = _Refit(slim.conv1, INNER_DAMPING)
         for r, x in zip(rows, streams, strict=True):
-            where = dense.positions[name][r]
+            first.add(x, positions[r], inner[r].flatten(0, 1))
+        conv1 = first.solve()
+        second, run = _Refit(slim.conv2), conv1.to(dtype)
+        for r, x in zip(rows, streams, strict=True):
             wanted = dense.targets[name][r].flatten(0, 1)
-            wanted = wanted - at_positions(block.shortcut_of(x), where)
-            inputs = windows(slim.conv1(x).relu_(), where)
-            gram += inputs.T @ inputs / count
-            cross += wanted.T @ inputs / count
-        kept[name] = Kept(chosen.channels, refit(gram, cross, chosen.weight))
-        statistics[name] = output_statistics(gram, kept[name].weight)
-        slim = slim_block(block, kept[name])
-        streams = [slim(x) for x in streams]
-    return slim_model(dense.model, kept, statistics)
+            wanted = wanted - at_positions(block.shortcut_of(x), positions[r])
+            second.add(run(x).relu_(), positions[r], wanted)
+        slim = Block(conv1, second.solve(), slim.shortcut)
+        narrow[name] = Narrow(slim, [first.statistics(), second.statistics()])
+        run = Block(run, slim.conv2.to(dtype), block.shortcut)
+        streams = [run(x) for x in streams]
+    return slim_model(dense.model, narrow)
+
+
+class _Refit:
+    """The least squares of one convolution, over the batches of images."""
+
+    def __init__(self, convolution: Convolution, damping: float = DAMPING):
+        self._convolution, self._damping = convolution, damping
+        self._gram, self._cross, self._count = 0, 0, 0
+
+    def add(self, x: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Take in what the convolution reads (N, C, H, W), and what it should give there."""
+        inputs = windows(x, positions, self._convolution.stride)
+        self._gram += inputs.T @ inputs
+        self._cross += wanted.T @ inputs
+        self._count += len(inputs)
+
+    def solve(self) -> Convolution:
+        """Return the convolution that comes nearest to what is wanted."""
+        self._gram, self._cross = self._gram / self._count, self._cross / self._count
+        anchor = flat_weight(self._convolution)
+        self._flat = refit(self._gram, self._cross, anchor, self._damping)
+        return with_flat_weight(self._convolution, self._flat)
+
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and variance of what it gives, without its bias, once solved."""
+        return output_statistics(self._gram, self._flat)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,18 +13,36 @@ from common.network.resnet import BLOCKS, ResNet18, Widths, prunable_layers
 from pruning.channels.surgeon import Kept
 
 
-def flat_weight(block: Block) -> torch.Tensor:
-    """Return what reads a folded block's inside: (O, 9·C + 1), the bias last."""
-    return torch.cat([block.conv2.weight.flatten(1), block.conv2.bias[:, None]], dim=1)
+@dataclass(frozen=True)
+class Narrow:
+    """A folded block without some of its inside, FP32.
+
+    Attributes:
+        block: What is left.
+        statistics: Mean and variance of each of its two convolutions' outputs, their biases aside.
+    """
+
+    block: Block
+    statistics: Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+def flat_weight(convolution: Convolution) -> torch.Tensor:
+    """Return a folded convolution's weight: (O, 9·C + 1), the bias last."""
+    return torch.cat([convolution.weight.flatten(1), convolution.bias[:, None]], dim=1)
+
+
+def with_flat_weight(convolution: Convolution, flat: torch.Tensor) -> Convolution:
+    """Return a convolution with another weight, as :func:`flat_weight` gives it."""
+    return _with(
+        convolution, flat[:, :-1].unflatten(1, (-1, *convolution.weight.shape[2:])), flat[:, -1]
+    )
 
 
 def slim_block(block: Block, kept: Kept) -> Block:
     """Return a folded block with what is kept of its inside, in the block's precision."""
-    dtype = block.conv1.weight.dtype
-    weight = kept.weight[:, :-1].unflatten(1, (-1, *block.conv2.weight.shape[2:]))
     return Block(
         _with(block.conv1, block.conv1.weight[kept.channels], block.conv1.bias[kept.channels]),
-        _with(block.conv2, weight.to(dtype), kept.weight[:, -1].to(dtype)),
+        with_flat_weight(block.conv2, kept.weight.to(block.conv1.weight.dtype)),
         block.shortcut,
     )
 
@@ -34,35 +53,29 @@ def _with(convolution: Convolution, weight: torch.Tensor, bias: torch.Tensor) ->
 
 
 @torch.no_grad()
-def slim_model(
-    model: ResNet18,
-    kept: Mapping[str, Kept],
-    statistics: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-) -> ResNet18:
-    """Return a network that computes what ``slim_block`` of every block does, in eval mode.
+def slim_model(model: ResNet18, narrow: Mapping[str, Narrow]) -> ResNet18:
+    """Return a network that computes what its narrow blocks do, in eval mode.
 
     Its batch norms say what the new weights give, so that training can go on from there: a layer's
     weights are scaled to the size of the dense ones, which its batch norm takes back.
 
     Args:
         model: Dense, in eval mode; not changed.
-        kept: Of every block, for folded batch norms.
-        statistics: Mean and variance of what these weights give, without their biases.
+        narrow: Of every block.
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    folded = FoldedNetwork.of(model).blocks
-    for name in BLOCKS:
-        _narrow(state, name, kept[name].channels)
-        new, eps = kept[name], model.get_submodule(f"{name}.bn2").eps
-        dense, weight = folded[name].conv2.weight, new.weight[:, :-1]
-        scale = float(state[f"{name}.conv2.weight"].norm() / dense.norm())
-        mean, variance = statistics[name]
-        variance = variance * scale**2
-        state[f"{name}.conv2.weight"] = scale * weight.unflatten(1, (-1, *dense.shape[2:]))
-        state[f"{name}.bn2.running_mean"] = mean * scale
-        state[f"{name}.bn2.running_var"] = variance
-        state[f"{name}.bn2.weight"] = (variance + eps).sqrt() / scale
-        state[f"{name}.bn2.bias"] = new.weight[:, -1] + mean
+    folded = FoldedNetwork.of(model).convolutions()
+    for name, found in narrow.items():
+        layers = ((1, found.block.conv1), (2, found.block.conv2))
+        for (number, new), (mean, variance) in zip(layers, found.statistics, strict=True):
+            conv, bn = f"{name}.conv{number}", f"{name}.bn{number}"
+            scale = float(state[f"{conv}.weight"].norm() / folded[conv].weight.norm())
+            variance = variance * scale**2
+            state[f"{conv}.weight"] = scale * new.weight
+            state[f"{bn}.running_mean"] = scale * mean
+            state[f"{bn}.running_var"] = variance
+            state[f"{bn}.weight"] = (variance + model.get_submodule(bn).eps).sqrt() / scale
+            state[f"{bn}.bias"] = new.bias + mean
     return _load(model, state)
 
 
@@ -76,16 +89,11 @@ def slim_by_norm(model: ResNet18, widths: Mapping[str, int]) -> ResNet18:
     for name in BLOCKS:
         norms = state[f"{name}.conv1.weight"].abs().sum((1, 2, 3))
         channels = norms.topk(widths[name]).indices.sort().values
-        _narrow(state, name, channels)
+        for entry in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}.bn1.{entry}"] = state[f"{name}.bn1.{entry}"][channels]
+        state[f"{name}.conv1.weight"] = state[f"{name}.conv1.weight"][channels]
         state[f"{name}.conv2.weight"] = state[f"{name}.conv2.weight"][:, channels]
     return _load(model, state)
-
-
-def _narrow(state: dict[str, torch.Tensor], block: str, channels: torch.Tensor) -> None:
-    """Leave only ``channels`` of a block's first convolution and its batch norm."""
-    for entry in ("weight", "bias", "running_mean", "running_var"):
-        state[f"{block}.bn1.{entry}"] = state[f"{block}.bn1.{entry}"][channels]
-    state[f"{block}.conv1.weight"] = state[f"{block}.conv1.weight"][channels]
 
 
 def _load(model: ResNet18, state: dict[str, torch.Tensor]) -> ResNet18:

@@ -35,21 +35,22 @@ class Kept:
     weight: torch.Tensor
 
 
-def windows(maps: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return the inputs of a 3×3 convolution (padding 1, stride 1) at some positions, and a 1.
+def windows(maps: torch.Tensor, positions: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """Return the inputs of a 3×3 convolution (padding 1) at some positions, and a 1.
 
     Args:
         maps: Shape (N, C, H, W).
-        positions: int64, shape (N, P): row · W + column of each output.
+        positions: int64, shape (N, P): row · W / stride + column of each output.
+        stride: Of the convolution.
 
     Returns:
         FP32, shape (N·P, 9·C + 1), in the order of a weight's ``flatten(1)``.
     """
-    width = maps.shape[3]
+    width = maps.shape[3] // stride
     padded = F.pad(maps, (1, 1, 1, 1)).permute(0, 2, 3, 1)
     step = torch.arange(3, device=maps.device)
-    rows = (positions // width)[:, :, None, None] + step[:, None]
-    columns = (positions % width)[:, :, None, None] + step
+    rows = stride * (positions // width)[:, :, None, None] + step[:, None]
+    columns = stride * (positions % width)[:, :, None, None] + step
     image = torch.arange(len(maps), device=maps.device)[:, None, None, None]
     found = padded[image, rows, columns].permute(0, 1, 4, 2, 3).flatten(0, 1).flatten(1).float()
     return F.pad(found, (0, 1), value=1.0)
@@ -61,15 +62,18 @@ def at_positions(maps: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return maps.flatten(2).gather(2, index).transpose(1, 2).flatten(0, 1).float()
 
 
-def refit(gram: torch.Tensor, cross: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+def refit(
+    gram: torch.Tensor, cross: torch.Tensor, anchor: torch.Tensor, share: float = DAMPING
+) -> torch.Tensor:
     """Return the weights of least squares, near ``anchor`` where little is known.
 
     Args:
         gram: E[x xᵀ], shape (9·C + 1, 9·C + 1), the last row and column of the constant 1.
         cross: E[y xᵀ], shape (O, 9·C + 1), y being the outputs that are wanted.
         anchor: Weights, shape (O, 9·C + 1).
+        share: Of the mean diagonal, how much the anchor weighs.
     """
-    damping = _damping(gram)
+    damping = _damping(gram, share)
     return _divide(cross + damping * anchor, gram + damping.diag())
 
 
@@ -145,10 +149,10 @@ def without(
     return weight[:, stays] - weight[:, gone] @ carry, inverse
 
 
-def _damping(gram: torch.Tensor) -> torch.Tensor:
+def _damping(gram: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
     """Return what is added to a Gram matrix's diagonal: nothing to the constant's."""
     diagonal = gram.diagonal()
-    return F.pad((DAMPING * diagonal[:-1].mean()).expand(len(diagonal) - 1), (0, 1))
+    return F.pad((share * diagonal[:-1].mean()).expand(len(diagonal) - 1), (0, 1))
 
 
 def _divide(cross: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
