@@ -48,14 +48,19 @@ def model(random_images):
     return model.eval()
 
 
-def test_windows_are_what_a_convolution_reads(generator):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_windows_are_what_a_convolution_reads(generator, stride):
     maps = torch.randn(3, 5, 6, 4, generator=generator)
     weight = torch.randn(7, 5, 3, 3, generator=generator)
     bias = torch.randn(7, generator=generator)
-    positions = torch.tensor([[0, 5, 23], [1, 2, 3], [20, 11, 8]])
+    positions = torch.tensor([[0, 5, 3], [1, 2, 3], [4, 0, 2]])
+    if stride == 1:
+        positions[:, 1:] = torch.tensor([[5, 23], [2, 11], [20, 8]])
     flat = torch.cat([weight.flatten(1), bias[:, None]], dim=1)
-    expected = at_positions(F.conv2d(maps, weight, bias, padding=1), positions)
-    torch.testing.assert_close(windows(maps, positions) @ flat.T, expected, rtol=1e-4, atol=1e-4)
+    expected = at_positions(F.conv2d(maps, weight, bias, stride, padding=1), positions)
+    torch.testing.assert_close(
+        windows(maps, positions, stride) @ flat.T, expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def sample(generator, channels=4, outputs=3, rows=400):
