@@ -4,9 +4,10 @@
     python pipeline.py --max-drop 0.005 --for size --test-images all
     python pipeline.py --data-dir ~/cifar10 --finetune-epochs 2
 
-Three answers: the smallest file (INT8 levels chosen for their bits), the fastest network (channels
-removed), and the one that is both. One half of the test images chooses, the other half measures
-what was written, as a fresh process reads it back.
+Three answers: the smallest file (channels that hold many weights removed, INT8 levels chosen for
+their bits), the fastest network (channels that take many multiply-adds removed), and the one that
+is both. One half of the test images chooses, the other half measures what was written, as a fresh
+process reads it back.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     asked.add_argument(
         "--finetune-epochs", type=positive_int, metavar="N",
-        help="train candidates for N epochs to answer as the dense network does (long)",
+        help="train slim networks too, for N epochs, to answer as the dense one does (long)",
     )  # fmt: skip
     asked.add_argument(
         "--finetune-images", type=image_count, metavar="N|all", default="all",

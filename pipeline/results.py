@@ -9,7 +9,6 @@ import torch
 
 from common.measure.evaluate import compare, measure_accuracy
 from pipeline.answers import Answer
-from pipeline.candidates import Candidate
 from pipeline.readback import FP32, Measured
 
 INT8 = "int8"
@@ -99,16 +98,11 @@ def describe_tried(
             "passes": candidate.verdict.passes,
             "images": candidate.verdict.shown,
             "comparison": candidate.verdict.comparison.as_dict(),
-            "latency": [timing.as_dict() for timing in measured[_uncoded(candidate)].timings],
+            "latency": [timing.as_dict() for timing in measured[candidate.slim_path.stem].timings],
         }
         for answer in answers
         for candidate in answer.tried
     ]
-
-
-def _uncoded(candidate: Candidate) -> str:
-    """Return the name of the same network with all its bits, which takes the same time."""
-    return INT8 if candidate.slim_path is None else candidate.slim_path.stem
 
 
 def _speedups(measured: Mapping[str, Measured], goal: str) -> list[dict]:

@@ -117,7 +117,7 @@ def write_files(
         files[goal] = folder.file(name.format(goal))
         shutil.copyfile(answer.best.path, files[goal])
     slim = answers.get("speed") or answers.get("both")
-    if slim is not None and slim.best.slim_path is not None:
+    if slim is not None:
         shutil.copyfile(slim.best.slim_path, folder.file(SLIM_NAME))
     return files
 
@@ -149,7 +149,6 @@ def measure(
         c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors"
         for answer in answers.values()
         for c in answer.tried
-        if c.slim_path is not None
     }
     measured = measure_files(
         fp32, {INT8: int8} | dict(files) | tried, confirming, workshop.batch_size, batch_sizes,

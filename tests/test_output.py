@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from processes import REPOSITORY, Copy
+from processes import REPOSITORY, Copy, foreground_signals
 
 from common.command import cli
 from common.command.cli import UserError
@@ -340,12 +340,13 @@ def test_signals_wait_for_the_end_of_a_commit(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         rename(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, "1")
+    with foreground_signals():
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path, "1")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert set(read(tmp_path)) == {"model.pth", RESULTS_NAME}
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_other_threads_may_write_results(tmp_path):
