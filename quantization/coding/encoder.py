@@ -107,6 +107,7 @@ class _Encoder:
             if f"{block}.shortcut.0" in names:
                 signal = self._code(f"{block}.shortcut.0", signal)
             signal = self._code(f"{block}.conv2", inner, signal).relu()
+            del inner  # a gigabyte for 2,000 images: not to be held beside the next block's
         pooled = (_in_batches(lambda x: x.mean((2, 3)), x) for x in (signal.dense, signal.coded))
         self._code("linear", Signal(*pooled))
         return {name: self._layers[name] for name in names}
