@@ -134,12 +134,12 @@ def _try_all(
     def told(strength: float) -> Candidate:
         nonlocal made
         if made:
-            seconds = (where.trials - made) * (time.perf_counter() - started) / made
-            cli.log.info("%s: at most %.0f s more", goal, seconds)
+            seconds = max(where.trials - made, 1) * (time.perf_counter() - started) / made
+            cli.log.info("%s: about %.0f s more, or less", goal, seconds)
         made += 1
         return attempt(strength)
 
-    cli.log.info("%s: at most %d networks are tried", goal, where.trials)
+    cli.log.info("%s: up to %d networks are tried, more if none passes", goal, where.trials)
     return find_strongest(told, where, spare)
 
 

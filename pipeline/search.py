@@ -38,7 +38,7 @@ class Range:
         least: The strongest compression to try.
         most: The weakest.
         resolution: Strengths whose ratio is below this are not told apart.
-        trials: At most so many.
+        trials: At most so many; where none of them passes, as many again.
     """
 
     start: float
@@ -60,7 +60,10 @@ def find_strongest(
     """
     trials: list[Trial] = []
     strength: float | None = where.start
-    while strength is not None and len(trials) < where.trials:
+    while strength is not None:
+        enough = where.trials * (1 if strongest(trials, spare) else 2)
+        if len(trials) >= enough:
+            break
         trials.append(make(strength))
         strength = next_strength(trials, where, spare)
     return trials
