@@ -7,7 +7,6 @@ that take the most multiply-adds for speed; what is left is coded with the rest 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from pipeline.search import Range, Spare, find_strongest, nearest, of_budget, st
 from pruning.channels.slimmer import MACS, WEIGHTS
 
 GOALS = ("size", "speed", "both")
-# In 1 / price; on the bundled weights the budget of one point ends near these.
+# In 1 / price; on the bundled weights the budget of one point ends near the first of each goal.
 FIRST_STRENGTH = {"size": 1 / 0.028, "both": 1 / 0.022}
-CODING = Range(start=1.0, least=1 / 0.5, most=1 / 0.001, resolution=1.1, trials=3)
+LEAST_STRENGTH, MOST_STRENGTH = 1 / 0.5, 1 / 0.001
 WIDEST_SHARE = 0.97
 ROUNDING = 1 / 32  # widths come in steps: the very least share cannot be asked for
 FIRST_SHARE = {WEIGHTS: 0.38, MACS: 0.6}
@@ -106,8 +105,12 @@ def _find_both(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
 
 
 def _room(workshop: Workshop, share: float) -> Spare:
-    """Return what tells how much of a ``share`` of the budget a candidate leaves."""
-    return lambda candidate: share * workshop.budget.max_drop - candidate.verdict.comparison.drop
+    """Return what tells how much of a ``share`` of the budget a candidate leaves.
+
+    It fails, too, where it is not within the whole budget with an error to spare.
+    """
+    allowed = share * workshop.budget.max_drop
+    return lambda candidate: min(candidate.spare, allowed - candidate.verdict.comparison.drop)
 
 
 def _search_slim(
@@ -120,7 +123,8 @@ def _search_slim(
 
 
 def _search_coded(workshop: Workshop, goal: str, base: Candidate) -> list[Candidate]:
-    where = dataclasses.replace(CODING, start=FIRST_STRENGTH[goal])
+    """Look for the dearest bits that leave the network within the budget."""
+    where = Range(FIRST_STRENGTH[goal], LEAST_STRENGTH, MOST_STRENGTH, resolution=1.1, trials=3)
     return _try_all(goal, lambda s: workshop.try_coded(goal, s, base), where, of_budget)
 
 
@@ -135,7 +139,7 @@ def _try_all(
         nonlocal made
         if made:
             seconds = max(where.trials - made, 1) * (time.perf_counter() - started) / made
-            cli.log.info("%s: about %.0f s more, or less", goal, seconds)
+            cli.log.info("%s: about %.0f s more", goal, seconds)
         made += 1
         return attempt(strength)
 
