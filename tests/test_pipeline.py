@@ -84,14 +84,19 @@ def test_every_number_is_that_of_results_json(finished):
         ), row  # fmt: skip
 
 
-def test_answers_are_of_the_files_on_images_that_did_not_choose(finished):
-    """The split, the predictions and the sizes, made again by hand."""
+@pytest.fixture(scope="module")
+def confirming(finished):
+    """The images that did not choose: the split made again by hand."""
     from common.images.data import load_images
     from common.images.sources import open_source
 
+    test = load_images(open_source(finished[1], bundled=True), "test", 120, 0)
+    return test.split_halves(0)[1]
+
+
+def test_answers_are_of_the_files_on_images_that_did_not_choose(finished, confirming):
+    """The predictions and the sizes, made again by hand."""
     _, folder, results = finished
-    test = load_images(open_source(folder, bundled=True), "test", 120, 0)
-    _, confirming = test.split_halves(0)
     for answer in results["answers"]:
         path = folder / answer["file"]
         assert answer["file_bytes"] == path.stat().st_size
@@ -112,15 +117,20 @@ def test_the_fastest_has_fewer_channels_and_the_smallest_fewer_bytes(finished, t
     assert sum(slim.widths.inner) < sum(load_model(tiny_weights).widths.inner)
 
 
-def test_onnx_gives_the_same_classes(finished):
+def test_onnx_gives_the_same_classes(finished, confirming):
     _, folder, results = finished
-    images = torch.randn(16, 3, 32, 32)
+    images = normalize(confirming.images)
     for answer in results["answers"]:
-        assert answer["onnx"]["agreement"] > 0.8  # this network is often undecided
         run = OnnxRuntimeModel(folder / answer["onnx"]["file"], 1)
         with torch.inference_mode():
-            ours = load_int8(folder / answer["file"])(images)
-        assert torch.allclose(run(images), ours, atol=0.3 * float(ours.std()))
+            ours, theirs = load_int8(folder / answer["file"])(images), run(images)
+        same = ours.argmax(1) == theirs.argmax(1)
+        assert answer["onnx"]["agreement"] == float(same.double().mean())
+        best = ours.topk(2).values
+        decided = best[:, 0] - best[:, 1] > 0.1 * ours.std()  # on others a rounding decides
+        assert decided.any()
+        assert float(same[decided].double().mean()) > 0.9
+        assert torch.allclose(theirs, ours, atol=0.3 * float(ours.std()))
 
 
 def test_page_tells_the_same(finished):
