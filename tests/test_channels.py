@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from common.images.data import normalize
 from common.network.branching import FoldedNetwork
 from common.network.resnet import BLOCKS, ResNet18, Widths
+from pruning.channels import repair as repair_module
 from pruning.channels.allocation import choose_widths, measure_curves, width_grid
 from pruning.channels.repair import measure_dense, repair
 from pruning.channels.slimming import inner_costs, slim_by_norm
@@ -206,6 +207,21 @@ def test_repair_brings_a_narrow_network_closer(model, random_images):
     x = normalize(images)
     trained = slim(x)
     assert (trained - slim.eval()(x)).square().mean() < 0.2 * trained.var()
+
+
+@torch.no_grad()
+def test_a_first_convolution_makes_up_for_the_blocks_before_it(model, random_images, monkeypatch):
+    images = random_images(200).images
+    widths = {name: width - 2 for name, width in zip(BLOCKS, FULL.inner, strict=True)}
+    grid = {name: [width, width + 2] for name, width in widths.items()}
+    dense, expected = measure_dense(model, images, grid, 0, torch.float32), model(normalize(images))
+
+    def error():
+        return (repair(dense, widths)(normalize(images)) - expected).square().mean()
+
+    refitted = error()
+    monkeypatch.setattr(repair_module, "INNER_DAMPING", 1e9)  # as it was
+    assert refitted < 0.95 * error()
 
 
 def test_costs_of_a_channel(model):
