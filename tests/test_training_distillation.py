@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.images.data import normalize
-from training.loop.distillation import LABEL_SHARE, TEMPERATURE, distill, distillation_loss
+from training.loop.distillation import TEMPERATURE, block_error, distill, divergence, imitation_loss
 
 
 def softmax(values: list[float]) -> list[float]:
@@ -17,20 +17,41 @@ def softmax(values: list[float]) -> list[float]:
     return [math.exp(value) / total for value in values]
 
 
-def test_the_loss_is_the_formula():
+def test_the_divergence_is_the_formula():
     student, teacher = [[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]], [[1.0, 0.0, 0.0], [-1.0, 2.0, 4.0]]
-    labels = [0, 2]
     expected = 0.0
-    for s, t, label in zip(student, teacher, labels, strict=True):
+    for s, t in zip(student, teacher, strict=True):
         p, q = (softmax([value / TEMPERATURE for value in row]) for row in (t, s))
-        divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-        cross_entropy = -math.log(softmax(s)[label])
-        loss = (1 - LABEL_SHARE) * TEMPERATURE**2 * divergence + LABEL_SHARE * cross_entropy
-        expected += loss / len(labels)
-    loss = distillation_loss(lambda images: torch.tensor(teacher))
-    targets = torch.nn.functional.one_hot(torch.tensor(labels), 3).float()
-    found = loss(torch.zeros(2, 3, 32, 32), torch.tensor(student), targets)
+        of_image = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        expected += TEMPERATURE**2 * of_image / len(student)
+    found = divergence(torch.tensor(student), torch.tensor(teacher))
     assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_block_s_error_is_in_shares_of_what_it_should_give():
+    wanted = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([10.0, 0.0])}
+    given = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([10.0, 4.0])}
+    expected = (1 / 10 + 16 / 100) / 2  # 1 of 1 + 9, 16 of 100
+    assert float(block_error(given, wanted)) == pytest.approx(expected)
+
+
+def test_only_the_teacher_s_twin_has_no_loss(tiny_model, random_images):
+    inputs = normalize(random_images(4).images)
+    twin, other = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        other.layer2[0].conv1.weight.mul_(0.5)
+    for student, is_twin in ((twin, True), (other, False)):
+        with imitation_loss(student, tiny_model) as loss:
+            found = float(loss(inputs, student(inputs), torch.tensor([])).detach())
+        assert (found < 1e-9) == is_twin
+
+
+def test_batch_norm_statistics_are_held(tiny_model, random_images):
+    student = copy.deepcopy(tiny_model)
+    distill(student, tiny_model, random_images(32), epochs=2, seed=0)
+    for name, tensor in tiny_model.state_dict().items():
+        if "running" in name:
+            assert torch.equal(student.state_dict()[name], tensor), name
 
 
 def test_a_damaged_student_comes_closer_and_keeps_its_zeros(tiny_model, random_images):
@@ -53,7 +74,7 @@ def test_a_damaged_student_comes_closer_and_keeps_its_zeros(tiny_model, random_i
         return float((student(inputs) - tiny_model(inputs)).pow(2).mean())
 
     before, teacher_before = distance(), copy.deepcopy(tiny_model.state_dict())
-    distill(student, tiny_model, images, epochs=8, seed=0, after_step=hold_zeros)
+    distill(student, tiny_model, images, 40, 0, learning_rate=0.001, after_step=hold_zeros)
     assert distance() < 0.7 * before
     assert not student.training
     assert (weight[hole] == 0).all()

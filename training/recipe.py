@@ -18,7 +18,8 @@ class Recipe:
         batch_size: Images a step, over all processes together.
         learning_rate: Peak of the schedule.
         warmup: Fraction of all steps in which the learning rate rises.
-        momentum: Nesterov's.
+        optimizer: ``sgd``, with Nesterov's momentum, or ``adam``.
+        momentum: Of SGD.
         weight_decay: On weights only: biases and batch-norm tensors are left alone.
         label_smoothing: Probability spread over all classes.
         crop_padding: Largest shift of a random crop, in pixels.
@@ -26,6 +27,7 @@ class Recipe:
         cutmix: Fraction of images of which a square shows another image of the batch.
         jitter: Fraction of images that are turned, scaled and sheared a little, and of those whose
             colours change.
+        hold_statistics: Batch norms go on normalising by the statistics that they came with.
         precision: Of convolutions and products: ``fp32`` or ``bf16`` (autocast).
     """
 
@@ -33,6 +35,7 @@ class Recipe:
     batch_size: int
     learning_rate: float
     warmup: float = 0.05
+    optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
@@ -40,6 +43,7 @@ class Recipe:
     flip: bool = True
     cutmix: float = 0.0
     jitter: float = 0.0
+    hold_statistics: bool = False
     precision: str = "fp32"
 
     def learning_rate_at(self, progress: float) -> float:

@@ -7,7 +7,6 @@ and its other weights know that the zeros are there.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -17,9 +16,9 @@ from common.images.data import Cifar10
 from common.network.coded import CodedLayer
 from common.network.resnet import ResNet18
 from quantization.coding.encoder import encode
-from training.loop.distillation import RECIPE, distill
+from training.loop.distillation import distill
 
-LEARNING_RATE = 0.002  # without batch-norms, which are folded, a network bears less
+LEARNING_RATE = 0.0001
 
 
 def encode_and_train(
@@ -69,6 +68,5 @@ def train(
         for name, mask in zeros.items():
             model.get_submodule(name).weight.masked_fill_(mask, 0)
 
-    recipe = dataclasses.replace(RECIPE, learning_rate=LEARNING_RATE)
-    distill(folded, teacher, images, epochs, seed, recipe, after_step=hold_zeros)
+    distill(folded, teacher, images, epochs, seed, LEARNING_RATE, hold_zeros)
     folded.cpu()

@@ -1,14 +1,17 @@
 """Distillation: a compressed network learns to answer as the network that it was made from does.
 
-The labels say one class an image; the teacher's logits say how alike the others are, and go on
-saying it where images are shifted, mirrored and pasted into one another (Hinton et al., 2015,
-https://arxiv.org/abs/1503.02531; Beyer et al., 2022, https://arxiv.org/abs/2106.05237).
+The teacher's logits say how alike the classes are, and go on saying it where images are shifted,
+bent and pasted into one another; no labels are needed (Hinton et al., 2015,
+https://arxiv.org/abs/1503.02531; Beyer et al., 2022, https://arxiv.org/abs/2106.05237). On images
+that the teacher was trained on they say little else than the class, so what its blocks give is
+imitated too (Romero et al., 2015, https://arxiv.org/abs/1412.6550).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,72 +19,101 @@ from torch import nn
 
 from common.images.data import Cifar10
 from common.machine.workers import Workers
-from training.loop.fit import EpochSummary, Loss, choose_precision, fit
+from common.network.resnet import BLOCKS, ResNet18, hooked
+from training.loop.fit import Loss, choose_precision, fit
 from training.loop.state import TrainingState
 from training.recipe import Recipe
 
-TEMPERATURE = 2.0
-LABEL_SHARE = 0.1  # of the loss that comes from the labels
-# A student starts close to its teacher: it is to mend, not to learn anew.
-RECIPE = Recipe(epochs=1, batch_size=128, learning_rate=0.01, warmup=0.1, label_smoothing=0.0)
-
-Teacher = Callable[[torch.Tensor], torch.Tensor]
+TEMPERATURE = 3.0
+# A student starts close to its teacher: it is to mend, not to learn anew. A higher rate first
+# undoes what reconstruction has repaired, and so do batch norms that follow each batch.
+RECIPE = Recipe(
+    epochs=1, batch_size=64, learning_rate=5e-5, warmup=0.1, optimizer="adam", weight_decay=0.0,
+    cutmix=0.5, jitter=0.5, hold_statistics=True,
+)  # fmt: skip
 
 
 def distill(
-    student: nn.Module,
-    teacher: Teacher,
+    student: ResNet18,
+    teacher: ResNet18,
     train: Cifar10,
     epochs: int,
     seed: int,
-    recipe: Recipe = RECIPE,
+    learning_rate: float = RECIPE.learning_rate,
     after_step: Callable[[nn.Module], None] | None = None,
-    after_epoch: Callable[[TrainingState, EpochSummary], None] | None = None,
 ) -> None:
-    """Train ``student`` (changed in place, left in eval mode) towards the teacher's logits.
+    """Train ``student`` (changed in place, left in eval mode) to do as the teacher does.
 
     Args:
-        student: In any mode, on any device; moved to that of the images.
-        teacher: Maps normalised images (n, 3, 32, 32), channels_last, to logits (n, classes).
+        student: In any mode, on any device; moved to that of the images. Its blocks give as many
+            channels as the teacher's.
+        teacher: In eval mode, on the device of the images.
         train: Images, on the device to train on.
         epochs: Passes over them.
         seed: Of order and augmentation.
-        recipe: All else; its precision is what the device is fast in.
+        learning_rate: The highest; all else is the recipe's, and the precision what the device is
+            fast in.
         after_step: Called with the student after every step.
-        after_epoch: Called after every epoch.
 
     Raises:
         UserError: The loss is no longer finite.
     """
     device = train.images.device
     recipe = dataclasses.replace(
-        recipe,
+        RECIPE,
         epochs=epochs,
-        batch_size=min(recipe.batch_size, len(train)),
+        learning_rate=learning_rate,
+        batch_size=min(RECIPE.batch_size, len(train)),
         precision=choose_precision(device),
     )
     state = TrainingState.start(student, recipe, device)
-    fit(
-        state, train, recipe, seed, Workers(device),
-        after_step=after_step, after_epoch=after_epoch, loss=distillation_loss(teacher),
-    )  # fmt: skip
+    with imitation_loss(student, teacher) as loss:
+        fit(state, train, recipe, seed, Workers(device), loss, after_step)
     student.eval()
 
 
-def distillation_loss(teacher: Teacher) -> Loss:
-    """Return the loss of a student's logits: mostly its divergence from the teacher's."""
+@contextlib.contextmanager
+def imitation_loss(student: ResNet18, teacher: ResNet18) -> Iterator[Loss]:
+    """Provide the loss of ``student``: how far it is from the teacher, in its blocks and logits.
+
+    The labels have no say.
+    """
+    given: dict[str, torch.Tensor] = {}
+    wanted: dict[str, torch.Tensor] = {}
 
     def loss(images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            wanted = teacher(images).float() / TEMPERATURE
-        divergence = F.kl_div(
-            (logits.float() / TEMPERATURE).log_softmax(1),
-            wanted.log_softmax(1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        labels = F.cross_entropy(logits.float(), targets)
-        # The gradient of the divergence shrinks with the square of the temperature.
-        return (1 - LABEL_SHARE) * TEMPERATURE**2 * divergence + LABEL_SHARE * labels
+            answers = teacher(images)
+        return divergence(logits, answers) + block_error(given, wanted)
 
-    return loss
+    with _recorded(student, given), _recorded(teacher, wanted):
+        yield loss
+
+
+def divergence(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """Return the mean divergence of softened logits (n, classes) from the teacher's answers.
+
+    Its gradient shrinks with the square of the temperature, which is made up for.
+    """
+    student, teacher = ((x.float() / TEMPERATURE).log_softmax(1) for x in (logits, answers))
+    return TEMPERATURE**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def block_error(
+    given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return the squared error of the blocks' outputs in shares of their squares, their mean."""
+    errors = [
+        F.mse_loss(given[name].float(), output.float()) / output.float().square().mean()
+        for name, output in wanted.items()
+    ]
+    return torch.stack(errors).mean()
+
+
+def _recorded(network: ResNet18, outputs: dict[str, torch.Tensor]):
+    """Keep in ``outputs`` what each block gives, run by run."""
+
+    def keep(name: str, block: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        outputs[name] = output
+
+    return hooked({name: network.get_submodule(name) for name in BLOCKS}, keep)

@@ -110,7 +110,7 @@ class _Loop:
         plan = plan_epoch(len(pixels), recipe, seed, epoch, pixels.device)
         steps = len(pixels) // recipe.batch_size  # what is left over waits for the next shuffle
         totals = torch.zeros(2, device=pixels.device)  # loss, correct: read once, at the end
-        self.network.train()
+        self._set_training()
         for step in cli.progress(range(steps), f"epoch {epoch + 1}/{recipe.epochs}"):
             rate = recipe.learning_rate_at((epoch + (step + 0.5) / steps) / recipe.epochs)
             first = step * recipe.batch_size
@@ -129,6 +129,13 @@ class _Loop:
             train_accuracy=correct / (steps * recipe.batch_size),
             seconds=time.perf_counter() - start_time,
         )
+
+    def _set_training(self) -> None:
+        self.network.train()
+        if self.recipe.hold_statistics:
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
 
     def _step(
         self, images: torch.Tensor, targets: torch.Tensor, learning_rate: float

@@ -10,6 +10,8 @@ from torch import nn
 
 from training.recipe import Recipe
 
+ADAM_BETAS = (0.9, 0.99)  # short runs: 0.999 would remember all of one
+
 
 @dataclass
 class TrainingState:
@@ -17,12 +19,12 @@ class TrainingState:
 
     Attributes:
         model: The network being trained, changed in place.
-        optimizer: Holds the momentum.
+        optimizer: Holds the momentum; only that of SGD can be saved and loaded.
         epochs_done: Finished epochs.
     """
 
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     epochs_done: int = 0
 
     @classmethod
@@ -68,14 +70,16 @@ class TrainingState:
         return torch.zeros_like(parameter) if buffer is None else buffer
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Return SGD with Nesterov momentum; only weights of layers decay, not vectors."""
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer; only weights of layers decay, not vectors."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": weights, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if recipe.optimizer == "adam":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=ADAM_BETAS)
     return torch.optim.SGD(
         groups,
         lr=recipe.learning_rate,
