@@ -15,7 +15,7 @@ from common.report import results as report
 BEST = "torch-int8-best"
 DEPLOYED, SLIM = "-deployed", "-slim"
 LABELS = {
-    "torch-fp32": "torch FP32, frozen",
+    "torch-fp32": "torch FP32 at its best",
     "torch-bf16": "torch bf16, compiled",
     BEST: "ours: torch INT8, best",
     "torch-int8-pt2e": "torch PT2E, AOTInductor",
