@@ -1,7 +1,6 @@
 import torch
 
 from common.images.data import normalize
-from common.network.batch_norm import reestimate_batch_norm
 from common.network.resnet import prunable_layers
 from pruning.together import recalibration
 from pruning.together.recalibration import recalibrate_batch_norm
@@ -23,12 +22,14 @@ def test_first_statistics_are_those_of_a_hand_computation(tiny_model, random_ima
     assert all(torch.equal(p, weights[name]) for name, p in tiny_model.named_parameters())
 
 
-def test_every_image_weighs_the_same(tiny_model, random_images):
+def test_every_image_weighs_the_same(tiny_model, random_images, monkeypatch):
     """513 calibration images: the last one must not count a fifth."""
-    batches = [normalize(random_images(count, seed=count).images) for count in (8, 8, 1)]
+    monkeypatch.setattr(recalibration, "BATCH_SIZE", 8)
+    images = random_images(17).images
     with torch.no_grad():
-        means = torch.stack([tiny_model.conv1(b).mean(dim=(0, 2, 3)) for b in batches])
-    reestimate_batch_norm(tiny_model, batches)
+        maps = [tiny_model.conv1(normalize(batch)) for batch in images.split(8)]
+    means = torch.stack([x.mean(dim=(0, 2, 3)) for x in maps])
+    recalibrate_batch_norm(tiny_model, images)
     expected = (8 * means[0] + 8 * means[1] + means[2]) / 17
     torch.testing.assert_close(tiny_model.bn1.running_mean, expected)
     assert {m.momentum for m in tiny_model.modules() if hasattr(m, "momentum")} == {1.0}

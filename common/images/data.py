@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from common.command.cli import UserError
 from common.images.cifar10 import MEAN, STD
@@ -22,7 +21,7 @@ from common.images.sources import Source
 
 
 @dataclass(frozen=True)
-class Cifar10(Dataset):
+class Cifar10:
     """Images and their classes, held in memory once.
 
     Attributes:
@@ -35,16 +34,6 @@ class Cifar10(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.images[index], self.labels[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fetch a whole batch in one slice (DataLoader calls this where it exists)."""
-        first, last = indices[0], indices[-1]
-        if indices == list(range(first, last + 1)):  # the usual, sequential case: no copy
-            return self.images[first : last + 1], self.labels[first : last + 1]
-        return self.images[indices], self.labels[indices]
 
     def to(self, device: torch.device) -> Cifar10:
         """Return the dataset on ``device``, so that batches are made there."""
@@ -155,13 +144,8 @@ def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, std
 
 
-def batches(dataset: Cifar10, batch_size: int) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-    """Return a loader of normalised batches, in order: images float32 (n, 3, 32, 32), labels."""
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=_normalize_batch)
-
-
-def _normalize_batch(
-    batch: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = batch
-    return normalize(images), labels
+def batches(dataset: Cifar10, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield normalised batches, in order: images float32 (n, 3, 32, 32), labels."""
+    for start in range(0, len(dataset), batch_size):
+        part = dataset.rows(slice(start, start + batch_size))
+        yield normalize(part.images), part.labels

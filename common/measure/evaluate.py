@@ -6,6 +6,7 @@ use only the images on which the two disagree.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -98,7 +99,8 @@ def predict(
     The model runs as it is, in its own train/eval mode, on the device where ``dataset`` lies.
     Images are fed channels_last, which every CPU and GPU convolution of torch prefers.
     """
-    loader = cli.progress(batches(dataset, batch_size), description)
+    count = math.ceil(len(dataset) / batch_size)
+    loader = cli.progress(batches(dataset, batch_size), description, count)
     return torch.cat([model(images).argmax(dim=1) for images, _ in loader]).cpu()
 
 

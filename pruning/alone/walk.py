@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common.images.data import Cifar10, normalize
+from common.images.data import Cifar10, batches
 from common.network.branching import Convolution, FoldedNetwork, trace_dense
 from common.network.cascade import Branches, Cascade, Recomputation
 from common.network.resnet import ResNet18, prunable_layers
@@ -98,10 +98,8 @@ class Walk:
     ) -> Chunk:
         """Run the dense network and all variants; nothing here waits for a GPU."""
         dense_correct, features, correct, recomputation = [], [], [], Recomputation()
-        for start in range(0, len(dataset), batch_size):
-            images = dataset.images[start : start + batch_size]
-            labels = dataset.labels[start : start + batch_size]
-            trace = trace_dense(self.cascade.network, normalize(images))
+        for images, labels in batches(dataset, batch_size):
+            trace = trace_dense(self.cascade.network, images)
             features.append(trace.features)
             dense = self.cascade.network.classify(trace.features)
             dense_correct.append(dense.argmax(dim=1) == labels)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from common.images.data import Cifar10, normalize
-from common.measure.evaluate import Comparison, compare, measure_accuracy, predict
-from common.measure.latency import Contender, Timing, time_interleaved
+from common.measure.evaluate import Paired, predict
+from common.measure.latency import Contender, time_interleaved
 from common.network.resnet import ResNet18, fold_batch_norm
 from common.network.size import describe_layers, saved_size_bytes
 from quantization.bench import Bench
@@ -22,51 +20,19 @@ SECONDS_PER_BATCH_SIZE = 8.0
 BATCH_SIZE = 128
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One of the models, on images that did not choose it.
-
-    Attributes:
-        name: ``dense fp32``, ``dense int8``, ``slim fp32`` or ``slim int8``.
-        engine: Of INT8; None for FP32.
-        macs: Multiply-adds an image.
-        size_bytes: Of its state dict as a file.
-        comparison: With dense FP32.
-        correct: bool, shape (N,).
-        timings: One a batch size.
-    """
-
-    name: str
-    engine: str | None
-    macs: int
-    size_bytes: int
-    comparison: Comparison
-    correct: torch.Tensor
-    timings: Sequence[Timing]
-
-    def as_dict(self) -> dict:
-        """Return the entry of results.json."""
-        return {
-            "name": self.name,
-            "engine": self.engine,
-            "macs": self.macs,
-            "size_bytes": self.size_bytes,
-            "accuracy": measure_accuracy(self.correct).as_dict(),
-            "comparison": self.comparison.as_dict(),
-            "latency": [timing.as_dict() for timing in self.timings],
-        }
-
-
 def measure_models(
     dense: ResNet18, slim: ResNet18, calibration: Cifar10, images: Cifar10
-) -> list[Measured]:
+) -> list[dict]:
     """Quantize both networks, and evaluate and time all four, on the CPU with the best engine.
 
     Args:
         dense: In eval mode, on any device; not changed.
         slim: The same.
         calibration: Training images; labels are not used.
-        images: To evaluate on.
+        images: To evaluate on; none of them has chosen the slim network.
+
+    Returns:
+        Entries of results.json: ``dense fp32``, ``dense int8``, ``slim fp32`` and ``slim int8``.
     """
     calibration, images = (dataset.to(torch.device("cpu")) for dataset in (calibration, images))
     settings = engines.choose_settings(engines.candidate_engines()[-1])
@@ -91,14 +57,13 @@ def measure_models(
         for name in ("dense", "slim")
     }
     return [
-        Measured(
-            contender.name,
-            settings.engine if contender.name.endswith("int8") else None,
-            macs[contender.name.split()[0]],
-            saved_size_bytes(models[contender.name].state_dict()),
-            compare(correct["dense fp32"], correct[contender.name]),
-            correct[contender.name],
-            timings[contender.name],
-        )
-        for contender in contenders
+        {
+            "name": name,
+            "engine": settings.engine if name.endswith("int8") else None,
+            "macs": macs[name.split()[0]],
+            "size_bytes": saved_size_bytes(model.state_dict()),
+            **Paired.of(correct["dense fp32"], correct[name]).as_dict(),
+            "latency": [timing.as_dict() for timing in timings[name]],
+        }
+        for name, model in models.items()
     ]

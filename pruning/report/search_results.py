@@ -9,7 +9,6 @@ from common.measure.evaluate import measure_accuracy
 from common.measure.latency import Timing
 from common.network.resnet import ResNet18, prunable_layers
 from common.network.size import Layer, describe_layers
-from pruning.channels.speed import Measured
 from pruning.files.saved import Confirmation, Sizes
 from pruning.report.results import describe_timings
 from pruning.together.found import CURVE_IMAGES, Found
@@ -56,15 +55,18 @@ def describe_density(model: ResNet18, layers: Sequence[Layer]) -> dict:
     }
 
 
-def describe_slim(model: ResNet18, models: Sequence[Measured]) -> dict:
+def describe_slim(model: ResNet18, models: Sequence[dict]) -> dict:
     """Return the slim network's widths, and how fast it is beside the dense one."""
-    found = {one.name: one.timings for one in models}
-    pairs = zip(found["dense int8"], found["slim int8"], strict=True)
+    latency = {one["name"]: one["latency"] for one in models}
+    pairs = zip(latency["dense int8"], latency["slim int8"], strict=True)
     return {
         "widths": asdict(model.widths),
-        "models": [one.as_dict() for one in models],
+        "models": list(models),
         "speedup": [
-            {"batch_size": dense.batch_size, "over_dense": dense.median_ms / slim.median_ms}
+            {
+                "batch_size": dense["batch_size"],
+                "over_dense": dense["median_ms"] / slim["median_ms"],
+            }
             for dense, slim in pairs
         ],
     }

@@ -7,6 +7,7 @@ its residual block with the INT8 network, whose real kernels it runs on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from common.command import cli
-from common.images.data import Cifar10, batches, normalize
+from common.images.data import Cifar10, batches
 from common.machine.device import bf16_pays
 from common.network.branching import Convolution, trace_dense
 from common.network.cascade import Branches, Cascade, Recomputation
@@ -96,7 +97,8 @@ def scan_only_quantized(
     read, write = quantizers["linear"]
     linear_weight = quantize_weight(network.linear_weight)
     dense, alone = [], []
-    for images, labels in cli.progress(batches(test, BRANCH_BATCH), "diagnose: alone in INT8"):
+    count = math.ceil(len(test) / BRANCH_BATCH)
+    for images, labels in cli.progress(batches(test, BRANCH_BATCH), "diagnose: INT8", count):
         trace = trace_dense(network, images)
         dense.append(network.classify(trace.features).argmax(dim=1) == labels)
         classes = cascade.predict(trace, branches, bounds, record)
@@ -128,9 +130,8 @@ def scan_only_fp32(
         for name, layer in folded.items():
             tails[name] = tail_from(converted, boundary_before(name))
             tails[name].set_submodule(name, Fp32Layer(layer, converted.get_submodule(name)))
-        for start in cli.progress(range(0, len(test), batch_size), "diagnose: alone in FP32"):
-            images = normalize(test.images[start : start + batch_size])
-            labels = test.labels[start : start + batch_size]
+        count = math.ceil(len(test) / batch_size)
+        for images, labels in cli.progress(batches(test, batch_size), "diagnose: FP32", count):
             values = [images, *network(images)]
             for name, tail in tails.items():
                 logits = tail(values[boundary_before(name)])
