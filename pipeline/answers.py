@@ -21,14 +21,13 @@ GOALS = ("size", "speed", "both")
 FIRST_STRENGTH = {"size": 1 / 0.028, "both": 1 / 0.022}
 LEAST_STRENGTH, MOST_STRENGTH = 1 / 0.5, 1 / 0.001
 WIDEST_SHARE = 0.97
-ROUNDING = 1 / 32  # widths come in steps: the very least share cannot be asked for
 FIRST_SHARE = {WEIGHTS: 0.38, MACS: 0.6}
 # Of the budget, what the channels of a network may use that is then coded. Those that hold many
 # weights hardly cost accuracy, and at a given price of a bit a point buys more of those.
 SIZE_SHARE, BOTH_SHARE = 0.25, 0.5
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
 # of the multiply-adds, shares smaller by so much than without it.
-TRAINED_STRIDES = (1.25, 1.12)
+TRAINED_STRIDES = (1.16, 1.08)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _find_speed(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
     if workshop.training:
         reached = (strongest(slim) or nearest(slim)).strength
         for stride in TRAINED_STRIDES:
-            share = max(reached / stride, workshop.least_share(MACS) + ROUNDING)
+            share = max(reached / stride, workshop.least_share(MACS))
             cli.log.info("speed: training a network of %.0f %% of the multiply-adds", 100 * share)
             slim.append(workshop.try_slim("speed", share, trained=True))
             if slim[-1].verdict.passes:
@@ -117,7 +116,7 @@ def _search_slim(
     workshop: Workshop, goal: str, unit: str, trials: int, spare: Spare
 ) -> list[Candidate]:
     """Look for the least share of the ``unit`` that leaves something to ``spare``."""
-    least = workshop.least_share(unit) + ROUNDING
+    least = workshop.least_share(unit)
     where = Range(max(FIRST_SHARE[unit], least), least, WIDEST_SHARE, 1.03, trials)
     return _try_all(goal, lambda share: workshop.try_slim(goal, share, unit), where, spare)
 

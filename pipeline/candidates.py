@@ -29,6 +29,7 @@ from quantization.coding.encoder import Original, encode
 from quantization.coding.kernels import assemble, from_int8, to_int8
 from quantization.int8 import conversion, deploy
 from quantization.settings import Settings
+from training.loop.distillation import Training
 
 RANGE_IMAGES = 512  # of the calibration images: those that set INT8's ranges
 TRAINED = "-trained"  # ends the name of what was
@@ -68,19 +69,6 @@ class Candidate:
     def file_bytes(self) -> int:
         """The size of the coded file."""
         return self.path.stat().st_size
-
-
-@dataclass(frozen=True)
-class Training:
-    """What compressed networks learn from, to answer as the dense one does.
-
-    Attributes:
-        images: Training images, on the device to train on.
-        epochs: Passes over them.
-    """
-
-    images: Cifar10
-    epochs: int
 
 
 @dataclass(frozen=True)
@@ -175,7 +163,7 @@ class Workshop:
         training = self.training
         device = training.images.images.device
         trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.dense))
-        finetune(trained, dense, training.images, training.epochs, self.seed)
+        finetune(trained, dense, training, self.seed)
         return trained.cpu()
 
     @property

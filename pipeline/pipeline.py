@@ -81,21 +81,24 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline import plots, steps, tables
     from pipeline.answers import find_answers
     from quantization.files.onnx_export import require_packages
+    from quantization.int8 import engines
+    from training.loop.distillation import Training
 
     require_one_process()
     device.set_threads(args.threads)
     device.keep_freed_memory()
     place = device.choose_device(args.device)
-    settings = steps.choose_settings(args.engine)
+    settings = engines.choose_settings(args.engine or engines.fastest_engine())
     if args.export_onnx:
         require_packages()
     with OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
         choosing, confirming = inputs.test.split_halves(args.seed)
-        training = steps.read_training(inputs, args.finetune_epochs, args.finetune_images, place)
+        training = Training.read(inputs, args.finetune_epochs, args.finetune_images, place)
         with steps.open_store(
-            inputs, settings, training, args.output_dir, args.resume, args.overwrite
-        ) as store:
+            inputs, settings, args.batch_size, training, args.output_dir, args.resume,
+            args.overwrite,
+        ) as store:  # fmt: skip
             workshop = steps.open_workshop(
                 inputs, choosing, settings, store, args.max_drop, args.batch_size, training, place
             )

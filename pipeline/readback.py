@@ -9,26 +9,29 @@ from pathlib import Path
 import torch
 
 from common.images.data import Cifar10, normalize
-from common.machine.fresh_process import call_fresh
-from common.measure.evaluate import predict
+from common.measure.evaluate import Paired, compare, measure_accuracy, predict
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.checkpoint import load_model
 from common.network.resnet import fold_batch_norm
+from quantization.files.artifact import load_int8
+from quantization.int8 import deploy
 
 FP32 = "fp32"
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Paired):
     """What a file holds, as found by reading it.
 
     Attributes:
-        predictions: On the images that confirm: int64, shape (N,).
         timings: One a batch size.
     """
 
-    predictions: torch.Tensor
     timings: Sequence[Timing]
+
+    def as_dict(self) -> dict:
+        """Return the ``accuracy``, ``comparison`` and ``latency`` of results.json."""
+        return super().as_dict() | {"latency": [timing.as_dict() for timing in self.timings]}
 
 
 def measure_files(
@@ -39,10 +42,10 @@ def measure_files(
     timed: Sequence[int],
     seconds: float,
 ) -> dict[str, Measured]:
-    """Read a checkpoint and INT8 files in a fresh process; evaluate each, time all in turns.
+    """Read a checkpoint and INT8 files; evaluate each, time all in turns.
 
     Args:
-        fp32: The dense checkpoint; FP32 at its best is what the others are timed beside.
+        fp32: The dense checkpoint; FP32 at its best is what the others are compared with.
         int8: Files by name.
         images: To evaluate and to time on.
         batch_size: Of the evaluation, in images.
@@ -55,29 +58,15 @@ def measure_files(
     Raises:
         UserError: A file is not what was written.
     """
-    pixels, labels = images.images.numpy(), images.labels.numpy()
-    return call_fresh(_measure, fp32, dict(int8), pixels, labels, batch_size, timed, seconds)
-
-
-def _measure(
-    fp32: Path,
-    int8: Mapping[str, Path],
-    pixels: object,
-    labels: object,
-    batch_size: int,
-    timed: Sequence[int],
-    seconds: float,
-) -> dict[str, Measured]:
-    from quantization.files.artifact import load_int8
-    from quantization.int8 import deploy
-
-    images = Cifar10(torch.from_numpy(pixels), torch.from_numpy(labels))
     folded = fold_batch_norm(load_model(fp32)).to(memory_format=torch.channels_last)
     models = {FP32: deploy.freeze(folded)} | {name: load_int8(path) for name, path in int8.items()}
-    predictions = {
-        name: predict(model, images, batch_size, f"read back {name}")
+    correct = {
+        name: predict(model, images, batch_size, f"read back {name}") == images.labels
         for name, model in models.items()
     }
     contenders = [Contender(name, model) for name, model in models.items()]
     timings = time_interleaved(contenders, normalize(images.images[: max(timed)]), timed, seconds)
-    return {name: Measured(predictions[name], timings[name]) for name in models}
+    return {
+        name: Measured(measure_accuracy(own), compare(correct[FP32], own), timings[name])
+        for name, own in correct.items()
+    }

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from common.measure.evaluate import compare, measure_accuracy
 from pipeline.answers import Answer
 from pipeline.readback import FP32, Measured
 
@@ -15,7 +12,7 @@ INT8 = "int8"
 
 
 def describe_models(
-    measured: Mapping[str, Measured], paths: Mapping[str, Path], engine: str, labels: torch.Tensor
+    measured: Mapping[str, Measured], paths: Mapping[str, Path], engine: str
 ) -> list[dict]:
     """Return ``models``: the dense network in FP32 and in INT8, each as read back.
 
@@ -23,17 +20,13 @@ def describe_models(
         measured: From :func:`pipeline.readback.measure_files`.
         paths: Of the same files.
         engine: Of INT8.
-        labels: Of the images that confirm.
     """
-    dense = measured[FP32].predictions == labels
     return [
         {
             "name": name,
             "engine": None if name == FP32 else engine,
             "size_bytes": paths[name].stat().st_size,
-            "accuracy": measure_accuracy(measured[name].predictions == labels).as_dict(),
-            "comparison": compare(dense, measured[name].predictions == labels).as_dict(),
-            "latency": [timing.as_dict() for timing in measured[name].timings],
+            **measured[name].as_dict(),
         }
         for name in (FP32, INT8)
     ]
@@ -45,7 +38,6 @@ def describe_answers(
     paths: Mapping[str, Path],
     dense_macs: int,
     max_drop: float,
-    labels: torch.Tensor,
 ) -> list[dict]:
     """Return ``answers``: each as read back, on the images that confirm.
 
@@ -55,14 +47,11 @@ def describe_answers(
         paths: Of the same files, the dense checkpoint's under ``FP32``.
         dense_macs: Multiply-adds of the dense network.
         max_drop: The budget.
-        labels: Of the images that confirm.
     """
-    dense = measured[FP32].predictions == labels
     entries = []
     for answer in answers:
         goal, path = answer.goal, paths[answer.goal]
-        correct = measured[goal].predictions == labels
-        comparison = compare(dense, correct)
+        drop = measured[goal].comparison.drop
         entries.append(
             {
                 "name": goal,
@@ -71,10 +60,8 @@ def describe_answers(
                 "size_ratio": paths[FP32].stat().st_size / path.stat().st_size,
                 "macs_kept": answer.best.macs / dense_macs,
                 "trained": answer.best.trained,
-                "within_budget": answer.passes and comparison.drop <= max_drop,
-                "accuracy": measure_accuracy(correct).as_dict(),
-                "comparison": comparison.as_dict(),
-                "latency": [timing.as_dict() for timing in measured[goal].timings],
+                "within_budget": answer.passes and drop <= max_drop,
+                **measured[goal].as_dict(),
                 "speedup": _speedups(measured, goal),
             }
         )

@@ -13,51 +13,29 @@ import torch
 from common.files.output import OutputFolder
 from common.images.data import Cifar10, checksum
 from common.inputs import Inputs
+from common.machine.fresh_process import call_fresh
 from common.measure.budget import Budget
 from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
 from common.network.coded import load_coded
 from common.network.size import describe_layers
 from pipeline.answers import Answer
-from pipeline.candidates import Training, Workshop
+from pipeline.candidates import Workshop
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe_answers, describe_models, describe_tried
 from pipeline.store import FOLDER_NAME, Store
 from quantization.coding.kernels import to_int8
 from quantization.files.onnx_export import OnnxRuntimeModel, export_onnx
-from quantization.int8 import engines
 from quantization.settings import Settings
+from training.loop.distillation import Training
 
 SLIM_NAME = "resnet18_cifar10_slim.pth"
-# Fastest first, where there is more than one; the runtimes' table says by how much.
-FASTEST_ENGINES = ("onednn", "x86", "fbgemm", "qnnpack")
-
-
-def choose_settings(engine: str | None) -> Settings:
-    """Return the settings of INT8 for an engine; None takes the fastest that torch has here.
-
-    Raises:
-        UserError: torch has no such engine on this CPU.
-    """
-    candidates = engines.candidate_engines()
-    fastest = next(name for name in FASTEST_ENGINES if name in candidates)
-    return engines.choose_settings(engine or fastest)
-
-
-def read_training(
-    inputs: Inputs, epochs: int | None, count: int | None, device: torch.device
-) -> Training | None:
-    """Read ``count`` images to train on to ``device``, None for all; return None for no epochs.
-
-    Raises:
-        UserError: There are too few.
-    """
-    return Training(inputs.load_training(count).to(device), epochs) if epochs else None
 
 
 def open_store(
     inputs: Inputs,
     settings: Settings,
+    batch_size: int,
     training: Training | None,
     output_dir: Path,
     resume: bool,
@@ -71,7 +49,9 @@ def open_store(
     identity = inputs.identify() | {
         "the seed": inputs.seed,
         "the settings of INT8": repr(sorted(asdict(settings).items())),
+        "torch": torch.__version__,
         "the number of threads": torch.get_num_threads(),
+        "the batch size": batch_size,
         "the epochs of training": training and training.epochs,
         "the training images": training and checksum([training.images.images]),
     }
@@ -150,16 +130,16 @@ def measure(
         for answer in answers.values()
         for c in answer.tried
     }
-    measured = measure_files(
-        fp32, {INT8: int8} | dict(files) | tried, confirming, workshop.batch_size, batch_sizes,
-        seconds,
+    measured = call_fresh(
+        measure_files, fp32, {INT8: int8} | dict(files) | tried, confirming, workshop.batch_size,
+        batch_sizes, seconds,
     )  # fmt: skip
     paths = {FP32: fp32, INT8: int8} | dict(files)
     macs = sum(layer.macs for layer in describe_layers(dense))
-    found, labels = list(answers.values()), confirming.labels
+    found = list(answers.values())
     return {
-        "models": describe_models(measured, paths, workshop.settings.engine, labels),
-        "answers": describe_answers(found, measured, paths, macs, workshop.budget.max_drop, labels),
+        "models": describe_models(measured, paths, workshop.settings.engine),
+        "answers": describe_answers(found, measured, paths, macs, workshop.budget.max_drop),
         "tried": describe_tried(found, measured, macs, fp32.stat().st_size),
     }
 

@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.report.results import describe_scan, describe_verification
     from pruning.together.held_out import require_enough_images
     from pruning.together.search import ModelSearch
+    from training.loop.distillation import Training
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
@@ -167,9 +168,8 @@ def main(argv: list[str] | None = None) -> int:
         layers = choose_layers(inputs.model, args.layers)
         if args.scope:
             require_enough_images(len(inputs.test), args.tolerance)
-        training = steps.Training.read(
-            inputs, args.scope, args.recalibrate_bn, args.finetune_epochs, args.finetune_images
-        )
+        calibration = steps.read_calibration(inputs, args.scope, args.recalibrate_bn)
+        training = Training.read(inputs, args.finetune_epochs, args.finetune_images, crew.device)
         scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, crew)
         scanned, scan_seconds = run_scan(scan, journal_path, args.resume, args.overwrite)
         verification = verify(scan, scanned, scan_seconds) if args.verify else None
@@ -187,15 +187,16 @@ def main(argv: list[str] | None = None) -> int:
         )
         if args.scope == "channels":
             slimming = ChannelSearch.prepare(
-                scan, scanned.dense_correct, args.tolerance, args.seed,
-                training.calibration_images, args.remove_macs,
+                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration,
+                macs_removed=args.remove_macs,
             )  # fmt: skip
-            results |= steps.remove_channels(scan, slimming, training, folder.file(model_name))
+            results |= steps.remove_channels(
+                scan, slimming, calibration, training, folder.file(model_name)
+            )
         elif args.scope:
             search = ModelSearch.prepare(
-                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed,
-                training.calibration_images,
-            )  # fmt: skip
+                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration
+            )
             results |= steps.prune_together(
                 scan, search, args.allocation, training, folder.file(model_name)
             )

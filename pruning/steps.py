@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-
-import torch
 
 from common.images.data import Cifar10
 from common.inputs import Inputs
@@ -26,47 +24,26 @@ from pruning.report import results, search_results
 from pruning.together.found import best_of, search_all, search_finetuned
 from pruning.together.recalibration import RECALIBRATION_IMAGES
 from pruning.together.search import ModelSearch
+from training.loop.distillation import Training
 
 
-@dataclass(frozen=True)
-class Training:
-    """The training images that the search over many layers needs, on the network's device.
+def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> Cifar10 | None:
+    """Read the training images that the search over many layers needs, to the network's device.
 
-    Attributes:
-        calibration: For batch-norm statistics or, of whole channels, to make up for those that
-            go; None: neither is done.
-        finetuning: To train on; None: nothing is trained.
-        epochs: Of that training.
+    Returns:
+        Those for batch-norm statistics or, of whole channels, to make up for those that go; None
+        where neither is done.
+
+    Raises:
+        UserError: There are too few: better found before the scan than after it.
     """
-
-    calibration: Cifar10 | None
-    finetuning: Cifar10 | None
-    epochs: int | None
-
-    @property
-    def calibration_images(self) -> torch.Tensor | None:
-        """uint8, shape (N, 3, 32, 32)."""
-        return None if self.calibration is None else self.calibration.images
-
-    @classmethod
-    def read(
-        cls, inputs: Inputs, scope: str | None, recalibrated: bool, epochs: int | None,
-        count: int | None,
-    ) -> Training:  # fmt: skip
-        """Read them; ``count`` images to train on, None for all.
-
-        Raises:
-            UserError: There are too few: better found before the scan than after it.
-        """
-        device = inputs.test.images.device
-        calibration = finetuning = None
-        if scope == channels.SCOPE:
-            calibration = inputs.load_training(channels.CALIBRATION_IMAGES).to(device)
-        elif recalibrated:
-            calibration = inputs.load_training(RECALIBRATION_IMAGES).to(device)
-        if epochs:
-            finetuning = inputs.load_training(count).to(device)
-        return cls(calibration, finetuning, epochs)
+    if scope == channels.SCOPE:
+        count = channels.CALIBRATION_IMAGES
+    elif recalibrated:
+        count = RECALIBRATION_IMAGES
+    else:
+        return None
+    return inputs.load_training(count).to(inputs.test.images.device)
 
 
 def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, path: Path) -> dict:
@@ -93,7 +70,11 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
 
 
 def prune_together(
-    scan: Scan, search: ModelSearch, allocations: Sequence[str], training: Training, path: Path
+    scan: Scan,
+    search: ModelSearch,
+    allocations: Sequence[str],
+    training: Training | None,
+    path: Path,
 ) -> dict:
     """Search how far many layers can go together, write the sparsest model, and confirm it.
 
@@ -103,8 +84,8 @@ def prune_together(
     started = time.perf_counter()
     found = search_all(search, allocations)
     best = best_of(search, found)
-    if training.epochs:
-        found.append(search_finetuned(search, best, training.finetuning, training.epochs))
+    if training is not None:
+        found.append(search_finetuned(search, best, training))
         best = best_of(search, found)
     seconds = time.perf_counter() - started
     rows = [search_results.describe_found(search, one) for one in found]
@@ -128,7 +109,11 @@ def prune_together(
 
 
 def remove_channels(
-    scan: Scan, search: channels.ChannelSearch, training: Training, path: Path
+    scan: Scan,
+    search: channels.ChannelSearch,
+    calibration: Cifar10,
+    training: Training | None,
+    path: Path,
 ) -> dict:
     """Search how many channels can go, write that network, and time it beside the dense one.
 
@@ -137,5 +122,5 @@ def remove_channels(
     """
     told = prune_together(scan, search, (), training, path)
     slim = load_model(path)
-    models = measure_models(search.model, slim, training.calibration, search.held_out.images)
+    models = measure_models(search.model, slim, calibration, search.held_out.images)
     return told | {"slim": search_results.describe_slim(slim, models)}

@@ -155,10 +155,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.max_drop is not None:
             held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
         if args.bits_per_weight is not None:
-            wanted = study.Wanted(
-                args.bits_per_weight, args.coding_curve, args.coding_images, args.coding_epochs
+            coding_bench = steps.prepare_coding(
+                inputs, args.coding_images, args.coding_epochs, args.batch_size, place
             )
-            coding_bench = steps.prepare_coding(inputs, wanted, args.batch_size)
         fp32 = steps.predict_fp32(model, bench, place)
         if args.max_drop is not None:
             trial = Trial(model, replace(bench, images=held_out))
@@ -193,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
         artifact.verify_reloaded(saved, test)
         if args.bits_per_weight is not None:
             coding = coding_bench(fp32=fp32, settings=first.settings, fp32_bytes=fp32_bytes)
-            found["coding"] = study.study_coding(coding, wanted, folder.file(study.CODED_NAME))
+            found["coding"] = study.study_coding(
+                coding, args.bits_per_weight, args.coding_curve, folder.file(study.CODED_NAME)
+            )
         plots.draw_all(found, test, fp32, first.predictions, folder.file)
         ranges.plot_ranges(source, first.observed, folder.file(RANGES_PLOT))
         found["artifacts"] = results.list_artifacts(folder, first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# From the slowest on x86 to the fastest; qnnpack is made for Arm.
 ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
 OBSERVERS = ("histogram", "minmax", "moving-average", "percentile")
 

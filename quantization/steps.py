@@ -25,6 +25,7 @@ from quantization.files import artifact, onnx_export
 from quantization.int8 import conversion, deploy
 from quantization.int8.deploy import Quantized
 from quantization.settings import Settings
+from training.loop.distillation import Training
 
 FP32, FP32_NCHW, ONNX = "fp32", "fp32-nchw", "int8-onnx"
 SANITY_IMAGES = 100
@@ -123,18 +124,17 @@ def save_models(
 
 
 def prepare_coding(
-    inputs: Inputs, wanted: study.Wanted, batch_size: int
+    inputs: Inputs, images: int, epochs: int, batch_size: int, device: torch.device
 ) -> Callable[..., study.Bench]:
     """Read the training images that coding takes, before the long work.
 
     Returns:
         What makes the bench once ``fp32``, ``settings`` and ``fp32_bytes`` are known.
     """
-    training = inputs.load_training(None) if wanted.epochs else None
-    images = inputs.load_training(wanted.images)
+    training = Training.read(inputs, epochs, None, device)
     return partial(
-        study.Bench, inputs.model, images, inputs.calibration, inputs.test,
-        batch_size=batch_size, training=training, epochs=wanted.epochs,
+        study.Bench, inputs.model, inputs.load_training(images), inputs.calibration, inputs.test,
+        batch_size=batch_size, seed=inputs.seed, training=training,
     )  # fmt: skip
 
 

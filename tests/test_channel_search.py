@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from processes import run_here
 from common.command.cli import UserError
 from common.images.data import Cifar10, normalize
 from common.network.checkpoint import load_model
-from common.network.resnet import Widths
+from common.network.resnet import BLOCKS, ResNet18, Widths
 from common.network.size import describe_layers
 from pruning.alone.scan import Scan
 from pruning.channels import report, speed
@@ -20,8 +21,9 @@ from pruning.channels import search as channel_search
 from pruning.channels.search import NORM, RECONSTRUCTED, ChannelSearch
 from pruning.pruning import main, read_arguments
 from pruning.report.together import format_model_search, plot_model_search
-from pruning.steps import Training, remove_channels
+from pruning.steps import remove_channels
 from pruning.together.search import Method
+from training.loop.distillation import Training
 
 
 @pytest.fixture
@@ -36,8 +38,10 @@ def scan(tiny_model, random_images):
 def prepare(scan, calibration, **choices):
     correct = torch.ones(len(scan.images), dtype=torch.bool)
     choices = {"tolerance": 0.3, "macs_removed": None} | choices
-    return ChannelSearch.prepare(scan, correct, choices["tolerance"], 0, calibration.images,
-                                 choices["macs_removed"])  # fmt: skip
+    return ChannelSearch.prepare(
+        scan, correct, "channels", choices["tolerance"], 0, calibration,
+        macs_removed=choices["macs_removed"],
+    )  # fmt: skip
 
 
 def macs(model):
@@ -58,6 +62,13 @@ def test_as_many_multiply_adds_go_as_asked_for(scan, random_images, allocation):
 def test_more_than_there_is_cannot_go(scan, random_images):
     with pytest.raises(UserError, match="can go at most"):
         prepare(scan, random_images(4), macs_removed=0.99)
+
+
+def test_a_network_as_narrow_as_can_be_has_a_curve(scan, random_images):
+    narrow = ResNet18(Widths(scan.model.widths.stages, (1,) * len(BLOCKS))).eval()
+    search = prepare(replace(scan, model=narrow), random_images(4))
+    assert search.curve == [0.0]
+    assert search.prune(Method(RECONSTRUCTED, False), 0.0) is narrow
 
 
 @pytest.mark.parametrize(
@@ -103,8 +114,8 @@ def test_the_slim_network_is_written_timed_and_told(scan, random_images, tmp_pat
     monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
     calibration, path = random_images(40), tmp_path / "slim.pth"
     search = prepare(scan, calibration, macs_removed=0.3)
-    training = Training(calibration, random_images(64), 1)
-    told = remove_channels(scan, search, training, path)
+    training = Training(random_images(64), 1)
+    told = remove_channels(scan, search, calibration, training, path)
     json.dumps(told)
     for entry in told["model_search"]:
         check_model_search(entry)

@@ -17,6 +17,7 @@ from quantization.coding import encoder, study, training
 from quantization.coding.encoder import Original, encode
 from quantization.coding.levels import choose_levels
 from quantization.settings import Settings
+from training.loop.distillation import Training
 
 
 @pytest.fixture
@@ -127,10 +128,10 @@ def test_the_study_measures_what_is_read_back(
     images, test = random_images(32), random_images(40, seed=1)
     fp32 = predict(tiny_model, test)
     bench = study.Bench(
-        tiny_model, images, images, test, fp32, Settings("fbgemm", observer="minmax"), 16, 10**6
+        tiny_model, images, images, test, fp32, Settings("fbgemm", observer="minmax"), 16, 10**6, 0
     )
     path = tmp_path / study.CODED_NAME
-    coding = study.study_coding(bench, study.Wanted(4.0, True, 32, 0), path)
+    coding = study.study_coding(bench, 4.0, True, path)
     assert coding["file_bytes"] == path.stat().st_size
     assert coding["size_ratio"] == pytest.approx(10**6 / path.stat().st_size)
     reloaded = predict(study.load_int8(path), test)
@@ -160,8 +161,8 @@ def test_training_keeps_the_zeros_and_comes_closer(
     with torch.inference_mode():
         layers, expected = encode(folded, images, price=1.0), tiny_model(normalized)
     before = fold_batch_norm(tiny_model)
-    training.train(before, layers, images, epochs=0)
-    training.train(folded, layers, images, epochs=40)
+    training.train(before, layers, Training(images, epochs=0), 0)
+    training.train(folded, layers, Training(images, epochs=40), 0)
     for name, layer in layers.items():
         assert not folded.get_submodule(name).weight[layer.weight == 0].any()
     with torch.inference_mode():

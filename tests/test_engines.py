@@ -31,6 +31,14 @@ def test_activations_have_seven_bits_where_sums_would_saturate(monkeypatch, has_
     assert engines.choose_settings("x86", "minmax", "off") == Settings("x86", False, "minmax")
 
 
+def test_the_fastest_engine_is_the_last_candidate_and_none_is_told(monkeypatch):
+    assert engines.fastest_engine() == CANDIDATES[-1]
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none"])
+    for choose in (engines.fastest_engine, engines.default_engines):
+        with pytest.raises(UserError, match="no INT8 engine"):
+            choose()
+
+
 def test_candidates_are_supported_and_qnnpack_only_alone():
     supported = torch.backends.quantized.supported_engines
     assert CANDIDATES

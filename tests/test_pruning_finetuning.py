@@ -8,12 +8,13 @@ from pruning.together import finetuning
 from pruning.together.allocation import uniform_masks, weights_in_scope
 from pruning.together.found import search_finetuned, search_with
 from pruning.together.search import Method, ModelSearch, Step
+from training.loop.distillation import Training
 
 
 def test_zeros_stay_zeros_and_the_rest_learns(tiny_model, random_images):
     pruned = copy_without(tiny_model, uniform_masks(weights_in_scope(tiny_model, "conv"), 0.8))
     before = {n: layer.weight.detach().clone() for n, layer in prunable_layers(pruned).items()}
-    finetuning.finetune(pruned, tiny_model, random_images(40), epochs=2, seed=0)
+    finetuning.finetune(pruned, tiny_model, Training(random_images(40), epochs=2), seed=0)
     assert not pruned.training
     for name, layer in prunable_layers(pruned).items():
         assert torch.equal(layer.weight == 0, before[name] == 0), name
@@ -28,7 +29,7 @@ def search(tiny_model, random_images):
 
 def test_the_sparsest_model_that_was_kept_is_found(search, random_images):
     best = search_with(search, Method("global", False))
-    found = search_finetuned(search, best, random_images(20, seed=2), 1)
+    found = search_finetuned(search, best, Training(random_images(20, seed=2), 1))
     assert found.finetune_epochs == 1
     assert found.sparsity == max((step.sparsity for step in found.steps if step.kept), default=0.0)
     weights = [layer.weight for layer in prunable_layers(found.model).values()]
@@ -42,7 +43,7 @@ def test_a_rejected_model_is_not_the_answer(search, random_images, monkeypatch):
     """Rejected at the sparsity of the best without training, it was still reported there."""
     best = search_with(search, Method("global", False))
     monkeypatch.setattr(search, "judge", lambda model, sparsity: Step(sparsity, 20, 0, False))
-    found = search_finetuned(search, best, random_images(20, seed=2), 1)
+    found = search_finetuned(search, best, Training(random_images(20, seed=2), 1))
     assert (found.sparsity, len(found.steps)) == (0.0, 1)
     assert found.model is search.model
     assert list(found.points) == [best.sparsity]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.network.resnet import BLOCKS, ResNet18, Widths
 from common.network.size import describe_layers
 from pruning.channels import slimmer as module
 from pruning.channels.slimmer import MACS, WEIGHTS, Slimmer
@@ -25,9 +26,19 @@ def test_as_much_is_left_as_asked_for(slimmer, unit):
     whole, least = cost_of(slimmer.model, unit), slimmer.least_share(unit)
     for share in (0.9, 0.6):
         assert cost_of(slimmer.slim(share, unit), unit) <= share * whole
-    assert cost_of(slimmer.slim(least + 0.02, unit), unit) / whole >= least
+    assert cost_of(slimmer.slim(least, unit), unit) / whole == pytest.approx(least)
     with pytest.raises(ValueError, match="no widths cost as little"):
         slimmer.slim(least - 0.01, unit)
+
+
+def test_a_channel_costs_what_two_networks_differ_by(slimmer):
+    for unit in (MACS, WEIGHTS):
+        for index, name in enumerate(BLOCKS):
+            inner = list(slimmer.model.widths.inner)
+            inner[index] -= 1
+            narrower = ResNet18(Widths(slimmer.model.widths.stages, tuple(inner)))
+            difference = cost_of(slimmer.model, unit) - cost_of(narrower, unit)
+            assert slimmer.channel_costs(unit)[name] == difference
 
 
 def test_its_channels_are_those_of_the_dense_network(slimmer):

@@ -130,14 +130,10 @@ class _Survey(_Coder):
         return np.zeros(nonzero.size, np.int64)
 
     def fit(self) -> np.ndarray:
-        """Return the weights of a logistic regression, by Newton's method."""
-        rows = np.concatenate(self.rows).astype(np.float64)
-        x, y, w = rows[:, :-1], rows[:, -1], np.zeros(len(EVIDENCE))
-        for _ in range(NEWTON_STEPS):
-            p = 1 / (1 + np.exp(-np.clip(x @ w, -20, 20)))
-            curvature = (x.T * (p * (1 - p))) @ x + np.eye(len(w))
-            w += np.linalg.solve(curvature, x.T @ (y - p) - w)
-        return np.clip(np.round(w * (UNIT / ACTIVITY_NATS)), -127, 127).astype(np.int8)
+        """Return the weights of the evidence (int8)."""
+        rows = np.concatenate(self.rows)
+        weights = fit_logistic(rows[:, :-1], rows[:, -1])
+        return np.clip(np.round(weights * (UNIT / ACTIVITY_NATS)), -127, 127).astype(np.int8)
 
 
 class _Census(_Coder):
@@ -181,10 +177,26 @@ class _Reader(_Coder):
         return self._decoder.decode(self.models[context], len(flags)).astype(bool)
 
 
+def fit_logistic(evidence: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+    """Return the weights of a logistic regression, by Newton's method.
+
+    Args:
+        evidence: Shape (samples, parts).
+        outcome: Whether it came so, shape (samples,).
+    """
+    x, weights = evidence.astype(np.float64), np.zeros(evidence.shape[1])
+    for _ in range(NEWTON_STEPS):
+        p = 1 / (1 + np.exp(-np.clip(x @ weights, -20, 20)))
+        curvature = (x.T * (p * (1 - p))) @ x + np.eye(len(weights))
+        weights += np.linalg.solve(curvature, x.T @ (outcome - p) - weights)
+    return weights
+
+
 def _code(levels: np.ndarray, coder: _Coder) -> None:
     """Run a layer's levels (outputs, inputs, positions) past a coder, which may fill them in."""
     outputs, inputs, positions = levels.shape
     order, width = _order(positions), -(-inputs // CHANNEL_PARTS)
+    near = neighbours(positions)
     in_row, coded_in_row = np.zeros(outputs, np.int64), 0
     for start in range(0, inputs, width):
         part = levels[:, start : start + width].transpose(2, 0, 1)  # a view
@@ -198,9 +210,8 @@ def _code(levels: np.ndarray, coder: _Coder) -> None:
             sign = np.sign(values)
             size = np.minimum(np.abs(values.astype(np.int16)), 2)
             for later in order[done:]:
-                weight = ADJACENT if _are_adjacent(position, later) else APART
-                beside[later] += size * np.int16(weight)
-                lean[later] += sign * np.int16(weight)
+                beside[later] += size * near[position, later]
+                lean[later] += sign * near[position, later]
             in_row += np.count_nonzero(values, axis=1)
             in_column += np.count_nonzero(values, axis=0)
             coded_in_row, coded_in_column = (
@@ -214,9 +225,13 @@ def _order(positions: int) -> Sequence[int]:
     return (4, 1, 3, 5, 7, 0, 2, 6, 8) if positions == 9 else range(positions)
 
 
-def _are_adjacent(a: int, b: int) -> bool:
-    """Return whether two positions of a 3×3 kernel share an edge."""
-    return abs(a // 3 - b // 3) + abs(a % 3 - b % 3) == 1
+def neighbours(positions: int) -> np.ndarray:
+    """Return how much each position of a kernel says of each other (int16)."""
+    side = 3 if positions == 9 else positions
+    y, x = np.divmod(np.arange(positions), side)
+    away = np.abs(y[:, None] - y) + np.abs(x[:, None] - x)
+    near = np.where((away == 1) & (positions == 9), ADJACENT, APART) * (away > 0)
+    return near.astype(np.int16)
 
 
 def _density(nonzero: np.ndarray, coded: int) -> np.ndarray:

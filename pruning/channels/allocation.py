@@ -89,7 +89,8 @@ def choose_widths(
 ) -> dict[str, int]:
     """Return the widths of least total divergence whose costs add up to at most ``budget``.
 
-    Exact up to the rounding of costs to ``BUDGET_STEPS`` steps (upwards): a knapsack.
+    Exact up to the rounding of costs to ``BUDGET_STEPS`` steps (upwards): a knapsack. Where nothing
+    but the narrowest network is within the budget, rounding must not cost that.
 
     Raises:
         ValueError: The narrowest network costs more.
@@ -106,7 +107,10 @@ def choose_widths(
         choices.append(trial.argmin(axis=0))
         best = trial.min(axis=0)
     if not np.isfinite(best[-1]):
-        raise ValueError(f"no widths cost as little as {budget:g}")
+        narrowest = {name: min(curve) for name, curve in curves.items()}
+        if sum(costs[name][width] for name, width in narrowest.items()) > budget * (1 + 1e-9):
+            raise ValueError(f"no widths cost as little as {budget:g}")
+        return narrowest
     widths, left = {}, BUDGET_STEPS
     for (name, curve), choice in zip(reversed(curves.items()), reversed(choices), strict=True):
         widths[name] = list(curve)[choice[left]]

@@ -10,10 +10,8 @@ import torch
 from common.command.cli import UserError
 from common.network.resnet import BLOCKS, ResNet18
 from common.report.results import percent
-from pruning.alone.scan import Scan
 from pruning.channels.slimmer import Slimmer
 from pruning.channels.slimming import slim_by_norm
-from pruning.together.held_out import split_test
 from pruning.together.recalibration import recalibrate_batch_norm
 from pruning.together.search import Method, ModelSearch, Step, largest_level
 
@@ -37,30 +35,9 @@ class ChannelSearch(ModelSearch):
     macs_removed: float | None = None
     _slim: dict[tuple[Method, float], ResNet18] = field(default_factory=dict)
 
-    @classmethod
-    def prepare(
-        cls, scan: Scan, dense_correct: torch.Tensor, tolerance: float, seed: int,
-        calibration: torch.Tensor, macs_removed: float | None,
-    ) -> ChannelSearch:  # fmt: skip
-        """Split the scan's images; ``dense_correct`` says which of them its model gets right.
-
-        Args:
-            scan: Of the dense network.
-            dense_correct: bool, on the CPU.
-            tolerance: Accuracy that may be lost, as a fraction.
-            seed: Of the split, and of what is looked at.
-            calibration: uint8 training images, on the model's device.
-            macs_removed: Look at this share only; None to search.
-        """
-        chosen, held_out = split_test(scan.images, dense_correct, seed)
-        return cls(
-            scan.model, SCOPE, chosen, held_out, tolerance, seed, scan.fast, calibration,
-            macs_removed=macs_removed,
-        )  # fmt: skip
-
     def __post_init__(self):
         dtype = torch.bfloat16 if self.fast else torch.float32
-        self.slimmer = Slimmer(self.model, self.training, self.seed, dtype)
+        self.slimmer = Slimmer(self.model, self.calibration, self.seed, dtype)
         self.highest = int(LEVELS * (1 - self.slimmer.least_share()))
         if self.macs_removed is not None and self.macs_removed > self.highest / LEVELS:
             raise UserError(f"of this network {percent(self.highest / LEVELS)} can go at most")
@@ -75,7 +52,8 @@ class ChannelSearch(ModelSearch):
         """The shares to measure every method at."""
         if self.macs_removed is not None:
             return [self.macs_removed]
-        return [level / LEVELS for level in reversed(COARSE_LEVELS) if level <= self.highest]
+        shares = [level / LEVELS for level in reversed(COARSE_LEVELS) if level <= self.highest]
+        return shares or [self.highest / LEVELS]
 
     def methods(self, allocations: Sequence[str]) -> list[Method]:
         """Return what is searched with; the allocations are those of weights."""
@@ -95,7 +73,7 @@ class ChannelSearch(ModelSearch):
         if (method, sparsity) not in self._slim:
             if method.allocation == NORM:
                 slim = slim_by_norm(self.model, self.norm_widths(sparsity))
-                recalibrate_batch_norm(slim, self.training)
+                recalibrate_batch_norm(slim, self.calibration)
             else:
                 slim = self.slimmer.slim(1 - sparsity)
             self._slim[method, sparsity] = slim

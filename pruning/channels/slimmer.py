@@ -19,7 +19,6 @@ from pruning.channels.allocation import (
     width_grid,
 )
 from pruning.channels.repair import Dense, measure_dense, repair
-from pruning.channels.slimming import inner_costs
 
 # What a share is of, as describe_layers calls it: for speed the first, for size the second.
 MACS, WEIGHTS = "macs", "weights"
@@ -72,7 +71,11 @@ class Slimmer:
 
     def channel_costs(self, unit: str = MACS) -> Mapping[str, int]:
         """Return what one inner channel of each block costs."""
-        return inner_costs(self.model, self._layer_costs(unit))
+        costs = self._layer_costs(unit)
+        return {
+            name: (costs[f"{name}.conv1"] + costs[f"{name}.conv2"]) // width
+            for name, width in zip(BLOCKS, self.model.widths.inner, strict=True)
+        }
 
     def _inner_cost(self, index: int, unit: str) -> int:
         costs = self.channel_costs(unit)
@@ -98,7 +101,7 @@ class Slimmer:
     def _curves(self) -> Curves:
         """What each width costs, in a network of half of the multiply-adds."""
         half = {name: grid[(len(grid) - 1) // 2] for name, grid in self.grid.items()}
-        share = max(CONTEXT_SHARE, self.least_share() + 0.01)  # of a network that can go so far
+        share = max(CONTEXT_SHARE, self.least_share())
         context = self._choose(self._measure(half), share, MACS)
         return self._measure(context)
 

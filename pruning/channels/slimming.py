@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from common.network.branching import Block, Convolution, FoldedNetwork
-from common.network.resnet import BLOCKS, ResNet18, Widths, prunable_layers
+from common.network.resnet import BLOCKS, ResNet18, Widths
 from pruning.channels.surgeon import Kept
 
 
@@ -101,18 +101,3 @@ def _load(model: ResNet18, state: dict[str, torch.Tensor]) -> ResNet18:
     slim = ResNet18(Widths(model.widths.stages, inner), model.linear.out_features)
     slim.load_state_dict(state)
     return slim.to(state["conv1.weight"].device).eval()
-
-
-def inner_costs(model: ResNet18, costs: Mapping[str, int]) -> dict[str, int]:
-    """Return, for each block, what one of its inner channels costs.
-
-    Args:
-        model: Dense.
-        costs: Of each of its layers: multiply-adds, or weights.
-    """
-    layers = prunable_layers(model)
-    return {
-        name: (costs[f"{name}.conv1"] + costs[f"{name}.conv2"])
-        // layers[f"{name}.conv1"].out_channels
-        for name in BLOCKS
-    }

@@ -35,7 +35,7 @@ def measure_models(
         Entries of results.json: ``dense fp32``, ``dense int8``, ``slim fp32`` and ``slim int8``.
     """
     calibration, images = (dataset.to(torch.device("cpu")) for dataset in (calibration, images))
-    settings = engines.choose_settings(engines.candidate_engines()[-1])
+    settings = engines.choose_settings(engines.fastest_engine())
     contenders, correct, models = [], {}, {}
     for name, model in (("dense", dense), ("slim", slim)):
         model = copy.deepcopy(model).cpu()

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.command import cli
-from common.images.data import Cifar10
 from common.measure.evaluate import Paired
 from common.network.resnet import ResNet18
 from common.report.results import format_change
 from pruning.together.finetuning import finetune
 from pruning.together.search import CONTROLS, Method, ModelSearch, Step
+from training.loop.distillation import Training
 
 # The curve is for orientation, and losses on it are large or none.
 CURVE_IMAGES = 2000
@@ -100,7 +100,7 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
     return max(equals, key=lambda one: int(search.classifier(one.model).find_correct(images).sum()))
 
 
-def search_finetuned(search: ModelSearch, best: Found, train: Cifar10, epochs: int) -> Found:
+def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Found:
     """Train at ``best``'s sparsity, then at each higher compression for as long as it is kept.
 
     Each starts from the dense weights, pruned at once, and learns from the dense network. Where not
@@ -109,10 +109,10 @@ def search_finetuned(search: ModelSearch, best: Found, train: Cifar10, epochs: i
     kept, points, steps = (0.0, search.model), {}, []
     for sparsity in (best.sparsity, *(s for s in search.curve if s > best.sparsity)):
         model = copy.deepcopy(search.prune(best.method, sparsity))
-        finetune(model, search.model, train, epochs, search.seed)
+        finetune(model, search.model, training, search.seed)
         steps.append(search.judge(model, sparsity))
         points[sparsity] = measure(search, model, CURVE_IMAGES)
         if not steps[-1].kept:
             break
         kept = (sparsity, model)
-    return Found.of(search, best.method, epochs, *kept, points, steps)
+    return Found.of(search, best.method, training.epochs, *kept, points, steps)

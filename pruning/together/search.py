@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from common.images.data import Cifar10
 from common.measure.budget import Budget
 from common.network.cascade import Classifier, Recomputation
 from common.network.resnet import ResNet18
@@ -96,7 +97,7 @@ class ModelSearch:
         tolerance: Accuracy that may be lost, as a fraction.
         seed: Of random pruning.
         fast: Classify in bf16 first.
-        training: uint8 training images for batch-norm statistics; None: none are re-estimated.
+        calibration: uint8 training images for batch-norm statistics; None: none are re-estimated.
         record: Of bf16, over all that was classified.
     """
 
@@ -107,7 +108,7 @@ class ModelSearch:
     tolerance: float
     seed: int
     fast: bool
-    training: torch.Tensor | None = None
+    calibration: torch.Tensor | None = None
     record: Recomputation = field(default_factory=Recomputation)
     _found: dict[Method, tuple[float, list[Step]]] = field(default_factory=dict)
     _damage: dict[bool, dict[str, DamageCurve]] = field(default_factory=dict)
@@ -118,11 +119,14 @@ class ModelSearch:
     @classmethod
     def prepare(
         cls, scan: Scan, dense_correct: torch.Tensor, scope: str, tolerance: float, seed: int,
-        training: torch.Tensor | None = None,
+        calibration: Cifar10 | None = None, **options: object,
     ) -> ModelSearch:  # fmt: skip
         """Split the scan's images; ``dense_correct`` says which of them its model gets right."""
         chosen, held_out = split_test(scan.images, dense_correct, seed)
-        return cls(scan.model, scope, chosen, held_out, tolerance, seed, scan.fast, training)
+        pixels = None if calibration is None else calibration.images
+        return cls(
+            scan.model, scope, chosen, held_out, tolerance, seed, scan.fast, pixels, **options
+        )
 
     @property
     def unit(self) -> str:
@@ -137,7 +141,7 @@ class ModelSearch:
     def methods(self, allocations: Sequence[str]) -> list[Method]:
         """Return what to search with: allocations, with batch norms re-estimated too; a control."""
         found = [Method(allocation, False) for allocation in allocations]
-        if self.training is not None:
+        if self.calibration is not None:
             found += [Method(allocation, True) for allocation in allocations]
         return [*found, Method(RANDOM, False)]
 
@@ -156,7 +160,7 @@ class ModelSearch:
         device = self.chosen.images.images.device
         pruned = copy_without(self.model, self.masks(method, sparsity)).to(device)
         if method.recalibrated:
-            recalibrate_batch_norm(pruned, self.training)
+            recalibrate_batch_norm(pruned, self.calibration)
         return pruned
 
     def find_largest(self, method: Method) -> tuple[float, list[Step]]:

@@ -19,14 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.files.entropy import ADJACENT, APART
+from common.files.entropy import fit_logistic, neighbours
 
 MAX_LEVEL = 127
 BLOCK = 128  # columns between two updates of all that follow
 PASSES = 2
 FIRST_THRESHOLD = 0.6  # steps; what is smaller is zero in the first guess
 FITTED = 100_000  # weights that the bits are estimated on
-NEWTON_STEPS = 8
 LN2 = np.float32(np.log(2))
 
 
@@ -122,7 +121,7 @@ class _Estimate:
     def __init__(self, levels: np.ndarray, positions: int):
         self.levels = levels.astype(np.float32)
         self._positions = positions
-        self._near = _neighbours(positions)
+        self._near = neighbours(positions).astype(np.float32)
         self._signs, self._sizes = np.sign(self.levels), np.minimum(np.abs(self.levels), 2)
         self._fit()
 
@@ -135,12 +134,14 @@ class _Estimate:
         parts = (rows, columns[:, None, None], beside, np.ones(1))
         every = slice(None, None, -(-kept.size // FITTED))
         evidence = [np.broadcast_to(part, kept.shape).reshape(-1)[every] for part in parts]
-        weights = _logistic(np.stack(evidence, axis=1), kept.reshape(-1)[every])
+        weights = fit_logistic(np.stack(evidence, axis=1), kept.reshape(-1)[every])
         self._row_odds = (weights[0] * rows + weights[3]).astype(np.float32)
         self._column_odds = (weights[1] * columns).astype(np.float32)
         self._beside = np.float32(weights[2])
         lean = (self._near @ self._signs.reshape(shape))[kept][:FITTED, None]
-        self._lean = np.float32(_logistic(lean, self._signs.reshape(shape)[kept][:FITTED] > 0)[0])
+        self._lean = np.float32(
+            fit_logistic(lean, self._signs.reshape(shape)[kept][:FITTED] > 0)[0]
+        )
         magnitudes = np.abs(self.levels[self._signs != 0]).astype(np.int64)
         counts = np.bincount(magnitudes, minlength=MAX_LEVEL + 1) + 0.5
         counts[0] = counts.sum()  # of none
@@ -164,25 +165,6 @@ class _Estimate:
         self._sizes[column] = np.minimum(np.abs(levels), 2)
 
 
-def _neighbours(positions: int) -> np.ndarray:
-    """Return how much each position of a kernel says of each other (float32)."""
-    side = 3 if positions == 9 else positions
-    y, x = np.divmod(np.arange(positions), side)
-    away = np.abs(y[:, None] - y) + np.abs(x[:, None] - x)
-    near = np.where((away == 1) & (positions == 9), ADJACENT, APART) * (away > 0)
-    return near.astype(np.float32)
-
-
 def _log_beside(weight: np.ndarray) -> np.ndarray:
     """Return the logarithm of the neighbours' weight, as the coder takes it."""
     return np.log2(2 * weight + 1)
-
-
-def _logistic(evidence: np.ndarray, outcome: np.ndarray) -> np.ndarray:
-    """Return the weights of a logistic regression, by Newton's method."""
-    x, weights = evidence.astype(np.float64), np.zeros(evidence.shape[1])
-    for _ in range(NEWTON_STEPS):
-        p = 1 / (1 + np.exp(-np.clip(x @ weights, -20, 20)))
-        curvature = (x.T * (p * (1 - p))) @ x + np.eye(len(weights))
-        weights += np.linalg.solve(curvature, x.T @ (outcome - p) - weights)
-    return weights

@@ -15,7 +15,7 @@ import torch
 from common.command.cli import log
 from common.files import entropy
 from common.images.data import Cifar10
-from common.measure.evaluate import compare, measure_accuracy, predict
+from common.measure.evaluate import Paired, predict
 from common.network.coded import CodedNetwork, save_coded
 from common.network.resnet import ResNet18, fold_batch_norm
 from common.report.results import format_change, format_table, megabytes, percent
@@ -24,29 +24,13 @@ from quantization.coding.kernels import assemble
 from quantization.coding.training import encode_and_train
 from quantization.files.artifact import load_int8
 from quantization.settings import Settings
+from training.loop.distillation import Training
 
 CODED_NAME = "resnet18_cifar10_coded.safetensors"
 # Where the search for a price begins: a network of BITS; twice the bits take a quarter of it.
 PRICE, BITS = 0.0235, 0.605
 TOLERANCE = 0.05  # of the bits asked for; what is further off is coded again
 CURVE_PRICES = (0.005, 0.01, 0.015, 0.025, 0.04, 0.07)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked of a study.
-
-    Attributes:
-        bits_per_weight: Of the file.
-        curve: Measure the curve.
-        images: To code on.
-        epochs: Of training between two codings; 0 for one coding without training.
-    """
-
-    bits_per_weight: float
-    curve: bool
-    images: int
-    epochs: int
 
 
 @dataclass(frozen=True)
@@ -62,8 +46,8 @@ class Bench:
         settings: Of the INT8 model.
         batch_size: In images.
         fp32_bytes: Of the FP32 checkpoint.
-        training: Images to train on between two codings; None for one coding without training.
-        epochs: Of that training.
+        seed: Of every random choice.
+        training: Between two codings; None for one coding without training.
     """
 
     model: ResNet18
@@ -74,16 +58,16 @@ class Bench:
     settings: Settings
     batch_size: int
     fp32_bytes: int
-    training: Cifar10 | None = None
-    epochs: int = 0
+    seed: int
+    training: Training | None = None
 
     def code(self, price: float) -> CodedNetwork:
         """Code the network at a price of a bit, as :func:`encode` takes it."""
         folded = fold_batch_norm(self.model)
         if self.training is None:
-            layers = encode(folded, self.images, price)
+            layers = encode(folded, self.images, price, self.seed)
         else:
-            layers = encode_and_train(folded, self.images, price, self.training, self.epochs)
+            layers = encode_and_train(folded, self.images, price, self.training, self.seed)
         return assemble(layers, self.calibration, self.settings, self.batch_size)
 
     def code_to(self, bits_per_weight: float) -> CodedNetwork:
@@ -105,23 +89,22 @@ class Bench:
             "file_bytes": file_bytes,
             "size_ratio": self.fp32_bytes / file_bytes,
             "bits_per_weight": 8 * file_bytes / weights,
-            "accuracy": measure_accuracy(correct == labels).as_dict(),
-            "comparison": compare(self.fp32 == labels, correct == labels).as_dict(),
+            **Paired.of(self.fp32 == labels, correct == labels).as_dict(),
         }
 
 
-def study_coding(bench: Bench, wanted: Wanted, path: Path) -> dict:
+def study_coding(bench: Bench, bits_per_weight: float, with_curve: bool, path: Path) -> dict:
     """Return results.json's ``coding``: a file of the wanted size, and the curve if asked for."""
-    network = bench.code_to(wanted.bits_per_weight)
+    network = bench.code_to(bits_per_weight)
     point = bench.measure(network, path)
     log.info("%s: %.1f times smaller than FP32", path.name, point["size_ratio"])
     return {
         "images": len(bench.images),
-        "epochs": bench.epochs,
+        "epochs": bench.training.epochs if bench.training else 0,
         "file": path.name,
         **point,
         "levels_bytes": compare_coders(network),
-        "curve": _trace_curve(bench) if wanted.curve else [],
+        "curve": _trace_curve(bench) if with_curve else [],
     }
 
 

@@ -69,12 +69,24 @@ def candidate_engines() -> list[str]:
     return [name for name in supported if name != "qnnpack"] or supported
 
 
+def fastest_engine() -> str:
+    """Return the engine that is the fastest on this CPU.
+
+    Raises:
+        UserError: torch has none here.
+    """
+    candidates = candidate_engines()
+    if not candidates:
+        raise UserError(f"torch has no INT8 engine on this {platform.machine()} CPU")
+    return candidates[-1]
+
+
 def default_engines() -> list[str]:
     """Return fbgemm; where torch is built without it, as for Arm, what it has, said in one line."""
     supported = torch.backends.quantized.supported_engines
     if "fbgemm" in supported:
         return ["fbgemm"]
-    engine = "qnnpack" if "qnnpack" in supported else candidate_engines()[0]
+    engine = "qnnpack" if "qnnpack" in supported else fastest_engine()
     cli.log.info("torch has no fbgemm on this %s CPU: using %s", platform.machine(), engine)
     return [engine]
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.images.data import Cifar10
+from common.inputs import Inputs
 from common.machine.workers import Workers
-from common.network.resnet import BLOCKS, ResNet18, hooked
+from common.network.resnet import BLOCKS, ResNet18, hooked, prunable_layers
 from training.loop.fit import Loss, choose_precision, fit
 from training.loop.state import TrainingState
 from training.recipe import Recipe
@@ -33,43 +35,77 @@ RECIPE = Recipe(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Training:
+    """What compressed networks learn from, to do as the dense one does.
+
+    Attributes:
+        images: Training images, on the device to train on; their labels are not used.
+        epochs: Passes over them.
+    """
+
+    images: Cifar10
+    epochs: int
+
+    @classmethod
+    def read(
+        cls, inputs: Inputs, epochs: int | None, count: int | None, device: torch.device
+    ) -> Training | None:
+        """Read ``count`` images to ``device``, None for all; return None for no epochs.
+
+        Raises:
+            UserError: There are too few.
+        """
+        return cls(inputs.load_training(count).to(device), epochs) if epochs else None
+
+
 def distill(
     student: ResNet18,
     teacher: ResNet18,
-    train: Cifar10,
-    epochs: int,
+    training: Training,
     seed: int,
     learning_rate: float = RECIPE.learning_rate,
-    after_step: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Train ``student`` (changed in place, left in eval mode) to do as the teacher does.
+
+    Its weights that are zero stay zero.
 
     Args:
         student: In any mode, on any device; moved to that of the images. Its blocks give as many
             channels as the teacher's.
         teacher: In eval mode, on the device of the images.
-        train: Images, on the device to train on.
-        epochs: Passes over them.
+        training: What to learn from.
         seed: Of order and augmentation.
         learning_rate: The highest; all else is the recipe's, and the precision what the device is
             fast in.
-        after_step: Called with the student after every step.
 
     Raises:
         UserError: The loss is no longer finite.
     """
-    device = train.images.device
+    train, device = training.images, training.images.images.device
     recipe = dataclasses.replace(
         RECIPE,
-        epochs=epochs,
+        epochs=training.epochs,
         learning_rate=learning_rate,
         batch_size=min(RECIPE.batch_size, len(train)),
         precision=choose_precision(device),
     )
     state = TrainingState.start(student, recipe, device)
     with imitation_loss(student, teacher) as loss:
-        fit(state, train, recipe, seed, Workers(device), loss, after_step)
+        fit(state, train, recipe, seed, Workers(device), loss, hold_zeros(student))
     student.eval()
+
+
+def hold_zeros(model: ResNet18) -> Callable[[nn.Module], None]:
+    """Return what sets the weights that are zero in ``model`` now to zero again."""
+    zeros = {name: layer.weight == 0 for name, layer in prunable_layers(model).items()}
+
+    @torch.no_grad()
+    def apply(model: nn.Module) -> None:
+        for name, layer in prunable_layers(model).items():
+            layer.weight.masked_fill_(zeros[name], 0)
+
+    return apply
 
 
 @contextlib.contextmanager
