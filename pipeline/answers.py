@@ -26,7 +26,8 @@ FIRST_SHARE = {WEIGHTS: 0.38, MACS: 0.6}
 # weights hardly cost accuracy, and at a given price of a bit a point buys more of those.
 SIZE_SHARE, BOTH_SHARE = 0.25, 0.5
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
-# of the multiply-adds, shares smaller by so much than without it.
+# of the multiply-adds, shares smaller by so much than without it. After two epochs of 50,000 images
+# 1.12 passed and 1.25 just failed.
 TRAINED_STRIDES = (1.16, 1.08)
 
 
