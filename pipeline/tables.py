@@ -27,8 +27,8 @@ def format_results(results: dict, output_dir: Path) -> str:
         f"at most {100 * budget['max_drop']:g} points lost, chosen on "
         f"{data['test_images'] - confirming:,} images, measured on the other {confirming:,}:\n\n"
         f"{format_table(*answer_table(results))}\n\n"
-        + "".join(f"{sentence}\n" for sentence in advice(results, output_dir))
-        + f"\n{format_cost(results)}\nwritten to {output_dir}\n"
+        + "".join(f"{sentence}\n" for sentence in advice(results))
+        + f"\n{format_cost(results)}\nwritten to the folder {output_dir}\n"
     )
 
 
@@ -57,7 +57,7 @@ def answer_table(results: dict) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def advice(results: dict, output_dir: Path) -> Sequence[str]:
+def advice(results: dict) -> Sequence[str]:
     """Say which file to ship, how to load it, and what is not within the budget."""
     answers = results["answers"]
     within = [answer for answer in answers if answer["within_budget"]]
@@ -74,7 +74,7 @@ def advice(results: dict, output_dir: Path) -> Sequence[str]:
             f"     {over['over_int8']:.2f}× as fast as dense INT8 at batch {over['batch_size']}"
         )
         lines.append("load it, in this repository: from quantization import load_int8")
-        lines.append(f"     model = load_int8({str(output_dir / best['file'])!r})")
+        lines.append(f'     model = load_int8(folder / "{best["file"]}")')
     lines += [
         f"{answer['onnx']['file']} in ONNX Runtime: the same class on "
         f"{100 * answer['onnx']['agreement']:.2f} %"

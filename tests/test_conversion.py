@@ -103,11 +103,11 @@ def test_a_layer_that_stayed_fp32_unasked_is_an_error(tiny_model, random_images)
 
 
 def test_reduced_range_uses_seven_bits(tiny_model, random_images):
-    loader = batches(random_images(32), 16)
     scales = []
     for reduce_range in (False, True):
         settings = Settings(ENGINES[0], reduce_range, "minmax")
-        converted = conversion.convert(conversion.calibrate(tiny_model, loader, settings), settings)
+        observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
+        converted = conversion.convert(observed, settings)
         scales.append(converted.conv1_input_scale_0.item())
     assert scales[1] / scales[0] == pytest.approx(255 / 127, rel=1e-3)
 
