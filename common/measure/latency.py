@@ -109,16 +109,19 @@ def _sample(
     for contender in contenders:
         for _ in range(WARM_UP_CALLS):
             contender.run(inputs[contender.name])
-    start = time.perf_counter_ns()
-    for contender in contenders:
-        _settled_call_ms(contender, inputs[contender.name])
-    round_seconds = (time.perf_counter_ns() - start) / 1e9
-    rounds = int(np.clip(seconds / round_seconds, MIN_ROUNDS, MAX_ROUNDS))
     samples_ms = {c.name: [] for c in contenders}
     orders = np.random.default_rng(ORDER_SEED)
-    for _ in cli.progress(range(rounds), f"time batch {batch_size}", unit="round"):
+
+    def run_round() -> None:
         for contender in (contenders[i] for i in orders.permutation(len(contenders))):
             samples_ms[contender.name].append(_settled_call_ms(contender, inputs[contender.name]))
+
+    start = time.perf_counter_ns()
+    run_round()
+    round_seconds = (time.perf_counter_ns() - start) / 1e9
+    rounds = int(np.clip(seconds / round_seconds, MIN_ROUNDS, MAX_ROUNDS))
+    for _ in cli.progress(range(rounds - 1), f"time batch {batch_size}", unit="round"):
+        run_round()
     return samples_ms
 
 
