@@ -73,12 +73,20 @@ def read_calibration(source) -> dict:
     """Return for each seed the largest calibration set; its first images are the smaller ones'.
 
     The training split is opened once: that of image folders takes seconds to list.
+
+    Raises:
+        UserError: It has too few images.
     """
     import torch
 
     from common.images.data import Cifar10, balanced_subset
 
     split, found = source.open_split("train"), {}
+    if len(split.labels) < max(STUDY_SIZES):
+        raise cli.UserError(
+            f"{max(STUDY_SIZES)} training images asked for, only {len(split.labels)} in "
+            f"{source.description}"
+        )
     for seed in STUDY_SEEDS:
         indices = balanced_subset(split.labels, max(STUDY_SIZES), seed)
         pixels, labels = split.read(indices), split.labels[indices]
