@@ -174,9 +174,10 @@ def test_a_killed_run_goes_on_where_it_was(finished, tiny_weights, tmp_path, mon
     again = run_here(main, *run, "--output-dir", tmp_path / "out")
     assert again.returncode == 1
     assert "--resume" in again.stderr
-    other = run_here(main, *run, "--resume", "--seed", "1", "--output-dir", tmp_path / "out")
-    assert other.returncode == 1
-    assert "the seed" in other.stderr
+    for change, what in ((("--seed", "1"), "the seed"), (("--batch-size", "7"), "the batch size")):
+        other = run_here(main, *run, "--resume", *change, "--output-dir", tmp_path / "out")
+        assert other.returncode == 1
+        assert what in other.stderr
     with monkeypatch.context() as patch:  # coding would be needed for the first goal alone
         patch.setattr("pipeline.candidates.encode", stop)
         resumed = run_here(main, *run, "--resume", "--output-dir", tmp_path / "out", "--json")
