@@ -121,9 +121,8 @@ class Workshop:
 
         def code() -> CodedNetwork:
             slim = load_model(base.slim_path)
-            original = None
-            if not base.trained:  # training makes channels others than the dense network's
-                original = Original(fold_batch_norm(self.dense), self._slimmer.channels_of(slim))
+            channels = None if base.trained else self._slimmer.channels_of(slim)
+            original = Original(fold_batch_norm(self.dense), channels)
             layers = encode(
                 fold_batch_norm(slim), self.calibration, 1 / strength, self.seed, original
             )

@@ -65,14 +65,20 @@ def few_positions(monkeypatch):
     monkeypatch.setattr(encoder, "POSITIONS", 4)
 
 
+def coded(model, layers):
+    network = ResNet18(model.widths).eval()
+    network.load_state_dict(CodedNetwork(layers, torch.empty(0), torch.empty(0), {}).state_dict())
+    return network
+
+
 @torch.inference_mode()
 def test_at_no_price_the_network_stays_what_it_is(tiny_model, random_images, few_positions):
     images = random_images(32)
     layers = encode(fold_batch_norm(tiny_model), images, price=1e-6)
     assert list(layers) == list(prunable_layers(tiny_model))
-    coded = ResNet18(tiny_model.widths).eval()
-    coded.load_state_dict(CodedNetwork(layers, torch.empty(0), torch.empty(0), {}).state_dict())
-    expected, logits = (m(normalize(images.images)) for m in (tiny_model, coded))
+    expected, logits = (
+        m(normalize(images.images)) for m in (tiny_model, coded(tiny_model, layers))
+    )
     assert (logits - expected).norm() < 0.05 * expected.norm()
 
 
@@ -86,11 +92,7 @@ def test_layers_make_up_for_what_those_before_lost(
 
     def error():
         layers = encode(fold_batch_norm(tiny_model), images, price=3.0)
-        model = fold_batch_norm(tiny_model)
-        for name, layer in layers.items():
-            model.get_submodule(name).weight.copy_(layer.dense())
-            model.get_submodule(name).bias.copy_(layer.bias)
-        return float((model(normalized) - expected).norm())
+        return float((coded(tiny_model, layers)(normalized) - expected).norm())
 
     repaired = error()
     monkeypatch.setattr(encoder, "REPAIR_RIDGE", 1e3)  # no repair
@@ -112,13 +114,37 @@ def test_channels_that_are_gone_are_made_up_for(tiny_model, random_images, few_p
 
     def error(original):
         layers = encode(slim, images, price=1e-6, original=original)
-        model = copy.deepcopy(slim)
-        for name, layer in layers.items():
-            model.get_submodule(name).weight.copy_(layer.dense())
-            model.get_submodule(name).bias.copy_(layer.bias)
-        return float((model(normalized) - tiny_model(normalized)).norm())
+        return float((coded(slim, layers)(normalized) - tiny_model(normalized)).norm())
 
     assert error(Original(dense, channels)) < 0.8 * error(None)
+
+
+@torch.inference_mode()
+def test_a_trained_network_is_coded_towards_the_one_that_it_was_made_from(
+    tiny_model, random_images, few_positions
+):
+    images = random_images(64)
+    pixels = normalize(images.images)
+    dense = fold_batch_norm(tiny_model)
+    trained = copy.deepcopy(dense)
+    torch.manual_seed(0)
+    for name in BLOCKS:
+        block = trained.get_submodule(name)
+        order = torch.randperm(block.conv1.out_channels)  # the same function of other channels
+        block.conv1.weight.copy_(block.conv1.weight[order])
+        block.conv1.bias.copy_(block.conv1.bias[order])
+        block.conv2.weight.copy_(block.conv2.weight[:, order])
+    trained.linear.bias[0] += 1.0  # and it answers otherwise
+
+    def error(original, wanted):
+        layers = encode(trained, images, price=1e-6, original=original)
+        logits = coded(trained, layers)(pixels)
+        return float((logits - wanted(pixels)).norm() / wanted(pixels).norm())
+
+    assert error(Original(dense, None), dense) < 0.05
+    assert error(None, trained) < 0.05
+    own = {name: torch.arange(c) for name, c in zip(BLOCKS, dense.widths.inner, strict=True)}
+    assert error(Original(dense, own), dense) > 2 * error(Original(dense, None), dense)
 
 
 def test_the_study_measures_what_is_read_back(

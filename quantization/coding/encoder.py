@@ -4,8 +4,11 @@ Every layer is coded on the inputs that the coded layers before it give, and tow
 that the dense network has there: of a block's second convolution, those after the shortcut is
 added. What the layers before lost, a layer makes up for as far as it can (as in GPTAQ, Li et al.,
 2025, arXiv:2504.02692): its weights become those of the ridge regression from the coded inputs to
-the dense outputs, and these are coded. The bias takes up the mean of what is left. In a network
-without some of the dense one's channels it makes up for these as well.
+the dense outputs, and these are coded. The bias takes up the mean of what is left.
+
+A network that was made from another one is coded towards that one's outputs, and makes up for what
+it had lost before as well. Within its blocks, a network without some channels is to give what the
+others gave there; a trained one, whose channels are not the same any more, what it gives itself.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +26,7 @@ from torch import nn
 from common.command import cli
 from common.images.data import Cifar10, normalize
 from common.network.coded import CodedLayer
-from common.network.resnet import BLOCKS, ResNet18, prunable_layers
+from common.network.resnet import BLOCKS, BasicBlock, ResNet18, prunable_layers
 from quantization.coding.levels import MAX_LEVEL, choose_levels
 
 BATCH_SIZE = 50
@@ -40,32 +44,16 @@ STEP_PRICES = 60.0  # the square of a step, in prices of a bit
 
 @dataclass(frozen=True)
 class Original:
-    """The network that another was made from by removing channels.
+    """The network that another was made from.
 
     Attributes:
         model: FP32, in eval mode, its batch-norms folded; not changed.
-        channels: Of each block, which of its inner channels are left (int64).
+        channels: Of each block, which of its inner channels are left (int64); None where training
+            has made others of them.
     """
 
     model: ResNet18
-    channels: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Signal:
-    """What all images are after some layers: in the dense network, and in the coded one.
-
-    Attributes:
-        dense: Float16; half the memory, and exact enough to learn from.
-        coded: The same.
-    """
-
-    dense: torch.Tensor
-    coded: torch.Tensor
-
-    def relu(self) -> Signal:
-        """Apply ReLU, in place."""
-        return Signal(self.dense.relu_(), self.coded.relu_())
+    channels: Mapping[str, torch.Tensor] | None
 
 
 @torch.inference_mode()
@@ -83,17 +71,23 @@ def encode(
         calibration: Images; each is used as it is and mirrored.
         price: Of a bit, in millionths of the outputs' variance.
         seed: Of the positions at which outputs are looked at.
-        original: What channels were removed from, if any were: its outputs are wanted.
+        original: What the network was made from, if from another.
     """
     images = torch.cat([calibration.images, calibration.images.flip(3)])
-    return _Encoder(folded, original or Original(folded, {}), price, seed).encode(images)
+    original = original or Original(folded, dict.fromkeys(BLOCKS, slice(None)))
+    return _Encoder(folded, original, price, seed).encode(images)
 
 
 class _Encoder:
-    """Holds the two networks; the coded one's layers are replaced one by one."""
+    """Holds the networks; the coded one's layers are replaced one by one.
+
+    What all images are after some layers is kept in float16: half the memory, and exact enough to
+    learn from.
+    """
 
     def __init__(self, folded: ResNet18, original: Original, price: float, seed: int):
-        self._coded, self._original, self._price = copy.deepcopy(folded), original, price
+        self._own, self._dense, self._coded = folded, original.model, copy.deepcopy(folded)
+        self._channels, self._price = original.channels, price
         self._generator = torch.Generator().manual_seed(seed)
         self._layers: dict[str, CodedLayer] = {}
 
@@ -101,31 +95,57 @@ class _Encoder:
         names = prunable_layers(self._coded)
         self._progress = iter(cli.progress(names, "code"))
         pixels = _in_batches(normalize, images)
-        signal = self._code("conv1", Signal(pixels, pixels)).relu()
+        dense = _in_batches(self._dense.conv1, pixels)
+        coded = self._code("conv1", pixels, dense).relu_()
+        own = None if self._channels else _in_batches(self._own.conv1, pixels).relu_()
         for block in BLOCKS:
-            inner = self._code(f"{block}.conv1", signal).relu()
+            whole, part = (net.get_submodule(block) for net in (self._dense, self._own))
+            dense.relu_()
+            if own is None:
+                wanted = _in_batches(
+                    partial(_some_outputs, whole.conv1, self._channels[block]), dense
+                )
+            else:
+                wanted, own = _in_batches(part.conv1, own), _in_batches(part, own)
+            inner = self._code(f"{block}.conv1", coded, wanted).relu_()
+            del wanted  # half a gigabyte for 2,000 images
             if f"{block}.shortcut.0" in names:
-                signal = self._code(f"{block}.shortcut.0", signal)
-            signal = self._code(f"{block}.conv2", inner, signal).relu()
-            del inner  # a gigabyte for 2,000 images: not to be held beside the next block's
-        pooled = (_in_batches(lambda x: x.mean((2, 3)), x) for x in (signal.dense, signal.coded))
-        self._code("linear", Signal(*pooled))
+                outputs = _in_batches(whole.shortcut, dense)
+                coded = self._code(f"{block}.shortcut.0", coded, outputs)
+            dense = _in_batches(partial(_sum_of, whole), dense)
+            coded = self._code(f"{block}.conv2", inner, dense, coded).relu_()
+            del inner
+        dense, coded = (_in_batches(lambda x: x.relu().mean((2, 3)), x) for x in (dense, coded))
+        self._code("linear", coded, _in_batches(self._dense.linear, dense))
         return {name: self._layers[name] for name in names}
 
-    def _code(self, name: str, inputs: Signal, added: Signal | None = None) -> Signal:
-        """Code a layer; return its outputs, ``added`` added."""
+    def _code(
+        self,
+        name: str,
+        inputs: torch.Tensor,
+        wanted: torch.Tensor,
+        added: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Code a layer so that its outputs and ``added`` give what is wanted; return their sum.
+
+        Args:
+            name: Of the layer.
+            inputs: That the coded layers before it give.
+            wanted: Of the layer's outputs' shape.
+            added: The same; what is returned takes its memory.
+        """
         next(self._progress)
-        dense, coded = (net.get_submodule(name) for net in (self._original.model, self._coded))
-        outputs = _apply(dense, inputs.dense, added and added.dense)
-        kept = self._original.channels.get(name.removesuffix(".conv1"), slice(None))
+        coded = self._coded.get_submodule(name)
         statistics = _Statistics(coded)
-        for rows, wanted in self._sample(coded, inputs.coded, outputs, added and added.coded):
-            statistics.add(rows, wanted[:, kept])
+        for rows, outputs in self._sample(coded, inputs, wanted, added):
+            statistics.add(rows, outputs)
         layer = _code_layer(coded, statistics, self._price, name in FINE_LAYERS)
         coded.weight.copy_(layer.dense())
         coded.bias.copy_(layer.bias)
         self._layers[name] = layer
-        return Signal(outputs, _apply(coded, inputs.coded, added and added.coded))
+        if added is None:
+            return _in_batches(coded, inputs)
+        return _in_batches(lambda x, a: coded(x) + a, inputs, added, into=added)
 
     def _sample(
         self,
@@ -203,11 +223,14 @@ def _code_layer(layer: nn.Module, statistics: _Statistics, price: float, fine: b
     return CodedLayer(levels.view_as(layer.weight), steps, bias.half().float())
 
 
-def _apply(layer: nn.Module, inputs: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
-    """Return a layer's outputs on all images; where something is added, in its memory."""
-    if added is None:
-        return _in_batches(layer, inputs)
-    return _in_batches(lambda x, a: layer(x) + a, inputs, added, into=added)
+def _some_outputs(layer: nn.Module, kept: torch.Tensor | slice, x: torch.Tensor) -> torch.Tensor:
+    """Return those of a layer's outputs that are ``kept``."""
+    return layer(x)[:, kept]
+
+
+def _sum_of(block: BasicBlock, x: torch.Tensor) -> torch.Tensor:
+    """Return what a folded block gives before its last ReLU."""
+    return block.conv2(block.conv1(x).relu_()).add_(block.shortcut(x))
 
 
 def _in_batches(
