@@ -189,14 +189,14 @@ def main(argv: list[str] | None = None) -> int:
             packed = folder.file(sparsity.PACKED_NAME)
             found["sparsity"] = sparsity.pack(model, first, fp32_bytes, packed)
             saved[packed] = first.deployed
-        artifact.verify_reloaded(saved, test)
         if args.bits_per_weight is not None:
             coding = coding_bench(fp32=fp32, settings=first.settings, fp32_bytes=fp32_bytes)
             found["coding"] = study.study_coding(
                 coding, args.bits_per_weight, args.coding_curve, folder.file(study.CODED_NAME)
             )
-        plots.draw_all(found, test, fp32, first.predictions, folder.file)
-        ranges.plot_ranges(source, first.observed, folder.file(RANGES_PLOT))
+        with artifact.verifying_reloaded(saved, test):
+            plots.draw_all(found, test, fp32, first.predictions, folder.file)
+            ranges.plot_ranges(source, first.observed, folder.file(RANGES_PLOT))
         found["artifacts"] = results.list_artifacts(folder, first)
         finish_run(found, folder, started, args.report)
     print_results(found, tables.format_results(found, args.output_dir), args.json)

@@ -35,7 +35,7 @@ DISPOSITIONS = {
 }
 
 # What calls functions in fresh processes, with the files that were written.
-READING_BACK = ("quantization.files.artifact", "pipeline.steps")
+READING_BACK = ("quantization.files.artifact", "common.machine.fresh_process")
 
 Finished = subprocess.CompletedProcess[str]
 
@@ -85,13 +85,18 @@ def run_here(
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         for module in READING_BACK if reads_back_here else ():
-            stack.enter_context(mock.patch(f"{module}.call_fresh", _call_here))
+            stack.enter_context(mock.patch(f"{module}.start_fresh", _start_here))
         os.chdir(folder)
         try:
             code = main(command)
         except SystemExit as stopped:
             code = stopped.code
     return Finished(command, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _start_here(function: Callable, *arguments: object) -> Iterator[Callable[[], object]]:
+    yield lambda: _call_here(function, *arguments)
 
 
 def _call_here(function: Callable, *arguments: object) -> object:

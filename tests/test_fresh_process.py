@@ -12,7 +12,7 @@ from processes import foreground_signals
 
 from common.command import interruptions
 from common.command.cli import UserError
-from common.machine.fresh_process import call_fresh
+from common.machine.fresh_process import call_fresh, start_fresh
 
 # What is called is looked up by name in this module, which the new process imports.
 
@@ -40,6 +40,12 @@ def write_own_number(path: str) -> None:
     time.sleep(600)
 
 
+def write_number_and_return(path: str, value: bytes) -> bytes:
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    return value
+
+
 def test_another_process_of_as_many_threads_and_of_no_terminal(capfd):
     process, session, threads, arguments = call_fresh(describe, "text", 3)
     assert process != os.getpid()
@@ -60,6 +66,17 @@ def test_another_process_of_as_many_threads_and_of_no_terminal(capfd):
 def test_what_ends_it_is_told(function, error, told):
     with pytest.raises(error, match=told):
         call_fresh(function)
+
+
+def test_this_one_goes_on_meanwhile(tmp_path):
+    """Neither what is asked nor what is answered fits in a pipe."""
+    path, argument = tmp_path / "number", b"x" * 10**6
+    with start_fresh(write_number_and_return, str(path), argument) as wait:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert path.exists()  # it is at work, and nobody has waited for it
+        assert wait() == argument
 
 
 def test_it_ends_with_this_one_and_does_not_finish_first(tmp_path):

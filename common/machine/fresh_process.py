@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -26,7 +28,16 @@ answer()
 
 
 def call_fresh(function: Callable[..., Value], *arguments: object) -> Value:
-    """Return ``function(*arguments)``, called in a new Python process at equal threads.
+    """Return ``function(*arguments)``, called as :func:`start_fresh` does."""
+    with start_fresh(function, *arguments) as wait:
+        return wait()
+
+
+@contextlib.contextmanager
+def start_fresh(
+    function: Callable[..., Value], *arguments: object
+) -> Iterator[Callable[[], Value]]:
+    """Call ``function(*arguments)`` in a new Python process at equal threads.
 
     The new process belongs to no terminal: Ctrl-C comes to this one, which ends it.
 
@@ -34,20 +45,28 @@ def call_fresh(function: Callable[..., Value], *arguments: object) -> Value:
         function: Of a module, for it is looked up by name there.
         arguments: As the value that is returned, whatever can be pickled.
 
-    Raises:
-        UserError: As the call raised it; or the system ended the process.
-        RuntimeError: The call failed otherwise; its traceback is on stderr.
+    Yields:
+        What waits for the value and returns it. It raises the UserError that the call raised, one
+        where the system ended the process, and a RuntimeError where the call failed otherwise: its
+        traceback is on stderr.
     """
-    task = pickle.dumps(sys.path) + pickle.dumps((torch.get_num_threads(), function, arguments))
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-    ) as process:  # fmt: skip
+    with tempfile.TemporaryFile() as task:  # a pipe holds too little for nobody to wait
+        pickle.dump(sys.path, task)
+        pickle.dump((torch.get_num_threads(), function, arguments), task)
+        task.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            stdin=task, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+    with process:
         try:
-            answered, _ = process.communicate(task)
+            yield lambda: _answer_of(process)
         finally:
             process.kill()  # it has ended, or nobody waits for its answer any more
-            process.wait()
+
+
+def _answer_of(process: subprocess.Popen) -> object:
+    answered, _ = process.communicate()
     if process.returncode < 0:
         raise UserError(
             f"the system ended a process of this run (signal {-process.returncode}); "
@@ -62,7 +81,7 @@ def call_fresh(function: Callable[..., Value], *arguments: object) -> Value:
 
 
 def answer() -> None:
-    """Do what :func:`call_fresh` asks on stdin; its answer goes where stdout was."""
+    """Do what :func:`start_fresh` asks on stdin; its answer goes where stdout was."""
     with os.fdopen(os.dup(1), "wb") as pipe:
         os.dup2(2, 1)  # whatever a library prints is no part of the answer
         cli.set_up_messages(quiet=True)

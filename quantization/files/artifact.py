@@ -15,6 +15,7 @@ needs nothing of this project. That one is a program: load it only from where yo
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,7 +30,7 @@ from common.command.cli import UserError, log
 from common.files.output import replace_file
 from common.files.untrusted import damage_told, read_sealed, write_sealed
 from common.images.data import Cifar10, normalize
-from common.machine.fresh_process import call_fresh
+from common.machine.fresh_process import start_fresh
 from common.network import coded
 from common.network.resnet import Widths
 from quantization.coding import kernels
@@ -186,10 +187,12 @@ def load_frozen(path: str | Path) -> torch.jit.ScriptModule:
             return torch.jit.load(path, map_location="cpu")
 
 
-def verify_reloaded(deployed: Mapping[Path, nn.Module], test: Cifar10) -> None:
+@contextlib.contextmanager
+def verifying_reloaded(deployed: Mapping[Path, nn.Module], test: Cifar10) -> Iterator[None]:
     """Load saved INT8 models in a fresh process and demand the logits of those in memory.
 
-    Proves that the files alone are enough: nothing of this process's state is there.
+    Proves that the files alone are enough: nothing of this process's state is there. They are
+    loaded beside what the block does, and compared at its end.
 
     Args:
         deployed: By its file's path each model that was saved, as it is run; the files in any form
@@ -200,7 +203,9 @@ def verify_reloaded(deployed: Mapping[Path, nn.Module], test: Cifar10) -> None:
         UserError: A reloaded model computes something else.
     """
     images = normalize(test.images[:RELOAD_IMAGES])
-    logits = call_fresh(_run_saved, [*deployed], images.numpy())
+    with start_fresh(_run_saved, [*deployed], images.numpy()) as wait:
+        yield
+        logits = wait()
     for path, rows in zip(deployed, logits, strict=True):
         with torch.inference_mode():
             expected = deployed[path](images)
