@@ -1,0 +1,3 @@
+"""The smallest and the fastest network within a budget of accuracy."""
+
+GOALS = ("size", "speed", "both")

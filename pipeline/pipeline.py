@@ -20,11 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
 from common.command.argument_types import fraction, image_count, list_of, one_of, positive_int
+from pipeline import GOALS
 from quantization.settings import ENGINES
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pipeline"
 PLOT = "frontier.png"
-GOALS = ("size", "speed", "both")  # those of pipeline.answers, which imports torch
 FILE_NAME = "resnet18_cifar10_{}.safetensors"
 NEEDED_FLAGS = {"--finetune-images": "--finetune-epochs"}
 

@@ -143,7 +143,7 @@ def test_page_tells_the_same(finished):
 
 def test_trained_networks_are_slimmer_and_are_coded_too(tiny_weights, tmp_path, monkeypatch):
     """Asked for size alone: speed's networks are trained on the way, and coded."""
-    monkeypatch.setattr(answers, "BOTH_SHARE", 1.0)  # what passes may be coded
+    monkeypatch.setattr(answers, "TRAINED_SHARE", 1.0)  # what passes may be coded
     process = run_here(
         main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.6", "--for", "size",
         "--finetune-epochs", "1", "--finetune-images", "40", "--output-dir", tmp_path / "out",
