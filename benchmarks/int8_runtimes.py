@@ -81,10 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             name: float((classes == test.labels).double().mean())
             for name, classes in predictions.items()
         }
-        macs = {
-            name: sum(layer.macs for layer in size.describe_layers(network))
-            for name, network in networks.items()
-        }
+        macs = {name: size.count_macs(network) for name, network in networks.items()}
         gemm_rate = runtimes.measure_gemm_rate()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 

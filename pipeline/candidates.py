@@ -21,7 +21,7 @@ from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
 from common.network.coded import CodedNetwork
 from common.network.resnet import ResNet18, fold_batch_norm
-from common.network.size import describe_layers
+from common.network.size import count_macs
 from pipeline.store import Store
 from pruning.channels.slimmer import MACS, Slimmer
 from pruning.together.finetuning import finetune
@@ -148,7 +148,7 @@ class Workshop:
 
         looks = doubling_looks(len(self.budget.images))
         verdict = self.budget.judge(find_correct, looks, CLEARLY_OUT)
-        macs = sum(layer.macs for layer in describe_layers(ResNet18(coded.widths)))
+        macs = count_macs(ResNet18(coded.widths))
         candidate = Candidate(goal, strength, verdict, path, slim_path, macs, trained)
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",

@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from common.images.data import Cifar10, normalize
 from common.measure.evaluate import Paired, compare, measure_accuracy, predict
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.checkpoint import load_model
-from common.network.resnet import fold_batch_norm
 from quantization.files.artifact import load_int8
 from quantization.int8 import deploy
 
@@ -58,8 +55,8 @@ def measure_files(
     Raises:
         UserError: A file is not what was written.
     """
-    folded = fold_batch_norm(load_model(fp32)).to(memory_format=torch.channels_last)
-    models = {FP32: deploy.freeze(folded)} | {name: load_int8(path) for name, path in int8.items()}
+    models = {FP32: deploy.deploy_fp32(load_model(fp32))}
+    models |= {name: load_int8(path) for name, path in int8.items()}
     correct = {
         name: predict(model, images, batch_size, f"read back {name}") == images.labels
         for name, model in models.items()

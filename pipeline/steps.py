@@ -18,18 +18,17 @@ from common.measure.budget import Budget
 from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
 from common.network.coded import load_coded
-from common.network.size import describe_layers
+from common.network.size import count_macs
 from pipeline.answers import Answer
 from pipeline.candidates import Workshop
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe_answers, describe_models, describe_tried
 from pipeline.store import FOLDER_NAME, Store
+from pruning.files.saved import SLIM_NAME
 from quantization.coding.kernels import to_int8
 from quantization.files.onnx_export import OnnxRuntimeModel, export_onnx
 from quantization.settings import Settings
 from training.loop.distillation import Training
-
-SLIM_NAME = "resnet18_cifar10_slim.pth"
 
 
 def open_store(
@@ -135,7 +134,7 @@ def measure(
         batch_sizes, seconds,
     )  # fmt: skip
     paths = {FP32: fp32, INT8: int8} | dict(files)
-    macs = sum(layer.macs for layer in describe_layers(dense))
+    macs = count_macs(dense)
     found = list(answers.values())
     return {
         "models": describe_models(measured, paths, workshop.settings.engine),

@@ -17,7 +17,7 @@ from common.images.data import Cifar10, normalize
 from common.inputs import Inputs
 from common.measure import evaluate
 from common.measure.latency import Contender, Timing, time_interleaved
-from common.network.resnet import ResNet18, fold_batch_norm
+from common.network.resnet import ResNet18
 from quantization.accuracy.budget import Plan
 from quantization.bench import Bench
 from quantization.coding import study
@@ -155,16 +155,14 @@ def time_models(
 ) -> dict[str, list[Timing]]:
     """Time FP32 as usually written, FP32 at its best and each INT8 model, interleaved.
 
-    FP32 at its best is treated as INT8 is: batch-norm folded, channels_last, frozen. ``seconds``
-    are spent on each batch size.
+    ``seconds`` are spent on each batch size.
 
     Returns:
         Timings by ``fp32-nchw``, ``fp32``, each engine's name and ``int8-onnx``.
     """
-    best = deploy.freeze(fold_batch_norm(model).to(memory_format=torch.channels_last))
     contenders = [
         Contender(FP32_NCHW, model, torch.contiguous_format),
-        Contender(FP32, best),
+        Contender(FP32, deploy.deploy_fp32(model)),
         *(Contender(candidate.settings.engine, candidate.deployed) for candidate in quantized),
     ]
     if onnx is not None:

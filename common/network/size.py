@@ -44,6 +44,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_macs(model: nn.Module) -> int:
+    """Return the multiply-accumulates that an image takes, weights of zero included."""
+    return sum(layer.macs for layer in describe_layers(model))
+
+
 def describe_layers(model: nn.Module) -> list[Layer]:
     """Describe every convolution and linear layer, in the order of the state dict.
 

@@ -9,8 +9,8 @@ import torch
 from common.images.data import Cifar10, normalize
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
-from common.network.resnet import ResNet18, fold_batch_norm
-from common.network.size import describe_layers, saved_size_bytes
+from common.network.resnet import ResNet18
+from common.network.size import count_macs, saved_size_bytes
 from quantization.bench import Bench
 from quantization.int8 import deploy, engines
 from quantization.steps import quantize
@@ -39,7 +39,7 @@ def measure_models(
     contenders, correct, models = [], {}, {}
     for name, model in (("dense", dense), ("slim", slim)):
         model = copy.deepcopy(model).cpu()
-        best = deploy.freeze(fold_batch_norm(model).to(memory_format=torch.channels_last))
+        best = deploy.deploy_fp32(model)
         (int8,) = quantize(model, Bench(calibration, images, BATCH_SIZE), [settings])
         contenders += [
             Contender(f"{name} fp32", best), Contender(f"{name} int8", int8.deployed),
@@ -52,10 +52,7 @@ def measure_models(
         contenders, normalize(images.images[: max(TIMED_BATCH_SIZES)]), TIMED_BATCH_SIZES,
         SECONDS_PER_BATCH_SIZE,
     )  # fmt: skip
-    macs = {
-        name: sum(layer.macs for layer in describe_layers(models[f"{name} fp32"]))
-        for name in ("dense", "slim")
-    }
+    macs = {name: count_macs(models[f"{name} fp32"]) for name in ("dense", "slim")}
     return [
         {
             "name": name,

@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from common.images.cifar10 import IMAGE_SIZE
+from common.network.resnet import ResNet18, fold_batch_norm
 from quantization.int8.engines import quiet_torch
 from quantization.settings import Settings
 
@@ -86,6 +87,15 @@ def deploy(converted: GraphModule, engine: str) -> nn.Module:
     if engine in ONEDNN_ENGINES:
         return PerBatchSize(converted, engine)
     return freeze(flatten(converted, engine))
+
+
+def deploy_fp32(model: ResNet18) -> nn.Module:
+    """Return FP32 at its best, treated as INT8 is: batch-norm folded, channels_last, frozen.
+
+    Args:
+        model: In eval mode, on the CPU; left as it is.
+    """
+    return freeze(fold_batch_norm(model).to(memory_format=torch.channels_last))
 
 
 def flatten(converted: GraphModule, engine: str) -> GraphModule:
