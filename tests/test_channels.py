@@ -129,8 +129,8 @@ def test_refitting_is_least_squares_and_the_anchor_decides_where_nothing_is_know
 @pytest.mark.parametrize(
     ("width", "grid"),
     [
-        (512, [32, *range(64, 513, 64)]),
-        (256, [16, *range(32, 257, 32)]),
+        (512, [*range(64, 513, 64)]),
+        (256, [*range(32, 257, 32)]),
         (64, [16, 32, 48, 64]),
         (40, [16, 32, 40]),
         (5, [1, 2, 3, 4, 5]),

@@ -34,12 +34,12 @@ Curves = Mapping[str, Mapping[int, float]]
 def width_grid(width: int) -> list[int]:
     """Return the widths that a block of ``width`` inner channels may get, itself the last.
 
-    Eight of them, and half of the least; fewer where that would be finer than ``STEP``, except in
-    networks so narrow that they have no two steps.
+    Eight of them; fewer where that would be finer than ``STEP``, except in networks so narrow that
+    they have no two steps. Not less than an eighth: so narrow a block leaves no room to make up for
+    what the others lost, which the curves, measured before the repair, do not see.
     """
     step = max(width // 8 // STEP * STEP, STEP if width >= 2 * STEP else 1)
-    halved = [step // 2] if step >= 2 * STEP else []
-    return [*halved, *range(step, width, step), width]
+    return [*range(step, width, step), width]
 
 
 @torch.inference_mode()
