@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from common.report.results import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
 from pipeline.tables import LABELS
 
@@ -60,11 +58,10 @@ def _plot_tried(
 ) -> None:
     """Draw what was tried, as the images that choose saw it; what fell off the plot at its edge."""
     lowest = -100 * max(4 * max_drop, 0.02)
-    for goal in dict.fromkeys(entry["goal"] for entry in tried):
-        points = sorted(
-            (position(entry), max(-100 * entry["comparison"]["drop"], lowest))
-            for entry in tried
-            if entry["goal"] == goal
-        )
-        x, y = np.array(points).T
-        axis.plot(x, y, ".--", color=COLORS[goal], alpha=0.45, ms=7, lw=0.8)
+    for trained, marker in ((False, "."), (True, "x")):
+        entries = [entry for entry in tried if entry["trained"] is trained]
+        if entries:
+            axis.plot([], [], marker, color=GREY, ms=7, label="tried" + ", trained" * trained)
+        for entry in entries:
+            height = max(-100 * entry["comparison"]["drop"], lowest)
+            axis.plot(position(entry), height, marker, color=COLORS[entry["goal"]], alpha=0.6, ms=7)
