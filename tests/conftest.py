@@ -38,9 +38,6 @@ LONGEST = (
 # Tiny networks gain nothing from threads, and lose a lot where other work shares the cores.
 torch.set_num_threads(1)
 
-# torch.ao has torch.fx tell where each node came from: dear beneath as many calls as pytest makes.
-torch.fx.config.do_not_emit_stack_traces = True
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; xdist hands files out in this order."""

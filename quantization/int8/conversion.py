@@ -112,7 +112,7 @@ def convert(observed: GraphModule, settings: Settings) -> GraphModule:
     Raises:
         RuntimeError: An operation would not run in INT8, though no setting keeps it in FP32.
     """
-    with quiet_torch(settings.engine), torch.inference_mode(), _models_forgotten():
+    with quiet_torch(settings.engine), torch.inference_mode(), _frugal():
         converted = convert_fx(copy.deepcopy(observed))
         round_biases(converted)
     refused = {name for name, is_int8 in list_operations(converted).items() if not is_int8}
@@ -128,7 +128,7 @@ def build_skeleton(settings: Settings, widths: Widths) -> GraphModule:
         UserError: torch has no such engine on this CPU.
     """
     require_engine(settings.engine)
-    with quiet_torch(settings.engine), _models_forgotten():
+    with quiet_torch(settings.engine), _frugal():
         return convert_fx(_prepare(ResNet18(widths).eval(), settings))
 
 
@@ -140,7 +140,7 @@ def _prepare(model: ResNet18, settings: Settings) -> GraphModule:
     mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=WEIGHT_OBSERVER))
     for layer in settings.fp32_layers:
         mapping.set_module_name(layer, None)
-    with _models_forgotten():
+    with _frugal():
         return prepare_fx(
             copy.deepcopy(model).to(memory_format=torch.channels_last),
             mapping,
@@ -149,13 +149,17 @@ def _prepare(model: ResNet18, settings: Settings) -> GraphModule:
 
 
 @contextlib.contextmanager
-def _models_forgotten() -> Iterator[None]:
-    """Free the models that ``torch.ao`` met on its way: 45 MB each.
+def _frugal() -> Iterator[None]:
+    """Keep ``torch.ao`` from taking a second and 45 MB a model for nothing.
 
-    It keeps them in a cache; and graphs are cycles, which Python would free by their number only.
+    To tell where each node of a graph came from, torch imports its compiler. The models that it met
+    are kept in a cache; and graphs are cycles, which Python would free by their number only.
     """
+    before = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = True
     try:
         yield
     finally:
+        torch.fx.config.do_not_emit_stack_traces = before
         assert_and_get_unique_device.cache_clear()
         gc.collect()
