@@ -97,7 +97,7 @@ class _Encoder:
         pixels = _in_batches(normalize, images)
         dense = _in_batches(self._dense.conv1, pixels)
         coded = self._code("conv1", pixels, dense).relu_()
-        own = None if self._channels else _in_batches(self._own.conv1, pixels).relu_()
+        own = _in_batches(self._own.conv1, pixels).relu_() if self._channels is None else None
         for block in BLOCKS:
             whole, part = (net.get_submodule(block) for net in (self._dense, self._own))
             dense.relu_()
