@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_fresh
 from torch.fx import GraphModule
 
 from common.images.data import batches, normalize
@@ -28,6 +29,20 @@ def test_torch_ao_is_imported_in_one_place():
     importing = re.compile(r"^ *(from|import) torch\.(ao|quantization)\b", re.MULTILINE)
     found = [path.name for path in sources if importing.search(path.read_text(encoding="utf-8"))]
     assert found == ["conversion.py"]
+
+
+def test_torchs_compiler_is_not_imported():
+    """It would take a second of every process that reads an INT8 model."""
+    program = (
+        "import sys\n"
+        "from common.network.resnet import Widths\n"
+        "from quantization.int8 import conversion, engines\n"
+        "settings = engines.choose_settings(engines.fastest_engine())\n"
+        "conversion.build_skeleton(settings, Widths((4, 4, 4, 4), (4,) * 8))\n"
+        "print('torch._inductor' in sys.modules or 'torch._dynamo' in sys.modules)\n"
+    )
+    process = run_fresh("-c", program)
+    assert process.stdout.strip() == "False", process.stderr
 
 
 def test_every_observer_that_can_be_chosen_is_one_of_torchs():
