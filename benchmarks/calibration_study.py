@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     device.set_threads(args.threads)
     require_engine(args.engine)
     with OutputFolder(args.output_dir, args.overwrite) as folder:
-        inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
+        inputs = load_inputs(args, Path(__file__).parent)
         calibration = read_calibration(inputs.source)
         fp32 = predict(inputs.model, inputs.test, args.batch_size, "evaluate FP32")
         results = common_results(

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from common.files import output
+    from common.files.atomic import replace_file
     from common.network import checkpoint
     from common.network.resnet import BasicBlock
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.block not in blocks:
         raise cli.UserError(f"no block {args.block}; there are {', '.join(blocks)}")
     damage(blocks[args.block], args.channels, args.factor)
-    output.replace_file(args.output, lambda file: torch.save(model.state_dict(), file))
+    replace_file(args.output, lambda file: torch.save(model.state_dict(), file))
     print(
         f"{args.output}: {args.channels} channels of {args.block}.bn1 are {args.factor:g} times up"
     )

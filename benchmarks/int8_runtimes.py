@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     device.set_threads(args.threads)
     device.keep_freed_memory()
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
-        inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
+        inputs = load_inputs(args, Path(__file__).parent)
         test, networks = inputs.test, {"dense": inputs.model}
         if args.slim is not None:
             networks["slim"] = checkpoint.load_model(args.slim)

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
-        inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
+        inputs = load_inputs(args, Path(__file__).parent)
         model, test = inputs.model.to(place), inputs.test.to(place)
         seconds, counts, found = run_ours(model, test, args.batch_size)
         started = time.perf_counter()

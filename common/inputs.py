@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,47 +60,30 @@ class Inputs:
         return replace(self, model=self.model.to(device), test=self.test.to(device))
 
 
-def load_inputs(
-    *,
-    weights: Path | None,
-    script_dir: Path,
-    data_dir: Path,
-    bundled: bool,
-    allow_bundled: bool,
-    test_images: int | None,
-    calibration_images: int | None = None,
-    seed: int,
-    workers: Workers = ALONE,
-) -> Inputs:
+def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = ALONE) -> Inputs:
     """Load the checkpoint, then the images, and say which they are.
 
     Args:
-        weights: The checkpoint; None for the usual places, see
+        args: With the flags that the scripts share, and perhaps the number of calibration images.
+        script_dir: Where the checkpoint may lie, see
             :func:`common.network.checkpoint.find_weights`.
-        script_dir: One of these.
-        data_dir: See :func:`common.images.sources.open_source`, as for the next two.
-        bundled: Use the bundled images at once.
-        allow_bundled: Fall back on them.
-        test_images: Size of the class-balanced subset of the test images; None for all.
-        calibration_images: The same of training images; None for none at all.
-        seed: Of both subsets.
         workers: All load the same; one a machine downloads.
 
     Raises:
         UserError: The checkpoint or the images cannot be had, or the workers found different ones.
     """
-    file = find_weights(weights, script_dir)
+    file = find_weights(args.weights, script_dir)
     log.info("weights: %s", file.found)
     model, described = load_model(file.path), file.describe()
     with workers.one_a_machine_first():
-        source = open_source(data_dir, bundled, allow_bundled)
-    test, calibration = load_images(source, "test", test_images, seed), None
+        source = open_source(args.data_dir, args.bundled, not args.no_bundled)
+    test, calibration = load_images(source, "test", args.test_images, args.seed), None
     counts = f"{len(test)} for testing"
-    if calibration_images is not None:
-        calibration = load_images(source, "train", calibration_images, seed)
+    if "calibration_images" in args:
+        calibration = load_images(source, "train", args.calibration_images, args.seed)
         counts += f", {len(calibration)} for calibration"
     log.info("images: %s, from %s", counts, source.description)
-    inputs = Inputs(described, model, source, seed, test, calibration)
+    inputs = Inputs(described, model, source, args.seed, test, calibration)
     if workers.count > 1:
         workers.require_same(inputs.identify())
     return inputs

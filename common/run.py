@@ -18,7 +18,7 @@ from common.report.results import to_json, write_json
 
 @contextlib.contextmanager
 def start_run(
-    device: torch.device, output_dir: Path, overwrite: bool, keep: tuple[str, ...] = ()
+    device: torch.device, output_dir: Path, overwrite: bool
 ) -> Iterator[tuple[Workers, OutputFolder | None]]:
     """Join the processes that share the run; the first of them opens the output folder.
 
@@ -26,7 +26,6 @@ def start_run(
         device: Asked for; each process takes its own GPU.
         output_dir: Of the results.
         overwrite: Replace those of an earlier run.
-        keep: Names of files there that outlive a run that fails.
 
     Yields:
         The processes, and the folder: None in all but the first.
@@ -35,7 +34,7 @@ def start_run(
         workers = stack.enter_context(join_workers(device))
         folder = None
         if workers.is_first:
-            folder = stack.enter_context(OutputFolder(output_dir, overwrite, keep))
+            folder = stack.enter_context(OutputFolder(output_dir, overwrite))
         yield workers, folder
 
 

@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.run import finish_run, print_results
     from pipeline import plots, steps, tables
     from pipeline.answers import find_answers
+    from pipeline.store import Store
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
     from training.loop.distillation import Training
@@ -92,35 +93,33 @@ def main(argv: list[str] | None = None) -> int:
     if args.export_onnx:
         require_packages()
     with OutputFolder(args.output_dir, args.overwrite) as folder:
-        inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
+        inputs = load_inputs(args, Path(__file__).parent)
         choosing, confirming = inputs.test.split_halves(args.seed)
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, place)
-        with steps.open_store(
-            inputs, settings, args.batch_size, training, args.output_dir, args.resume,
-            args.overwrite,
-        ) as store:  # fmt: skip
-            workshop = steps.open_workshop(
-                inputs, choosing, settings, store, args.max_drop, args.batch_size, training, place
-            )
-            found = find_answers(workshop, args.goals)
-            results = common_results(
-                "pipeline", args, Workers(place), inputs.describe_images(), inputs.weights
-            )
-            results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
-            files = steps.write_files(workshop, found, folder, FILE_NAME)
-            results |= steps.measure(
-                workshop, found, files, confirming, args.batch_sizes, args.timing_seconds
-            )
-            if args.export_onnx:
-                steps.export_answers_to_onnx(results["answers"], files, confirming, args.batch_size)
-            plots.plot_frontier(results, folder.file(PLOT))
-            results["artifacts"] = {
-                "model": results["answers"][-1]["file"],
-                "models": [*folder.names(".safetensors"), *folder.names(".pth"),
-                           *folder.names(".onnx")],
-                "plots": [PLOT],
-            }  # fmt: skip
-            finish_run(results, folder, started, args.report)
+        identity = steps.identify(inputs, settings, args.batch_size, training)
+        store = Store(folder.keep_unfinished(identity, args.resume).folder)
+        workshop = steps.open_workshop(
+            inputs, choosing, settings, store, args.max_drop, args.batch_size, training, place
+        )
+        found = find_answers(workshop, args.goals)
+        results = common_results(
+            "pipeline", args, Workers(place), inputs.describe_images(), inputs.weights
+        )
+        results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
+        files = steps.write_files(workshop, found, folder, FILE_NAME)
+        results |= steps.measure(
+            workshop, found, files, confirming, args.batch_sizes, args.timing_seconds
+        )
+        if args.export_onnx:
+            steps.export_answers_to_onnx(results["answers"], files, confirming, args.batch_size)
+        plots.plot_frontier(results, folder.file(PLOT))
+        results["artifacts"] = {
+            "model": results["answers"][-1]["file"],
+            "models": [*folder.names(".safetensors"), *folder.names(".pth"),
+                       *folder.names(".onnx")],
+            "plots": [PLOT],
+        }  # fmt: skip
+        finish_run(results, folder, started, args.report)
     print_results(results, tables.format_results(results, args.output_dir), args.json)
     within = all(answer["within_budget"] for answer in results["answers"])
     return cli.EXIT_DONE if within else cli.EXIT_OVER_BUDGET

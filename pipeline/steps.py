@@ -23,7 +23,7 @@ from pipeline.answers import Answer
 from pipeline.candidates import Workshop
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe_answers, describe_models, describe_tried
-from pipeline.store import FOLDER_NAME, Store
+from pipeline.store import Store
 from pruning.files.saved import SLIM_NAME
 from quantization.coding.kernels import to_int8
 from quantization.files.onnx_export import OnnxRuntimeModel, export_onnx
@@ -31,21 +31,12 @@ from quantization.settings import Settings
 from training.loop.distillation import Training
 
 
-def open_store(
-    inputs: Inputs,
-    settings: Settings,
-    batch_size: int,
-    training: Training | None,
-    output_dir: Path,
-    resume: bool,
-    overwrite: bool,
-) -> Store:
-    """Open the place of the networks that an unfinished run leaves.
-
-    Raises:
-        UserError: It holds those of another run, or of one that nobody asked to continue.
-    """
-    identity = inputs.identify() | {
+def identify(
+    inputs: Inputs, settings: Settings, batch_size: int, training: Training | None
+) -> dict[str, object]:
+    """Return what the networks of a run depend on, named for the user."""
+    return inputs.identify() | {
+        "the script": "pipeline",
         "the seed": inputs.seed,
         "the settings of INT8": repr(sorted(asdict(settings).items())),
         "torch": torch.__version__,
@@ -54,7 +45,6 @@ def open_store(
         "the epochs of training": training and training.epochs,
         "the training images": training and checksum([training.images.images]),
     }
-    return Store(output_dir / FOLDER_NAME, identity, resume, overwrite)
 
 
 def open_workshop(

@@ -26,7 +26,6 @@ from common.command import arguments, cli
 from common.command.argument_types import fraction, image_count, list_of, name, one_of, positive_int
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
-JOURNAL_NAME = "scan.journal"
 # Images in a batch. On a CPU small ones, which keep the activations of all branches in the cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
 ALLOCATIONS = ("uniform", "global", "sensitivity")
@@ -158,11 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     place = device.choose_device(args.device)
     amounts = args.amounts or [args.amount]
     batch_size = args.batch_size or (CPU_BATCH_SIZE if place.type == "cpu" else GPU_BATCH_SIZE)
-    journal_path = args.output_dir / JOURNAL_NAME
-    with start_run(place, args.output_dir, args.overwrite, (JOURNAL_NAME,)) as (crew, folder):
-        inputs = load_inputs(
-            **arguments.input_choices(args), script_dir=Path(__file__).parent, workers=crew
-        ).to(crew.device)
+    with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
+        inputs = load_inputs(args, Path(__file__).parent, crew).to(crew.device)
         fast = args.precision == "bf16" or (args.precision == "auto" and device.bf16_pays())
         fast = crew.broadcast(fast and place.type == "cpu")  # a measured answer: the first's counts
         layers = choose_layers(inputs.model, args.layers)
@@ -171,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         calibration = steps.read_calibration(inputs, args.scope, args.recalibrate_bn)
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, crew.device)
         scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, crew)
-        scanned, scan_seconds = run_scan(scan, journal_path, args.resume, args.overwrite)
+        scanned, scan_seconds = run_scan(scan, folder, args.resume)
         verification = verify(scan, scanned, scan_seconds) if args.verify else None
         if not crew.is_first:  # the rest is short, or cannot be shared
             return cli.EXIT_DONE
@@ -207,7 +203,6 @@ def main(argv: list[str] | None = None) -> int:
             "plots": plots.draw_all(results, folder.file),
         }
         finish_run(results, folder, started, args.report)
-        journal_path.unlink(missing_ok=True)
     print_results(results, tables.format_results(results, args.output_dir), args.json)
     return cli.EXIT_DONE
 

@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.export_onnx:
         onnx_export.require_packages()
     with OutputFolder(args.output_dir, args.overwrite) as folder:
-        inputs = load_inputs(**arguments.input_choices(args), script_dir=Path(__file__).parent)
+        inputs = load_inputs(args, Path(__file__).parent)
         model, test = inputs.model, inputs.test
         bench, source, plan = Bench(inputs.calibration, test, args.batch_size), model, None
         if args.max_drop is not None:

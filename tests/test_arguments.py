@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.command import arguments, cli
-from common.inputs import load_inputs
 from pipeline import pipeline
 from pruning import pruning
 from quantization import quantization
@@ -81,19 +79,6 @@ def test_help_fits_80_columns(script, monkeypatch):
 def test_without_docstrings_there_is_still_help():
     """As under ``python -OO``."""
     assert arguments.make_parser(None, "examples").format_help().startswith("usage: ")
-
-
-@pytest.mark.parametrize(("script", "calibrates"), [(pruning, False), (quantization, True)])
-def test_what_flags_say_of_inputs_is_what_loading_takes(script, calibrates):
-    argv = ["--weights", "my.pth", "--no-bundled", "--test-images", "all", "--seed", "3"]
-    choices = arguments.input_choices(script.build_parser().parse_args(argv))
-    expected = {
-        "weights": Path("my.pth"), "data_dir": cli.REPOSITORY / "data", "bundled": False,
-        "allow_bundled": False, "test_images": None, "seed": 3,
-    }  # fmt: skip
-    assert choices == expected | ({"calibration_images": 512} if calibrates else {})
-    taken = inspect.signature(load_inputs).parameters.keys() - {"script_dir", "workers"}
-    assert choices.keys() | {"calibration_images"} == taken
 
 
 def test_help_shows_a_list_as_it_is_typed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from common.command.cli import UserError, set_up_messages
 from common.images.data import load_images
 from common.images.sources import folder_source
 from common.inputs import load_inputs
-from common.machine.workers import Workers
+from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import WEIGHTS_NAME
 
 
@@ -23,12 +24,12 @@ def load(tmp_path, image_folders, blank_state, monkeypatch):
     torch.save(blank_state, tmp_path / WEIGHTS_NAME)
     data_dir = image_folders(tmp_path / "data", per_class=4)
 
-    def load(**changes):
+    def load(workers=ALONE, **changes):
         values = {
-            "weights": None, "script_dir": tmp_path, "data_dir": data_dir, "bundled": False,
-            "allow_bundled": False, "test_images": 20, "seed": 3,
+            "weights": None, "data_dir": data_dir, "bundled": False, "no_bundled": True,
+            "test_images": 20, "seed": 3,
         }  # fmt: skip
-        return load_inputs(**values | changes)
+        return load_inputs(argparse.Namespace(**values | changes), tmp_path, workers)
 
     return load
 

@@ -17,7 +17,7 @@ import pytest
 from processes import REPOSITORY, Copy, foreground_signals
 
 from common.command import cli, interruptions
-from common.files.output import STAGING_PREFIX, OutputFolder
+from common.files.output import STAGING_PREFIX, UNFINISHED_NAME, OutputFolder
 
 EARLIER = {"results.json": '{"artifacts": {"model": "model.pth"}}', "model.pth": "earlier"}
 ARGUMENTS = {
@@ -27,7 +27,6 @@ ARGUMENTS = {
     "training": ["--epochs", "2", "--batch-size", "10", "--train-images", "30",
                  "--held-out-images", "10"],
 }  # fmt: skip
-TO_RESUME_FROM = {"scan.journal", "unfinished", "pipeline.unfinished"}
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +91,7 @@ def main_of(script: str):
 
 
 def check_nothing_changed(folder: Path) -> None:
-    left = [path for path in folder.iterdir() if path.name not in TO_RESUME_FROM]
+    left = [path for path in folder.iterdir() if path.name != UNFINISHED_NAME]
     assert {path.name: path.read_text() for path in left} == EARLIER
 
 

@@ -22,8 +22,8 @@ from common.files.output import (
     EARLIER_NAME,
     RESULTS_NAME,
     STAGING_PREFIX,
+    UNFINISHED_NAME,
     OutputFolder,
-    replace_file,
 )
 
 
@@ -127,13 +127,41 @@ def test_a_foreign_file_of_the_same_name_is_not_lost(tmp_path):
     assert read(archived) == {"model.pth": "mine"}
 
 
-def test_a_journal_is_kept_in_place(tmp_path):
-    (tmp_path / "journal.jsonl").write_text("step 1")
-    run(tmp_path, "1", ("model.pth", "journal.jsonl"), keep=("journal.jsonl",))
-    run(tmp_path, "2", keep=("journal.jsonl",))
-    (archived,) = (tmp_path / EARLIER_NAME).iterdir()
-    assert set(read(archived)) == {"model.pth", RESULTS_NAME}
-    assert (tmp_path / "journal.jsonl").exists()
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_finished_outlives_a_run_that_fails(tmp_path, overwrite):
+    """The next run goes on with it, and one that is complete leaves nothing of it."""
+    identity = {"the seed": 0}
+
+    def work(resume, fails):
+        with OutputFolder(tmp_path, overwrite) as folder:
+            finished = folder.keep_unfinished(identity, resume)
+            found = dict(finished)
+            finished["piece"] = 3
+            if fails:
+                raise ValueError("midway")
+            folder.file(RESULTS_NAME).write_text(json.dumps({"artifacts": {}}))
+            folder.commit()
+        return found
+
+    run(tmp_path, "1")
+    before = read(tmp_path)
+    with pytest.raises(ValueError, match="midway"):
+        work(resume=False, fails=True)
+    assert before.items() <= read(tmp_path).items()
+    assert (tmp_path / UNFINISHED_NAME).is_dir()
+    assert work(resume=True, fails=False) == {"piece": 3}
+    assert not (tmp_path / UNFINISHED_NAME).exists()
+
+
+def test_where_nothing_is_finished_nothing_is_left(tmp_path):
+    def fail():
+        with OutputFolder(tmp_path / "out") as folder:
+            folder.keep_unfinished({}, resume=False)
+            raise ValueError("midway")
+
+    with pytest.raises(ValueError, match="midway"):
+        fail()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -156,10 +184,9 @@ def test_files_get_the_usual_permissions(tmp_path):
     before = os.umask(0o027)
     try:
         run(tmp_path, "1")
-        replace_file(tmp_path / "direct.json", lambda file: file.write(b"1"))
     finally:
         os.umask(before)
-    for name in ("model.pth", RESULTS_NAME, "direct.json"):
+    for name in ("model.pth", RESULTS_NAME):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
 
 
@@ -279,20 +306,6 @@ def test_a_disk_that_fills_up_keeps_earlier_results(tmp_path):
     assert done.stderr == "error: results.json: File too large\n"
     assert read(path) == before
     assert sorted(p.name for p in path.iterdir()) == sorted(before)
-
-
-def test_replace_file_keeps_the_old_one_where_writing_fails(tmp_path):
-    path = tmp_path / "results.json"
-    replace_file(path, lambda file: file.write(b"old"))
-
-    def fail(file: object) -> None:
-        file.write(b"new")
-        raise ValueError
-
-    with pytest.raises(ValueError):  # noqa: PT011 - raised just above
-        replace_file(path, fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-    assert path.read_text() == "old"
 
 
 # --- signals -------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from check_results import check_results, without_times
 from printed import read_table, shows
 from processes import REPOSITORY, run_here
 
+from common.files.output import UNFINISHED_NAME
 from common.images.data import normalize
 from common.network.checkpoint import load_model
 from pipeline import answers
 from pipeline.pipeline import main
 from pipeline.search import find_strongest
-from pipeline.store import FOLDER_NAME
 from quantization.files.artifact import load_int8
 from quantization.files.onnx_export import OnnxRuntimeModel
 
@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on_where_it_was(finished, tiny_weights, tmp_path, mon
         patch.setitem(answers._SEARCHES, "speed", stop)
         stopped = run_here(main, *run, "--output-dir", tmp_path / "out")
     assert stopped.returncode == 130
-    assert [p.name for p in (tmp_path / "out").iterdir()] == [FOLDER_NAME]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [UNFINISHED_NAME]
     again = run_here(main, *run, "--output-dir", tmp_path / "out")
     assert again.returncode == 1
     assert "--resume" in again.stderr
@@ -184,7 +184,7 @@ def test_a_killed_run_goes_on_where_it_was(finished, tiny_weights, tmp_path, mon
         patch.setattr("pipeline.candidates.encode", stop)
         resumed = run_here(main, *run, "--resume", "--output-dir", tmp_path / "out", "--json")
     assert resumed.returncode == 0, resumed.stderr
-    assert not (tmp_path / "out" / FOLDER_NAME).exists()
+    assert not (tmp_path / "out" / UNFINISHED_NAME).exists()
     found, expected = without_times(json.loads(resumed.stdout)), without_times(finished[2])
     assert found["tried"] == [t for t in expected["tried"] if t["goal"] != "both"]
     for answer, whole in zip(found["answers"], expected["answers"], strict=False):

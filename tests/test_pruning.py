@@ -15,10 +15,9 @@ from check_results import check_results, without_times
 from printed import read_table, shows
 from processes import REPOSITORY, Copy, run_fresh, run_here, run_together, start_together
 
-from common.files.output import STAGING_PREFIX
+from common.files.output import STAGING_PREFIX, UNFINISHED_NAME
 from common.network.checkpoint import load_model
 from pruning.alone import scan as scan_module
-from pruning.alone.journal import Journal
 from pruning.alone.walk import Walk
 from pruning.pruning import main
 
@@ -132,9 +131,9 @@ def slow(monkeypatch):
     return monkeypatch
 
 
-def wait_for_a_chunk(journal, copy):
-    """Wait until the first images are in the journal, and the rest are not."""
-    while not (journal.exists() and b'"images 0-' in journal.read_bytes()):
+def wait_for_a_chunk(folder, copy):
+    """Wait until the first images are finished, and the rest are not."""
+    while not list(folder.glob(f"{UNFINISHED_NAME}/images-0-*")):
         assert copy.is_running(), "the run ended before it could be stopped"
         time.sleep(0.02)
 
@@ -143,11 +142,11 @@ def wait_for_a_chunk(journal, copy):
 def test_killed_at_any_moment_a_run_resumes_to_the_same_results(whole, small, slow, tmp_path):
     folder, seconds = whole
     arguments = [*small, "--resume", "--output-dir", tmp_path / "out"]
-    journal, moments = tmp_path / "out" / "scan.journal", random.Random(6)
+    moments = random.Random(6)
     for attempt in range(4):
         with Copy(main, *arguments, output=tmp_path / "told") as copy:
             if attempt == 0:  # once for certain between two chunks
-                wait_for_a_chunk(journal, copy)
+                wait_for_a_chunk(tmp_path / "out", copy)
             else:
                 copy.wait(moments.uniform(0, seconds))
         if attempt == 0:
@@ -158,17 +157,6 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_results(whole, small, sl
     assert without_times(read(tmp_path / "out")) == without_times(read(folder))
     left = {path.name for path in (tmp_path / "out").iterdir()} - {"earlier"}
     assert left == {path.name for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("damage", [b"[1, 2]", b"3", b"null", b'{"key": "x"}', b"\xff\xfe", b""])
-def test_a_damaged_journal_starts_afresh(tmp_path, damage):
-    with Journal(tmp_path / "journal", {"the amounts": [0.9]}, False) as journal:
-        journal["bounds"] = {}
-    lines = (tmp_path / "journal").read_bytes().splitlines()
-    for broken in ([damage], [lines[0], damage], [damage, *lines[1:]]):
-        (tmp_path / "journal").write_bytes(b"\n".join([*broken, b""]))
-        with Journal(tmp_path / "journal", {"the amounts": [0.9]}, True) as journal:
-            assert not journal
 
 
 def test_torchrun_finds_what_one_process_finds(whole, small, tmp_path):
@@ -189,7 +177,7 @@ def test_torchrun_finds_what_one_process_finds(whole, small, tmp_path):
 def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(
     stopped, whole, small, slow, tmp_path
 ):
-    folder, journal = tmp_path / "out", tmp_path / "out" / "scan.journal"
+    folder = tmp_path / "out"
     folder.mkdir()
     for name, content in EARLIER.items():
         (folder / name).write_text(content)
@@ -197,7 +185,7 @@ def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(
     with contextlib.ExitStack() as stack:
         copies = start_together(main, *arguments, output=tmp_path / "told")
         first, second = map(stack.enter_context, copies)
-        wait_for_a_chunk(journal, first)
+        wait_for_a_chunk(folder, first)
         second.send(signal.SIGTERM if stopped == "terminated" else signal.SIGKILL)
         if stopped != "one killed":
             first.send(signal.SIGTERM if stopped == "terminated" else signal.SIGKILL)
@@ -206,12 +194,12 @@ def test_two_processes_stopped_in_mid_scan_resume_to_the_same_results(
     staging = {p.name for p in folder.iterdir() if p.name.startswith(STAGING_PREFIX)}
     assert bool(staging) == (stopped == "all killed")  # nobody was left to remove it
     left = {path.name: path for path in folder.iterdir() if path.name not in staging}
-    assert left.pop("scan.journal") == journal
+    assert left.pop(UNFINISHED_NAME).is_dir()
     assert {name: path.read_text() for name, path in left.items()} == EARLIER
 
     alone = run_here(main, *arguments)
     assert alone.returncode == 1
-    assert "scan.journal: left by a run that differs in the number of processes;" in alone.stderr
+    assert "left by a run that differs in the number of processes;" in alone.stderr
     again, _ = run_together(main, *arguments, output=tmp_path / "told")
     assert again.returncode == 0, again.stderr
     assert "resuming" in again.stderr

@@ -1,8 +1,6 @@
 """The branching scan against the plain way: a full forward pass of a pruned deep copy."""
 
-import json
-import os
-from pathlib import Path
+import contextlib
 
 import pytest
 import torch
@@ -10,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.command.cli import UserError
+from common.files.output import OutputFolder
 from common.images.data import Cifar10, normalize
 from common.network import cascade
 from common.network.branching import FoldedNetwork, branch_logits, trace_dense
 from common.network.resnet import ResNet18, Widths, prunable_layers
 from pruning.alone.brute_force import pruned_copy
-from pruning.alone.journal import Journal
 from pruning.alone.scan import Scan, run_scan, scan_images
 from pruning.alone.walk import Variants
 
@@ -54,10 +52,10 @@ def plain_correct(model, dataset, layer, amount):
     return logits.argmax(dim=1) == dataset.labels
 
 
-def run(tmp_path, model, dataset, amounts, fast, layers=None, batch_size=4, resume=False):
+def run(model, dataset, amounts, fast, layers=None, batch_size=4, finished=None):
     layers = layers or list(prunable_layers(model))
-    with Journal(tmp_path / "journal", {"of": "this"}, resume) as journal:
-        return scan_images(Scan(model, dataset, layers, amounts, batch_size, fast), journal)
+    scan = Scan(model, dataset, layers, amounts, batch_size, fast)
+    return scan_images(scan, {} if finished is None else finished)
 
 
 @settings(deadline=None, max_examples=12)
@@ -89,10 +87,10 @@ def test_branches_equal_full_forward_passes(seed, channels, amount, data):
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_scan_gives_the_correctness_of_full_passes(tmp_path, fast):
+def test_scan_gives_the_correctness_of_full_passes(fast):
     model, dataset = make_model(1), make_images(24)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = run(tmp_path, model, dataset, [0.5, 0.9], fast, batch_size=1)
+    result = run(model, dataset, [0.5, 0.9], fast, batch_size=1)
     for (amount, layer), correct in result.correct.items():
         assert torch.equal(correct, plain_correct(model, dataset, layer, amount)), layer
     assert len(result.correct) == 2 * 21
@@ -111,7 +109,7 @@ def make_close_model(images):
 
 
 @pytest.mark.parametrize("second_look", [True, False])
-def test_close_bf16_predictions_are_decided_in_fp32(tmp_path, monkeypatch, second_look):
+def test_close_bf16_predictions_are_decided_in_fp32(monkeypatch, second_look):
     """Without the second look this fails, so bf16 alone is not simply right anyway."""
     if not second_look:
         monkeypatch.setattr(cascade, "SAFETY_FACTOR", 1e-9)
@@ -120,16 +118,15 @@ def test_close_bf16_predictions_are_decided_in_fp32(tmp_path, monkeypatch, secon
     with torch.inference_mode():
         classes = pruned_copy(model, "conv1", 0.9)(normalize(images)).argmax(dim=1)
     dataset = Cifar10(images, classes)
-    result = run(tmp_path, model, dataset, [0.9], True, ["conv1"], batch_size=32)
+    result = run(model, dataset, [0.9], True, ["conv1"], batch_size=32)
     assert bool(result.correct[0.9, "conv1"].all()) == second_look
     assert result.recomputation.predictions == 96
     assert bool(result.recomputation.changed) == second_look
 
 
-def test_resumed_scan_redoes_nothing_and_ends_the_same(tmp_path, monkeypatch):
+def test_resumed_scan_redoes_nothing_and_ends_the_same(monkeypatch):
     model, dataset = make_model(3), make_images(40)
-    (tmp_path / "whole").mkdir()
-    whole = run(tmp_path / "whole", model, dataset, [0.9], True, batch_size=2)
+    whole, finished = run(model, dataset, [0.9], True, batch_size=2), {}
     calls, original = [], cascade.Cascade.predict
 
     def counted(self, *args):
@@ -141,10 +138,10 @@ def test_resumed_scan_redoes_nothing_and_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(cascade.Cascade, "predict", counted)
     resumed = False
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, model, dataset, [0.9], True, batch_size=2)
+        run(model, dataset, [0.9], True, batch_size=2, finished=finished)
     resumed = True
     calls.clear()
-    second = run(tmp_path, model, dataset, [0.9], True, batch_size=2, resume=True)
+    second = run(model, dataset, [0.9], True, batch_size=2, finished=finished)
     assert len(calls) == 20 - 16  # the first chunk of 16 batches was finished
     assert torch.equal(second.features, whole.features)
     assert torch.equal(second.dense_correct, whole.dense_correct)
@@ -153,68 +150,27 @@ def test_resumed_scan_redoes_nothing_and_ends_the_same(tmp_path, monkeypatch):
         assert torch.equal(second.correct[key], correct)
 
 
-def test_a_journal_of_another_scan_is_kept(tmp_path):
-    """--resume with other weights, or nothing that says what to do with it: neither destroys it."""
-    dataset, journal = make_images(20), tmp_path / "journal"
+def test_a_scan_of_another_network_is_neither_used_nor_lost(tmp_path):
+    dataset = make_images(20)
 
-    def run_with(seed, **flags):
+    def run_with(seed, resume=False, overwrite=False, fails=True):
         scan = Scan(make_model(seed), dataset, ["conv1", "linear"], [0.9], 4, False)
-        return run_scan(scan, journal, **flags)
+        with contextlib.suppress(InterruptedError), OutputFolder(tmp_path, overwrite) as folder:
+            found = run_scan(scan, folder, resume)
+            if fails:
+                raise InterruptedError
+        return found
 
     run_with(4)
-    finished = journal.read_bytes()
-    with pytest.raises(UserError, match=r"journal: left by a run that differs in the checkpoint;"):
+    with pytest.raises(UserError, match="left by a run that differs in the checkpoint;"):
         run_with(5, resume=True)
-    with pytest.raises(UserError, match=r"journal: left by an unfinished run; .* --overwrite"):
-        run_with(5)
-    assert journal.read_bytes() == finished
+    torch.set_num_threads(2)
+    with pytest.raises(UserError, match="differs in the number of threads;"):
+        run_with(4, resume=True)
+    torch.set_num_threads(1)
     assert run_with(4, resume=True)[1] is None  # no seconds, as all of it was done before
     fresh, seconds = run_with(5, overwrite=True)
     assert seconds is not None
     assert torch.equal(
         fresh.correct[0.9, "conv1"], plain_correct(make_model(5), dataset, "conv1", 0.9)
     )
-
-
-def test_another_number_of_threads_does_not_destroy_the_journal(tmp_path):
-    scan = Scan(make_model(4), make_images(20), ["linear"], [0.9], 4, False)
-    run_scan(scan, tmp_path / "journal")
-    finished = (tmp_path / "journal").read_bytes()
-    torch.set_num_threads(2)
-    with pytest.raises(UserError, match="differs in the number of threads;"):
-        run_scan(scan, tmp_path / "journal", resume=True)
-    assert (tmp_path / "journal").read_bytes() == finished
-
-
-def test_journal_survives_a_cut_line(tmp_path):
-    path = tmp_path / "journal"
-    with Journal(path, {"the amounts": [0.9]}, False) as journal:
-        journal["images 0-16"] = {"correct": "ff"}
-        journal["images 16-32"] = {"correct": "0f"}
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-10])  # as a kill in the middle of a write leaves it
-    with Journal(path, {"the amounts": [0.9]}, True) as journal:
-        assert "images 0-16" in journal
-        assert "images 16-32" not in journal
-    assert all(json.loads(line.partition(" ")[2]) for line in path.read_text().splitlines())
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux which files are open")
-def test_the_journal_takes_its_place_while_closed_as_windows_demands(tmp_path, monkeypatch):
-    def open_files():
-        return {os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()}
-
-    replace, moved = Path.replace, []
-
-    def checked(path, target):
-        assert os.path.realpath(path) not in open_files()
-        moved.append(Path(target).name)
-        return replace(path, target)
-
-    monkeypatch.setattr(Path, "replace", checked)
-    with Journal(tmp_path / "journal", {"the amounts": [0.9]}, False) as journal:
-        journal["conv1"] = {"correct": 1}
-    assert moved == ["journal"]
-    monkeypatch.undo()
-    with Journal(tmp_path / "journal", {"the amounts": [0.9]}, True) as journal:
-        assert journal["conv1"] == {"correct": 1}

@@ -18,11 +18,11 @@ from common.network.checkpoint import load_model
 from common.network.resnet import ResNet18, Widths
 from tests.check_results import check_results
 from tests.printed import read_table, shows
-from training.loop.fit import fit
+from training.loop.fit import EpochSummary, fit
 from training.loop.state import TrainingState, make_optimizer
 from training.recipe import Recipe
-from training.record.journal import KIND, EpochRow, Journal, describe_settings
-from training.record.measure import EpochMeter, split_held_out
+from training.record.journal import CHECKPOINT_NAME, KIND, Journal
+from training.record.measure import split_held_out
 from training.record.report import format_results
 from training.training import main
 
@@ -50,6 +50,10 @@ def start(recipe=RECIPE, channels=TINY, seed=0):
     return TrainingState.start(ResNet18(Widths(channels)), recipe, CPU)
 
 
+def make_journal(folder, held_out=None):
+    return Journal(held_out, RECIPE.epochs, folder / CHECKPOINT_NAME)
+
+
 def same(first, second):
     first, second = first.state_dict(), second.state_dict()
     return all(torch.equal(first[name], second[name]) for name in first)
@@ -70,28 +74,26 @@ def test_training_learns(images):
 
 
 def test_resumed_equals_unbroken_to_the_bit(images, tmp_path):
-    images = split_held_out(images, 100)[1]
-    settings = describe_settings(RECIPE, 7, 1, images)
+    held_out, images = (split.rows(slice(100)) for split in split_held_out(images, 100))
     unbroken = start()
     fit(unbroken, images, RECIPE, 7, ALONE)
 
     class KilledError(Exception):
         pass
 
-    journal = Journal(tmp_path, settings)
+    journal = make_journal(tmp_path, held_out)
 
     def save_then_die(state, summary):
-        journal.rows.append(EpochRow(**vars(summary), held_out_accuracy=0.5))
-        journal.save(state)
+        journal(state, summary)
         if summary.epoch == 2:
             raise KilledError
 
     with pytest.raises(KilledError):
         fit(start(), images, RECIPE, 7, ALONE, after_epoch=save_then_die)
     resumed = start(seed=99)  # what it starts from must not matter
-    again = Journal(tmp_path, settings)
+    again = make_journal(tmp_path)
     again.resume(resumed)
-    assert (resumed.epochs_done, len(again.rows)) == (2, 2)
+    assert (resumed.epochs_done, again.rows) == (2, journal.rows)
     fit(resumed, images, RECIPE, 7, ALONE)
     assert same(resumed.model, unbroken.model)
     assert not same(start().model, unbroken.model)
@@ -172,16 +174,16 @@ def test_held_out_images_are_balanced_and_not_trained_on(images):
         split_held_out(images, 600)
 
 
-def test_the_meter_notes_and_saves_every_epoch(images, tmp_path):
+# --- the journal ---------------------------------------------------------------------------------
+
+
+def test_every_epoch_is_measured_and_saved(images, tmp_path):
     train, held_out = split_held_out(images, 100)
-    journal = Journal(tmp_path, {})
-    journal.start(overwrite=False)
-    meter = EpochMeter(held_out, RECIPE.epochs, journal)
-    accuracies = []
+    journal, accuracies = make_journal(tmp_path, held_out), []
 
     def watch(state, summary):
-        meter(state, summary)
-        Journal(tmp_path, {}).resume(start())
+        journal(state, summary)
+        make_journal(tmp_path).resume(start())
         correct = predict(state.model.eval(), held_out) == held_out.labels
         accuracies.append(correct.double().mean().item())
 
@@ -190,22 +192,11 @@ def test_the_meter_notes_and_saves_every_epoch(images, tmp_path):
     assert [row.held_out_accuracy for row in journal.rows] == accuracies
 
 
-# --- the journal ---------------------------------------------------------------------------------
-
-
-def test_an_unfinished_run_is_neither_lost_nor_mixed_up(tmp_path):
+def test_where_nothing_was_saved_nothing_is_resumed(tmp_path):
     state = start()
-    journal = Journal(tmp_path, {"seed": 0})
-    with pytest.raises(UserError, match="nothing to resume"):
-        journal.resume(state)
-    journal.save(state)
-    with pytest.raises(UserError, match="--resume or discard it with --overwrite"):
-        Journal(tmp_path, {"seed": 0}).start(overwrite=False)
-    with pytest.raises(UserError, match="a run that differs in seed"):
-        Journal(tmp_path, {"seed": 1}).resume(state)
-    assert journal.checkpoint.exists()
-    Journal(tmp_path, {"seed": 1}).start(overwrite=True)
-    assert not journal.folder.exists()
+    make_journal(tmp_path).resume(state)
+    assert state.epochs_done == 0
+    assert same(state.model, start().model)
 
 
 def cut(path):
@@ -245,18 +236,17 @@ def put(name, value):
         (edit(lambda content: content["tensors"].pop("model.bn1.bias")), "bn1.bias is missing"),
         (edit(lambda content: content["rows"].append(3)), "no checkpoint of a training run"),
         (edit(lambda content: content["rows"][0].update(epoch=7)), "epochs are out of order"),
-        (edit(lambda content: content.pop("settings")), "no checkpoint of a training run"),
+        (edit(lambda content: content.pop("rows")), "no checkpoint of a training run"),
         (lambda path: torch.save([1], path), "not a file of the kind resnet18-cifar10-training"),
     ],
 )  # fmt: skip
-def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage, message, tmp_path):
-    journal, state = Journal(tmp_path, {"seed": 0}), start()
-    journal.rows.append(EpochRow(1, 0.1, 2.0, 0.2, 1.0, held_out_accuracy=0.3))
-    journal.save(state)
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage, message, images, tmp_path):
+    journal = make_journal(tmp_path, images.rows(slice(10)))
+    journal(start(), EpochSummary(1, 0.1, 2.0, 0.2, 1.0))
     damage(journal.checkpoint)
     left, resumed = journal.checkpoint.read_bytes(), start(seed=9)
     with pytest.raises(UserError, match=message):
-        Journal(tmp_path, {"seed": 0}).resume(resumed)
+        make_journal(tmp_path).resume(resumed)
     assert same(resumed.model, start(seed=9).model)
     assert resumed.epochs_done == 0
     assert journal.checkpoint.read_bytes() == left
@@ -303,18 +293,18 @@ def test_every_number_is_that_of_results_json(finished):
 
 
 def test_an_interrupted_run_resumes_to_the_same_file(finished, tmp_path, monkeypatch, capsys):
-    save = Journal.save
+    take_in = Journal.__call__
 
-    def save_then_stop(journal, state):
-        save(journal, state)
+    def take_in_then_stop(journal, state, summary):
+        take_in(journal, state, summary)
         raise KeyboardInterrupt
 
     command = [*QUICK, "--output-dir", str(tmp_path)]
     monkeypatch.setattr(resnet, "ResNet18", tiny_network)
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "save", save_then_stop)
+        patch.setattr(Journal, "__call__", take_in_then_stop)
         assert main(command) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume continues from there" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
     assert main([*command, "--epochs", "3", "--resume"]) == 1
     assert "a run that differs in epochs" in capsys.readouterr().err
@@ -357,7 +347,6 @@ def test_two_processes_train_the_network_of_one(tmp_path, monkeypatch):
         (["--train-images", "2001"], "only 2000"),
         (["--test-images", "10001"], "only 10000"),
         (["--batch-size", "21"], "only 20 training images"),
-        (["--resume"], "nothing to resume"),
     ],
 )
 def test_bad_requests_end_in_one_line(arguments, message, tmp_path, capsys):

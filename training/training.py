@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.network.size import count_parameters
     from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
-    from training.loop.fit import choose_precision
+    from training.loop.fit import choose_precision, fit
     from training.loop.state import TrainingState
     from training.record import journal, measure, report
 
@@ -108,16 +108,15 @@ def main(argv: list[str] | None = None) -> int:
 
         torch.manual_seed(args.seed)
         state = TrainingState.start(ResNet18(), recipe, crew.device)
-        settings = journal.describe_settings(recipe, args.seed, crew.count, train)
-        crew.require_same(settings)
-        notes = journal.Journal(args.output_dir, settings)
-        if args.resume:
-            notes.resume(state)
-            cli.log.info("resumed after epoch %d of %d", state.epochs_done, recipe.epochs)
-        elif crew.is_first:
-            notes.start(args.overwrite)
-        meter = measure.EpochMeter(held_out, recipe.epochs, notes)
-        train_on(state, train, recipe, args.seed, crew, meter)
+        identity = journal.identify(recipe, args.seed, crew.count, train)
+        crew.require_same(identity)
+        kept = folder.keep_unfinished(identity, args.resume).folder if crew.is_first else None
+        notes = journal.Journal(
+            held_out, recipe.epochs, crew.broadcast(kept) / journal.CHECKPOINT_NAME
+        )
+        notes.resume(state)
+        crew.require_same({"the epochs that are done": state.epochs_done})
+        fit(state, train, recipe, args.seed, crew, after_epoch=notes if crew.is_first else None)
         if not crew.is_first:
             return cli.EXIT_DONE
 
@@ -130,25 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         results |= measure.describe_accuracy(state.model.eval(), held_out, test.to(crew.device))
         results["artifacts"] = report.save_epochs(notes.rows, folder)
         finish_run(results, folder, started)
-        notes.remove()
     print_results(results, report.format_results(results, args.output_dir), args.json)
     return cli.EXIT_DONE
-
-
-def train_on(state, train, recipe: Recipe, seed: int, crew, meter) -> None:
-    """Train to the last epoch; the first of the processes measures and saves each.
-
-    Raises:
-        UserError: See :func:`training.loop.fit.fit`.
-    """
-    from training.loop.fit import fit
-
-    try:
-        fit(state, train, recipe, seed, crew, after_epoch=meter if crew.is_first else None)
-    except KeyboardInterrupt:
-        if crew.is_first and meter.journal.checkpoint.exists():
-            cli.log.warning("unfinished: the same command with --resume goes on")
-        raise
 
 
 def save_weights(model, folder) -> dict:

@@ -118,17 +118,6 @@ def add_shared_arguments(
         )
 
 
-def input_choices(args: argparse.Namespace) -> dict[str, object]:
-    """Return what the flags say of checkpoint and images, as ``load_inputs`` takes it.
-
-    Args:
-        args: With the shared flags; that of calibration counts where the script has it.
-    """
-    names = ("weights", "data_dir", "bundled", "test_images", "calibration_images", "seed")
-    choices = {name: getattr(args, name) for name in names if name in args}
-    return choices | {"allow_bundled": not args.no_bundled}
-
-
 def add_image_arguments(inputs: argparse._ArgumentGroup, test_images: int | None) -> None:
     """Add the flags that say where images come from; ``test_images`` is the default, None all."""
     inputs.add_argument(

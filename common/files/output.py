@@ -1,7 +1,8 @@
 """The output folder: results appear complete or not at all, and never destroy earlier ones.
 
 A run writes into a hidden staging folder. :meth:`OutputFolder.commit` moves everything into place
-at the end; a failed, interrupted or killed run leaves the folder as it was.
+at the end; a failed, interrupted or killed run leaves the folder as it was, but for what it has
+finished (:mod:`common.files.unfinished`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO
 
 from common.command import interruptions
 from common.command.cli import UserError, log
+from common.files.atomic import set_usual_permissions
+from common.files.unfinished import Unfinished
 
 try:
     import fcntl
@@ -27,31 +29,9 @@ except ImportError:  # Windows: two runs in one folder are not kept apart there
 
 STAGING_PREFIX = ".partial-"
 EARLIER_NAME = "earlier"
+UNFINISHED_NAME = "unfinished"
 RESULTS_NAME = "results.json"
 MIN_FREE_BYTES = 256 << 20
-
-
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole or not at all: ``write`` fills a temporary one, then it is renamed.
-
-    Args:
-        path: Replaced if it exists.
-        write: Called with the binary file.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # of a full disk: names no file, or the temporary one
-            error.filename = path.name
-        raise
 
 
 class OutputFolder:
@@ -65,16 +45,15 @@ class OutputFolder:
         path: Created when missing.
         overwrite: Replace an earlier run's files; otherwise they are moved to ``earlier/``, and so
             is a folder that bears a result's name. What else lies there stays where it is.
-        keep: Names of files that outlive a run that fails (a journal to resume from).
     """
 
-    def __init__(self, path: Path, overwrite: bool = False, keep: tuple[str, ...] = ()):
+    def __init__(self, path: Path, overwrite: bool = False):
         self.path = path
         self._overwrite = overwrite
-        self._keep = set(keep)
         self._staging: tempfile.TemporaryDirectory[str] | None = None
         self._lock: int | None = None
         self._created: list[Path] = []
+        self._unfinished: Unfinished | None = None
 
     def __enter__(self) -> OutputFolder:
         if self.path.exists() and not self.path.is_dir():
@@ -93,6 +72,8 @@ class OutputFolder:
         with interruptions.deferred():
             if self._staging is not None:
                 self._staging.cleanup()
+            if self._unfinished is not None:
+                self._unfinished.leave()
             for folder in self._created:  # and left empty by a run that failed
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -127,6 +108,17 @@ class OutputFolder:
         """Return the names of the files written so far that end in ``suffix``."""
         return sorted(path.name for path in Path(self._staging.name).glob(f"*{suffix}"))
 
+    def keep_unfinished(self, identity: Mapping[str, object], resume: bool) -> Unfinished:
+        """Return the place of what outlives a run that fails, until :meth:`commit`.
+
+        Raises:
+            UserError: See :class:`Unfinished`.
+        """
+        place = self.path / UNFINISHED_NAME
+        with interruptions.deferred():
+            self._unfinished = Unfinished(place, identity, resume, self._overwrite)
+        return self._unfinished
+
     def commit(self) -> None:
         """Move everything that was written into place, or nothing.
 
@@ -135,19 +127,22 @@ class OutputFolder:
         """
         names = _results_last(os.listdir(self._staging.name))
         for name in names:
-            self.file(name).chmod(0o666 & ~_umask())
+            set_usual_permissions(self.file(name))
         with interruptions.deferred(), contextlib.ExitStack() as undo:
             self._clear_away(names, undo)
             for name in names:
                 _move(self.file(name), self.path / name, undo)
             undo.pop_all()
+            if self._unfinished is not None:
+                self._unfinished.discard()
+                self._unfinished = None
 
     def _clear_away(self, names: list[str], undo: contextlib.ExitStack) -> None:
         """Move an earlier run's files, and what bears one of ``names``, out of the way."""
         earlier = {name for name in _artifacts(self.path) if (self.path / name).is_file()}
         earlier |= {name for name in names if os.path.lexists(self.path / name)}
         # results.json first: it must not vouch for half of them.
-        in_the_way = [self.path / name for name in reversed(_results_last(earlier - self._keep))]
+        in_the_way = [self.path / name for name in reversed(_results_last(earlier))]
         replaced = [path for path in in_the_way if self._overwrite and not path.is_dir()]
         kept = [path for path in in_the_way if path not in replaced]
         if replaced:
@@ -211,9 +206,3 @@ def _artifacts(folder: Path) -> set[str]:
 
 def _results_last(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (name == RESULTS_NAME, name))
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

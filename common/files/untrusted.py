@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.command.cli import UserError
-from common.files.output import replace_file
+from common.files.atomic import replace_file
 
 MAX_UNPACKED_BYTES = 1 << 30  # a ResNet18 in FP64 with its optimizer is 0.3 GB
 NO_CHECKPOINT = "truncated, damaged or no PyTorch checkpoint"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common.command.cli import REPOSITORY, UserError, log
-from common.files.output import replace_file
+from common.files.atomic import replace_file
 from common.files.untrusted import read_untrusted, serialize
 from common.images.data import normalize
 from common.images.sources import ASSETS

@@ -30,7 +30,7 @@ from safetensors.torch import save
 
 from common.command.cli import UserError
 from common.files import entropy
-from common.files.output import replace_file
+from common.files.atomic import replace_file
 from common.files.untrusted import damage_told
 from common.network.resnet import ResNet18, Widths, batch_norm_after, prunable_layers
 

@@ -11,7 +11,8 @@ import base64
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.files.output import OutputFolder, replace_file
+from common.files.atomic import replace_file
+from common.files.output import OutputFolder
 from common.report.results import format_change, format_cost, megabytes, p_value, percent, points
 
 REPORT_NAME = "report.html"

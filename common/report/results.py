@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from common.files.output import replace_file
+from common.files.atomic import replace_file
 from common.machine.device import cpu_name, has_vnni
 
 if TYPE_CHECKING:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.command import cli
+from common.files.output import OutputFolder
 from common.images.data import Cifar10, checksum
 from common.machine.workers import ALONE, Workers
 from common.network.cascade import Cascade, Recomputation
 from common.network.resnet import ResNet18, prunable_layers
-from pruning.alone.journal import Journal
 from pruning.alone.walk import Chunk, Variants, Walk
 
-# One entry of the journal: all layers at all amounts, on this many batches of images.
+# One piece of finished work: all layers at all amounts, on this many batches of images.
 CHUNK_BATCHES = 16
 
 
@@ -47,8 +45,9 @@ class Scan:
     workers: Workers = ALONE
 
     def identity(self) -> dict:
-        """Return what the results depend on, for the journal, named for the user."""
+        """Return what the results depend on, named for the user."""
         return {
+            "the script": "pruning",
             "the checkpoint": checksum(self.model.state_dict().values()),
             "the test images": checksum([self.images.images, self.images.labels]),
             "the layers": list(self.layers),
@@ -95,40 +94,40 @@ def choose_layers(model: ResNet18, patterns: Sequence[str] | None) -> list[str]:
 
 
 def run_scan(
-    scan: Scan, journal_path: Path, resume: bool = False, overwrite: bool = False
+    scan: Scan, folder: OutputFolder | None = None, resume: bool = False
 ) -> tuple[ScanResult, float | None]:
-    """Scan with a journal, and check that the model is as it was before.
+    """Scan, and check that the model is as it was before.
 
-    The first of the workers keeps the journal, for all of them.
+    Args:
+        scan: What to do.
+        folder: Keeps what is finished, in the first of the workers; None in the others.
+        resume: Go on with what an earlier run had finished.
 
     Returns:
         What the scan found, and its seconds; None where part of it was done by an earlier run.
 
     Raises:
-        UserError: The workers have not the same model, images or settings, or the journal is of
-            another scan.
+        UserError: The workers have not the same model, images or settings, or what is finished is
+            of another scan.
     """
     identity = scan.identity()
     scan.workers.require_same(identity)
     started = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        journal = {}
-        if scan.workers.is_first:
-            journal = stack.enter_context(Journal(journal_path, identity, resume, overwrite))
-        finished = scan.workers.broadcast(dict(journal))
-        journal = journal if scan.workers.is_first else finished
-        result = scan_images(scan, journal)
+    kept = {} if folder is None else folder.keep_unfinished(identity, resume)
+    finished = scan.workers.broadcast(dict(kept))
+    is_whole = not finished
+    result = scan_images(scan, finished if folder is None else kept)
     seconds = time.perf_counter() - started
     if checksum(scan.model.state_dict().values()) != identity["the checkpoint"]:
         raise AssertionError("the scan changed the model")
     if result.recomputation is not None:
         result.recomputation.warn_if_near()
-    return result, None if finished else seconds
+    return result, seconds if is_whole else None
 
 
 @torch.inference_mode()
-def scan_images(scan: Scan, journal: MutableMapping[str, dict]) -> ScanResult:
-    """Go through the images once; what ``journal`` holds is not done again.
+def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
+    """Go through the images once; what is ``finished`` is not done again.
 
     Memory holds all of the variants' weights and one batch. All workers return all that was found.
     """
@@ -136,16 +135,16 @@ def scan_images(scan: Scan, journal: MutableMapping[str, dict]) -> ScanResult:
     variants = [Variants.of(scan.model, layers, amount, scan.fast) for amount in scan.amounts]
     walk = Walk(Cascade.of(scan.model, scan.fast))
     if scan.fast:
-        walk.bounds = _journalled_bounds(walk, variants, scan, journal)
+        walk.bounds = _bounds(walk, variants, scan, finished)
     dense_correct, features, packed, total = [], [], [], Recomputation()
     chunk_size = scan.batch_size * CHUNK_BATCHES * workers.count
     with cli.progress(None, "scan", total=total_images, unit="image") as bar:
         for first in range(0, total_images, chunk_size):
             last = min(first + chunk_size, total_images)
-            key = f"images {first}-{last}"
+            key = f"images-{first}-{last}"
             chunk = walk.run(
                 scan.images.rows(workers.share_of(first, last, scan.batch_size)),
-                [] if key in journal else variants,
+                [] if key in finished else variants,
                 scan.batch_size,
                 lambda images: bar.update(images * workers.count),
             )
@@ -153,11 +152,11 @@ def scan_images(scan: Scan, journal: MutableMapping[str, dict]) -> ScanResult:
                 chunk = Chunk.joined(workers.gather(chunk.cpu()))
             dense_correct.append(chunk.dense_correct)
             features.append(chunk.features)
-            if key not in journal:
+            if key not in finished:
                 bits = np.packbits(chunk.correct.cpu().numpy()).tobytes().hex()
-                journal[key] = {"correct": bits, "recomputation": asdict(chunk.recomputation)}
-            packed.append((journal[key]["correct"], last - first))
-            total.add(Recomputation(**journal[key]["recomputation"]))
+                finished[key] = {"correct": bits, "recomputation": asdict(chunk.recomputation)}
+            packed.append((finished[key]["correct"], last - first))
+            total.add(Recomputation(**finished[key]["recomputation"]))
     rows = len(scan.amounts) * len(layers)
     correct = torch.cat([_unpack(bits, rows, columns) for bits, columns in packed], dim=1)
     names = [(variant.amount, layer) for variant in variants for layer in layers]
@@ -175,17 +174,17 @@ def _unpack(bits: str, rows: int, columns: int) -> torch.Tensor:
     return torch.from_numpy(flat.reshape(rows, columns).astype(bool))
 
 
-def _journalled_bounds(
-    walk: Walk, variants: Sequence[Variants], scan: Scan, journal: MutableMapping[str, dict]
+def _bounds(
+    walk: Walk, variants: Sequence[Variants], scan: Scan, finished: MutableMapping[str, dict]
 ) -> dict[float, torch.Tensor]:
     """Measure how far bf16 logits can be off; the same scan, resumed, goes on with the same.
 
     All workers measure on the same images, and go by what the first has found.
     """
-    if "bounds" not in journal:
+    if "bounds" not in finished:
         bounds = {
             str(v.amount): walk.cascade.measure_bounds(scan.images, v, scan.batch_size).tolist()
             for v in variants
         }
-        journal["bounds"] = scan.workers.broadcast(bounds)
-    return {v.amount: torch.tensor(journal["bounds"][str(v.amount)]) for v in variants}
+        finished["bounds"] = scan.workers.broadcast(bounds)
+    return {v.amount: torch.tensor(finished["bounds"][str(v.amount)]) for v in variants}

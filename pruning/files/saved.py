@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from common.command.cli import UserError
-from common.files.output import replace_file
+from common.files.atomic import replace_file
 from common.images.data import normalize
 from common.measure.evaluate import Paired
 from common.measure.latency import Contender, Timing, time_interleaved

@@ -27,7 +27,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from common.command.cli import UserError, log
-from common.files.output import replace_file
+from common.files.atomic import replace_file
 from common.files.untrusted import damage_told, read_sealed, write_sealed
 from common.images.data import Cifar10, normalize
 from common.machine.fresh_process import start_fresh

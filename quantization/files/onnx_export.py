@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from common.command.cli import UserError
-from common.files.output import replace_file
+from common.files.atomic import replace_file
 from common.images.cifar10 import IMAGE_SIZE
 
 OPSET = 17  # of 2022: per-channel DequantizeLinear came with 13

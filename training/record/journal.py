@@ -1,25 +1,22 @@
-"""What survives a kill: the checkpoint of the last epoch, with a row for each epoch before it.
-
-It lies in ``unfinished/`` in the output folder until the run is complete, and is written whole or
-not at all.
-"""
+"""A training run's epochs, each measured: a row for each, and the last one's checkpoint."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from common.command import cli
 from common.command.cli import UserError
-from common.files.resuming import refuse_to_discard, require_same_settings
 from common.files.untrusted import read_sealed, write_sealed
 from common.images.data import Cifar10, checksum
+from common.measure.evaluate import measure_accuracy
+from common.report.results import percent
 from training.loop.fit import EpochSummary
 from training.loop.state import TrainingState
 from training.recipe import Recipe
+from training.record.measure import find_correct
 
-FOLDER_NAME = "unfinished"
 CHECKPOINT_NAME = "checkpoint.pt"
 KIND = "resnet18-cifar10-training"
 
@@ -31,53 +28,55 @@ class EpochRow(EpochSummary):
     held_out_accuracy: float
 
 
-def describe_settings(recipe: Recipe, seed: int, processes: int, train: Cifar10) -> dict:
+def identify(recipe: Recipe, seed: int, processes: int, train: Cifar10) -> dict[str, object]:
     """Return all that decides the weights; the images stand for themselves by their SHA-256."""
-    images = checksum((train.labels, train.images))
-    return {**asdict(recipe), "seed": seed, "processes": processes, "training images": images}
+    return {
+        "the script": "training",
+        **asdict(recipe),
+        "seed": seed,
+        "processes": processes,
+        "training images": checksum((train.labels, train.images)),
+    }
 
 
 class Journal:
-    """The folder of an unfinished run.
+    """Measures the network after every epoch (``after_epoch`` of :func:`training.loop.fit.fit`).
 
     Args:
-        output_dir: The run's output folder.
-        settings: All that decides the weights, as plain values; a checkpoint made under others
-            cannot be resumed from.
+        held_out: To measure on.
+        epochs: Of the whole run.
+        checkpoint: Written whole or not at all, after every epoch.
     """
 
-    def __init__(self, output_dir: Path, settings: dict):
-        self.folder = output_dir / FOLDER_NAME
-        self.checkpoint = self.folder / CHECKPOINT_NAME
-        self.settings = settings
+    def __init__(self, held_out: Cifar10, epochs: int, checkpoint: Path):
+        self.held_out, self.epochs, self.checkpoint = held_out, epochs, checkpoint
         self.rows: list[EpochRow] = []
 
-    def start(self, overwrite: bool) -> None:
-        """Begin a new run.
-
-        Raises:
-            UserError: The folder holds an unfinished run, and ``overwrite`` is false.
-        """
-        if self.checkpoint.exists() and not overwrite:
-            refuse_to_discard(self.folder)
-        self.remove()
+    def __call__(self, state: TrainingState, summary: EpochSummary) -> None:
+        """Take in an epoch, and save all so far."""
+        accuracy = measure_accuracy(find_correct(state.model.eval(), self.held_out)).value
+        row = EpochRow(**asdict(summary), held_out_accuracy=accuracy)
+        self.rows.append(row)
+        cli.log.info(
+            "epoch %*d/%d  loss %.3f  held-out %s  %.1f s",
+            len(str(self.epochs)), row.epoch, self.epochs, row.loss, percent(accuracy), row.seconds,
+        )  # fmt: skip
+        content = {"rows": [asdict(row) for row in self.rows], "tensors": state.tensors()}
+        write_sealed(content, KIND, self.checkpoint)
 
     def resume(self, state: TrainingState) -> None:
-        """Load the last checkpoint into ``state``.
+        """Load the checkpoint into ``state``, where there is one.
 
         Raises:
-            UserError: There is none, it is damaged, or it was made under other settings. Nothing is
-                changed, the file neither.
+            UserError: It is damaged, or of another network. Nothing is changed, the file neither.
         """
         if not self.checkpoint.exists():
-            raise UserError(f"{self.checkpoint}: no such file, so there is nothing to resume")
+            return
         saved = read_sealed(self.checkpoint, KIND)
         try:
-            settings, tensors = dict(saved["settings"]), dict(saved["tensors"])
-            rows = [_read_row(row) for row in saved["rows"]]
+            tensors, rows = dict(saved["tensors"]), [_read_row(row) for row in saved["rows"]]
         except (LookupError, TypeError, ValueError):
             raise UserError(f"{self.checkpoint}: no checkpoint of a training run") from None
-        require_same_settings(self.checkpoint, settings, self.settings)
         try:
             if [row.epoch for row in rows] != [*range(1, len(rows) + 1)]:
                 raise ValueError("its epochs are out of order")
@@ -85,17 +84,7 @@ class Journal:
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{self.checkpoint}: damaged ({error})") from None
         self.rows = rows
-
-    def save(self, state: TrainingState) -> None:
-        """Write the checkpoint; there is one row for each of the state's epochs."""
-        self.folder.mkdir(exist_ok=True)
-        rows = [asdict(row) for row in self.rows]
-        content = {"settings": self.settings, "rows": rows, "tensors": state.tensors()}
-        write_sealed(content, KIND, self.checkpoint)
-
-    def remove(self) -> None:
-        """Delete the folder: the run is complete, or given up."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        cli.log.info("resumed after epoch %d of %d", state.epochs_done, self.epochs)
 
 
 def _read_row(saved: dict) -> EpochRow:

@@ -1,21 +1,14 @@
-"""Held-out images while training, test images at its end."""
+"""What a network is measured on: images held out of the training images, and test images."""
 
 from __future__ import annotations
-
-from dataclasses import asdict
 
 import torch
 from torch import nn
 
-from common.command import cli
 from common.command.cli import UserError
 from common.images.cifar10 import CLASSES
 from common.images.data import Cifar10, balanced_subset
 from common.measure import evaluate
-from common.report.results import percent
-from training.loop.fit import EpochSummary
-from training.loop.state import TrainingState
-from training.record.journal import EpochRow, Journal
 
 HELD_OUT_SEED = 0  # every run, whatever its seed, is judged on the same images
 PREDICT_BATCH = 500
@@ -33,30 +26,6 @@ def split_held_out(images: Cifar10, count: int) -> tuple[Cifar10, Cifar10]:
     held[balanced_subset(images.labels.cpu().numpy(), count, HELD_OUT_SEED)] = True
     parts = (Cifar10(images.images[part], images.labels[part]) for part in (~held, held))
     return tuple(parts)
-
-
-class EpochMeter:
-    """Measures the network after an epoch, and saves both in the journal.
-
-    Args:
-        held_out: To measure on.
-        epochs: Of the whole run.
-        journal: Takes the rows.
-    """
-
-    def __init__(self, held_out: Cifar10, epochs: int, journal: Journal):
-        self.held_out, self.epochs, self.journal = held_out, epochs, journal
-
-    def __call__(self, state: TrainingState, summary: EpochSummary) -> None:
-        """Take in one epoch (``after_epoch`` of :func:`training.loop.fit.fit`)."""
-        accuracy = evaluate.measure_accuracy(find_correct(state.model.eval(), self.held_out)).value
-        row = EpochRow(**asdict(summary), held_out_accuracy=accuracy)
-        self.journal.rows.append(row)
-        cli.log.info(
-            "epoch %*d/%d  loss %.3f  held-out %s  %.1f s",
-            len(str(self.epochs)), row.epoch, self.epochs, row.loss, percent(accuracy), row.seconds,
-        )  # fmt: skip
-        self.journal.save(state)
 
 
 def describe_accuracy(model: nn.Module, held_out: Cifar10, test: Cifar10) -> dict:
