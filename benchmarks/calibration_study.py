@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     from common.files.output import OutputFolder
+    from common.images.data import load_images
     from common.inputs import load_inputs
     from common.machine import device
     from common.machine.workers import ALONE
@@ -56,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     require_engine(args.engine)
     with OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(args, Path(__file__).parent)
-        calibration = read_calibration(inputs.source)
+        calibration = [
+            load_images(inputs.source, "train", max(STUDY_SIZES), seed) for seed in STUDY_SEEDS
+        ]
         fp32 = predict(inputs.model, inputs.test, args.batch_size, "evaluate FP32")
         results = common_results(
             "calibration_study", args, ALONE, inputs.describe_images(), inputs.weights
@@ -69,37 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     return cli.EXIT_DONE
 
 
-def read_calibration(source) -> dict:
-    """Return for each seed the largest calibration set; its first images are the smaller ones'.
-
-    The training split is opened once: that of image folders takes seconds to list.
-
-    Raises:
-        UserError: It has too few images.
-    """
-    import torch
-
-    from common.images.data import Cifar10, balanced_subset
-
-    split, found = source.open_split("train"), {}
-    if len(split.labels) < max(STUDY_SIZES):
-        raise cli.UserError(
-            f"{max(STUDY_SIZES)} training images asked for, only {len(split.labels)} in "
-            f"{source.description}"
-        )
-    for seed in STUDY_SEEDS:
-        indices = balanced_subset(split.labels, max(STUDY_SIZES), seed)
-        pixels, labels = split.read(indices), split.labels[indices]
-        found[seed] = Cifar10(torch.from_numpy(pixels), torch.from_numpy(labels))
-    return found
-
-
-def run_study(inputs, calibration: dict, fp32, engine: str, batch_size: int) -> list[dict]:
+def run_study(inputs, calibration: list, fp32, engine: str, batch_size: int) -> list[dict]:
     """Quantize with every observer, number of calibration images and seed; measure each.
 
     Args:
         inputs: The FP32 model, and images to measure on.
-        calibration: Of :func:`read_calibration`.
+        calibration: For each seed the largest set; its first images are the smaller ones'.
         fp32: FP32's predictions (int64, shape (N,)).
         engine: Of the INT8 kernels.
         batch_size: In images.
@@ -114,7 +92,7 @@ def run_study(inputs, calibration: dict, fp32, engine: str, batch_size: int) -> 
     for observer, size in cli.progress(cells, "calibration study", unit="cell"):
         accuracies, agreements = [], []
         settings = engines.choose_settings(engine, observer)
-        for images in calibration.values():
+        for images in calibration:
             bench = Bench(images.rows(slice(size)), inputs.test, batch_size)
             converted = conversion.convert(bench.calibrate(inputs.model, settings), settings)
             predictions = bench.predict(converted, "evaluate")

@@ -15,6 +15,7 @@ import torch
 
 from common.command import cli
 from common.images.data import Cifar10, batches
+from common.inputs import Inputs
 from common.machine.device import bf16_pays
 from common.measure.budget import Budget, Verdict, doubling_looks
 from common.measure.evaluate import predict
@@ -76,23 +77,20 @@ class Workshop:
     """Makes candidates from one dense network.
 
     Attributes:
-        dense: FP32, in eval mode, on the CPU.
-        calibration: Images to code and to repair on, and to set INT8's ranges.
+        inputs: The dense network, on the CPU; images to code and to repair on, and to set INT8's
+            ranges.
         settings: Of INT8.
         budget: Judges.
         store: Keeps what is made.
         batch_size: In images.
-        seed: Of what is looked at.
         training: For the candidates that are trained; None: there are none.
     """
 
-    dense: ResNet18
-    calibration: Cifar10
+    inputs: Inputs
     settings: Settings
     budget: Budget
     store: Store
     batch_size: int
-    seed: int
     training: Training | None = None
 
     def quantize(self, model: ResNet18) -> CodedNetwork:
@@ -122,10 +120,11 @@ class Workshop:
         def code() -> CodedNetwork:
             slim = load_model(base.slim_path)
             channels = None if base.trained else self._slimmer.channels_of(slim)
-            original = Original(fold_batch_norm(self.dense), channels)
+            original = Original(fold_batch_norm(self.inputs.model), channels)
             layers = encode(
-                fold_batch_norm(slim), self.calibration, 1 / strength, self.seed, original
-            )
+                fold_batch_norm(slim), self.inputs.calibration, 1 / strength, self.inputs.seed,
+                original,
+            )  # fmt: skip
             return assemble(layers, self._range_images, self.settings, self.batch_size)
 
         coded, path = self.store.coded(f"{base.slim_path.stem}-coded-{strength:.5f}", code)
@@ -159,15 +158,14 @@ class Workshop:
         return candidate
 
     def _finetune(self, slim: ResNet18) -> ResNet18:
-        training = self.training
-        device = training.images.images.device
-        trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.dense))
-        finetune(trained, dense, training, self.seed)
+        device = self.training.images.images.device
+        trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.inputs.model))
+        finetune(trained, dense, self.training, self.inputs.seed)
         return trained.cpu()
 
     @property
     def _range_images(self) -> Cifar10:
-        return self.calibration.rows(slice(RANGE_IMAGES))
+        return self.inputs.calibration.rows(slice(RANGE_IMAGES))
 
     def least_share(self, unit: str) -> float:
         """Return the smallest share of the ``unit`` that can be left."""
@@ -176,4 +174,5 @@ class Workshop:
     @functools.cached_property
     def _slimmer(self) -> Slimmer:
         dtype = torch.bfloat16 if bf16_pays() else torch.float32
-        return Slimmer(self.dense, self.calibration.images, self.seed, dtype)
+        inputs = self.inputs
+        return Slimmer(inputs.model, inputs.calibration.images, inputs.seed, dtype)

@@ -58,13 +58,10 @@ def open_workshop(
     device: torch.device,
 ) -> Workshop:
     """Measure the dense network on the images that choose, and prepare to compress it."""
-    dense = inputs.model
-    moved = copy.deepcopy(dense).to(device)
+    moved = copy.deepcopy(inputs.model).to(device)
     predictions = predict(moved, choosing.to(device), batch_size, "evaluate FP32")
     budget = Budget(max_drop, choosing, predictions == choosing.labels)
-    return Workshop(
-        dense, inputs.calibration, settings, budget, store, batch_size, inputs.seed, training
-    )
+    return Workshop(inputs, settings, budget, store, batch_size, training)
 
 
 def write_files(
@@ -109,7 +106,7 @@ def measure(
         batch_sizes: To time, in images.
         seconds: To spend on each.
     """
-    store, dense = workshop.store, workshop.dense
+    store, dense = workshop.store, workshop.inputs.model
     fp32 = store.folder / "dense.pth"
     save_checkpoint(dense.state_dict(), fp32)
     _, int8 = store.coded("dense-int8", lambda: workshop.quantize(dense))

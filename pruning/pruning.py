@@ -74,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     scanning.add_argument(
         "--verify", action="store_true",
-        help="run the brute force too (slow); fail if more than 1 in 1,000 predictions differ",
+        help="scan and search by brute force too (slow); fail if more than 1 in 1,000 predictions "
+        "differ",
     )  # fmt: skip
     searching = parser.add_argument_group("search over the linear layer")
     searching.add_argument(
@@ -168,19 +169,21 @@ def main(argv: list[str] | None = None) -> int:
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, crew.device)
         scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, crew)
         scanned, scan_seconds = run_scan(scan, folder, args.resume)
-        verification = verify(scan, scanned, scan_seconds) if args.verify else None
+        verification = verify(scan, scanned, args.tolerance) if args.verify else None
         if not crew.is_first:  # the rest is short, or cannot be shared
             return cli.EXIT_DONE
 
         results = common_results("pruning", args, crew, inputs.describe_images(), inputs.weights)
         results |= describe_scan(scanned, inputs.model, amounts)
-        if verification is not None:
-            results["verification"] = describe_verification(verification)
         linear_name = LINEAR_NAME if args.scope else PRUNED_NAME
         model_name = SLIM_NAME if args.scope == "channels" else PRUNED_NAME
         results |= steps.prune_linear(
             scan, scanned, args.tolerance, args.seed, folder.file(linear_name)
         )
+        if verification is not None:
+            results["verification"] = describe_verification(
+                verification, scan_seconds, results["linear_search"]
+            )
         if args.scope == "channels":
             slimming = ChannelSearch.prepare(
                 scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration,

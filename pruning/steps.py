@@ -53,7 +53,9 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
         UserError: The reloaded model is not the one that the search measured.
     """
     model, images, labels = scan.model, scan.images, scan.images.labels.cpu()
+    started = time.perf_counter()
     search = search_linear(model.linear, scanned.features, labels, tolerance, seed)
+    seconds = time.perf_counter() - started
     kept = l1_mask(model.linear.weight.cpu(), search.found)
     reloaded, sizes = saved.save_pruned(model, copy_without(model, {"linear": kept}), path)
     logits = scanned.features @ reloaded.linear.weight.detach().T + reloaded.linear.bias.detach()
@@ -64,7 +66,7 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
     models = {"dense": model, sparse: saved.zero_everywhere(model)}
     timings = saved.time_zeros(models, images.images)
     return {
-        "linear_search": results.describe_linear(search, confirmed),
+        "linear_search": results.describe_linear(search, seconds, confirmed),
         "savings": results.describe_savings(sizes, model, timings),
     }
 

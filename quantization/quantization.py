@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.files import artifact, onnx_export, sparsity
     from quantization.int8 import engines
     from quantization.report import plots, ranges, results, tables
+    from training.loop.distillation import Training
 
     require_one_process()
     device.set_threads(args.threads)
@@ -155,9 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.max_drop is not None:
             held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
         if args.bits_per_weight is not None:
-            coding_bench = steps.prepare_coding(
-                inputs, args.coding_images, args.coding_epochs, args.batch_size, place
-            )
+            coding_images = inputs.load_training(args.coding_images)
+            training = Training.read(inputs, args.coding_epochs, None, place)
         fp32 = steps.predict_fp32(model, bench, place)
         if args.max_drop is not None:
             trial = Trial(model, replace(bench, images=held_out))
@@ -190,7 +190,9 @@ def main(argv: list[str] | None = None) -> int:
             found["sparsity"] = sparsity.pack(model, first, fp32_bytes, packed)
             saved[packed] = first.deployed
         if args.bits_per_weight is not None:
-            coding = coding_bench(fp32=fp32, settings=first.settings, fp32_bytes=fp32_bytes)
+            coding = study.CodingBench(
+                inputs, coding_images, training, fp32, first.settings, args.batch_size, fp32_bytes
+            )
             found["coding"] = study.study_coding(
                 coding, args.bits_per_weight, args.coding_curve, folder.file(study.CODED_NAME)
             )

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,18 +13,15 @@ import torch
 from common.command import cli
 from common.images.cifar10 import CLASSES
 from common.images.data import Cifar10, normalize
-from common.inputs import Inputs
 from common.measure import evaluate
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.resnet import ResNet18
 from quantization.accuracy.budget import Plan
 from quantization.bench import Bench
-from quantization.coding import study
 from quantization.files import artifact, onnx_export
 from quantization.int8 import conversion, deploy
 from quantization.int8.deploy import Quantized
 from quantization.settings import Settings
-from training.loop.distillation import Training
 
 FP32, FP32_NCHW, ONNX = "fp32", "fp32-nchw", "int8-onnx"
 SANITY_IMAGES = 100
@@ -121,21 +117,6 @@ def save_models(
             paths[engine].append(path.with_suffix(artifact.FROZEN_SUFFIX))
             artifact.save_frozen(candidate.model, engine, paths[engine][1])
     return paths
-
-
-def prepare_coding(
-    inputs: Inputs, images: int, epochs: int, batch_size: int, device: torch.device
-) -> Callable[..., study.Bench]:
-    """Read the training images that coding takes, before the long work.
-
-    Returns:
-        What makes the bench once ``fp32``, ``settings`` and ``fp32_bytes`` are known.
-    """
-    training = Training.read(inputs, epochs, None, device)
-    return partial(
-        study.Bench, inputs.model, inputs.load_training(images), inputs.calibration, inputs.test,
-        batch_size=batch_size, seed=inputs.seed, training=training,
-    )  # fmt: skip
 
 
 def export_onnx(quantized: Quantized, path: Path, bench: Bench) -> OnnxModel:

@@ -55,7 +55,8 @@ def check_full_size(results: dict) -> None:
 def without_times(results: object) -> object:
     """Drop what differs between two runs of one thing: times, memory, how and where they ran."""
     varying = {
-        "latency", "speedup", "speedup_over_nchw", "wall_seconds", "peak_memory_bytes",
+        "latency", "speedup", "speedup_over_nchw", "wall_seconds", "peak_memory_bytes", "seconds",
+        "brute_force_seconds",
         "output_dir", "resume", "json", "quiet", "overwrite",
     }  # fmt: skip
     if isinstance(results, dict):

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from benchmarks.calibration_study import best_row, format_study, make_row, read_calibration
-from common.command.cli import UserError
-from common.images.data import load_images
-from common.images.sources import Source, Split
+from benchmarks.calibration_study import best_row, format_study, make_row
 
 
 @pytest.fixture
@@ -37,21 +33,3 @@ def test_table_names_the_choice(rows):
     text = format_study(rows, fp32_accuracy=0.93)
     assert text.splitlines()[-1] == "most like FP32 at its worst: percentile on 32 images"
     assert max(map(len, text.splitlines())) <= 80
-
-
-def test_the_training_split_is_opened_once(random_images):
-    images, opened = random_images(600), []
-    split = Split(images.labels.numpy(), lambda rows: images.images[rows].numpy())
-    source = Source("random", "random images", lambda name: opened.append(name) or split)
-    train = read_calibration(source)
-    assert opened == ["train"]
-    assert [len(subset) for subset in train.values()] == [512] * 3
-    smaller = load_images(source, "train", 32, seed=1)
-    assert torch.equal(train[1].images[:32], smaller.images)
-
-
-def test_fewer_images_than_the_largest_set_are_refused(random_images):
-    images = random_images(40)
-    split = Split(images.labels.numpy(), lambda rows: images.images[rows].numpy())
-    with pytest.raises(UserError, match="512 training images asked for, only 40 in random images"):
-        read_calibration(Source("random", "random images", lambda name: split))

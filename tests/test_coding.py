@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.images.data import normalize
+from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.coded import CodedNetwork
 from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm, prunable_layers
@@ -153,9 +154,8 @@ def test_the_study_measures_what_is_read_back(
     monkeypatch.setattr(study, "CURVE_PRICES", (0.03, 3.0))
     images, test = random_images(32), random_images(40, seed=1)
     fp32 = predict(tiny_model, test)
-    bench = study.Bench(
-        tiny_model, images, images, test, fp32, Settings("fbgemm", observer="minmax"), 16, 10**6, 0
-    )
+    inputs, settings = Inputs({}, tiny_model, None, 0, test, images), Settings(observer="minmax")
+    bench = study.CodingBench(inputs, images, None, fp32, settings, 16, 10**6)
     path = tmp_path / study.CODED_NAME
     coding = study.study_coding(bench, 4.0, True, path)
     assert coding["file_bytes"] == path.stat().st_size

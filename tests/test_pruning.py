@@ -41,7 +41,9 @@ def test_run_keeps_the_contract_and_tells_its_story(finished):
     assert results["structure"]["parameters"] == 11_173_962
     parts = ("conv_weights", "linear_weights", "biases", "batch_norm_parameters")
     assert sum(results["structure"][part] for part in parts) == 11_173_962
-    assert results["verification"]["different"] == 0
+    verification, linear = results["verification"], results["linear_search"]
+    assert verification["different"] == 0
+    assert verification["pruned_weights"] / 5120 == linear["max_amount"]
     assert f"{100 * results['linear_search']['max_amount']:.2f} %" in process.stdout
     *lines, written_to = process.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -324,6 +326,9 @@ def test_every_number_of_the_search_is_that_of_results_json(finished):
         "  speed": [90, sparse["median_ms"], dense["batch_size"], dense["median_ms"]],
         "verified:": [results["verification"]["different"],
                       results["verification"]["predictions"]],
+        " {10}whose search": [results["verification"]["pruned_weights"],
+                              round(5120 * linear["max_amount"])],
+        " {10}and which takes": [results["verification"]["speedup"]],
         "took": [results["wall_seconds"], results["peak_memory_bytes"] / 1e6],
     }  # fmt: skip
     for start, values in expected.items():

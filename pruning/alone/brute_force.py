@@ -1,13 +1,13 @@
-"""The usual way to scan: for each layer a deep copy, torch's own pruning, every image through all.
+"""The usual way: a deep copy, torch's own pruning, and every image through the whole network.
 
-Kept as the reference that the fast scan is checked against and timed against.
+All that for each layer, and for each step of the linear layer's search. Kept as the reference that
+the fast scan and search are checked against and timed against.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 from common.command import cli
 from common.images.data import Cifar10, batches
 from common.network.resnet import ResNet18, prunable_layers
+from pruning.alone.linear import binary_search, required_correct
 from pruning.alone.scan import Scan, ScanResult
 
 BATCH_SIZE = 128
@@ -25,20 +26,18 @@ MAX_FLIPS = 1e-3
 
 
 @torch.inference_mode()
-def classify_all(
-    model: nn.Module, dataset: Cifar10, layout: torch.memory_format = torch.contiguous_format
-) -> torch.Tensor:
+def classify_all(model: nn.Module, dataset: Cifar10) -> torch.Tensor:
     """Return per-image correctness (bool, shape (N,)), from NCHW batches as the usual script."""
     if not len(dataset):  # the share of one process too many
         return torch.empty(0, dtype=torch.bool)
     correct = [
-        model(images.contiguous(memory_format=layout)).argmax(dim=1) == labels
+        model(images.contiguous()).argmax(dim=1) == labels
         for images, labels in batches(dataset, BATCH_SIZE)
     ]
     return torch.cat(correct).cpu()
 
 
-def pruned_copy(model: ResNet18, layer: str, amount: float) -> ResNet18:
+def pruned_copy(model: ResNet18, layer: str, amount: float | int) -> ResNet18:
     """Return a deep copy with one layer pruned by ``torch.nn.utils.prune.l1_unstructured``."""
     pruned = copy.deepcopy(model)
     module = prunable_layers(pruned)[layer]
@@ -47,56 +46,49 @@ def pruned_copy(model: ResNet18, layer: str, amount: float) -> ResNet18:
     return pruned
 
 
-def scan_brute_force(
-    model: ResNet18,
-    dataset: Cifar10,
-    layers: Sequence[str],
-    amount: float,
-    layout: torch.memory_format = torch.contiguous_format,
-) -> dict[str, torch.Tensor]:
-    """Return per-image correctness of the model with each of ``layers`` pruned alone."""
-    return {
-        layer: classify_all(pruned_copy(model, layer, amount), dataset, layout)
-        for layer in cli.progress(layers, "brute force", unit="layer")
-    }
-
-
-# --- against the scan ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Verification:
-    """What brute force found otherwise than the scan.
+    """What the usual way found.
 
     Attributes:
-        different: For each amount and layer the number of predictions that differ.
+        different: For each amount and layer, how many predictions are not the scan's.
         predictions: In all.
-        scan_seconds: None where part of the scan was done by an earlier run.
-        brute_force_seconds: What this took.
+        pruned_weights: Of the linear layer, where its binary search ended.
+        seconds: What all this took.
     """
 
     different: dict[tuple[float, str], int]
     predictions: int
-    scan_seconds: float | None
-    brute_force_seconds: float
+    pruned_weights: int
+    seconds: float
 
 
-def verify(scan: Scan, scanned: ScanResult, scan_seconds: float | None) -> Verification:
-    """Scan by brute force, each worker a share of the images, and compare image by image.
+def verify(scan: Scan, scanned: ScanResult, tolerance: float) -> Verification:
+    """Scan and search the usual way, each worker a share of the images; compare image by image.
 
     Raises:
         UserError: More than 1 prediction in 1,000 differs.
     """
     started = time.perf_counter()
-    test, workers = scan.images, scan.workers
-    different, share = {}, workers.share_of(0, len(test), BATCH_SIZE)
-    for amount in scan.amounts:
-        found = scan_brute_force(scan.model, test.rows(share), scan.layers, amount)
-        for layer, correct in found.items():
-            unlike = int((scanned.correct[amount, layer][share] != correct).sum())
-            different[amount, layer] = sum(workers.gather(unlike))
+    model, workers, total = scan.model, scan.workers, len(scan.images)
+    share = workers.share_of(0, total, BATCH_SIZE)
+    images = scan.images.rows(share)
+    different = {}
+    for amount, layer in cli.progress(scanned.correct, "brute force", unit="layer"):
+        correct = classify_all(pruned_copy(model, layer, amount), images)
+        unlike = int((scanned.correct[amount, layer][share] != correct).sum())
+        different[amount, layer] = sum(workers.gather(unlike))
+
+    def correct_at(count: int) -> int:
+        correct = classify_all(pruned_copy(model, "linear", count), images)
+        return sum(workers.gather(int(correct.sum())))
+
+    required = required_correct(correct_at(0), total, tolerance)
+    found, _ = binary_search(correct_at, model.linear.weight.numel(), required)
     seconds = time.perf_counter() - started
-    total, flips = len(different) * len(test), sum(different.values())
-    if flips > MAX_FLIPS * total:
-        raise cli.UserError(f"the scan and brute force differ on {flips} of {total:,} predictions")
-    return Verification(different, total, scan_seconds, seconds)
+    predictions, flips = len(different) * total, sum(different.values())
+    if flips > MAX_FLIPS * predictions:
+        raise cli.UserError(
+            f"the scan and brute force differ on {flips} of {predictions:,} predictions"
+        )
+    return Verification(different, predictions, found, seconds)

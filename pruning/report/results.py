@@ -89,22 +89,35 @@ def rank(scanned: ScanResult, amount: float) -> list[dict]:
     return entries
 
 
-def describe_verification(found: Verification) -> dict:
-    """Return what brute force found otherwise, and how long it takes."""
-    speedup = found.brute_force_seconds / found.scan_seconds if found.scan_seconds else None
+def describe_verification(found: Verification, scan_seconds: float | None, linear: dict) -> dict:
+    """Return what the usual way found otherwise, and how long it takes.
+
+    Args:
+        found: By the usual way.
+        scan_seconds: Of the scan; None where an earlier run did part of it.
+        linear: ``linear_search``.
+    """
     by_layer = [
         {"amount": amount, "layer": layer, "different": count}
         for (amount, layer), count in found.different.items()
     ]
-    total = sum(found.different.values())
-    return asdict(found) | {"different": total, "by_layer": by_layer, "speedup": speedup}
+    seconds = None if scan_seconds is None else scan_seconds + linear["seconds"]
+    return {
+        "different": sum(found.different.values()),
+        "predictions": found.predictions,
+        "by_layer": by_layer,
+        "pruned_weights": found.pruned_weights,
+        "brute_force_seconds": found.seconds,
+        "seconds": seconds,
+        "speedup": seconds and found.seconds / seconds,
+    }
 
 
 # --- the linear layer ----------------------------------------------------------------------------
 
 
-def describe_linear(search: LinearSearch, confirmed: Confirmation) -> dict:
-    """Return the search over the linear layer."""
+def describe_linear(search: LinearSearch, seconds: float, confirmed: Confirmation) -> dict:
+    """Return the search over the linear layer, which took so many seconds."""
     total, images = search.weights, search.images
     result = {
         "tolerance": search.tolerance,
@@ -125,6 +138,7 @@ def describe_linear(search: LinearSearch, confirmed: Confirmation) -> dict:
         "exhaustive_max_amount": search.largest / total,
         "monotone": search.is_monotone,
         "explanation": search.explain(),
+        "seconds": seconds,
         "confirmed": confirmed.as_dict(),
     }
     if search.splits is not None:

@@ -98,7 +98,7 @@ def format_results(results: dict, output_dir: Path) -> str:
     if "slim" in results:
         lines += ["", format_slim(results["slim"])]
     if "verification" in results:
-        lines += ["", _verification_line(results["verification"])]
+        lines += ["", *_verification_lines(results)]
     lines += ["", format_cost(results), f"written to {output_dir}"]
     return "\n".join(lines) + "\n"
 
@@ -148,14 +148,17 @@ def _saving_lines(results: dict) -> list[str]:
     ]
 
 
-def _verification_line(verification: dict) -> str:
-    line = (
+def _verification_lines(results: dict) -> list[str]:
+    verification, linear = results["verification"], results["linear_search"]
+    found = round(linear["max_amount"] * (len(linear["curve"]) - 1))
+    lines = [
         f"verified: {verification['different']} of {verification['predictions']:,} predictions "
-        "differ from brute force"
-    )
+        "differ from brute force,",
+        f"          whose search prunes {verification['pruned_weights']:,} weights, ours {found:,}",
+    ]
     if verification["speedup"] is not None:
-        line += f",\n          which takes {verification['speedup']:.1f} times as long"
-    return line
+        lines.append(f"          and which takes {verification['speedup']:.1f} times as long")
+    return lines
 
 
 def write_csv_files(results: dict, file: Callable[[str], Path]) -> list[str]:

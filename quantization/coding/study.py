@@ -15,9 +15,10 @@ import torch
 from common.command.cli import log
 from common.files import entropy
 from common.images.data import Cifar10
+from common.inputs import Inputs
 from common.measure.evaluate import Paired, predict
 from common.network.coded import CodedNetwork, save_coded
-from common.network.resnet import ResNet18, fold_batch_norm
+from common.network.resnet import fold_batch_norm
 from common.report.results import format_change, format_table, megabytes, percent
 from quantization.coding.encoder import encode
 from quantization.coding.kernels import assemble
@@ -34,41 +35,35 @@ CURVE_PRICES = (0.005, 0.01, 0.015, 0.025, 0.04, 0.07)
 
 
 @dataclass(frozen=True)
-class Bench:
+class CodingBench:
     """What networks are coded and measured with.
 
     Attributes:
-        model: FP32, in eval mode.
+        inputs: The network; images that set the ranges of its activations, and to measure on.
         images: Training images to code on; their labels are not used.
-        calibration: Training images that set the ranges of the activations.
-        test: Images to measure on.
-        fp32: FP32's predictions on these (int64, shape (N,)).
+        training: Between two codings; None for one coding without training.
+        fp32: FP32's predictions on the images to measure on (int64, shape (N,)).
         settings: Of the INT8 model.
         batch_size: In images.
         fp32_bytes: Of the FP32 checkpoint.
-        seed: Of every random choice.
-        training: Between two codings; None for one coding without training.
     """
 
-    model: ResNet18
+    inputs: Inputs
     images: Cifar10
-    calibration: Cifar10
-    test: Cifar10
+    training: Training | None
     fp32: torch.Tensor
     settings: Settings
     batch_size: int
     fp32_bytes: int
-    seed: int
-    training: Training | None = None
 
     def code(self, price: float) -> CodedNetwork:
         """Code the network at a price of a bit, as :func:`encode` takes it."""
-        folded = fold_batch_norm(self.model)
+        folded, seed = fold_batch_norm(self.inputs.model), self.inputs.seed
         if self.training is None:
-            layers = encode(folded, self.images, price, self.seed)
+            layers = encode(folded, self.images, price, seed)
         else:
-            layers = encode_and_train(folded, self.images, price, self.training, self.seed)
-        return assemble(layers, self.calibration, self.settings, self.batch_size)
+            layers = encode_and_train(folded, self.images, price, self.training, seed)
+        return assemble(layers, self.inputs.calibration, self.settings, self.batch_size)
 
     def code_to(self, bits_per_weight: float) -> CodedNetwork:
         """Code the network so that a weight takes about so many bits; at most twice."""
@@ -81,19 +76,18 @@ class Bench:
 
     def measure(self, network: CodedNetwork, path: Path) -> dict:
         """Write a network, read it back, and evaluate that; return results.json's entry."""
-        file_bytes = save_coded(network, path)
-        correct = predict(load_int8(path), self.test, self.batch_size, "evaluate coded")
-        labels = self.test.labels
+        file_bytes, test = save_coded(network, path), self.inputs.test
+        predictions = predict(load_int8(path), test, self.batch_size, "evaluate coded")
         weights = sum(layer.weight.numel() for layer in network.layers.values())
         return {
             "file_bytes": file_bytes,
             "size_ratio": self.fp32_bytes / file_bytes,
             "bits_per_weight": 8 * file_bytes / weights,
-            **Paired.of(self.fp32 == labels, correct == labels).as_dict(),
+            **Paired.of(self.fp32 == test.labels, predictions == test.labels).as_dict(),
         }
 
 
-def study_coding(bench: Bench, bits_per_weight: float, with_curve: bool, path: Path) -> dict:
+def study_coding(bench: CodingBench, bits_per_weight: float, with_curve: bool, path: Path) -> dict:
     """Return results.json's ``coding``: a file of the wanted size, and the curve if asked for."""
     network = bench.code_to(bits_per_weight)
     point = bench.measure(network, path)
@@ -108,7 +102,7 @@ def study_coding(bench: Bench, bits_per_weight: float, with_curve: bool, path: P
     }
 
 
-def _trace_curve(bench: Bench) -> list[dict]:
+def _trace_curve(bench: CodingBench) -> list[dict]:
     """Measure the network at six prices of a bit; no file is kept."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, CODED_NAME)
