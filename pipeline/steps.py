@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from common.files.output import OutputFolder
+from common.files.unfinished import SCRIPT
 from common.images.data import Cifar10, checksum
 from common.inputs import Inputs
 from common.machine.fresh_process import call_fresh
@@ -36,7 +37,7 @@ def identify(
 ) -> dict[str, object]:
     """Return what the networks of a run depend on, named for the user."""
     return inputs.identify() | {
-        "the script": "pipeline",
+        SCRIPT: "pipeline",
         "the seed": inputs.seed,
         "the settings of INT8": repr(sorted(asdict(settings).items())),
         "torch": torch.__version__,

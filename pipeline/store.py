@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.command.cli import UserError
 from common.network.checkpoint import load_model, save_checkpoint
 from common.network.coded import CodedNetwork, load_coded, save_coded
 from common.network.resnet import ResNet18
@@ -20,13 +22,15 @@ class Store:
     def slim(self, key: str, make: Callable[[], ResNet18]) -> tuple[ResNet18, Path]:
         """Return the FP32 network of this name, made only if it is not there, and its file."""
         path = self.folder / f"{key}.pth"
-        if not path.exists():
-            save_checkpoint(make().state_dict(), path)
+        with contextlib.suppress(UserError):  # missing, or damaged
+            return load_model(path), path
+        save_checkpoint(make().state_dict(), path)
         return load_model(path), path
 
     def coded(self, key: str, make: Callable[[], CodedNetwork]) -> tuple[CodedNetwork, Path]:
         """Return the coded network of this name, made only if it is not there, and its file."""
         path = self.folder / f"{key}.safetensors"
-        if not path.exists():
-            save_coded(make(), path)
+        with contextlib.suppress(UserError):
+            return load_coded(path), path
+        save_coded(make(), path)
         return load_coded(path), path

@@ -21,7 +21,7 @@ from tests.printed import read_table, shows
 from training.loop.fit import EpochSummary, fit
 from training.loop.state import TrainingState, make_optimizer
 from training.recipe import Recipe
-from training.record.journal import CHECKPOINT_NAME, KIND, Journal
+from training.record.epochs import CHECKPOINT_NAME, KIND, EpochRecorder
 from training.record.measure import split_held_out
 from training.record.report import format_results
 from training.training import main
@@ -50,8 +50,8 @@ def start(recipe=RECIPE, channels=TINY, seed=0):
     return TrainingState.start(ResNet18(Widths(channels)), recipe, CPU)
 
 
-def make_journal(folder, held_out=None):
-    return Journal(held_out, RECIPE.epochs, folder / CHECKPOINT_NAME)
+def make_recorder(folder, held_out=None):
+    return EpochRecorder(held_out, RECIPE.epochs, folder / CHECKPOINT_NAME)
 
 
 def same(first, second):
@@ -81,19 +81,19 @@ def test_resumed_equals_unbroken_to_the_bit(images, tmp_path):
     class KilledError(Exception):
         pass
 
-    journal = make_journal(tmp_path, held_out)
+    recorder = make_recorder(tmp_path, held_out)
 
     def save_then_die(state, summary):
-        journal(state, summary)
+        recorder(state, summary)
         if summary.epoch == 2:
             raise KilledError
 
     with pytest.raises(KilledError):
         fit(start(), images, RECIPE, 7, ALONE, after_epoch=save_then_die)
     resumed = start(seed=99)  # what it starts from must not matter
-    again = make_journal(tmp_path)
+    again = make_recorder(tmp_path)
     again.resume(resumed)
-    assert (resumed.epochs_done, again.rows) == (2, journal.rows)
+    assert (resumed.epochs_done, again.rows) == (2, recorder.rows)
     fit(resumed, images, RECIPE, 7, ALONE)
     assert same(resumed.model, unbroken.model)
     assert not same(start().model, unbroken.model)
@@ -174,27 +174,27 @@ def test_held_out_images_are_balanced_and_not_trained_on(images):
         split_held_out(images, 600)
 
 
-# --- the journal ---------------------------------------------------------------------------------
+# --- the recorder --------------------------------------------------------------------------------
 
 
 def test_every_epoch_is_measured_and_saved(images, tmp_path):
     train, held_out = split_held_out(images, 100)
-    journal, accuracies = make_journal(tmp_path, held_out), []
+    recorder, accuracies = make_recorder(tmp_path, held_out), []
 
     def watch(state, summary):
-        journal(state, summary)
-        make_journal(tmp_path).resume(start())
+        recorder(state, summary)
+        make_recorder(tmp_path).resume(start())
         correct = predict(state.model.eval(), held_out) == held_out.labels
         accuracies.append(correct.double().mean().item())
 
     fit(start(), train, RECIPE, 0, ALONE, after_epoch=watch)
-    assert [row.epoch for row in journal.rows] == [1, 2, 3]
-    assert [row.held_out_accuracy for row in journal.rows] == accuracies
+    assert [row.epoch for row in recorder.rows] == [1, 2, 3]
+    assert [row.held_out_accuracy for row in recorder.rows] == accuracies
 
 
 def test_where_nothing_was_saved_nothing_is_resumed(tmp_path):
     state = start()
-    make_journal(tmp_path).resume(state)
+    make_recorder(tmp_path).resume(state)
     assert state.epochs_done == 0
     assert same(state.model, start().model)
 
@@ -234,22 +234,22 @@ def put(name, value):
         (put("model.bn9.bias", torch.zeros(4)), "model.bn9.bias is unexpected"),
         (put("model.bn1.bias", "4"), "damaged"),
         (edit(lambda content: content["tensors"].pop("model.bn1.bias")), "bn1.bias is missing"),
-        (edit(lambda content: content["rows"].append(3)), "no checkpoint of a training run"),
+        (edit(lambda content: content["rows"].append(3)), "damaged"),
         (edit(lambda content: content["rows"][0].update(epoch=7)), "epochs are out of order"),
-        (edit(lambda content: content.pop("rows")), "no checkpoint of a training run"),
+        (edit(lambda content: content.pop("rows")), "damaged \\('rows'\\)"),
         (lambda path: torch.save([1], path), "not a file of the kind resnet18-cifar10-training"),
     ],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage, message, images, tmp_path):
-    journal = make_journal(tmp_path, images.rows(slice(10)))
-    journal(start(), EpochSummary(1, 0.1, 2.0, 0.2, 1.0))
-    damage(journal.checkpoint)
-    left, resumed = journal.checkpoint.read_bytes(), start(seed=9)
-    with pytest.raises(UserError, match=message):
-        make_journal(tmp_path).resume(resumed)
+    recorder = make_recorder(tmp_path, images.rows(slice(10)))
+    recorder(start(), EpochSummary(1, 0.1, 2.0, 0.2, 1.0))
+    damage(recorder.checkpoint)
+    left, resumed = recorder.checkpoint.read_bytes(), start(seed=9)
+    with pytest.raises(UserError, match=f"{message}.*; start anew with --overwrite"):
+        make_recorder(tmp_path).resume(resumed)
     assert same(resumed.model, start(seed=9).model)
     assert resumed.epochs_done == 0
-    assert journal.checkpoint.read_bytes() == left
+    assert recorder.checkpoint.read_bytes() == left
 
 
 # --- end to end ----------------------------------------------------------------------------------
@@ -293,18 +293,18 @@ def test_every_number_is_that_of_results_json(finished):
 
 
 def test_an_interrupted_run_resumes_to_the_same_file(finished, tmp_path, monkeypatch, capsys):
-    take_in = Journal.__call__
+    take_in = EpochRecorder.__call__
 
-    def take_in_then_stop(journal, state, summary):
-        take_in(journal, state, summary)
+    def take_in_then_stop(recorder, state, summary):
+        take_in(recorder, state, summary)
         raise KeyboardInterrupt
 
     command = [*QUICK, "--output-dir", str(tmp_path)]
     monkeypatch.setattr(resnet, "ResNet18", tiny_network)
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "__call__", take_in_then_stop)
+        patch.setattr(EpochRecorder, "__call__", take_in_then_stop)
         assert main(command) == 130
-    assert "--resume continues from there" in capsys.readouterr().err
+    assert "kept, for --resume" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
     assert main([*command, "--epochs", "3", "--resume"]) == 1
     assert "a run that differs in epochs" in capsys.readouterr().err

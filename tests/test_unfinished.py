@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
 
 from common.command.cli import UserError
-from common.files.unfinished import Unfinished
+from common.files import unfinished
+from common.files.atomic import STAGING_PREFIX
+from common.files.unfinished import SCRIPT, Unfinished
 
 IDENTITY = {"the seed": 0, "the images": "abc"}
 
@@ -33,8 +36,6 @@ def test_the_same_run_finds_all(left, overwrite):
     again = Unfinished(left, IDENTITY, resume=True, overwrite=overwrite)
     assert dict(again) == {"first": {"correct": "ff"}, "second": [0.5]}
     assert (left / "model.pth").read_text() == "weights"
-    again.discard()
-    assert not left.exists()
 
 
 def test_another_run_or_one_that_did_not_ask_destroys_nothing(left):
@@ -43,6 +44,8 @@ def test_another_run_or_one_that_did_not_ask_destroys_nothing(left):
         Unfinished(left, IDENTITY | {"the seed": 1}, resume=True)
     with pytest.raises(UserError, match="differs in the epochs and the images;"):
         Unfinished(left, {"the seed": 0, "the epochs": 2}, resume=True)
+    with pytest.raises(UserError, match="differs in the script;"):  # which says enough
+        Unfinished(left, {SCRIPT: "another", "the epochs": 2}, resume=True)
     with pytest.raises(UserError, match="continue it with --resume or discard it with --overwrite"):
         Unfinished(left, IDENTITY, resume=False)
     assert contents(left) == before
@@ -61,7 +64,22 @@ def test_where_nothing_was_finished_nothing_is_asked(tmp_path, resume):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", [b"", b"[1, 2]", b"00000000 ", b"\xff\xfe", b"ffffffff {}"])
+def sealed(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x} ".encode() + text
+
+
+DAMAGE = [
+    b"",
+    b"[1, 2]",
+    b"00000000 ",
+    b"\xff\xfe",
+    b"ffffffff {}",
+    sealed(b"{"),
+    sealed(b"[" * 9999),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_piece_is_not_finished(left, damage):
     (left / "first.json").write_bytes(damage)
     again = Unfinished(left, IDENTITY, resume=True)
@@ -70,10 +88,33 @@ def test_a_damaged_piece_is_not_finished(left, damage):
     assert Unfinished(left, IDENTITY, resume=True)["first"] == {"correct": "ff"}
 
 
-def test_a_damaged_identity_is_told(left):
-    (left / "identity.json").write_bytes(b"{}")
+@pytest.mark.parametrize("damage", [b"00000000 {}", sealed(b"{"), sealed(b"[3]")])
+def test_a_damaged_identity_is_told_and_can_be_discarded(left, damage):
+    (left / "identity.json").write_bytes(damage)
     with pytest.raises(UserError, match="damaged; start anew with --overwrite"):
         Unfinished(left, IDENTITY, resume=True)
+    Unfinished(left, IDENTITY, resume=False, overwrite=True)
+
+
+def test_a_kill_while_it_is_discarded_blocks_nothing(left, monkeypatch):
+    """The folder goes in one step, so that none is left that nobody could tell from another's."""
+    monkeypatch.setattr(unfinished.shutil, "rmtree", lambda *_, **__: None)
+    Unfinished(left, {"another": 1}, resume=False, overwrite=True)
+    assert [path.name for path in left.iterdir()] == ["identity.json"]
+    (trash,) = left.parent.glob(f"{STAGING_PREFIX}*")  # which the next run sweeps
+    assert (trash / "unfinished" / "first.json").exists()
+
+
+def test_where_it_cannot_begin_nothing_is_left(tmp_path, full_disk):
+    with full_disk(), pytest.raises(OSError, match="too large"):
+        Unfinished(tmp_path / "unfinished", {"long": "x" * 10_000}, resume=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_write_left_is_swept(left):
+    (left / ".model.pth-abc").write_text("half")
+    Unfinished(left, IDENTITY, resume=True)
+    assert not (left / ".model.pth-abc").exists()
 
 
 def test_a_piece_that_was_cut_off_leaves_the_one_before(left, full_disk):
@@ -83,13 +124,17 @@ def test_a_piece_that_was_cut_off_leaves_the_one_before(left, full_disk):
     assert Unfinished(left, IDENTITY, resume=True)["first"] == {"correct": "ff"}
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "identity.key", ".env", "identity.json", None])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_of_that_name_that_no_run_left_stays(tmp_path, overwrite):
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "thesis.tex").write_text("mine")
+def test_what_no_run_left_stays(tmp_path, name, overwrite):
+    folder = tmp_path / "unfinished"
+    if name is not None:
+        folder.mkdir()
+    mine = folder if name is None else folder / name
+    mine.write_text('{"mine": 1}')
     with pytest.raises(UserError, match="unfinished: in the way: no run left it"):
-        Unfinished(tmp_path / "unfinished", IDENTITY, resume=False, overwrite=overwrite)
-    assert (tmp_path / "unfinished" / "thesis.tex").read_text() == "mine"
+        Unfinished(folder, IDENTITY, resume=False, overwrite=overwrite)
+    assert mine.read_text() == '{"mine": 1}'
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux which files are open")

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.run import finish_run, print_results, start_run
     from training.loop.fit import choose_precision, fit
     from training.loop.state import TrainingState
-    from training.record import journal, measure, report
+    from training.record import epochs, measure, report
 
     device.set_threads(args.threads)
     place = device.choose_device(args.device)
@@ -108,15 +108,16 @@ def main(argv: list[str] | None = None) -> int:
 
         torch.manual_seed(args.seed)
         state = TrainingState.start(ResNet18(), recipe, crew.device)
-        identity = journal.identify(recipe, args.seed, crew.count, train)
+        identity = epochs.identify(recipe, args.seed, crew.count, train)
         crew.require_same(identity)
         kept = folder.keep_unfinished(identity, args.resume).folder if crew.is_first else None
-        notes = journal.Journal(
-            held_out, recipe.epochs, crew.broadcast(kept) / journal.CHECKPOINT_NAME
+        recorder = epochs.EpochRecorder(
+            held_out, recipe.epochs, crew.broadcast(kept) / epochs.CHECKPOINT_NAME
         )
-        notes.resume(state)
-        crew.require_same({"the epochs that are done": state.epochs_done})
-        fit(state, train, recipe, args.seed, crew, after_epoch=notes if crew.is_first else None)
+        if args.resume:
+            recorder.resume(state)
+        crew.require_same({"what they resume from": data.checksum(state.tensors().values())})
+        fit(state, train, recipe, args.seed, crew, after_epoch=recorder if crew.is_first else None)
         if not crew.is_first:
             return cli.EXIT_DONE
 
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         results["recipe"] = dataclasses.asdict(recipe)
         results["parameters"] = count_parameters(state.model)
         results |= measure.describe_accuracy(state.model.eval(), held_out, test.to(crew.device))
-        results["artifacts"] = report.save_epochs(notes.rows, folder)
+        results["artifacts"] = report.save_epochs(recorder.rows, folder)
         finish_run(results, folder, started)
     print_results(results, report.format_results(results, args.output_dir), args.json)
     return cli.EXIT_DONE

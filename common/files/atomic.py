@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+STAGING_PREFIX = ".partial-"  # begins the names of folders that a killed run leaves, to be swept
+
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file, on the disk before it takes its place.

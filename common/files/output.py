@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.command import interruptions
 from common.command.cli import UserError, log
-from common.files.atomic import set_usual_permissions
+from common.files.atomic import STAGING_PREFIX, set_usual_permissions
 from common.files.unfinished import Unfinished
 
 try:
@@ -27,7 +27,6 @@ try:
 except ImportError:  # Windows: two runs in one folder are not kept apart there
     fcntl = None
 
-STAGING_PREFIX = ".partial-"
 EARLIER_NAME = "earlier"
 UNFINISHED_NAME = "unfinished"
 RESULTS_NAME = "results.json"
@@ -130,12 +129,12 @@ class OutputFolder:
             set_usual_permissions(self.file(name))
         with interruptions.deferred(), contextlib.ExitStack() as undo:
             self._clear_away(names, undo)
+            if self._unfinished is not None and self._unfinished.folder.exists():
+                _move(self._unfinished.folder, self._new_trash() / UNFINISHED_NAME, undo)
             for name in names:
                 _move(self.file(name), self.path / name, undo)
             undo.pop_all()
-            if self._unfinished is not None:
-                self._unfinished.discard()
-                self._unfinished = None
+            self._unfinished = None
 
     def _clear_away(self, names: list[str], undo: contextlib.ExitStack) -> None:
         """Move an earlier run's files, and what bears one of ``names``, out of the way."""
@@ -146,7 +145,7 @@ class OutputFolder:
         replaced = [path for path in in_the_way if self._overwrite and not path.is_dir()]
         kept = [path for path in in_the_way if path not in replaced]
         if replaced:
-            trash = Path(tempfile.mkdtemp(dir=self._staging.name))
+            trash = self._new_trash()
             for path in replaced:
                 _move(path, trash / path.name, undo)
         if kept:
@@ -154,6 +153,10 @@ class OutputFolder:
             for path in kept:
                 _move(path, archive / path.name, undo)
             log.info("earlier results moved to %s", archive)
+
+    def _new_trash(self) -> Path:
+        """Make a folder that goes when the run ends."""
+        return Path(tempfile.mkdtemp(dir=self._staging.name))
 
     def _new_archive(self, written: float, undo: contextlib.ExitStack) -> Path:
         """Make a folder in ``earlier/``, named by when results were ``written`` (seconds)."""

@@ -7,23 +7,25 @@ whole or not there at all, and one that says what makes the pieces those of this
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
 import zlib
 from collections import UserDict
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.command.cli import UserError, log
-from common.files.atomic import replace_file
+from common.files.atomic import STAGING_PREFIX, replace_file
 
-IDENTITY = "identity"
-SUFFIX = ".json"
+IDENTITY_NAME = "identity.json"
+SCRIPT = "the script"  # in an identity, which script it is of
 
 
 class Unfinished(UserDict[str, object]):
     """Finished pieces of work: JSON values by key, and beside them files of other kinds.
 
-    A value that is set is on the disk at once. One that was damaged there counts as not finished.
+    A value that is set is on the disk at once; one that was damaged there counts as not finished.
 
     Args:
         folder: Created when missing.
@@ -32,7 +34,8 @@ class Unfinished(UserDict[str, object]):
         overwrite: Discard it otherwise.
 
     Raises:
-        UserError: The folder holds pieces that neither flag asks for, or of another identity.
+        UserError: The folder holds pieces that neither flag asks for, or of another identity, or
+            no run made it.
     """
 
     def __init__(
@@ -40,12 +43,14 @@ class Unfinished(UserDict[str, object]):
     ):
         super().__init__()
         self.folder = folder
-        if self._has_pieces() and not self._file_of(IDENTITY).exists():
-            raise UserError(f"{folder}: in the way: no run left it")
+        self._require_ours()
         if self._has_pieces() and resume:
             self._require(identity)
-            values = {path.stem: _read(path) for path in folder.glob(f"[!.]*{SUFFIX}")}
-            self.data = {k: v for k, v in values.items() if v is not None and k != IDENTITY}
+            for leftover in folder.glob(".*"):  # of a run that was killed as it wrote
+                leftover.unlink()
+            values = {path.stem: _read(path) for path in folder.glob("*.json")}
+            self.data = {k: v for k, v in values.items() if v is not None}
+            del self.data[Path(IDENTITY_NAME).stem]
             log.info("resuming: what is finished is not done again")
         elif self._has_pieces() and not overwrite:
             raise UserError(
@@ -54,54 +59,75 @@ class Unfinished(UserDict[str, object]):
             )
         else:
             if resume:
-                log.info("nothing finished to resume: the run starts afresh")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            self._write(IDENTITY, identity)
+                log.warning("nothing finished to resume: the run starts afresh")
+            self._start(identity)
 
     def __setitem__(self, key: str, value: object) -> None:
         """Keep a finished piece; it is on the disk when this returns."""
-        self._write(key, value)
+        _write(self.folder / f"{key}.json", value)
         super().__setitem__(key, value)
 
     def leave(self) -> None:
         """End a run that failed: what it has finished stays."""
         if self._has_pieces():
-            log.info("what is finished is kept: --resume continues from there")
+            log.warning("what is finished is kept, for --resume")
         else:
-            self.discard()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def discard(self) -> None:
-        """End a run that is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _require_ours(self) -> None:
+        """Check that a run made the folder, or nobody: what is another's is not touched."""
+        if self.folder.is_dir() and not self.folder.is_symlink():
+            identity = self.folder / IDENTITY_NAME
+            names = [path.name for path in self.folder.iterdir()]
+            if all(name.startswith(f".{IDENTITY_NAME}") for name in names):
+                return  # a run was killed as it began
+            if identity.is_file() and re.match(rb"[0-9a-f]{8} ", identity.read_bytes()):
+                return
+        elif not self.folder.exists() and not self.folder.is_symlink():
+            return
+        raise UserError(f"{self.folder}: in the way: no run left it; move or delete it")
 
     def _has_pieces(self) -> bool:
-        return any(path.stem != IDENTITY for path in self.folder.glob("[!.]*"))
+        return any(path.name != IDENTITY_NAME for path in self.folder.glob("[!.]*"))
 
     def _require(self, identity: Mapping[str, object]) -> None:
-        before = _read(self._file_of(IDENTITY))
+        before = _read(self.folder / IDENTITY_NAME)
         if not isinstance(before, dict):
             raise UserError(f"{self.folder}: damaged; start anew with --overwrite")
         names = [n for n in {**identity, **before} if before.get(n) != identity.get(n)]
         if names:
+            told = SCRIPT if SCRIPT in names else " and ".join(names)
             raise UserError(
-                f"{self.folder}: left by a run that differs in {' and '.join(names)}; resume it as "
-                "it was started, or discard it with --overwrite"
+                f"{self.folder}: left by a run that differs in {told}; resume it as it was "
+                "started, or discard it with --overwrite instead"
             )
 
-    def _write(self, key: str, value: object) -> None:
-        text = json.dumps(value).encode()
-        content = _crc(text) + b" " + text
-        replace_file(self._file_of(key), lambda file: file.write(content))
+    def _start(self, identity: Mapping[str, object]) -> None:
+        """Begin an empty folder; what lies there goes in one step: a kill leaves no half of it."""
+        if self.folder.exists():
+            trash = tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.folder.parent)
+            self.folder.rename(Path(trash, self.folder.name))
+            shutil.rmtree(trash, ignore_errors=True)
+        self.folder.mkdir()
+        try:
+            _write(self.folder / IDENTITY_NAME, identity)
+        except BaseException:
+            self.folder.rmdir()
+            raise
 
-    def _file_of(self, key: str) -> Path:
-        return self.folder / f"{key}{SUFFIX}"
+
+def _write(path: Path, value: object) -> None:
+    text = json.dumps(value).encode()
+    replace_file(path, lambda file: file.write(_crc(text) + b" " + text))
 
 
 def _read(path: Path) -> object:
     """Return the value of a piece; None where it is damaged."""
     crc, _, text = path.read_bytes().partition(b" ")
-    return json.loads(text) if text and crc == _crc(text) else None
+    try:
+        return json.loads(text) if crc == _crc(text) else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _crc(text: bytes) -> bytes:

@@ -79,16 +79,19 @@ def verify(scan: Scan, scanned: ScanResult, tolerance: float) -> Verification:
         unlike = int((scanned.correct[amount, layer][share] != correct).sum())
         different[amount, layer] = sum(workers.gather(unlike))
 
-    def correct_at(count: int) -> int:
-        correct = classify_all(pruned_copy(model, "linear", count), images)
-        return sum(workers.gather(int(correct.sum())))
-
-    required = required_correct(correct_at(0), total, tolerance)
-    found, _ = binary_search(correct_at, model.linear.weight.numel(), required)
-    seconds = time.perf_counter() - started
     predictions, flips = len(different) * total, sum(different.values())
     if flips > MAX_FLIPS * predictions:
         raise cli.UserError(
             f"the scan and brute force differ on {flips} of {predictions:,} predictions"
         )
+    with cli.progress(None, "brute-force search", unit="step") as bar:
+
+        def correct_at(count: int) -> int:
+            correct = classify_all(pruned_copy(model, "linear", count), images)
+            bar.update()
+            return sum(workers.gather(int(correct.sum())))
+
+        required = required_correct(correct_at(0), total, tolerance)
+        found, _ = binary_search(correct_at, model.linear.weight.numel(), required)
+    seconds = time.perf_counter() - started
     return Verification(different, predictions, found, seconds)

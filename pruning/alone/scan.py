@@ -12,6 +12,7 @@ import torch
 
 from common.command import cli
 from common.files.output import OutputFolder
+from common.files.unfinished import SCRIPT
 from common.images.data import Cifar10, checksum
 from common.machine.workers import ALONE, Workers
 from common.network.cascade import Cascade, Recomputation
@@ -47,7 +48,7 @@ class Scan:
     def identity(self) -> dict:
         """Return what the results depend on, named for the user."""
         return {
-            "the script": "pruning",
+            SCRIPT: "pruning",
             "the checkpoint": checksum(self.model.state_dict().values()),
             "the test images": checksum([self.images.images, self.images.labels]),
             "the layers": list(self.layers),

@@ -10,7 +10,7 @@ from common.files.output import OutputFolder
 from common.network.checkpoint import WEIGHTS_NAME
 from common.report import results as report
 from common.report.results import format_table, percent
-from training.record.journal import EpochRow
+from training.record.epochs import EpochRow
 
 EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
 

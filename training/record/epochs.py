@@ -1,4 +1,4 @@
-"""A training run's epochs, each measured: a row for each, and the last one's checkpoint."""
+"""The epochs of a training run: a row for each, and a checkpoint of the last one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.command import cli
 from common.command.cli import UserError
+from common.files.unfinished import SCRIPT
 from common.files.untrusted import read_sealed, write_sealed
 from common.images.data import Cifar10, checksum
 from common.measure.evaluate import measure_accuracy
@@ -29,9 +30,9 @@ class EpochRow(EpochSummary):
 
 
 def identify(recipe: Recipe, seed: int, processes: int, train: Cifar10) -> dict[str, object]:
-    """Return all that decides the weights; the images stand for themselves by their SHA-256."""
+    """Return what decides the weights; the images stand for themselves by their SHA-256."""
     return {
-        "the script": "training",
+        SCRIPT: "training",
         **asdict(recipe),
         "seed": seed,
         "processes": processes,
@@ -39,8 +40,8 @@ def identify(recipe: Recipe, seed: int, processes: int, train: Cifar10) -> dict[
     }
 
 
-class Journal:
-    """Measures the network after every epoch (``after_epoch`` of :func:`training.loop.fit.fit`).
+class EpochRecorder:
+    """Measures and saves after every epoch (``after_epoch`` of :func:`training.loop.fit.fit`).
 
     Args:
         held_out: To measure on.
@@ -72,17 +73,17 @@ class Journal:
         """
         if not self.checkpoint.exists():
             return
-        saved = read_sealed(self.checkpoint, KIND)
         try:
-            tensors, rows = dict(saved["tensors"]), [_read_row(row) for row in saved["rows"]]
-        except (LookupError, TypeError, ValueError):
-            raise UserError(f"{self.checkpoint}: no checkpoint of a training run") from None
-        try:
+            saved = read_sealed(self.checkpoint, KIND)
+            rows = [_read_row(row) for row in saved["rows"]]
             if [row.epoch for row in rows] != [*range(1, len(rows) + 1)]:
                 raise ValueError("its epochs are out of order")
-            state.load(tensors, len(rows))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{self.checkpoint}: damaged ({error})") from None
+            state.load(saved["tensors"], len(rows))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = (
+                error if isinstance(error, UserError) else f"{self.checkpoint}: damaged ({error})"
+            )
+            raise UserError(f"{reason}; start anew with --overwrite") from None
         self.rows = rows
         cli.log.info("resumed after epoch %d of %d", state.epochs_done, self.epochs)
 
