@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import fraction, integer, list_of, number, one_of, positive_int
+from common.command.argument_types import fraction, list_of, number, one_of, positive_int
 from quantization.settings import ENGINES, OBSERVERS
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
@@ -28,7 +28,6 @@ NEEDED = {  # flags that do nothing without others
     "--held-out-images": "--max-drop",
     "--coding-curve": "--bits-per-weight",
     "--coding-images": "--bits-per-weight",
-    "--coding-epochs": "--bits-per-weight",
 }
 
 
@@ -104,13 +103,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=2000,
         help="training images to code on, without their labels",
     )
-    coding.add_argument(
-        "--coding-epochs",
-        type=integer(0, 1000, "a number of epochs from 0 to 1000"),
-        metavar="N",
-        default=0,
-        help="train the coded weights on all training images there are, then code them again",
-    )
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32, 128], seconds=5.0)
     return parser
 
@@ -137,7 +129,6 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.files import artifact, onnx_export, sparsity
     from quantization.int8 import engines
     from quantization.report import plots, ranges, results, tables
-    from training.loop.distillation import Training
 
     require_one_process()
     device.set_threads(args.threads)
@@ -157,7 +148,6 @@ def main(argv: list[str] | None = None) -> int:
             held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
         if args.bits_per_weight is not None:
             coding_images = inputs.load_training(args.coding_images)
-            training = Training.read(inputs, args.coding_epochs, None, place)
         fp32 = steps.predict_fp32(model, bench, place)
         if args.max_drop is not None:
             trial = Trial(model, replace(bench, images=held_out))
@@ -191,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
             saved[packed] = first.deployed
         if args.bits_per_weight is not None:
             coding = study.CodingBench(
-                inputs, coding_images, training, fp32, first.settings, args.batch_size, fp32_bytes
+                inputs, coding_images, fp32, first.settings, args.batch_size, fp32_bytes
             )
             found["coding"] = study.study_coding(
                 coding, args.bits_per_weight, args.coding_curve, folder.file(study.CODED_NAME)

@@ -14,11 +14,10 @@ from common.measure.evaluate import predict
 from common.network.coded import CodedNetwork
 from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm, prunable_layers
 from pruning.channels.slimming import slim_by_norm
-from quantization.coding import encoder, study, training
+from quantization.coding import encoder, study
 from quantization.coding.encoder import Original, encode
 from quantization.coding.levels import choose_levels
 from quantization.settings import Settings
-from training.loop.distillation import Training
 
 
 @pytest.fixture
@@ -155,7 +154,7 @@ def test_the_study_measures_what_is_read_back(
     images, test = random_images(32), random_images(40, seed=1)
     fp32 = predict(tiny_model, test)
     inputs, settings = Inputs({}, tiny_model, None, 0, test, images), Settings(observer="minmax")
-    bench = study.CodingBench(inputs, images, None, fp32, settings, 16, 10**6)
+    bench = study.CodingBench(inputs, images, fp32, settings, 16, 10**6)
     path = tmp_path / study.CODED_NAME
     coding = study.study_coding(bench, 4.0, True, path)
     assert coding["file_bytes"] == path.stat().st_size
@@ -176,20 +175,3 @@ def test_the_study_measures_what_is_read_back(
 def test_the_entropy_is_that_of_the_levels():
     levels = np.array([[[0], [0], [1], [-1]]], np.int8)
     assert study._entropy_bytes(levels) == pytest.approx(1.5 * 4 / 8)
-
-
-def test_training_keeps_the_zeros_and_comes_closer(
-    tiny_model, random_images, few_positions, monkeypatch
-):
-    monkeypatch.setattr(training, "LEARNING_RATE", 0.001)  # of a few steps
-    images, unseen = random_images(32), random_images(64, seed=1)
-    folded, normalized = fold_batch_norm(tiny_model), normalize(unseen.images)
-    with torch.inference_mode():
-        layers, expected = encode(folded, images, price=1.0), tiny_model(normalized)
-    before = fold_batch_norm(tiny_model)
-    training.train(before, layers, Training(images, epochs=0), 0)
-    training.train(folded, layers, Training(images, epochs=40), 0)
-    for name, layer in layers.items():
-        assert not folded.get_submodule(name).weight[layer.weight == 0].any()
-    with torch.inference_mode():
-        assert (folded(normalized) - expected).norm() < (before(normalized) - expected).norm()

@@ -22,10 +22,8 @@ from common.network.resnet import fold_batch_norm
 from common.report.results import format_change, format_table, megabytes, percent
 from quantization.coding.encoder import encode
 from quantization.coding.kernels import assemble
-from quantization.coding.training import encode_and_train
 from quantization.files.artifact import load_int8
 from quantization.settings import Settings
-from training.loop.distillation import Training
 
 CODED_NAME = "resnet18_cifar10_coded.safetensors"
 # Where the search for a price begins: a network of BITS; twice the bits take a quarter of it.
@@ -41,7 +39,6 @@ class CodingBench:
     Attributes:
         inputs: The network; images that set the ranges of its activations, and to measure on.
         images: Training images to code on; their labels are not used.
-        training: Between two codings; None for one coding without training.
         fp32: FP32's predictions on the images to measure on (int64, shape (N,)).
         settings: Of the INT8 model.
         batch_size: In images.
@@ -50,7 +47,6 @@ class CodingBench:
 
     inputs: Inputs
     images: Cifar10
-    training: Training | None
     fp32: torch.Tensor
     settings: Settings
     batch_size: int
@@ -58,11 +54,8 @@ class CodingBench:
 
     def code(self, price: float) -> CodedNetwork:
         """Code the network at a price of a bit, as :func:`encode` takes it."""
-        folded, seed = fold_batch_norm(self.inputs.model), self.inputs.seed
-        if self.training is None:
-            layers = encode(folded, self.images, price, seed)
-        else:
-            layers = encode_and_train(folded, self.images, price, self.training, seed)
+        folded = fold_batch_norm(self.inputs.model)
+        layers = encode(folded, self.images, price, self.inputs.seed)
         return assemble(layers, self.inputs.calibration, self.settings, self.batch_size)
 
     def code_to(self, bits_per_weight: float) -> CodedNetwork:
@@ -94,7 +87,6 @@ def study_coding(bench: CodingBench, bits_per_weight: float, with_curve: bool, p
     log.info("%s: %.1f times smaller than FP32", path.name, point["size_ratio"])
     return {
         "images": len(bench.images),
-        "epochs": bench.training.epochs if bench.training else 0,
         "file": path.name,
         **point,
         "levels_bytes": compare_coders(network),
