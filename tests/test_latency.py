@@ -13,7 +13,6 @@ from common.measure import latency
 from common.measure.latency import (
     MAX_ROUNDS,
     MIN_ROUNDS,
-    WARM_UP_CALLS,
     Contender,
     Timing,
     time_interleaved,
@@ -43,7 +42,7 @@ class Clock:
 
         def run(batch: torch.Tensor) -> None:
             nonlocal count
-            index, timed = divmod(count - WARM_UP_CALLS, 2)
+            index, timed = divmod(count - 1, 2)  # the first is warm-up
             self.now_ns += int(1e6 * (durations_ms[index % len(durations_ms)] + (not timed)))
             self.calls.append((name, batch))
             count += 1
@@ -51,7 +50,7 @@ class Clock:
         return Contender(name, run, **options)
 
     def timed_order(self, contenders: int) -> list[str]:
-        names = [name for name, _ in self.calls[contenders * WARM_UP_CALLS :]]
+        names = [name for name, _ in self.calls[contenders:]]
         assert names[::2] == names[1::2]
         return names[::2]
 
@@ -66,7 +65,7 @@ IMAGES = torch.arange(4 * 3 * 4, dtype=torch.float32).view(4, 3, 2, 2)
 
 def test_contenders_take_turns_in_another_order_each_round(clock):
     contenders = [clock.contender(name, 9.5) for name in "abc"]
-    time_interleaved(contenders, IMAGES, batch_sizes=[1], seconds_per_batch_size=3.62)
+    time_interleaved(contenders, IMAGES, batch_sizes=[1], seconds_per_batch_size=3.6)
     order = "".join(clock.timed_order(3))
     rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
@@ -78,7 +77,7 @@ def test_contenders_take_turns_in_another_order_each_round(clock):
 
     first, clock.calls = clock.timed_order(3), []
     time_interleaved(
-        [clock.contender(name, 9.5) for name in "abc"], IMAGES, [1], seconds_per_batch_size=3.62
+        [clock.contender(name, 9.5) for name in "abc"], IMAGES, [1], seconds_per_batch_size=3.6
     )
     assert clock.timed_order(3) == first
 
@@ -100,11 +99,12 @@ def test_the_call_that_is_timed_never_is_the_first(clock, monkeypatch, duration_
     assert timing.median_ms < duration_ms + 2
 
 
-def test_every_call_before_timing_is_warm_up(clock):
-    time_interleaved([clock.contender(name, 10) for name in "ab"], IMAGES, [1], 0)
-    warm_up = [name for name, _ in clock.calls[: 2 * WARM_UP_CALLS]]
-    assert warm_up == ["a"] * WARM_UP_CALLS + ["b"] * WARM_UP_CALLS
-    assert len(clock.timed_order(2)) == 2 * MIN_ROUNDS
+def test_each_is_called_once_before_all(clock):
+    contenders = [clock.contender(name, 10) for name in "ab"]
+    time_interleaved(contenders, IMAGES, [1, 3], 0)
+    assert [(name, len(batch)) for name, batch in clock.calls[:2]] == [("a", 1), ("b", 1)]
+    sizes = [len(batch) for _, batch in clock.calls[2:]]
+    assert sizes == [1] * 4 * MIN_ROUNDS + [3] * 4 * MIN_ROUNDS
 
 
 def test_a_short_call_is_timed_after_a_pause_and_enough_untimed_ones(clock, monkeypatch):
@@ -118,8 +118,8 @@ def test_a_short_call_is_timed_after_a_pause_and_enough_untimed_ones(clock, monk
 
     (timing,) = time_interleaved([Contender("short", run)], IMAGES, [1], 0)["short"]
     assert timing.median_ms == 9
-    assert len(calls) == WARM_UP_CALLS + 4 * MIN_ROUNDS  # three of them fill 20 ms
-    pauses = [(b - a) / 1e6 - 9 for a, b in pairwise(calls[WARM_UP_CALLS:])]
+    assert len(calls) == 1 + 4 * MIN_ROUNDS  # three of them fill 20 ms
+    pauses = [(b - a) / 1e6 - 9 for a, b in pairwise(calls[1:])]
     assert pauses[3::4] == [5.0] * (MIN_ROUNDS - 1)
     assert sum(pauses) == 5.0 * (MIN_ROUNDS - 1)
 
@@ -128,8 +128,8 @@ def test_median_and_interquartile_range(clock):
     # Seven rounds: median 4, quartiles 2.5 and 5.5 (linear between neighbours).
     slow = clock.contender("slow", 7, 1, 6, 2, 5, 3, 4)
     steady = clock.contender("steady", 2)
-    # The first round takes 7 + 8 ms and 2 + 3 ms, and says how many there are.
-    timings = time_interleaved([slow, steady], IMAGES, [2], seconds_per_batch_size=7 * 0.0201)
+    # They take 2 × 28 + 7 ms and 7 × 5 ms.
+    timings = time_interleaved([slow, steady], IMAGES, [2], seconds_per_batch_size=0.098)
     assert timings["slow"] == [Timing(2, 4.0, 3.0, 500.0, 7)]
     assert timings["steady"] == [Timing(2, 2.0, 0.0, 1000.0, 7)]
     assert timings["slow"][0].as_dict() == {

@@ -16,12 +16,11 @@ import torch
 
 from common.command import cli
 
-WARM_UP_CALLS = 1
 # The threads of a model that was called just before, by torch or by another runtime, spin for some
 # milliseconds on the cores that the next model needs: let them fall asleep.
 SETTLE_SECONDS = 0.005
-# Of calls before the one that is timed, one at least: the model's own threads must
-# wake, and its weights come back into the caches that the others filled.
+# Of calls before the one that is timed, one at least: the model's own threads must wake, and its
+# weights come back into the caches that the others filled.
 UNTIMED_MS = 20.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 ORDER_SEED = 0
@@ -80,6 +79,11 @@ def time_interleaved(
         For each contender's name its timings, one a batch size.
     """
     timings = {contender.name: [] for contender in contenders}
+    with torch.inference_mode():
+        for (
+            contender
+        ) in contenders:  # some compile or prepare themselves when they are first called
+            contender.run(_batch(contender, images, batch_sizes[0]))
     for batch_size in batch_sizes:
         samples_ms = _sample(contenders, images, batch_size, seconds_per_batch_size)
         for name, values in samples_ms.items():
@@ -103,25 +107,19 @@ def time_interleaved(
 def _sample(
     contenders: Sequence[Contender], images: torch.Tensor, batch_size: int, seconds: float
 ) -> dict[str, list[float]]:
-    repeats = -(-batch_size // len(images))
-    batch = images.repeat(repeats, 1, 1, 1)[:batch_size]
-    inputs = {c.name: _laid_out(batch, c.memory_format) for c in contenders}
-    for contender in contenders:
-        for _ in range(WARM_UP_CALLS):
-            contender.run(inputs[contender.name])
+    inputs = {c.name: _batch(c, images, batch_size) for c in contenders}
     samples_ms = {c.name: [] for c in contenders}
     orders = np.random.default_rng(ORDER_SEED)
-
-    def run_round() -> None:
-        for contender in (contenders[i] for i in orders.permutation(len(contenders))):
-            samples_ms[contender.name].append(_settled_call_ms(contender, inputs[contender.name]))
-
-    start = time.perf_counter_ns()
-    run_round()
-    round_seconds = (time.perf_counter_ns() - start) / 1e9
-    rounds = int(np.clip(seconds / round_seconds, MIN_ROUNDS, MAX_ROUNDS))
-    for _ in cli.progress(range(rounds - 1), f"time batch {batch_size}", unit="round"):
-        run_round()
+    rounds, start = 0, time.perf_counter_ns()
+    with cli.progress(None, f"time batch {batch_size}", unit="round") as bar:
+        while rounds < MIN_ROUNDS or (
+            rounds < MAX_ROUNDS and time.perf_counter_ns() - start < 1e9 * seconds
+        ):
+            for contender in (contenders[i] for i in orders.permutation(len(contenders))):
+                timed_ms = _settled_call_ms(contender, inputs[contender.name])
+                samples_ms[contender.name].append(timed_ms)
+            rounds += 1
+            bar.update()
     return samples_ms
 
 
@@ -133,8 +131,9 @@ def _settled_call_ms(contender: Contender, batch: torch.Tensor) -> float:
     return _call_ms(contender, batch)
 
 
-def _laid_out(batch: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    return torch.empty_like(batch, memory_format=memory_format).copy_(batch)
+def _batch(contender: Contender, images: torch.Tensor, size: int) -> torch.Tensor:
+    batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
+    return torch.empty_like(batch, memory_format=contender.memory_format).copy_(batch)
 
 
 def _call_ms(contender: Contender, batch: torch.Tensor) -> float:
