@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from common.command import cli
 from pipeline import GOALS
 from pipeline.candidates import Candidate, Workshop
-from pipeline.search import Range, Spare, find_strongest, nearest, of_budget, strongest
+from pipeline.search import Range, Spare, nearest, of_budget, run_trials, strongest
 from pruning.channels.slimmer import MACS, WEIGHTS
 
-# In 1 / price; on the bundled weights the budget of one point ends near the first of each goal.
-FIRST_STRENGTH = {"size": 1 / 0.028, "both": 1 / 0.018}
-LEAST_STRENGTH, MOST_STRENGTH = 1 / 0.5, 1 / 0.001
+# In 1 / price of a bit; of the bundled weights one point allows about as much of each goal.
+FIRST_KEPT = {"size": 1 / 0.028, "both": 1 / 0.018}
+LEAST_KEPT, MOST_KEPT = 1 / 0.5, 1 / 0.001
 WIDEST_SHARE = 0.97
 FIRST_SHARE = {WEIGHTS: 0.38, MACS: 0.6}
 # Of the budget, what the channels of a network may use that is then coded. Those that hold many
@@ -85,7 +85,7 @@ def _find_size(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
 def _find_speed(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
     slim = _search_slim(workshop, "speed", MACS, 5, of_budget)
     if workshop.training:
-        reached = (strongest(slim) or nearest(slim)).strength
+        reached = (strongest(slim) or nearest(slim)).kept
         for stride in TRAINED_STRIDES:
             share = max(reached / stride, workshop.least_share(MACS))
             cli.log.info("speed: training a network of %.0f %% of the multiply-adds", 100 * share)
@@ -103,7 +103,7 @@ def _find_both(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
         tried["speed"], _room(workshop, BOTH_SHARE)
     )
     if base is None:  # one that is wider than any so far
-        widest = max(candidate.strength for candidate in tried["speed"])
+        widest = max(candidate.kept for candidate in tried["speed"])
         base = workshop.try_slim("speed", (widest + 1) / 2)
     tried["both"] = _search_coded(workshop, "both", base)
 
@@ -128,7 +128,7 @@ def _search_slim(
 
 def _search_coded(workshop: Workshop, goal: str, base: Candidate) -> list[Candidate]:
     """Look for the dearest bits that leave the network within the budget."""
-    where = Range(FIRST_STRENGTH[goal], LEAST_STRENGTH, MOST_STRENGTH, resolution=1.1, trials=3)
+    where = Range(FIRST_KEPT[goal], LEAST_KEPT, MOST_KEPT, resolution=1.1, trials=3)
     return _try_all(goal, lambda s: workshop.try_coded(goal, s, base), where, of_budget)
 
 
@@ -139,16 +139,16 @@ def _try_all(
     started = time.perf_counter()
     made = 0
 
-    def told(strength: float) -> Candidate:
+    def told(kept: float) -> Candidate:
         nonlocal made
         if made:
             seconds = max(where.trials - made, 1) * (time.perf_counter() - started) / made
             cli.log.info("%s: about %.0f s more", goal, seconds)
         made += 1
-        return attempt(strength)
+        return attempt(kept)
 
     cli.log.info("%s: up to %d networks are tried, more if none passes", goal, where.trials)
-    return find_strongest(told, where, spare)
+    return run_trials(told, where, spare)
 
 
 _SEARCHES = {"size": _find_size, "speed": _find_speed, "both": _find_both}

@@ -44,8 +44,8 @@ class Candidate:
 
     Attributes:
         goal: ``size``, ``speed`` or ``both``.
-        strength: What steers the search: less is stronger. Of coding the inverse of a bit's price,
-            of removing channels the share that is kept.
+        kept: What steers the search, the less the smaller or faster: of coding 1 / price of a
+            bit, of removing channels the share that is left.
         verdict: On the images that choose.
         path: Of its coded file.
         slim_path: Of the slim FP32 network that it was made from.
@@ -54,7 +54,7 @@ class Candidate:
     """
 
     goal: str
-    strength: float
+    kept: float
     verdict: Verdict
     path: Path
     slim_path: Path
@@ -114,26 +114,26 @@ class Workshop:
         coded, coded_path = self.store.coded(f"{key}-int8", lambda: self.quantize(slim))
         return self._judge(goal, share, coded, coded_path, path, trained)
 
-    def try_coded(self, goal: str, strength: float, base: Candidate) -> Candidate:
-        """Code the slim network of a candidate at the price of a bit that ``strength`` says."""
+    def try_coded(self, goal: str, kept: float, base: Candidate) -> Candidate:
+        """Code the slim network of a candidate at a price of a bit of 1 / ``kept``."""
 
         def code() -> CodedNetwork:
             slim = load_model(base.slim_path)
             channels = None if base.trained else self._slimmer.channels_of(slim)
             original = Original(fold_batch_norm(self.inputs.model), channels)
             layers = encode(
-                fold_batch_norm(slim), self.inputs.calibration, 1 / strength, self.inputs.seed,
+                fold_batch_norm(slim), self.inputs.calibration, 1 / kept, self.inputs.seed,
                 original,
             )  # fmt: skip
             return assemble(layers, self._range_images, self.settings, self.batch_size)
 
-        coded, path = self.store.coded(f"{base.slim_path.stem}-coded-{strength:.5f}", code)
-        return self._judge(goal, strength, coded, path, base.slim_path, base.trained)
+        coded, path = self.store.coded(f"{base.slim_path.stem}-coded-{kept:.5f}", code)
+        return self._judge(goal, kept, coded, path, base.slim_path, base.trained)
 
     def _judge(
         self,
         goal: str,
-        strength: float,
+        kept: float,
         coded: CodedNetwork,
         path: Path,
         slim_path: Path,
@@ -148,7 +148,7 @@ class Workshop:
         looks = doubling_looks(len(self.budget.images))
         verdict = self.budget.judge(find_correct, looks, CLEARLY_OUT)
         macs = count_macs(ResNet18(coded.widths))
-        candidate = Candidate(goal, strength, verdict, path, slim_path, macs, trained)
+        candidate = Candidate(goal, kept, verdict, path, slim_path, macs, trained)
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
             goal, ", trained" * trained, candidate.file_bytes / 1e6, macs / 1e6,

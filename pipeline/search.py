@@ -20,7 +20,7 @@ MARGIN = 0.15  # of the bracket, which an interpolated trial keeps from either e
 class Judged:
     """What a trial must know of itself."""
 
-    strength: float
+    kept: float
     spare: float
 
 
@@ -31,13 +31,13 @@ of_budget: Spare = operator.attrgetter("spare")
 
 @dataclass(frozen=True)
 class Range:
-    """Where to look: a strength is what is kept (bits a weight, a share of the operations).
+    """Where to look: how much is kept, of coding 1 / price of a bit, of channels a share.
 
     Attributes:
         start: The first trial.
         least: The strongest compression to try.
         most: The weakest.
-        resolution: Strengths whose ratio is below this are not told apart.
+        resolution: Trials whose ratio is below this are not told apart.
         trials: At most so many; where none of them passes, as many again.
     """
 
@@ -48,53 +48,53 @@ class Range:
     trials: int = 5
 
 
-def find_strongest(
+def run_trials(
     make: Callable[[float], Trial], where: Range, spare: Spare = of_budget
 ) -> list[Trial]:
     """Make trials, and return all of them in the order in which they were made.
 
     Args:
-        make: Returns the trial of a strength.
+        make: Returns the trial that keeps so much.
         where: To look.
         spare: Which of them fail.
     """
     trials: list[Trial] = []
-    strength: float | None = where.start
-    while strength is not None:
+    kept: float | None = where.start
+    while kept is not None:
         enough = where.trials * (1 if strongest(trials, spare) else 2)
         if len(trials) >= enough:
             break
-        trials.append(make(strength))
-        strength = next_strength(trials, where, spare)
+        trials.append(make(kept))
+        kept = next_kept(trials, where, spare)
     return trials
 
 
-def next_strength(trials: Sequence[Trial], where: Range, spare: Spare = of_budget) -> float | None:
+def next_kept(trials: Sequence[Trial], where: Range, spare: Spare = of_budget) -> float | None:
     """Return what to try after ``trials``; None where nothing is left to find out."""
     passing = strongest(trials, spare)
     failing = max(
-        (t for t in trials if spare(t) < 0 and (passing is None or t.strength < passing.strength)),
-        key=lambda t: t.strength,
+        (t for t in trials if spare(t) < 0 and (passing is None or t.kept < passing.kept)),
+        key=lambda t: t.kept,
         default=None,
     )
     if failing is None:
-        following = max(passing.strength / STRIDE, where.least)
-        return following if following < passing.strength else None
+        following = max(passing.kept / STRIDE, where.least)
+        return following if following < passing.kept else None
     if passing is None:
-        following = min(failing.strength * STRIDE, where.most)
-        return following if following > failing.strength else None
-    bracket = math.log(passing.strength / failing.strength)
+        following = min(failing.kept * STRIDE, where.most)
+        return following if following > failing.kept else None
+    bracket = math.log(passing.kept / failing.kept)
     apart = math.log(where.resolution)
     if bracket < 2 * apart:
         return None
     margin = max(MARGIN * bracket, apart)
     share = spare(failing) / (spare(failing) - spare(passing))  # of the way from failing
-    return failing.strength * math.exp(min(max(share * bracket, margin), bracket - margin))
+    return failing.kept * math.exp(min(max(share * bracket, margin), bracket - margin))
 
 
 def strongest(trials: Sequence[Trial], spare: Spare = of_budget) -> Trial | None:
     """Return the strongest trial that passes; None where none does."""
-    return min((t for t in trials if spare(t) >= 0), key=lambda t: t.strength, default=None)
+    return min((t for t in trials if spare(t) >= 0), key=lambda t: t.kept, default=None)
 
 
 def nearest(trials: Sequence[Trial]) -> Trial:

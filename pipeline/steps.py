@@ -35,7 +35,7 @@ from training.loop.distillation import Training
 def identify(
     inputs: Inputs, settings: Settings, batch_size: int, training: Training | None
 ) -> dict[str, object]:
-    """Return what the networks of a run depend on, named for the user."""
+    """Return what the networks of a run depend on, named for the user; goals and budget are not."""
     return inputs.identify() | {
         SCRIPT: "pipeline",
         "the seed": inputs.seed,

@@ -30,7 +30,7 @@ class Store:
     def coded(self, key: str, make: Callable[[], CodedNetwork]) -> tuple[CodedNetwork, Path]:
         """Return the coded network of this name, made only if it is not there, and its file."""
         path = self.folder / f"{key}.safetensors"
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError):  # missing, or damaged
             return load_coded(path), path
         save_coded(make(), path)
         return load_coded(path), path

@@ -17,7 +17,7 @@ LABELS = {
 
 
 def format_results(results: dict, output_dir: Path) -> str:
-    """Lay out results.json's story for a terminal 80 columns wide."""
+    """Lay out results.json's story; with two batch sizes it is less than 80 columns wide."""
     data, environment = results["data"], results["environment"]
     threads, budget = environment["threads"], results["budget"]
     confirming = results["models"][0]["accuracy"]["total"]

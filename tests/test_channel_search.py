@@ -18,10 +18,11 @@ from common.network.size import describe_layers
 from pruning.alone.scan import Scan
 from pruning.channels import report, speed
 from pruning.channels import search as channel_search
-from pruning.channels.search import NORM, RECONSTRUCTED, ChannelSearch
+from pruning.channels.search import RECONSTRUCTED, ChannelSearch
 from pruning.pruning import main, read_arguments
 from pruning.report.together import format_model_search, plot_model_search
 from pruning.steps import remove_channels
+from pruning.together.allocation import NORM
 from pruning.together.search import Method
 from training.loop.distillation import Training
 

@@ -136,7 +136,7 @@ def test_what_is_finished_outlives_a_run_that_fails(tmp_path, overwrite):
         with OutputFolder(tmp_path, overwrite) as folder:
             finished = folder.keep_unfinished(identity, resume)
             found = dict(finished)
-            finished["piece"] = 3
+            finished["piece"] = {"n": 3}
             if fails:
                 raise ValueError("midway")
             folder.file(RESULTS_NAME).write_text(json.dumps({"artifacts": {}}))
@@ -149,7 +149,7 @@ def test_what_is_finished_outlives_a_run_that_fails(tmp_path, overwrite):
         work(resume=False, fails=True)
     assert before.items() <= read(tmp_path).items()
     assert (tmp_path / UNFINISHED_NAME).is_dir()
-    assert work(resume=True, fails=False) == {"piece": 3}
+    assert work(resume=True, fails=False) == {"piece": {"n": 3}}
     assert not (tmp_path / UNFINISHED_NAME).exists()
 
 

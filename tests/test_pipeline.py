@@ -17,7 +17,7 @@ from common.images.data import normalize
 from common.network.checkpoint import load_model
 from pipeline import answers
 from pipeline.pipeline import main
-from pipeline.search import find_strongest
+from pipeline.search import run_trials
 from quantization.files.artifact import load_int8
 from quantization.files.onnx_export import OnnxRuntimeModel
 
@@ -34,8 +34,8 @@ def _few_trials():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             answers,
-            "find_strongest",
-            lambda make, where, spare: find_strongest(make, replace(where, trials=2), spare),
+            "run_trials",
+            lambda make, where, spare: run_trials(make, replace(where, trials=2), spare),
         )
         yield
 
@@ -196,7 +196,7 @@ def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
     tiny_weights, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("common.measure.budget.standard_error", lambda *_: 1.0)  # none to spare
-    monkeypatch.setattr(answers, "find_strongest", lambda make, where, spare: [make(where.start)])
+    monkeypatch.setattr(answers, "run_trials", lambda make, where, spare: [make(where.start)])
     arguments = ["--max-drop", "0", "--for", "size", "--output-dir", tmp_path / "out"]
     process = run_here(main, *QUICK, "--weights", tiny_weights, *arguments)
     assert process.returncode == 3, process.stderr

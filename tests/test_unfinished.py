@@ -19,12 +19,12 @@ IDENTITY = {"the seed": 0, "the images": "abc"}
 @pytest.fixture
 def left(tmp_path) -> Path:
     """The folder of a run that finished two pieces and a file."""
-    unfinished = Unfinished(tmp_path / "unfinished", IDENTITY, resume=False)
-    unfinished["first"] = {"correct": "ff"}
-    unfinished["second"] = [0.5]
-    (unfinished.folder / "model.pth").write_text("weights")
-    unfinished.leave()
-    return unfinished.folder
+    kept = Unfinished(tmp_path / "unfinished", IDENTITY, resume=False)
+    kept["first"] = {"correct": "ff"}
+    kept["second"] = {"bounds": [0.5]}
+    (kept.folder / "model.pth").write_text("weights")
+    kept.leave()
+    return kept.folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_same_run_finds_all(left, overwrite):
     again = Unfinished(left, IDENTITY, resume=True, overwrite=overwrite)
-    assert dict(again) == {"first": {"correct": "ff"}, "second": [0.5]}
+    assert dict(again) == {"first": {"correct": "ff"}, "second": {"bounds": [0.5]}}
     assert (left / "model.pth").read_text() == "weights"
 
 
@@ -57,7 +57,7 @@ def test_overwriting_starts_afresh(left):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_where_nothing_was_finished_nothing_is_asked(tmp_path, resume):
+def test_a_folder_without_pieces_needs_no_flag_and_goes(tmp_path, resume):
     Unfinished(tmp_path / "unfinished", IDENTITY, resume=False)  # and killed
     assert not Unfinished(tmp_path / "unfinished", {"another": 1}, resume)
     Unfinished(tmp_path / "unfinished", IDENTITY, resume=False).leave()
@@ -76,6 +76,7 @@ DAMAGE = [
     b"ffffffff {}",
     sealed(b"{"),
     sealed(b"[" * 9999),
+    sealed(b"null"),
 ]
 
 
@@ -83,7 +84,7 @@ DAMAGE = [
 def test_a_damaged_piece_is_not_finished(left, damage):
     (left / "first.json").write_bytes(damage)
     again = Unfinished(left, IDENTITY, resume=True)
-    assert dict(again) == {"second": [0.5]}
+    assert dict(again) == {"second": {"bounds": [0.5]}}
     again["first"] = {"correct": "ff"}
     assert Unfinished(left, IDENTITY, resume=True)["first"] == {"correct": "ff"}
 
@@ -120,7 +121,7 @@ def test_what_a_killed_write_left_is_swept(left):
 def test_a_piece_that_was_cut_off_leaves_the_one_before(left, full_disk):
     again = Unfinished(left, IDENTITY, resume=True)
     with full_disk(), pytest.raises(OSError, match="too large"):
-        again["first"] = "f" * 10_000
+        again["first"] = {"correct": "f" * 10_000}
     assert Unfinished(left, IDENTITY, resume=True)["first"] == {"correct": "ff"}
 
 
@@ -150,5 +151,5 @@ def test_files_take_their_places_while_closed_as_windows_demands(tmp_path, monke
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", checked)
-    Unfinished(tmp_path / "unfinished", IDENTITY, resume=False)["piece"] = 1
+    Unfinished(tmp_path / "unfinished", IDENTITY, resume=False)["piece"] = {}
     assert moved == ["identity.json", "piece.json"]

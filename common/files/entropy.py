@@ -30,7 +30,8 @@ SIGNS = ACTIVITIES
 LENGTHS = SIGNS + 2 * LEAN + 1
 LOWER_BITS = LENGTHS + GROUPS * BITS
 CONTEXTS = LOWER_BITS + BITS
-# What makes a weight likely not to be zero: weights of these, a signed byte each in the stream.
+# What makes a weight likely not to be zero, in the order in which it is weighed: a signed byte each
+# in the stream.
 EVIDENCE = ("its output channel", "its input channel", "its kernel", "anything")
 UNIT = 32  # of these bytes
 ACTIVITY_NATS = 0.25  # of the odds, from one context of zeros to the next
@@ -96,7 +97,7 @@ class _Coder:
     """Passes flags by; the base of those that do something with them.
 
     Attributes:
-        weights: Of the evidence, int8.
+        weights: What each kind of evidence counts for, int8.
         table: The step of each context's probability, uint8.
     """
 
@@ -125,7 +126,7 @@ class _Survey(_Coder):
 
     def activity(self, evidence: Sequence[np.ndarray], nonzero: np.ndarray) -> np.ndarray:
         parts = [np.broadcast_to(part, nonzero.shape) for part in (*evidence, nonzero)]
-        every = -(-nonzero.size * 36 // SURVEYED)  # 36 batches, or fewer
+        every = -(-nonzero.size * 9 * CHANNEL_PARTS // SURVEYED)  # so many batches, or fewer
         self.rows.append(np.stack([part.reshape(-1)[::every] for part in parts], axis=1))
         return np.zeros(nonzero.size, np.int64)
 

@@ -22,16 +22,16 @@ IDENTITY_NAME = "identity.json"
 SCRIPT = "the script"  # in an identity, which script it is of
 
 
-class Unfinished(UserDict[str, object]):
-    """Finished pieces of work: JSON values by key, and beside them files of other kinds.
+class Unfinished(UserDict[str, dict]):
+    """Finished pieces of work: JSON objects by key, and beside them files of other kinds.
 
-    A value that is set is on the disk at once; one that was damaged there counts as not finished.
+    An object that is set is on the disk at once; one that was damaged there is not finished.
 
     Args:
         folder: Created when missing.
         identity: What makes the pieces those of one run; JSON values, named for the user.
         resume: Use what the folder holds.
-        overwrite: Discard it otherwise.
+        overwrite: Discard it, unless it is resumed.
 
     Raises:
         UserError: The folder holds pieces that neither flag asks for, or of another identity, or
@@ -49,7 +49,7 @@ class Unfinished(UserDict[str, object]):
             for leftover in folder.glob(".*"):  # of a run that was killed as it wrote
                 leftover.unlink()
             values = {path.stem: _read(path) for path in folder.glob("*.json")}
-            self.data = {k: v for k, v in values.items() if v is not None}
+            self.data = {k: v for k, v in values.items() if isinstance(v, dict)}
             del self.data[Path(IDENTITY_NAME).stem]
             log.info("resuming: what is finished is not done again")
         elif self._has_pieces() and not overwrite:
@@ -62,7 +62,7 @@ class Unfinished(UserDict[str, object]):
                 log.warning("nothing finished to resume: the run starts afresh")
             self._start(identity)
 
-    def __setitem__(self, key: str, value: object) -> None:
+    def __setitem__(self, key: str, value: dict) -> None:
         """Keep a finished piece; it is on the disk when this returns."""
         _write(self.folder / f"{key}.json", value)
         super().__setitem__(key, value)

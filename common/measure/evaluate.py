@@ -1,7 +1,7 @@
 """Accuracy and comparison, all of it on per-image correctness.
 
-Two models are compared on the same images, so their errors are paired: the interval and the test
-use only the images on which the two disagree.
+Two models are compared on the same images, so their errors are paired: the test uses only the
+images on which the two disagree, the interval their number among all.
 """
 
 from __future__ import annotations
@@ -159,12 +159,12 @@ def paired_difference_interval(only_a: int, only_b: int, total: int) -> tuple[fl
         return (only_a - only_b - total * difference) / max(variance, 1e-300) ** 0.5
 
     edge = 1 - 1e-12
-    low = -1.0 if score(-edge) < Z else _falls_below(score, Z, -edge, estimate)
-    high = 1.0 if score(edge) > -Z else _falls_below(score, -Z, estimate, edge)
+    low = -1.0 if score(-edge) < Z else _crossing(score, Z, -edge, estimate)
+    high = 1.0 if score(edge) > -Z else _crossing(score, -Z, estimate, edge)
     return low, high
 
 
-def _falls_below(falling: Callable[[float], float], level: float, low: float, high: float) -> float:
+def _crossing(falling: Callable[[float], float], level: float, low: float, high: float) -> float:
     """Return where between ``low`` and ``high`` a falling function passes ``level``."""
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if falling(middle) > level else (low, middle)

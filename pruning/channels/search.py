@@ -12,12 +12,13 @@ from common.network.resnet import BLOCKS, ResNet18
 from common.report.results import percent
 from pruning.channels.slimmer import Slimmer
 from pruning.channels.slimming import slim_by_norm
+from pruning.together.allocation import NORM
 from pruning.together.recalibration import recalibrate_batch_norm
 from pruning.together.search import Method, ModelSearch, Step, largest_level
 
 SCOPE = "channels"
-# By reconstruction, with widths measured in context; for control, by the filters' norm alone.
-RECONSTRUCTED, NORM = "reconstructed", "norm"
+# Channels chosen and made up for on training images, with widths measured in context.
+RECONSTRUCTED = "reconstructed"
 CALIBRATION_IMAGES = 1000
 # Shares of the multiply-adds are searched in steps of 1/32.
 LEVELS = 32
@@ -56,7 +57,7 @@ class ChannelSearch(ModelSearch):
         return shares or [self.highest / LEVELS]
 
     def methods(self, allocations: Sequence[str]) -> list[Method]:
-        """Return what is searched with; the allocations are those of weights."""
+        """Return what is searched with, whatever the allocations of weights."""
         return [Method(RECONSTRUCTED, False), Method(NORM, True)]
 
     def norm_widths(self, sparsity: float) -> dict[str, int]:

@@ -21,8 +21,8 @@ from common.report.results import (
     percent,
     save_figure,
 )
-from pruning.channels.search import NORM, RECONSTRUCTED, SCOPE
-from pruning.together.allocation import RANDOM
+from pruning.channels.search import RECONSTRUCTED, SCOPE
+from pruning.together.allocation import NORM, RANDOM
 from pruning.together.search import CONTROLS
 
 PLOT = "model_search.png"

@@ -16,7 +16,9 @@ import torch
 from common.network.resnet import ResNet18, prunable_layers
 from pruning.masks import l1_mask, pruned_count
 
-RANDOM = "random"  # the control: the same amount of every layer, whichever weights chance takes
+# The controls: the same amount of every layer, whichever weights chance takes; of whole channels,
+# those whose filters have the smallest norm.
+RANDOM, NORM = "random", "norm"
 
 Masks = dict[str, torch.Tensor]
 

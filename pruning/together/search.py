@@ -14,6 +14,7 @@ from common.network.resnet import ResNet18
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
 from pruning.together.allocation import (
+    NORM,
     RANDOM,
     DamageCurve,
     Masks,
@@ -35,7 +36,7 @@ DAMAGE_IMAGES = 500
 # A step of the search looks at this many images at a time, and stops where its outcome is clear.
 CHUNK_IMAGES = 250
 # Allocations that are only there to compare with: random pruning, and channels by norm alone.
-CONTROLS = (RANDOM, "norm")
+CONTROLS = (RANDOM, NORM)
 CLEAR_ERRORS = 4.0
 
 
@@ -153,7 +154,9 @@ class ModelSearch:
             return global_masks(self.weights, sparsity)
         if method.allocation == RANDOM:
             return random_masks(self.weights, sparsity, self.seed)
-        return sensitivity_masks(self.weights, self._curves(method.recalibrated), sparsity)
+        if method.allocation == "sensitivity":
+            return sensitivity_masks(self.weights, self._curves(method.recalibrated), sparsity)
+        raise ValueError(f"no allocation {method.allocation}")
 
     def prune(self, method: Method, sparsity: float) -> ResNet18:
         """Return a pruned copy, its batch norms re-estimated where the method says so."""

@@ -34,8 +34,8 @@ POSITIONS = 8  # of each image's outputs, at random, that a layer is coded on
 RIDGE = 0.01  # of the mean variance of a layer's inputs
 REPAIR_RIDGE = 0.2  # the same for the regression, which would otherwise fit the images at hand
 FINE_LAYERS = ("conv1",)  # 0.02 % of the weights; coarser than 8 bits, the stem cost four points
-# A layer's error counts as a share of its outputs' variance. A bit may cost the price times this
-# power of the layer's size: many bits that bring the same error are worth more.
+# A layer's error counts as a share of its outputs' variance. A bit a weight, for all of a layer's,
+# may cost the price times this power of its size; so one bit the price times one power less.
 SIZE_POWER, REFERENCE_SIZE = 0.5, 1e6
 SMALLEST_SPREAD = 1e-3  # after a layer of zeros alone, inputs do not vary but for rounding
 SMALLEST_STEP = 2.0**-14  # that FP16 holds in full
@@ -92,6 +92,7 @@ class _Encoder:
         self._layers: dict[str, CodedLayer] = {}
 
     def encode(self, images: torch.Tensor) -> dict[str, CodedLayer]:
+        """Code every layer on these images."""
         names = prunable_layers(self._coded)
         self._progress = iter(cli.progress(names, "code"))
         pixels = _in_batches(normalize, images)
@@ -152,10 +153,13 @@ class _Encoder:
         layer: nn.Module,
         inputs: torch.Tensor,
         wanted: torch.Tensor,
-        given: torch.Tensor | None,
+        added: torch.Tensor | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs (n, columns) and the outputs wanted of them (n, outputs), ``given`` off."""
-        for x, y, g in _batches(inputs, wanted, given):
+        """Yield inputs (n, columns) and the outputs wanted of them (n, outputs).
+
+        Of a convolution less what is ``added`` to them.
+        """
+        for x, y, a in _batches(inputs, wanted, added):
             if isinstance(layer, nn.Linear):
                 yield x, y
                 continue
@@ -165,8 +169,8 @@ class _Encoder:
             image, place = torch.arange(len(x))[:, None], order[:, :count]
             row, column = place // width, place % width
             y = y[image, :, row, column]
-            if g is not None:
-                y = y - g[image, :, row, column]
+            if a is not None:
+                y = y - a[image, :, row, column]
             (size, _), (stride, _) = layer.kernel_size, layer.stride
             padded = F.pad(x, [layer.padding[0]] * 4)
             windows = padded.unfold(2, size, stride).unfold(3, size, stride)
@@ -193,7 +197,7 @@ class _Statistics:
             total += part.sum(0)
         self._count += len(rows)
 
-    def finish(self) -> tuple[torch.Tensor, ...]:
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
         """Return the inputs' covariance and mean, what lacks (covariance, mean), the variance."""
         mean, lacking, wanted, square = (total / self._count for total in self._sums)
         covariance = (self._inputs / self._count).sub_(torch.outer(mean, mean))
@@ -209,7 +213,7 @@ def _code_layer(layer: nn.Module, statistics: _Statistics, price: float, fine: b
     weight = layer.weight.flatten(1)
     covariance.diagonal().add_(REPAIR_RIDGE * spread)
     wanted = weight + torch.cholesky_solve(cross.T, torch.linalg.cholesky(covariance)).T
-    covariance.diagonal().add_((RIDGE - REPAIR_RIDGE) * spread)
+    covariance.diagonal().add_((RIDGE - REPAIR_RIDGE) * spread)  # levels are chosen with less of it
     size = weight.numel()
     bit = price * 1e-6 * variance * (size / REFERENCE_SIZE) ** (SIZE_POWER - 1)
     finest = wanted.abs().amax(1).clamp(min=MAX_LEVEL * SMALLEST_STEP) / MAX_LEVEL

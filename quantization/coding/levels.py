@@ -144,7 +144,7 @@ class _Estimate:
         )
         magnitudes = np.abs(self.levels[self._signs != 0]).astype(np.int64)
         counts = np.bincount(magnitudes, minlength=MAX_LEVEL + 1) + 0.5
-        counts[0] = counts.sum()  # of none
+        counts[0] = counts.sum()  # so that a magnitude of none takes no bits
         self._magnitudes = -np.log2(counts / counts[0]).astype(np.float32)
 
     def costs(self, column: int) -> Costs:
