@@ -32,7 +32,7 @@ NOBODY = 65534
 # Whole runs, the longest first: so that no process is left with one of them at the end.
 LONGEST = (
     "test_pruning.py", "test_pipeline.py", "test_quantization.py", "test_interruptions.py",
-    "test_model_search.py", "test_channel_search.py", "test_training.py", "test_coded.py",
+    "test_pruning_together.py", "test_channel_search.py", "test_training.py", "test_coded.py",
 )  # fmt: skip
 
 # Tiny networks gain nothing from threads, and lose a lot where other work shares the cores.
