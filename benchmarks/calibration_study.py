@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.run import finish_run, print_results
     from quantization.int8.engines import require_engine
 
-    device.set_threads(args.threads)
+    device.set_up_cpu(args.threads)
     require_engine(args.engine)
     with OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(args, Path(__file__).parent)

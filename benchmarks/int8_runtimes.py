@@ -59,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.run import finish_run, print_results
     from quantization.bench import Bench
 
-    device.set_threads(args.threads)
-    device.keep_freed_memory()
+    device.set_up_cpu(args.threads)
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(args, Path(__file__).parent)
         test, networks = inputs.test, {"dense": inputs.model}

@@ -86,8 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.loop.distillation import Training
 
     require_one_process()
-    device.set_threads(args.threads)
-    device.keep_freed_memory()
+    device.set_up_cpu(args.threads)
     place = device.choose_device(args.device)
     settings = engines.choose_settings(args.engine or engines.fastest_engine())
     if args.export_onnx:

@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.together.search import ModelSearch
     from training.loop.distillation import Training
 
-    device.set_threads(args.threads)
+    device.set_up_cpu(args.threads)
     place = device.choose_device(args.device)
     amounts = args.amounts or [args.amount]
     batch_size = args.batch_size or (CPU_BATCH_SIZE if place.type == "cpu" else GPU_BATCH_SIZE)

@@ -131,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.report import plots, ranges, results, tables
 
     require_one_process()
-    device.set_threads(args.threads)
-    device.keep_freed_memory()
+    device.set_up_cpu(args.threads)
     place = device.choose_device(args.device)
     args.engines = args.engines or engines.default_engines()
     pick_fastest = "auto" in args.engines

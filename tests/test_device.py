@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -63,7 +64,15 @@ def test_where_there_is_no_glibc_memory_is_freed_as_ever(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    device.keep_freed_memory()
+    device.set_up_cpu(None)
+
+
+def test_glibc_is_told_to_keep_freed_memory(monkeypatch):
+    """Of malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1; without limit is -1."""
+    libc = mock.Mock()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
+    device.set_up_cpu(None)
+    assert libc.mallopt.mock_calls == [mock.call(-4, 0), mock.call(-1, -1)]
 
 
 # --- a GPU that is not there: shapes, devices and dtypes without numbers --------------------------

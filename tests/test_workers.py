@@ -73,12 +73,15 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
     try:
         for processes, share in ((1, threads), (2, 4), (3, 2), (16, 1)):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-            assert device.set_threads(None) == share
+            device.set_up_cpu(None)
+            assert torch.get_num_threads() == share
             torch.set_num_threads(threads)
-        assert device.set_threads(3) == 3
+        device.set_up_cpu(3)
+        assert torch.get_num_threads() == 3
         torch.set_num_threads(threads)
         monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user's
-        assert device.set_threads(None) == threads
+        device.set_up_cpu(None)
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(threads)
 

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.loop.state import TrainingState
     from training.record import epochs, measure, report
 
-    device.set_threads(args.threads)
+    device.set_up_cpu(args.threads)
     place = device.choose_device(args.device)
     # On a CPU the choice is timed, and a run that is resumed could come to another.
     precision = choose_precision(place) if place.type == "cuda" else "fp32"

@@ -15,6 +15,7 @@ import torch
 
 from common.command import cli
 from common.command.cli import UserError
+from common.machine.device import set_up_cpu
 
 Value = TypeVar("Value")
 
@@ -86,7 +87,7 @@ def answer() -> None:
         os.dup2(2, 1)  # whatever a library prints is no part of the answer
         cli.set_up_messages(quiet=True)
         threads, function, arguments = pickle.load(sys.stdin.buffer)
-        torch.set_num_threads(threads)
+        set_up_cpu(threads)
         try:
             value = function(*arguments)
         except UserError as error:
