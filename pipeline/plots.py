@@ -30,7 +30,7 @@ def plot_frontier(results: dict, path: Path) -> None:
     axes[1].set(title="How fast", xlabel=f"images a second at batch {batch_size}")
     axes[1].set_xlim(left=0)
     axes[0].set_ylabel("points against dense FP32")
-    axes[1].legend(loc="lower left", fontsize=8)
+    axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
     save_figure(figure, path)
 
 
