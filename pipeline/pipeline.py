@@ -1,7 +1,7 @@
 """Find the smallest and the fastest network within a budget of accuracy, and write its files.
 
     python pipeline.py                          # within one point of the dense network
-    python pipeline.py --max-drop 0.005 --for size --test-images all
+    python pipeline.py --max-drop 0.005 --for size
     python pipeline.py --data-dir ~/cifar10 --finetune-epochs 2
 
 Three answers: the smallest file (channels that hold many weights removed, INT8 levels chosen for
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = arguments.make_parser(__doc__)
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    parser.set_defaults(test_images="all")  # half of 2,000 would choose by luck
     asked = parser.add_argument_group("the question")
     asked.add_argument(
         "--max-drop", type=fraction, metavar="D", default=0.01,

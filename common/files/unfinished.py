@@ -46,7 +46,7 @@ class Unfinished(UserDict[str, dict]):
         self._require_ours()
         if self._has_pieces() and resume:
             self._require(identity)
-            for leftover in folder.glob(".*"):  # of a run that was killed as it wrote
+            for leftover in filter(Path.is_file, folder.glob(".*")):  # of a killed write
                 leftover.unlink()
             values = {path.stem: _read(path) for path in folder.glob("*.json")}
             self.data = {k: v for k, v in values.items() if isinstance(v, dict)}
