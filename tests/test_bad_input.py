@@ -26,7 +26,8 @@ from common.command import cli
 from common.files.output import OutputFolder
 from common.images.cifar10 import CLASSES
 from common.images.download import BATCHES_FOLDER
-from common.network.checkpoint import BUNDLED_WEIGHTS
+from common.network import resnet
+from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
 from common.network.resnet import ResNet18, Widths
 from pipeline import pipeline
 from pruning import pruning
@@ -274,6 +275,13 @@ OUTPUT_FOLDERS: dict[str, Callable[[Path], object]] = {
     "`--output-dir` may not be written": lambda path: path.mkdir(mode=0o555, parents=True),
     "another run is using `--output-dir`": lambda path: path.mkdir(parents=True),
 }
+IDENTITY = "unfinished/identity.json"
+UNFINISHED = {
+    "files, but no run's": {"unfinished/thesis.tex": b"mine"},
+    "a run's, and neither `--resume` nor `--overwrite`": {IDENTITY: b"0a1b2c3d {}"},
+    "another script's, and `--resume`": {IDENTITY: b'1c8c6cd0 {"the script": "other"}'},
+    "a run's, damaged, and `--resume`": {IDENTITY: b"0a1b2c3d {}"},
+}
 DEVICES = {
     "`--device cuda`, and no NVIDIA GPU that torch can use": "cuda",
     "`--device mps`, and no Apple GPU": "mps",
@@ -322,7 +330,7 @@ def by_turns(rows: Iterable[str]) -> pytest.MarkDecorator:
 
 def test_every_row_is_tested():
     assert len(dict(ROWS)) == len(ROWS)
-    tables = (CHECKPOINTS, DATA_FOLDERS, OUTPUT_FOLDERS, DEVICES, FLAGS)
+    tables = (CHECKPOINTS, DATA_FOLDERS, OUTPUT_FOLDERS, UNFINISHED, DEVICES, FLAGS)
     assert set().union(*tables) == dict(ROWS).keys()
 
 
@@ -368,6 +376,22 @@ def test_output_folder(row, script, folder, without_privileges):
     else:
         with without_privileges():
             check(script, argv, expected_line(row, DIR=path), folder)
+
+
+@pytest.mark.parametrize("row", UNFINISHED)
+@pytest.mark.parametrize("script", [pruning, pipeline, training])
+def test_unfinished(row, script, folder, tiny_weights, monkeypatch):
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "piece.json").touch()
+    for name, content in UNFINISHED[row].items():
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(resnet, "ResNet18", lambda: load_model(tiny_weights))  # training's
+    argv = ["--bundled", "--test-images", 120, "--output-dir", folder]
+    argv += ["--train-images", 30, "--batch-size", 10] if script is training else []
+    argv += ["--held-out-images", 10] if script is training else ["--weights", tiny_weights]
+    argv += ["--calibration-images", 10] if script is pipeline else []
+    argv += ["--resume"] if "and `--resume`" in row else []
+    check(script, argv, expected_line(row, DIR=folder), folder)
 
 
 @by_turns(DEVICES)
