@@ -129,7 +129,7 @@ def _search_slim(
 def _search_coded(workshop: Workshop, goal: str, base: Candidate) -> list[Candidate]:
     """Look for the dearest bits that leave the network within the budget."""
     where = Range(FIRST_KEPT[goal], LEAST_KEPT, MOST_KEPT, resolution=1.1, trials=3)
-    return _try_all(goal, lambda s: workshop.try_coded(goal, s, base), where, of_budget)
+    return _try_all(goal, lambda kept: workshop.try_coded(goal, kept, base), where, of_budget)
 
 
 def _try_all(

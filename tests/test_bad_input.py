@@ -24,6 +24,7 @@ from torchvision.datasets import CIFAR10
 
 from common.command import cli
 from common.files.output import OutputFolder
+from common.files.unfinished import Unfinished
 from common.images.cifar10 import CLASSES
 from common.images.download import BATCHES_FOLDER
 from common.network import resnet
@@ -280,6 +281,7 @@ UNFINISHED = {
     "files, but no run's": {"unfinished/thesis.tex": b"mine"},
     "a run's, and neither `--resume` nor `--overwrite`": {IDENTITY: b"0a1b2c3d {}"},
     "another script's, and `--resume`": {IDENTITY: b'1c8c6cd0 {"the script": "other"}'},
+    "that of a run of other settings, and `--resume`": {},
     "a run's, damaged, and `--resume`": {IDENTITY: b"0a1b2c3d {}"},
 }
 DEVICES = {
@@ -378,11 +380,17 @@ def test_output_folder(row, script, folder, without_privileges):
             check(script, argv, expected_line(row, DIR=path), folder)
 
 
+def keep_a_piece_and_stop(folder: OutputFolder, identity: dict, resume: bool) -> None:
+    Unfinished(folder.path / "unfinished", identity, resume)["piece"] = {}
+    raise cli.UserError("stopped")
+
+
 @pytest.mark.parametrize("row", UNFINISHED)
 @pytest.mark.parametrize("script", [pruning, pipeline, training])
 def test_unfinished(row, script, folder, tiny_weights, monkeypatch):
-    (folder / "unfinished").mkdir()
-    (folder / "unfinished" / "piece.json").touch()
+    if UNFINISHED[row]:
+        (folder / "unfinished").mkdir()
+        (folder / "unfinished" / "piece.json").touch()
     for name, content in UNFINISHED[row].items():
         (folder / name).write_bytes(content)
     monkeypatch.setattr(resnet, "ResNet18", lambda: load_model(tiny_weights))  # training's
@@ -390,6 +398,10 @@ def test_unfinished(row, script, folder, tiny_weights, monkeypatch):
     argv += ["--train-images", 30, "--batch-size", 10] if script is training else []
     argv += ["--held-out-images", 10] if script is training else ["--weights", tiny_weights]
     argv += ["--calibration-images", 10] if script is pipeline else []
+    if "other settings" in row:
+        with monkeypatch.context() as patch:
+            patch.setattr(OutputFolder, "keep_unfinished", keep_a_piece_and_stop)
+            assert run_here(script.main, *argv, "--seed", 1).returncode == cli.EXIT_FAILED
     argv += ["--resume"] if "and `--resume`" in row else []
     check(script, argv, expected_line(row, DIR=folder), folder)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import signal
 import time
 
@@ -20,6 +22,20 @@ from common.machine.fresh_process import call_fresh, start_fresh
 def describe(*arguments: object) -> tuple:
     print("not a part of the answer")
     return os.getpid(), os.getsid(0), torch.get_num_threads(), arguments
+
+
+def map_new_memory() -> int:
+    """Return how many blocks glibc maps anew for 64 MB, rather than take them from its heap."""
+
+    class Info(ctypes.Structure):
+        names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")
+        _fields_ = [(name, ctypes.c_size_t) for name in (*names, "uordblks", "fordblks", "keep")]
+
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Info
+    before = libc.mallinfo2().hblks
+    kept = torch.empty(64 << 20, dtype=torch.uint8)
+    return libc.mallinfo2().hblks - before + 0 * len(kept)
 
 
 def refuse() -> None:
@@ -53,6 +69,11 @@ def test_another_process_of_as_many_threads_and_of_no_terminal(capfd):
     assert threads == torch.get_num_threads()
     assert arguments == ("text", 3)
     assert capfd.readouterr() == ("", "not a part of the answer\n")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_it_keeps_freed_memory_so_that_it_times_fairly():
+    assert call_fresh(map_new_memory) == 0
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ IMAGES = torch.arange(4 * 3 * 4, dtype=torch.float32).view(4, 3, 2, 2)
 
 def test_contenders_take_turns_in_another_order_each_round(clock):
     contenders = [clock.contender(name, 9.5) for name in "abc"]
-    time_interleaved(contenders, IMAGES, batch_sizes=[1], seconds_per_batch_size=3.6)
+    time_interleaved(contenders, IMAGES, batch_sizes=[1], seconds_per_batch_size=3.54)
     order = "".join(clock.timed_order(3))
     rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
@@ -77,7 +77,7 @@ def test_contenders_take_turns_in_another_order_each_round(clock):
 
     first, clock.calls = clock.timed_order(3), []
     time_interleaved(
-        [clock.contender(name, 9.5) for name in "abc"], IMAGES, [1], seconds_per_batch_size=3.6
+        [clock.contender(name, 9.5) for name in "abc"], IMAGES, [1], seconds_per_batch_size=3.54
     )
     assert clock.timed_order(3) == first
 
@@ -128,8 +128,8 @@ def test_median_and_interquartile_range(clock):
     # Seven rounds: median 4, quartiles 2.5 and 5.5 (linear between neighbours).
     slow = clock.contender("slow", 7, 1, 6, 2, 5, 3, 4)
     steady = clock.contender("steady", 2)
-    # They take 2 × 28 + 7 ms and 7 × 5 ms.
-    timings = time_interleaved([slow, steady], IMAGES, [2], seconds_per_batch_size=0.098)
+    # The six after the first take 2 × 21 + 6 ms and 6 × 5 ms.
+    timings = time_interleaved([slow, steady], IMAGES, [2], seconds_per_batch_size=0.078)
     assert timings["slow"] == [Timing(2, 4.0, 3.0, 500.0, 7)]
     assert timings["steady"] == [Timing(2, 2.0, 0.0, 1000.0, 7)]
     assert timings["slow"][0].as_dict() == {
@@ -137,10 +137,24 @@ def test_median_and_interquartile_range(clock):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0, MIN_ROUNDS), (1.05, 50), (1e6, MAX_ROUNDS)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, MIN_ROUNDS), (1.05, 51), (1e6, MAX_ROUNDS)])
 def test_rounds_fill_the_time(clock, seconds, rounds):
     (timing,) = time_interleaved([clock.contender("a", 10)], IMAGES, [1], seconds)["a"]
     assert timing.rounds == rounds
+
+
+def test_preparing_for_a_batch_size_costs_no_rounds(clock):
+    quick, met = clock.contender("model", 10), set()
+
+    def run(batch: torch.Tensor) -> None:
+        if len(batch) not in met:
+            clock.now_ns += int(5e9)
+        met.add(len(batch))
+        quick.run(batch)
+
+    timings = time_interleaved([Contender("model", run)], IMAGES, [1, 2], 1.05)["model"]
+    assert [timing.rounds for timing in timings] == [51, 51]
+    assert [timing.median_ms for timing in timings] == [10, 10]
 
 
 def test_a_wide_spread_is_warned_of_once(clock, capsys):

@@ -28,10 +28,16 @@ from common.files.output import (
 
 
 def run(
-    path: Path, version: str, names: tuple[str, ...] = ("model.pth",), **options: object
+    path: Path,
+    version: str,
+    names: tuple[str, ...] = ("model.pth",),
+    overwrite: bool = False,
+    piece: str | None = None,
 ) -> None:
-    """Write files that hold ``version``, and a results.json that lists them."""
-    with OutputFolder(path, **options) as folder:
+    """Write files that hold ``version``, and a results.json that lists them; finish a piece."""
+    with OutputFolder(path, overwrite) as folder:
+        if piece is not None:
+            folder.keep_unfinished({}, resume=True)[piece] = {}
         for name in names:
             folder.file(name).write_text(version)
         listed = {"model": names[0], "plots": list(names[1:])} if names else {}
@@ -65,8 +71,9 @@ def test_results_json_goes_last(tmp_path, monkeypatch):
     order = []
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda a, b: (order.append(b.name), rename(a, b))[1])
-    run(tmp_path, "1", ("a.png", "model.pth", "z.png"))
-    assert order == ["a.png", "model.pth", "z.png", RESULTS_NAME]
+    run(tmp_path, "1", ("a.png", "model.pth", "z.png"), piece="first")
+    # A kill before the very end leaves what was finished to resume from.
+    assert order == ["a.png", "model.pth", "z.png", RESULTS_NAME, UNFINISHED_NAME]
 
 
 @pytest.mark.parametrize("failure", [ValueError, UserError, KeyboardInterrupt, SystemExit])
@@ -216,7 +223,7 @@ def test_a_commit_that_fails_at_any_step_is_undone(tmp_path, monkeypatch, overwr
     path = tmp_path / "results"
     run(path, "1", ("a.png", "model.pth"))
     before, rename = read(path), Path.rename
-    for step in range(6):  # three earlier files out of the way, three new ones into place
+    for step in range(7):  # three earlier files out of the way, three new ones, what is unfinished
         steps = iter(range(step + 1))
 
         def fail(source: Path, target: Path, steps=steps, step=step) -> None:
@@ -227,10 +234,13 @@ def test_a_commit_that_fails_at_any_step_is_undone(tmp_path, monkeypatch, overwr
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", fail)
             with pytest.raises(OSError, match="No space"):
-                run(path, "2", ("a.png", "model.pth"), overwrite=overwrite)
-        assert read(path) == before
-    run(path, "2", ("a.png", "model.pth"), overwrite=overwrite)
+                run(path, "2", ("a.png", "model.pth"), overwrite, piece=f"step-{step}")
+        left = read(path)
+        assert f"{UNFINISHED_NAME}/step-{step}.json" in left
+        assert {n: t for n, t in left.items() if UNFINISHED_NAME not in n} == before
+    run(path, "2", ("a.png", "model.pth"), overwrite, piece="last")
     assert (path / "model.pth").read_text() == "2"
+    assert not (path / UNFINISHED_NAME).exists()
 
 
 # --- several runs --------------------------------------------------------------------------------

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from common.images.data import batches
 from pipeline.store import Store
+from quantization.coding.kernels import from_int8
+from quantization.int8 import conversion
+from quantization.int8.engines import candidate_engines
+from quantization.settings import Settings
 
 
-def test_a_network_is_made_once_and_again_where_its_file_is_damaged(tmp_path, tiny_model):
-    store, made = Store(tmp_path), []
+@pytest.mark.parametrize("kind", ["slim", "coded"])
+def test_a_network_is_made_once_and_again_where_its_file_is_damaged(
+    tmp_path, tiny_model, random_images, kind
+):
+    settings, made = Settings(candidate_engines()[-1], observer="minmax"), []
 
     def make():
         made.append(1)
-        return tiny_model
+        if kind == "slim":
+            return tiny_model
+        observed = conversion.calibrate(tiny_model, batches(random_images(8), 8), settings)
+        return from_int8(conversion.convert(observed, settings), settings)
 
-    _, path = store.slim("half", make)
-    found, again = store.slim("half", make)
-    assert (made, again) == ([1], path)
+    keep = getattr(Store(tmp_path), kind)
+    first, path = keep("half", make)
+    again, same = keep("half", make)
+    assert (made, same) == ([1], path)
+    expected, found = (
+        {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        for network in (first, again)
+    )
     path.write_bytes(path.read_bytes()[:1000])
-    mended, _ = store.slim("half", make)
+    mended, _ = keep("half", make)
     assert made == [1, 1]
-    for model in (found, mended):
-        assert torch.equal(model.conv1.weight, tiny_model.conv1.weight)
+    for state in (found, mended.state_dict()):
+        for name, tensor in state.items():
+            assert torch.equal(tensor, expected[name]), name

@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage, message, im
     recorder(start(), EpochSummary(1, 0.1, 2.0, 0.2, 1.0))
     damage(recorder.checkpoint)
     left, resumed = recorder.checkpoint.read_bytes(), start(seed=9)
-    with pytest.raises(UserError, match=f"{message}.*; start anew with --overwrite"):
+    with pytest.raises(UserError, match=f"{message}.*; start anew with --overwrite instead"):
         make_recorder(tmp_path).resume(resumed)
     assert same(resumed.model, start(seed=9).model)
     assert resumed.epochs_done == 0

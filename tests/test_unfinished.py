@@ -92,7 +92,7 @@ def test_a_damaged_piece_is_not_finished(left, damage):
 @pytest.mark.parametrize("damage", [b"00000000 {}", sealed(b"{"), sealed(b"[3]")])
 def test_a_damaged_identity_is_told_and_can_be_discarded(left, damage):
     (left / "identity.json").write_bytes(damage)
-    with pytest.raises(UserError, match="damaged; start anew with --overwrite"):
+    with pytest.raises(UserError, match="damaged; start anew with --overwrite instead"):
         Unfinished(left, IDENTITY, resume=True)
     Unfinished(left, IDENTITY, resume=False, overwrite=True)
 

@@ -57,7 +57,7 @@ def set_up_messages(quiet: bool) -> None:
 def progress(
     items: Iterable[Item], description: str, total: int | None = None, unit: str = "batch"
 ) -> tqdm:
-    """Wrap ``items`` in a progress bar with the time left; silent under ``--quiet``.
+    """Wrap ``items`` in a progress bar, with the time left where that is known; silent when quiet.
 
     Where stderr is no terminal the bar is refreshed seldom, so that logs stay readable.
     """

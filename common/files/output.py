@@ -129,10 +129,11 @@ class OutputFolder:
             set_usual_permissions(self.file(name))
         with interruptions.deferred(), contextlib.ExitStack() as undo:
             self._clear_away(names, undo)
-            if self._unfinished is not None and self._unfinished.folder.exists():
-                _move(self._unfinished.folder, self._new_trash() / UNFINISHED_NAME, undo)
             for name in names:
                 _move(self.file(name), self.path / name, undo)
+            if self._unfinished is not None and self._unfinished.folder.exists():
+                # Last: a kill before leaves it to resume from.
+                _move(self._unfinished.folder, self._new_trash() / UNFINISHED_NAME, undo)
             undo.pop_all()
             self._unfinished = None
 

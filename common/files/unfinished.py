@@ -70,7 +70,7 @@ class Unfinished(UserDict[str, dict]):
     def leave(self) -> None:
         """End a run that failed: what it has finished stays."""
         if self._has_pieces():
-            log.warning("what is finished is kept, for --resume")
+            log.info("what is finished is kept, for --resume")
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -93,7 +93,7 @@ class Unfinished(UserDict[str, dict]):
     def _require(self, identity: Mapping[str, object]) -> None:
         before = _read(self.folder / IDENTITY_NAME)
         if not isinstance(before, dict):
-            raise UserError(f"{self.folder}: damaged; start anew with --overwrite")
+            raise UserError(f"{self.folder}: damaged; start anew with --overwrite instead")
         names = [n for n in {**identity, **before} if before.get(n) != identity.get(n)]
         if names:
             told = SCRIPT if SCRIPT in names else " and ".join(names)

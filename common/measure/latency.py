@@ -80,9 +80,8 @@ def time_interleaved(
     """
     timings = {contender.name: [] for contender in contenders}
     with torch.inference_mode():
-        for (
-            contender
-        ) in contenders:  # some compile or prepare themselves when they are first called
+        # Some compile or prepare themselves when they are first called.
+        for contender in contenders:
             contender.run(_batch(contender, images, batch_sizes[0]))
     for batch_size in batch_sizes:
         samples_ms = _sample(contenders, images, batch_size, seconds_per_batch_size)
@@ -110,7 +109,7 @@ def _sample(
     inputs = {c.name: _batch(c, images, batch_size) for c in contenders}
     samples_ms = {c.name: [] for c in contenders}
     orders = np.random.default_rng(ORDER_SEED)
-    rounds, start = 0, time.perf_counter_ns()
+    rounds, start = 0, 0
     with cli.progress(None, f"time batch {batch_size}", unit="round") as bar:
         while rounds < MIN_ROUNDS or (
             rounds < MAX_ROUNDS and time.perf_counter_ns() - start < 1e9 * seconds
@@ -120,6 +119,8 @@ def _sample(
                 samples_ms[contender.name].append(timed_ms)
             rounds += 1
             bar.update()
+            if rounds == 1:  # in which some prepared themselves for this batch size
+                start = time.perf_counter_ns()
     return samples_ms
 
 

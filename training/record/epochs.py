@@ -83,7 +83,7 @@ class EpochRecorder:
             reason = (
                 error if isinstance(error, UserError) else f"{self.checkpoint}: damaged ({error})"
             )
-            raise UserError(f"{reason}; start anew with --overwrite") from None
+            raise UserError(f"{reason}; start anew with --overwrite instead") from None
         self.rows = rows
         cli.log.info("resumed after epoch %d of %d", state.epochs_done, self.epochs)
 
