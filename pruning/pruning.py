@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
-    # torch takes seconds to import, so nothing that needs it is imported before this line.
+    cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from common.inputs import load_inputs
     from common.machine import device
     from common.report.results import common_results

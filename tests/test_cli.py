@@ -167,6 +167,19 @@ def test_main_may_run_in_a_thread_and_restores_the_signal():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_interrupted_while_torch_imports_numpy():
+    """Which torch would go on without, whatever the import raised."""
+    done = run(
+        "def interrupt(frame, event, argument):\n"
+        "    if frame.f_globals['__name__'].startswith('numpy.'):\n"
+        "        sys.setprofile(None); os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.setprofile(interrupt)\n"
+        "cli.import_torch()\n"
+        "os._exit(9)  # the signal was lost"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_importing_what_answers_help_is_cheap():
     done = run(
         "from common.command import arguments\n"

@@ -75,6 +75,15 @@ def progress(
     )
 
 
+def import_torch() -> None:
+    """Import torch, which takes seconds; Ctrl-C ends the process within them.
+
+    Raised in there, a KeyboardInterrupt is taken for a NumPy that is missing, or aborts.
+    """
+    with interruptions.handled_by(lambda number, frame: os._exit(_stop())):
+        import torch  # noqa: F401
+
+
 # --- exit codes ----------------------------------------------------------------------------------
 
 

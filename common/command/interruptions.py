@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Each with what Python or the system does about it by default.
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -40,21 +40,27 @@ def as_keyboard_interrupts() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Let the signals take effect after the block, not in it."""
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield
-        return
     waiting = []
-    previous = {
-        number: signal.signal(number, lambda number, frame: waiting.append(number))
-        for number in _DEFAULTS
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
+    try:
+        with handled_by(lambda number, frame: waiting.append(number)):
+            yield
+    finally:
+        for number in waiting:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, object], object]) -> Iterator[None]:
+    """Let ``handler`` have each of the signals that is not ignored."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():  # which alone gets signals
+        for number in _DEFAULTS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
         _restore(previous)
-        for number in waiting:
-            signal.raise_signal(number)
 
 
 def _restore(handlers: dict[signal.Signals, object]) -> None:
