@@ -55,17 +55,3 @@ def test_only_fp32_equals_whole_forward_passes(tiny_model, observed, random_imag
         whole = conversion.convert(conversion.reuse_ranges(observed, tiny_model, exempt), exempt)
         expected = whole(normalize(test.images)).argmax(dim=1) == test.labels
         assert int((correct != expected).sum()) <= 1, name  # FP32 rounds by batch size
-
-
-@torch.inference_mode()
-def test_a_tail_continues_where_the_boundary_lies(tiny_model, observed, random_images):
-    converted = conversion.convert(observed, SETTINGS)
-    images = normalize(random_images(4).images)
-    values = [images, *layer_cost.with_boundaries(converted)(images)]
-    assert len(values) == 1 + 1 + 8  # the images, the stem, the blocks
-    expected, names = converted(images), set()
-    for boundary, value in enumerate(values):
-        tail = layer_cost.tail_from(converted, boundary)
-        assert torch.equal(tail(value), expected)
-        names.add(tuple(node.name for node in tail.graph.nodes))
-    assert len(names) == len(values)  # each later boundary leaves less to do
