@@ -11,6 +11,7 @@ times both. Writes the INT8 model, reloads it in a fresh process, and writes res
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -135,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     place = device.choose_device(args.device)
     args.engines = args.engines or engines.default_engines()
     pick_fastest = "auto" in args.engines
-    names = engines.candidate_engines() if pick_fastest else args.engines
+    chosen = [engines.candidate_engines() if e == "auto" else [e] for e in args.engines]
+    names = dict.fromkeys(itertools.chain(*chosen))  # each once
     settings = [engines.choose_settings(n, args.observer, args.reduce_range) for n in names]
     if args.export_onnx:
         onnx_export.require_packages()
@@ -179,8 +181,9 @@ def main(argv: list[str] | None = None) -> int:
             found["sparsity"] = sparsity.pack(model, first, fp32_bytes, packed)
             saved[packed] = first.deployed
         if args.bits_per_weight is not None:
+            all_int8 = replace(first.settings, fp32_layers=())
             coding = study.CodingBench(
-                inputs, coding_images, fp32, first.settings, args.batch_size, fp32_bytes
+                inputs, coding_images, fp32, all_int8, args.batch_size, fp32_bytes
             )
             found["coding"] = study.study_coding(
                 coding, args.bits_per_weight, args.coding_curve, folder.file(study.CODED_NAME)

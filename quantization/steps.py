@@ -37,11 +37,13 @@ class OnnxModel:
         path: Of the file.
         run: Maps normalised images to logits.
         predictions: On the test images (int64, shape (N,)).
+        agreement: Fraction of them that the model it was exported from answers alike.
     """
 
     path: Path
     run: Callable[[torch.Tensor], torch.Tensor]
     predictions: torch.Tensor
+    agreement: float
 
 
 def predict_fp32(model: ResNet18, bench: Bench, device: torch.device) -> torch.Tensor:
@@ -123,7 +125,9 @@ def export_onnx(quantized: Quantized, path: Path, bench: Bench) -> OnnxModel:
     """Write the INT8 model as ONNX and evaluate the file in ONNX Runtime, at equal threads."""
     onnx_export.export_onnx(quantized.model, path)
     run = onnx_export.OnnxRuntimeModel(path, torch.get_num_threads())
-    return OnnxModel(path, run, bench.predict(run, "evaluate ONNX"))
+    predictions = bench.predict(run, "evaluate ONNX")
+    agreeing = predictions == quantized.predictions
+    return OnnxModel(path, run, predictions, float(agreeing.double().mean()))
 
 
 def time_models(

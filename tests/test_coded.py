@@ -209,8 +209,9 @@ FORGERIES = [
     (lambda t, m: m.update(fp32_layers='["conv9"]'), "FP32 layers"),
     (lambda t, m: m.update(fp32_layers='["linear"]'), "fp32_weights"),
     (_set_settings(engine="no"), "no INT8 model is made with"),
-    (_set_settings(observer=["x"]), "no INT8 model is made with"),
+    (_set_settings(engine=["fbgemm"]), "no INT8 model is made with"),
     (_set_settings(fp32_layers=["conv9"]), "no INT8 model is made with"),
+    (_set_settings(fp32_layers=["conv1"]), "other layers are in FP32"),
 ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.command.cli import UserError
 from common.images.data import normalize
 from common.inputs import Inputs
 from common.measure.evaluate import predict
@@ -175,3 +176,9 @@ def test_the_study_measures_what_is_read_back(
 def test_the_entropy_is_that_of_the_levels():
     levels = np.array([[[0], [0], [1], [-1]]], np.int8)
     assert study._entropy_bytes(levels) == pytest.approx(1.5 * 4 / 8)
+
+
+def test_activations_beyond_fp16_are_told(tiny_model, random_images):
+    tiny_model.bn1.weight.data *= 1e6
+    with pytest.raises(UserError, match="beyond 65,504"):
+        encode(fold_batch_norm(tiny_model), random_images(8), 0.02)

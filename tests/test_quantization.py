@@ -12,6 +12,7 @@ from processes import REPOSITORY, run_fresh, run_here
 from torch.nn.utils import prune
 
 from common.network.resnet import Widths, prunable_layers
+from quantization.accuracy.budget import Trial
 from quantization.files.artifact import load_int8
 from quantization.int8 import deploy
 from quantization.quantization import main
@@ -56,24 +57,18 @@ def test_memory_stays_under_2_gib(finished):
     assert json.loads((finished[1] / "results.json").read_text())["peak_memory_bytes"] < 2 << 30
 
 
-def test_every_layer_is_int8(finished):
-    results = json.loads((finished[1] / "results.json").read_text())
-    operations = results["models"][-1]["int8_operations"]
-    layers = [name for name in operations if "conv" in name or "shortcut" in name]
-    assert len(layers) == 20
-    assert "linear" in operations
-
-
-def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tmp_path):
+def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tiny_weights, tmp_path):
     folder = tmp_path / "out"
     process = run_here(
-        main, *QUICK, "--engines", "auto", "--export-onnx", "--json", "--output-dir", folder
-    )
+        main, *QUICK, "--engines", "qnnpack,auto,qnnpack", "--export-onnx", "--json",
+        "--weights", tiny_weights, "--output-dir", folder,
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     results = json.loads(process.stdout)
     check_results(results, folder)
     int8 = [model for model in results["models"] if model["name"] == "int8"]
-    assert [model["engine"] for model in int8] != []
+    here = {*torch.backends.quantized.supported_engines} - {"none"}
+    assert sorted(model["engine"] for model in int8) == sorted(here)
     times = [math.prod(t["median_ms"] for t in model["latency"]) for model in int8]
     assert times == sorted(times)
     assert results["comparison"] == int8[0]["comparison"]
@@ -82,6 +77,25 @@ def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tmp_path):
     assert exported["agreement"] >= 0.98
     written = {p.name for p in folder.iterdir()} - {"results.json"}
     assert written == {*results["artifacts"]["models"], *results["artifacts"]["plots"]}
+
+
+def test_a_budget_a_diagnosis_and_a_coded_file_in_one_run(tiny_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trial, "measure_drop", lambda *_: 1.0)  # but with layers in FP32
+    folder = tmp_path / "out"
+    process = run_here(
+        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0", "--held-out-images", "40",
+        "--diagnose", "--bits-per-weight", "2", "--coding-images", "20",
+        "--output-dir", folder,
+    )  # fmt: skip
+    results = json.loads((folder / "results.json").read_text())
+    assert process.returncode == (0 if results["budget"]["met"] else 3), process.stderr
+    check_results(results, folder)
+    (restored,) = results["budget"]["fp32_layers"]
+    assert [row["layer"] for row in results["diagnosis"]][::20] == ["conv1", "linear"]
+    coded = load_int8(folder / results["coding"]["file"])
+    assert coded(torch.zeros(1, 3, 32, 32)).isfinite().all()
+    for shown in ("tried, on held-out training images", f"{restored} in FP32", "the smallest file"):
+        assert shown in process.stdout
 
 
 def test_same_seed_same_results_from_another_folder_with_json(tiny_weights, tmp_path):

@@ -43,13 +43,13 @@ def test_plain_int8_within_the_budget_is_left_alone():
 
 
 def test_what_does_not_help_is_not_kept():
-    # plain, equalise, four observers, biases: only the second observer helps.
-    drops = [0.05, 0.05, 0.06, 0.03, 0.04, 0.03, 0.03]
+    # Plain, equalise, three other observers, biases: two observers help, the second one more.
+    drops = [0.05, 0.05, 0.04, 0.03, 0.04, 0.03]
     layers = {("worst",): 0.02, ("worst", "bad"): 0.0, ("bad",): 0.02}
     trial = ScriptedTrial(drops, layers)
     plan = budget.meet_budget(trial, "model", Settings(), 0.01)
     assert plan.model == "model"
-    assert plan.settings.observer == OBSERVERS[1]
+    assert plan.settings.observer == OBSERVERS[2]
     assert plan.settings.fp32_layers == ("worst", "bad")
     assert plan.drop == 0.0
     kept = [step.action for step in plan.steps if step.kept]
@@ -65,7 +65,7 @@ def test_stops_at_the_first_correction_that_suffices():
 def test_a_layer_that_turns_out_needless_goes_back_to_int8_and_the_table_says_so():
     # The worst alone does not help, both suffice, and the second alone suffices too.
     layers = {("worst",): 0.05, ("worst", "bad"): 0.0, ("bad",): 0.005}
-    plan = budget.meet_budget(ScriptedTrial([0.05] * 7, layers), "model", Settings(), 0.01)
+    plan = budget.meet_budget(ScriptedTrial([0.05] * 6, layers), "model", Settings(), 0.01)
     assert plan.settings.fp32_layers == ("bad",)
     assert plan.drop == 0.005
     assert [(step.action, step.kept) for step in plan.steps[-3:]] == [
@@ -75,7 +75,7 @@ def test_a_layer_that_turns_out_needless_goes_back_to_int8_and_the_table_says_so
 
 def test_a_layer_that_only_helps_together_reads_as_kept():
     layers = {("worst",): 0.05, ("worst", "bad"): 0.0, ("bad",): 0.04}
-    plan = budget.meet_budget(ScriptedTrial([0.05] * 7, layers), "model", Settings(), 0.01)
+    plan = budget.meet_budget(ScriptedTrial([0.05] * 6, layers), "model", Settings(), 0.01)
     assert plan.settings.fp32_layers == ("worst", "bad")
     kept = {step.action for step in plan.steps if step.kept}
     assert kept == {"plain", "worst in FP32", "bad in FP32"}
@@ -83,6 +83,6 @@ def test_a_layer_that_only_helps_together_reads_as_kept():
 
 def test_an_unreachable_budget_gives_the_best_plan():
     layers = {("worst",): 0.3, ("worst", "bad"): 0.2, ("bad",): 0.3}
-    plan = budget.meet_budget(ScriptedTrial([0.4] * 7, layers), "model", Settings(), 0.1)
+    plan = budget.meet_budget(ScriptedTrial([0.4] * 6, layers), "model", Settings(), 0.1)
     assert plan.drop == 0.2
     assert plan.settings.fp32_layers == ("worst", "bad")  # the last layer is never given up

@@ -39,7 +39,7 @@ def test_models_are_compared_on_the_same_images(tiny_model, random_images, tmp_p
         "int8-onnx": [timing(1, 8.0)],
     }
     found = describe_models(
-        tiny_model, fp32, [candidate], {ENGINE: paths[:2]}, OnnxModel(paths[2], None, onnx),
+        tiny_model, fp32, [candidate], {ENGINE: paths[:2]}, OnnxModel(paths[2], None, onnx, 0.9),
         test, timings,
     )  # fmt: skip
     models = found["models"]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, GREY = "#CC79A7", "#999999"
 
 
 # --- results.json --------------------------------------------------------------------------------

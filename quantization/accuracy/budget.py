@@ -90,23 +90,28 @@ def meet_budget(trial: Trial, model: ResNet18, settings: Settings, max_drop: flo
 
 
 def _try_free_corrections(trial: Trial, plan: Plan, max_drop: float) -> Plan:
-    for action, correct in _free_corrections(trial.bench).items():
-        if plan.drop <= max_drop:
-            break
-        tried = correct(plan)
-        drop = trial.measure_drop(tried.model, tried.settings)
-        better = drop < plan.drop
-        cli.log.info(
-            "budget: %s: drop %.2f points on held-out images%s",
-            action, 100 * drop, "" if better else ", not kept",
-        )  # fmt: skip
-        steps = [*plan.steps, Step(action, drop, better)]
-        plan = replace(tried, drop=drop, steps=steps) if better else replace(plan, steps=steps)
+    for alternatives in _free_corrections(trial.bench, plan.settings):
+        for action, correct in alternatives.items():
+            if plan.drop <= max_drop:
+                return plan
+            tried = correct(plan)
+            drop = trial.measure_drop(tried.model, tried.settings)
+            better, steps = drop < plan.drop, plan.steps
+            cli.log.info(
+                "budget: %s: drop %.2f points on held-out images%s",
+                action, 100 * drop, "" if better else ", not kept",
+            )  # fmt: skip
+            if better:
+                steps = [
+                    s if s.action not in alternatives else replace(s, kept=False) for s in steps
+                ]
+                plan = replace(tried, drop=drop)
+            plan = replace(plan, steps=[*steps, Step(action, drop, better)])
     return plan
 
 
-def _free_corrections(bench: Bench) -> dict[str, Callable[[Plan], Plan]]:
-    """Return what costs no time, in the order in which it is tried."""
+def _free_corrections(bench: Bench, settings: Settings) -> list[dict[str, Callable[[Plan], Plan]]]:
+    """Return what costs no time, in the order in which it is tried; alternatives together."""
 
     def equalize(plan: Plan) -> Plan:
         return replace(plan, model=corrections.equalize_cross_layer(plan.model))
@@ -118,11 +123,12 @@ def _free_corrections(bench: Bench) -> dict[str, Callable[[Plan], Plan]]:
         model = corrections.correct_biases(plan.model, bench.calibration, bench.batch_size)
         return replace(plan, model=model)
 
-    return {
-        "equalise channels across layers": equalize,
-        **{f"{observer} observer": partial(observe, observer) for observer in OBSERVERS},
-        "correct biases": correct_biases,
-    }
+    observers = [observer for observer in OBSERVERS if observer != settings.observer]
+    return [
+        {"equalise channels across layers": equalize},
+        {f"{observer} observer": partial(observe, observer) for observer in observers},
+        {"correct biases": correct_biases},
+    ]
 
 
 def _restore_layers(trial: Trial, plan: Plan, max_drop: float) -> Plan:

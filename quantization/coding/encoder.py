@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.command import cli
+from common.command.cli import UserError
 from common.images.data import Cifar10, normalize
 from common.network.coded import CodedLayer
 from common.network.resnet import BLOCKS, BasicBlock, ResNet18, prunable_layers
@@ -208,6 +209,8 @@ class _Statistics:
 def _code_layer(layer: nn.Module, statistics: _Statistics, price: float, fine: bool) -> CodedLayer:
     """Code one layer on statistics of it."""
     covariance, mean, cross, lacking, variance = statistics.finish()
+    if not math.isfinite(variance):
+        raise UserError("activations beyond 65,504, the largest of FP16, cannot be coded")
     spread = float(covariance.diagonal().mean())
     spread = max(spread, SMALLEST_SPREAD * (1 + float(mean.square().mean())))
     weight = layer.weight.flatten(1)

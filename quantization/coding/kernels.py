@@ -65,10 +65,14 @@ def to_int8(network: CodedNetwork) -> tuple[GraphModule, Settings]:
     Its biases are rounded as :func:`quantization.int8.conversion.convert` rounds them.
 
     Raises:
-        ValueError: The network has too few activations, or settings that no model is made with.
+        ValueError: The network has too few activations, or settings that it was not made with.
         UserError: torch has no such engine on this CPU.
     """
     settings = parse_settings(dict(network.settings))
+    if {name for name, layer in network.layers.items() if not layer.is_int8} != {
+        *settings.fp32_layers
+    }:
+        raise ValueError("other layers are in FP32 than the settings say")
     model = conversion.build_skeleton(settings, network.widths)
     state = model.state_dict()  # carries the versions that torch's modules ask for
     for kind, values in (

@@ -79,7 +79,8 @@ def load_int8(path: str | Path) -> nn.Module:
         if not here:
             return ReferenceNetwork(network)
         supported = torch.backends.quantized.supported_engines
-        if network.settings.get("engine") in {*ENGINES} - {*supported}:  # made on another machine
+        elsewhere = [engine for engine in ENGINES if engine not in supported]
+        if network.settings.get("engine") in elsewhere:  # made on another machine
             network = replace(network, settings={**network.settings, "engine": here[0]})
         with damage_told(path, "INT8 model", ValueError, RuntimeError):
             model, settings = kernels.to_int8(network)

@@ -14,7 +14,10 @@ from common.report import results as report
 from quantization.report.tables import label
 
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
-COLORS = ("#C4C4C4", "#777777", report.ORANGE, report.BLUE, report.GREEN, report.RED)
+# FP32 twice, four engines and ONNX Runtime are the most that one run compares.
+COLORS = (
+    "#C4C4C4", "#777777", report.ORANGE, report.BLUE, report.GREEN, report.RED, report.PURPLE,
+)  # fmt: skip
 
 
 def draw_all(

@@ -13,7 +13,6 @@ from common.files.output import OutputFolder
 from common.images.cifar10 import CLASSES
 from common.images.data import Cifar10
 from common.measure import evaluate
-from common.measure.evaluate import Comparison
 from common.measure.latency import Timing
 from common.network.resnet import ResNet18
 from common.network.size import saved_size_bytes
@@ -42,7 +41,7 @@ def describe_models(
     Args:
         model: FP32.
         predictions: FP32's, on ``test``.
-        quantized: The INT8 models; the ONNX file is compared with the first.
+        quantized: The INT8 models, the headline's first.
         paths: The files of each engine's model, that with the state dict first.
         onnx: The exported model, if any.
         test: The images.
@@ -58,7 +57,15 @@ def describe_models(
         correct = predicted == test.labels
         entry = _entry(name, engine, path.stat().st_size, correct, timed)
         entry |= {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        return entry | _against_fp32(entry, fp32, evaluate.compare(dense, correct))
+        nchw, best = fp32
+        return entry | {
+            "comparison": {
+                "size_ratio": entry["size_bytes"] / best["size_bytes"],
+                "accuracy": evaluate.compare(dense, correct).as_dict(),
+                "speedup": _speedups(best, entry),
+            },
+            "speedup_over_nchw": _speedups(nchw, entry),
+        }
 
     entries = []
     for candidate in quantized:
@@ -67,8 +74,7 @@ def describe_models(
         entries.append(entry | _describe_conversion(candidate, paths[engine]))
     if onnx is not None:
         entry = int8_entry(ONNX, "onnxruntime", onnx.path, onnx.predictions, timings[ONNX])
-        agreeing = onnx.predictions == quantized[0].predictions
-        entries.append(entry | {"agreement": float(agreeing.double().mean())})
+        entries.append(entry | {"agreement": onnx.agreement})
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],
@@ -104,19 +110,6 @@ def _describe_conversion(candidate: Quantized, paths: Sequence[Path]) -> dict:
             for name, is_int8 in operations.items()
             if not is_int8
         ],
-    }
-
-
-def _against_fp32(entry: dict, fp32: Sequence[dict], accuracy: Comparison) -> dict:
-    """Return how an INT8 entry compares with FP32 as usually written and at its best."""
-    nchw, best = fp32
-    return {
-        "comparison": {
-            "size_ratio": entry["size_bytes"] / best["size_bytes"],
-            "accuracy": accuracy.as_dict(),
-            "speedup": _speedups(best, entry),
-        },
-        "speedup_over_nchw": _speedups(nchw, entry),
     }
 
 
