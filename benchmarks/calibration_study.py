@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
+    cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from common.files.output import OutputFolder
     from common.images.data import load_images
     from common.inputs import load_inputs

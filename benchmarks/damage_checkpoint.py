@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     cli.set_up_messages(quiet=False)
 
+    cli.import_torch()
     import torch
 
     from common.files.atomic import replace_file
@@ -48,22 +49,16 @@ def main(argv: list[str] | None = None) -> int:
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, BasicBlock)}
     if args.block not in blocks:
         raise cli.UserError(f"no block {args.block}; there are {', '.join(blocks)}")
-    damage(blocks[args.block], args.channels, args.factor)
+    block, scaled = blocks[args.block], slice(args.channels)
+    with torch.no_grad():  # undone in conv2, for ReLU lets it through
+        block.bn1.weight[scaled] *= args.factor
+        block.bn1.bias[scaled] *= args.factor
+        block.conv2.weight[:, scaled] /= args.factor
     replace_file(args.output, lambda file: torch.save(model.state_dict(), file))
     print(
         f"{args.output}: {args.channels} channels of {args.block}.bn1 are {args.factor:g} times up"
     )
     return cli.EXIT_DONE
-
-
-def damage(block, channels: int, factor: float) -> None:
-    """Scale the first channels after ``bn1`` up and undo it in ``conv2``; ReLU lets it through."""
-    import torch
-
-    with torch.no_grad():
-        block.bn1.weight[:channels] *= factor
-        block.bn1.bias[:channels] *= factor
-        block.conv2.weight[:, :channels] /= factor
 
 
 if __name__ == "__main__":

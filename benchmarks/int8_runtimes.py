@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
+    cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from benchmarks import runtimes, runtimes_report
     from common.files import output
     from common.images import data

@@ -186,7 +186,7 @@ def _openvino_runner(model: object, size_bytes: int) -> Runner:
 
 def onnxruntime_ours(path: Path) -> Runner:
     """Our Q/DQ file in ONNX Runtime."""
-    run = onnx_export.OnnxRuntimeModel(path, torch.get_num_threads())
+    run = onnx_export.load_onnx(path)
     return Runner(run, path.stat().st_size, torch.contiguous_format)
 
 

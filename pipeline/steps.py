@@ -27,7 +27,7 @@ from pipeline.results import INT8, describe_answers, describe_models, describe_t
 from pipeline.store import Store
 from pruning.files.saved import SLIM_NAME
 from quantization.coding.kernels import to_int8
-from quantization.files.onnx_export import OnnxRuntimeModel, export_onnx
+from quantization.files.onnx_export import export_onnx, load_onnx
 from quantization.settings import Settings
 from training.loop.distillation import Training
 
@@ -149,7 +149,7 @@ def export_answers_to_onnx(
         path = coded.with_suffix(".onnx")
         converted, _ = to_int8(load_coded(coded))
         export_onnx(converted, path)
-        run = OnnxRuntimeModel(path, torch.get_num_threads())
+        run = load_onnx(path)
         ours = predict(load_int8(coded), confirming, batch_size, "INT8")
         theirs = predict(run, confirming, batch_size, "ONNX Runtime")
         agreement = float((ours == theirs).double().mean())

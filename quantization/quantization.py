@@ -176,9 +176,10 @@ def main(argv: list[str] | None = None) -> int:
             found |= diagnose(source, first.observed, first.settings, bench)
             write_csv(folder.file(DIAGNOSIS_CSV), found["diagnosis"])
         saved = {path: q.deployed for q in quantized for path in files[q.settings.engine]}
-        if sparsity.measure_sparsity(model) >= sparsity.MIN_SPARSITY:
+        zeros = sparsity.count_zeros(model, first.model)
+        if zeros["zeros_before"] >= sparsity.MIN_SPARSITY * zeros["weights"]:
             packed = folder.file(sparsity.PACKED_NAME)
-            found["sparsity"] = sparsity.pack(model, first, fp32_bytes, packed)
+            found["sparsity"] = zeros | sparsity.pack(first, fp32_bytes, packed)
             saved[packed] = first.deployed
         if args.bits_per_weight is not None:
             all_int8 = replace(first.settings, fp32_layers=())
@@ -189,7 +190,10 @@ def main(argv: list[str] | None = None) -> int:
                 coding, args.bits_per_weight, args.coding_curve, folder.file(study.CODED_NAME)
             )
         with artifact.verifying_reloaded(saved, test):
-            plots.draw_all(found, test, fp32, first.predictions, folder.file)
+            plots.plot_overview(found["models"], folder.file("overview.png"))
+            plots.plot_flips(test, fp32, first.predictions, folder.file("flips.png"))
+            if args.diagnose:
+                plots.plot_diagnosis(found["diagnosis"], folder.file("diagnosis.png"))
             ranges.plot_ranges(source, first.observed, folder.file(RANGES_PLOT))
         found["artifacts"] = results.list_artifacts(folder, first)
         finish_run(found, folder, started, args.report)

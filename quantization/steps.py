@@ -124,7 +124,7 @@ def save_models(
 def export_onnx(quantized: Quantized, path: Path, bench: Bench) -> OnnxModel:
     """Write the INT8 model as ONNX and evaluate the file in ONNX Runtime, at equal threads."""
     onnx_export.export_onnx(quantized.model, path)
-    run = onnx_export.OnnxRuntimeModel(path, torch.get_num_threads())
+    run = onnx_export.load_onnx(path)
     predictions = bench.predict(run, "evaluate ONNX")
     agreeing = predictions == quantized.predictions
     return OnnxModel(path, run, predictions, float(agreeing.double().mean()))

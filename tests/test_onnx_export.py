@@ -40,7 +40,7 @@ def test_onnx_runtime_computes_what_torch_computes(
     path = tmp_path / "model.onnx"
     onnx_export.export_onnx(model, path)
     images = normalize(random_images(64, seed=1).images)
-    expected, got = model(images), onnx_export.OnnxRuntimeModel(path, threads=1)(images)
+    expected, got = model(images), onnx_export.load_onnx(path)(images)
     if not fp32_layers:  # the same integers everywhere; a tie of rounding moves a few logits
         assert (got - expected).abs().max() <= 3.1 * model.get_submodule("linear").scale
         assert torch.isclose(got, expected, atol=1e-5).double().mean() > 0.95
@@ -82,7 +82,7 @@ def test_every_kernel_reads_dequantized_values_and_is_quantized_after(converted,
 def test_the_batch_size_is_free(converted, random_images, tmp_path):
     path = tmp_path / "model.onnx"
     onnx_export.export_onnx(converted, path)
-    run = onnx_export.OnnxRuntimeModel(path, threads=1)
+    run = onnx_export.load_onnx(path)
     images = normalize(random_images(7).images)
     assert run(images).shape == (7, 10)
     assert torch.equal(run(images[:2]), run(images)[:2])

@@ -19,7 +19,7 @@ from pipeline import answers
 from pipeline.pipeline import main
 from pipeline.search import run_trials
 from quantization.files.artifact import load_int8
-from quantization.files.onnx_export import OnnxRuntimeModel
+from quantization.files.onnx_export import load_onnx
 
 SCRIPT = REPOSITORY / "pipeline" / "pipeline.py"
 QUICK = [
@@ -121,7 +121,7 @@ def test_onnx_gives_the_same_classes(finished, confirming):
     _, folder, results = finished
     images = normalize(confirming.images)
     for answer in results["answers"]:
-        run = OnnxRuntimeModel(folder / answer["onnx"]["file"], 1)
+        run = load_onnx(folder / answer["onnx"]["file"])
         with torch.inference_mode():
             ours, theirs = load_int8(folder / answer["file"])(images), run(images)
         same = ours.argmax(1) == theirs.argmax(1)

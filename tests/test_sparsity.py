@@ -50,7 +50,6 @@ def test_every_zero_stays_a_zero(pruned_model, random_images, engine, correction
     assert counted["weights"] == total
     assert counted["zeros_before"] == zeros
     assert counted["zeros_after"] >= zeros
-    assert sparsity.measure_sparsity(pruned_model) == pytest.approx(zeros / total)
 
 
 def test_a_lost_zero_is_a_bug(pruned_model, random_images):

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from quantization.int8.conversion import WEIGHT_OBSERVER, Observer, activation_observers
 from quantization.int8.engines import quiet_torch
+from quantization.int8.operations import layer_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ def layer_quantizers(observed: GraphModule) -> dict[str, tuple[Quantizer, Quanti
     quantizers = {node: quantizer_of(observer) for node, observer in activation_observers(observed)}
     found = {}
     for node in observed.graph.nodes:
-        if node.op == "call_module" and _is_layer(observed.get_submodule(node.target)):
+        if node.op == "call_module" and isinstance(
+            layer_of(observed, node.target), nn.Conv2d | nn.Linear
+        ):
             read, write = node.args[0], next(user for user in node.users if user in quantizers)
             found[node.target] = (quantizers[read], quantizers[write])
     return found
@@ -65,9 +68,3 @@ def quantize_weight(weight: torch.Tensor) -> torch.Tensor:
     return torch.fake_quantize_per_channel_affine(
         weight, scale, zero_point.int(), 0, observer.quant_min, observer.quant_max
     )
-
-
-def _is_layer(module: nn.Module) -> bool:
-    # A fused convolution is a Sequential of the convolution and its ReLU.
-    first = module[0] if isinstance(module, nn.Sequential) and len(module) else module
-    return isinstance(first, nn.Conv2d | nn.Linear)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -138,10 +138,8 @@ class _Encoder:
         """
         next(self._progress)
         coded = self._coded.get_submodule(name)
-        statistics = _Statistics(coded)
-        for rows, outputs in self._sample(coded, inputs, wanted, added):
-            statistics.add(rows, outputs)
-        layer = _code_layer(coded, statistics, self._price, name in FINE_LAYERS)
+        samples = self._sample(coded, inputs, wanted, added)
+        layer = _code_layer(coded, samples, self._price, name in FINE_LAYERS)
         coded.weight.copy_(layer.dense())
         coded.bias.copy_(layer.bias)
         self._layers[name] = layer
@@ -178,37 +176,44 @@ class _Encoder:
             yield windows[image, :, row, column].flatten(2).flatten(0, 1), y.flatten(0, 1)
 
 
-class _Statistics:
-    """First and second moments of a layer's inputs and of what its outputs lack."""
+def _take_moments(
+    layer: nn.Module, samples: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Return moments of a layer's inputs, and of what its outputs lack of those wanted.
 
-    def __init__(self, layer: nn.Module):
-        weight = layer.weight.flatten(1)
-        outputs, columns = weight.shape
-        self._weight, self._bias, self._count = weight, layer.bias, 0
-        self._sums = [torch.zeros(s) for s in (columns, outputs, outputs, outputs)]
-        self._inputs, self._cross = torch.zeros(columns, columns), torch.zeros(outputs, columns)
+    Args:
+        layer: With a weight of (outputs, columns).
+        samples: Inputs (n, columns) and the outputs that are wanted of them (n, outputs).
 
-    def add(self, rows: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Take in inputs (n, columns) and the outputs that are wanted of them (n, outputs)."""
-        lacking = wanted - torch.addmm(self._bias, rows, self._weight.T)
-        self._inputs.addmm_(rows.T, rows)
-        self._cross.addmm_(lacking.T, rows)
-        parts = (rows, lacking, wanted, wanted.square())
-        for total, part in zip(self._sums, parts, strict=True):
+    Returns:
+        The inputs' covariance and mean, the covariance and mean of what lacks, the variance of what
+        is wanted.
+    """
+    weight = layer.weight.flatten(1)
+    outputs, columns = weight.shape
+    inner, cross, count = torch.zeros(columns, columns), torch.zeros(outputs, columns), 0
+    sums = [torch.zeros(size) for size in (columns, outputs, outputs, outputs)]
+    for rows, wanted in samples:
+        lacking = wanted - torch.addmm(layer.bias, rows, weight.T)
+        inner.addmm_(rows.T, rows)
+        cross.addmm_(lacking.T, rows)
+        for total, part in zip(sums, (rows, lacking, wanted, wanted.square()), strict=True):
             total += part.sum(0)
-        self._count += len(rows)
-
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
-        """Return the inputs' covariance and mean, what lacks (covariance, mean), the variance."""
-        mean, lacking, wanted, square = (total / self._count for total in self._sums)
-        covariance = (self._inputs / self._count).sub_(torch.outer(mean, mean))
-        cross = self._cross / self._count - torch.outer(lacking, mean)
-        return covariance, mean, cross, lacking, float((square - wanted.square()).sum())
+        count += len(rows)
+    mean, lacking, wanted, square = (total / count for total in sums)
+    covariance = (inner / count).sub_(torch.outer(mean, mean))
+    cross = cross / count - torch.outer(lacking, mean)
+    return covariance, mean, cross, lacking, float((square - wanted.square()).sum())
 
 
-def _code_layer(layer: nn.Module, statistics: _Statistics, price: float, fine: bool) -> CodedLayer:
-    """Code one layer on statistics of it."""
-    covariance, mean, cross, lacking, variance = statistics.finish()
+def _code_layer(
+    layer: nn.Module,
+    samples: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    price: float,
+    fine: bool,
+) -> CodedLayer:
+    """Code one layer on samples, as :func:`_take_moments` takes them."""
+    covariance, mean, cross, lacking, variance = _take_moments(layer, samples)
     if not math.isfinite(variance):
         raise UserError("activations beyond 65,504, the largest of FP16, cannot be coded")
     spread = float(covariance.diagonal().mean())

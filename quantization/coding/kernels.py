@@ -17,9 +17,6 @@ from quantization.int8.engines import quiet_torch
 from quantization.int8.operations import layer_of, round_biases
 from quantization.settings import Settings, parse_settings
 
-# What a converted model's state calls an activation's scale and zero point, or ends their names in.
-SCALE, ZERO_POINT = "scale", "zero_point"
-
 
 def from_int8(converted: GraphModule, settings: Settings) -> CodedNetwork:
     """Return the coded form of an INT8 model; nothing is lost.
@@ -36,7 +33,7 @@ def from_int8(converted: GraphModule, settings: Settings) -> CodedNetwork:
     layers = {name: _read_layer(name, layer_of(converted, name)) for name in names}
     scales, zero_points = (
         torch.stack([*_activations(converted.state_dict(), kind).values()])
-        for kind in (SCALE, ZERO_POINT)
+        for kind in ("scale", "zero_point")
     )
     return CodedNetwork(layers, scales, zero_points, asdict(settings))
 
@@ -75,11 +72,8 @@ def to_int8(network: CodedNetwork) -> tuple[GraphModule, Settings]:
         raise ValueError("other layers are in FP32 than the settings say")
     model = conversion.build_skeleton(settings, network.widths)
     state = model.state_dict()  # carries the versions that torch's modules ask for
-    for kind, values in (
-        (SCALE, network.activation_scales),
-        (ZERO_POINT, network.activation_zero_points),
-    ):
-        state |= zip(_activations(state, kind), values, strict=True)
+    state |= zip(_activations(state, "scale"), network.activation_scales, strict=True)
+    state |= zip(_activations(state, "zero_point"), network.activation_zero_points, strict=True)
     with quiet_torch(settings.engine):
         model.load_state_dict(state)
         for name, layer in network.layers.items():
@@ -89,7 +83,7 @@ def to_int8(network: CodedNetwork) -> tuple[GraphModule, Settings]:
 
 
 def _activations(state: Mapping[str, object], kind: str) -> dict[str, torch.Tensor]:
-    """Return the scales or the zero points, in the order of the state: that of the coded file."""
+    """Return each ``scale`` or ``zero_point`` in the order of the state: that of the coded file."""
     ends = (f".{kind}", f"_{kind}_0")
     return {name: value for name, value in state.items() if name.endswith(ends)}
 

@@ -14,8 +14,6 @@ neighbours in the kernel. Those not yet coded count as the pass before left them
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -49,9 +47,7 @@ def choose_levels(
     stiffness = torch.outer(scale, steps).square().numpy()
     levels = np.rint(target).clip(-MAX_LEVEL, MAX_LEVEL) * (np.abs(target) > FIRST_THRESHOLD)
     for _ in range(PASSES):
-        estimate = _Estimate(levels, positions)
-        _code_columns(estimate, target, feedback, stiffness, price)
-        levels = estimate.levels
+        levels = _code_columns(_Estimate(levels, positions), target, feedback, stiffness, price)
     return torch.from_numpy(levels.T.astype(np.int8))
 
 
@@ -61,11 +57,11 @@ def _code_columns(
     feedback: np.ndarray,
     stiffness: np.ndarray,
     price: float,
-) -> None:
-    """Code all columns anew.
+) -> np.ndarray:
+    """Code all columns anew; return the levels, (columns, outputs).
 
     Args:
-        estimate: Holds the levels, which are replaced one column after another.
+        estimate: Of the levels before, which are replaced one column after another.
         target: The weights in steps, (columns, outputs).
         feedback: What an error in a column asks of those after it, (columns, columns).
         stiffness: Squared error of a step, what follows making up for it, (columns, outputs).
@@ -78,45 +74,12 @@ def _code_columns(
         inner = np.ascontiguousarray(feedback[block, block].T)
         for i, column in enumerate(range(block.start, block.stop)):
             aim = aims[i] + inner[i, :i] @ lost[block][:i]
-            estimate.replace(column, _round(aim, stiffness[column], estimate.costs(column), price))
-            lost[column] = target[column] - estimate.levels[column]
-
-
-def _round(aim: np.ndarray, stiffness: np.ndarray, costs: Costs, price: float) -> np.ndarray:
-    """Return the cheapest of each weight's two nearest levels and zero."""
-    size = np.abs(aim)
-    low = np.minimum(size.astype(np.int64), MAX_LEVEL - 1)
-    left = size - low
-    low_cost = left * left * stiffness + price * costs.magnitudes[low]
-    high_cost = (1 - left) ** 2 * stiffness + price * costs.magnitudes[low + 1]
-    signs = np.where(aim < 0, costs.negative, costs.positive)
-    kept_cost = np.minimum(low_cost, high_cost) + price * (costs.nonzero + signs)
-    zero_cost = size * size * stiffness + price * costs.zero
-    best = np.where(high_cost < low_cost, low + 1, low) * (kept_cost < zero_cost)
-    return np.copysign(best, aim)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Bits of the levels of one column, an entry an output.
-
-    Attributes:
-        zero: Of a zero.
-        nonzero: Of another level, but for its sign and magnitude.
-        negative: Of a negative sign.
-        positive: Of a positive sign.
-        magnitudes: Of each magnitude; of none for zero.
-    """
-
-    zero: np.ndarray
-    nonzero: np.ndarray
-    negative: np.ndarray
-    positive: np.ndarray
-    magnitudes: np.ndarray
+            lost[column] = target[column] - estimate.round(column, aim, stiffness[column], price)
+    return estimate.levels
 
 
 class _Estimate:
-    """Levels, and what each would cost given all others."""
+    """Levels, and how many bits each would take given all others."""
 
     def __init__(self, levels: np.ndarray, positions: int):
         self.levels = levels.astype(np.float32)
@@ -147,22 +110,43 @@ class _Estimate:
         counts[0] = counts.sum()  # so that a magnitude of none takes no bits
         self._magnitudes = -np.log2(counts / counts[0]).astype(np.float32)
 
-    def costs(self, column: int) -> Costs:
-        """Return what levels in a column would cost."""
+    def round(
+        self, column: int, aim: np.ndarray, stiffness: np.ndarray, price: float
+    ) -> np.ndarray:
+        """Make each of a column's levels the cheapest of zero and the two nearest to its ``aim``.
+
+        Args:
+            column: Its index.
+            aim: In steps, (outputs,).
+            stiffness: Squared error of a step, (outputs,).
+            price: Squared error that a bit may cost.
+
+        Returns:
+            The levels, (outputs,).
+        """
         kernel, position = divmod(column, self._positions)
         others = slice(kernel * self._positions, (kernel + 1) * self._positions)
         near = self._near[position]
         odds = self._row_odds + self._column_odds[kernel]
         odds += self._beside * _log_beside(near @ self._sizes[others])
         lean = self._lean * (near @ self._signs[others])
-        zero, negative = np.logaddexp(0, odds) / LN2, np.logaddexp(0, lean) / LN2
-        return Costs(zero, zero - odds / LN2, negative, negative - lean / LN2, self._magnitudes)
+        zero, negative = np.logaddexp(0, odds) / LN2, np.logaddexp(0, lean) / LN2  # bits
+        nonzero, positive = zero - odds / LN2, negative - lean / LN2
 
-    def replace(self, column: int, levels: np.ndarray) -> None:
-        """Replace the levels of a column."""
-        self.levels[column] = levels
-        self._signs[column] = np.sign(levels)
+        size = np.abs(aim)
+        low = np.minimum(size.astype(np.int64), MAX_LEVEL - 1)
+        left = size - low
+        low_cost = left * left * stiffness + price * self._magnitudes[low]
+        high_cost = (1 - left) ** 2 * stiffness + price * self._magnitudes[low + 1]
+        signs = np.where(aim < 0, negative, positive)
+        kept_cost = np.minimum(low_cost, high_cost) + price * (nonzero + signs)
+        zero_cost = size * size * stiffness + price * zero
+        best = np.where(high_cost < low_cost, low + 1, low) * (kept_cost < zero_cost)
+        levels = np.copysign(best, aim)
+
+        self.levels[column], self._signs[column] = levels, np.sign(levels)
         self._sizes[column] = np.minimum(np.abs(levels), 2)
+        return levels
 
 
 def _log_beside(weight: np.ndarray) -> np.ndarray:

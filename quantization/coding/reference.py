@@ -8,8 +8,6 @@ may round the other way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,19 +17,6 @@ from common.network.coded import CodedNetwork
 from common.network.resnet import BLOCKS
 
 MAX_ACTIVATION = 255
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """Maps numbers to 0 to 255 and back."""
-
-    scale: float
-    zero_point: int
-
-    def quantize(self, values: torch.Tensor) -> torch.Tensor:
-        """Return what the values become (float64, whole numbers less the zero point)."""
-        levels = (values / self.scale).round() + self.zero_point
-        return levels.clamp(0, MAX_ACTIVATION) - self.zero_point
 
 
 class ReferenceNetwork(nn.Module):
@@ -49,39 +34,41 @@ class ReferenceNetwork(nn.Module):
         names = ["input", *BLOCKS, *network.layers]
         if len(network.activation_scales) != len(names):
             raise UserError("a network with layers in FP32 needs torch's INT8 kernels")
-        pairs = zip(
-            network.activation_scales.tolist(), network.activation_zero_points.tolist(), strict=True
-        )
-        self._quantizers = dict(zip(names, (Quantizer(*pair) for pair in pairs), strict=True))
+        self._scales = dict(zip(names, network.activation_scales.tolist(), strict=True))
+        self._zero_points = dict(zip(names, network.activation_zero_points.tolist(), strict=True))
         self._layers = network.layers
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Run the network; activations are whole numbers, less their zero points."""
-        here = self._quantizers["input"].quantize(images.double())
+        here = self._quantize("input", images.double())
         here, name = self._run("conv1", "input", here).relu(), "conv1"
         for block in BLOCKS:
-            shortcut, stride = f"{block}.shortcut.0", 1
-            if shortcut in self._layers:
-                stride = 2
+            shortcut = f"{block}.shortcut.0"
+            stride = 2 if shortcut in self._layers else 1
             inner = self._run(f"{block}.conv1", name, here, stride).relu()
             branch = self._run(f"{block}.conv2", f"{block}.conv1", inner)
             if shortcut in self._layers:
                 here, name = self._run(shortcut, name, here, stride), shortcut
             total = self._value(f"{block}.conv2", branch) + self._value(name, here)
-            here, name = self._quantizers[block].quantize(total.relu()), block
+            here, name = self._quantize(block, total.relu()), block
         pooled = here.mean((2, 3)).round()
         return self._value("linear", self._run("linear", name, pooled)).float()
 
     def _run(self, name: str, source: str, inputs: torch.Tensor, stride: int = 1) -> torch.Tensor:
         """Run a layer on what ``source`` gave."""
         layer = self._layers[name]
-        steps = self._quantizers[source].scale * layer.scales.double()
+        steps = self._scales[source] * layer.scales.double()
         bias, weight = (layer.bias / steps).round(), layer.weight.double()
         if weight.ndim == 2:
-            return self._quantizers[name].quantize(F.linear(inputs, weight, bias) * steps)
+            return self._quantize(name, F.linear(inputs, weight, bias) * steps)
         padding = weight.shape[-1] // 2  # what is padded with 0 is the zero point
         sums = F.conv2d(inputs, weight, bias, stride, padding)
-        return self._quantizers[name].quantize(sums * steps[:, None, None])
+        return self._quantize(name, sums * steps[:, None, None])
+
+    def _quantize(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return what values become (float64, whole numbers less the zero point)."""
+        levels = (values / self._scales[name]).round() + self._zero_points[name]
+        return levels.clamp(0, MAX_ACTIVATION) - self._zero_points[name]
 
     def _value(self, name: str, levels: torch.Tensor) -> torch.Tensor:
-        return levels * self._quantizers[name].scale
+        return levels * self._scales[name]

@@ -62,7 +62,8 @@ class CodingBench:
         """Code the network so that a weight takes about so many bits; at most twice."""
         price = PRICE * (BITS / bits_per_weight) ** 2
         network = self.code(price)
-        excess = bits_of(network) / bits_per_weight
+        levels = [layer.matrix() for layer in network.layers.values()]
+        excess = 8 * len(entropy.encode(levels)) / sum(x.size for x in levels) / bits_per_weight
         if abs(excess - 1) > TOLERANCE:
             network = self.code(price * excess**2)
         return network
@@ -85,26 +86,17 @@ def study_coding(bench: CodingBench, bits_per_weight: float, with_curve: bool, p
     network = bench.code_to(bits_per_weight)
     point = bench.measure(network, path)
     log.info("%s: %.1f times smaller than FP32", path.name, point["size_ratio"])
+    prices = CURVE_PRICES if with_curve else ()
+    with tempfile.TemporaryDirectory() as folder:  # of these no file is kept
+        scratch = Path(folder, CODED_NAME)
+        curve = [bench.measure(bench.code(price), scratch) | {"price": price} for price in prices]
     return {
         "images": len(bench.images),
         "file": path.name,
         **point,
         "levels_bytes": compare_coders(network),
-        "curve": _trace_curve(bench) if with_curve else [],
+        "curve": curve,
     }
-
-
-def _trace_curve(bench: CodingBench) -> list[dict]:
-    """Measure the network at six prices of a bit; no file is kept."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, CODED_NAME)
-        return [bench.measure(bench.code(price), path) | {"price": price} for price in CURVE_PRICES]
-
-
-def bits_of(network: CodedNetwork) -> float:
-    """Return the bits that the coded levels take a weight."""
-    layers = [layer.matrix() for layer in network.layers.values()]
-    return 8 * len(entropy.encode(layers)) / sum(levels.size for levels in layers)
 
 
 def compare_coders(network: CodedNetwork) -> dict[str, int]:
@@ -132,25 +124,18 @@ def _entropy_bytes(levels: np.ndarray) -> float:
 
 def format_coding(coding: dict) -> str:
     """Lay out results.json's ``coding``."""
+    others = coding["levels_bytes"].copy()
+    coded = others.pop("coded")
+    ratios = ", ".join(f"{name} {size / coded:.2f}×" for name, size in others.items())
+    accuracy, change = percent(coding["accuracy"]["value"]), format_change(coding["comparison"])
     curve = "\n" + _format_curve(coding["curve"]) if coding["curve"] else ""
-    return _format_point(coding) + curve
-
-
-def _format_point(point: dict) -> str:
-    coded = point["levels_bytes"]["coded"]
-    others = ", ".join(
-        f"{name} {size / coded:.2f}×"
-        for name, size in point["levels_bytes"].items()
-        if name != "coded"
-    )
-    change = format_change(point["comparison"])
     return (
-        f"the smallest file: {point['file']}\n"
-        f"  size      {megabytes(point['file_bytes'])}, {point['size_ratio']:.1f}× smaller than "
-        f"FP32; {point['bits_per_weight']:.2f} bits a weight\n"
-        f"  accuracy  {percent(point['accuracy']['value'])}, {change.points} points, 95 % interval "
-        f"{change.low} to {change.high}\n"
-        f"  its levels otherwise: {others}\n"
+        f"the smallest file: {coding['file']}\n"
+        f"  size      {megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
+        f"FP32; {coding['bits_per_weight']:.2f} bits a weight\n"
+        f"  accuracy  {accuracy}, {change.points} points, 95 % interval {change.low} to "
+        f"{change.high}\n"
+        f"  its levels otherwise: {ratios}\n" + curve
     )
 
 

@@ -9,6 +9,7 @@ with the scale of the products that they are added to.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,28 +51,26 @@ def export_onnx(model: GraphModule, path: Path) -> None:
     replace_file(path, lambda file: file.write(proto.SerializeToString()))
 
 
-class OnnxRuntimeModel:
-    """An ONNX file in ONNX Runtime on the CPU: maps normalised images to logits, as torch's do."""
+def load_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Load an ONNX file into ONNX Runtime on the CPU, at as many threads as torch has.
 
-    def __init__(self, path: Path, threads: int):
-        import onnxruntime
+    Returns:
+        Maps normalised images (float32, (N, 3, 32, 32)) to logits (float32, (N, 10)).
+    """
+    import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Idle threads that spin would take the cores from whatever runs next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._session = onnxruntime.InferenceSession(
-            str(path),
-            options,
-            providers=["CPUExecutionProvider"],
-            # It would quantize layers that were left in FP32 between INT8 ones.
-            disabled_optimizers=["WeightBiasQuantization"],
-        )
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits (N, classes) of float32 images (N, 3, 32, 32)."""
-        (logits,) = self._session.run(None, {"images": images.numpy()})
-        return torch.from_numpy(logits)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Idle threads that spin would take the cores from whatever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(
+        str(path),
+        options,
+        providers=["CPUExecutionProvider"],
+        # It would quantize layers that were left in FP32 between INT8 ones.
+        disabled_optimizers=["WeightBiasQuantization"],
+    )
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 class _Exporter:
@@ -118,7 +117,7 @@ class _Exporter:
             return self._quantize(inputs[0], node.name, *map(self._constant, node.args[1:3]))
         if node.target is torch.flatten:
             flat = self._add("Flatten", inputs, f"{node.name}_fp32", axis=1)
-            return self._quantize_like(flat, inputs[0], node.name)
+            return self._quantize(flat, node.name, *self._scales[inputs[0]])
         if "quantized.add" in str(node.target):
             total = self._add("Add", inputs, f"{node.name}_sum")
             if "relu" in str(node.target):
@@ -131,7 +130,7 @@ class _Exporter:
         kind = module._get_name()
         if kind == "AdaptiveAvgPool2d":
             mean = self._add("GlobalAveragePool", inputs, f"{node.name}_fp32")
-            return self._quantize_like(mean, inputs[0], node.name)
+            return self._quantize(mean, node.name, *self._scales[inputs[0]])
         is_int8 = kind.startswith("Quantized")
         layer = module if is_int8 or isinstance(module, nn.Conv2d | nn.Linear) else module[0]
         weight_and_bias = self._weight_and_bias(node.name, layer, is_int8, inputs[0])
@@ -171,10 +170,6 @@ class _Exporter:
         result = self._add("DequantizeLinear", [levels, *parameters], name)
         self._scales[result] = (scale, zero_point)
         return result
-
-    def _quantize_like(self, value: str, source: str, name: str) -> str:
-        """Quantize with the scale of ``source``, which pooling and reshaping keep."""
-        return self._quantize(value, name, *self._scales[source])
 
     def _dequantize(self, name: str, levels: np.ndarray, scales: np.ndarray) -> str:
         zero_points = np.zeros(len(scales), levels.dtype)

@@ -17,12 +17,6 @@ PACKED_NAME = "resnet18_cifar10_int8_packed.safetensors"
 MIN_SPARSITY = 0.01
 
 
-def measure_sparsity(model: ResNet18) -> float:
-    """Return the fraction of zeros among the weights of all convolution and linear layers."""
-    weights = [layer.weight for layer in prunable_layers(model).values()]
-    return 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
-
-
 def count_zeros(model: ResNet18, converted: GraphModule) -> dict:
     """Count the zeros before and after quantization, and check that none was lost.
 
@@ -50,12 +44,16 @@ def count_zeros(model: ResNet18, converted: GraphModule) -> dict:
     return {"weights": weights, "zeros_before": before, "zeros_after": after}
 
 
-def pack(model: ResNet18, quantized: Quantized, fp32_bytes: int, path: Path) -> dict:
-    """Check an INT8 model's zeros against FP32's, and pack it; return results.json's ``sparsity``.
+def pack(quantized: Quantized, fp32_bytes: int, path: Path) -> dict:
+    """Write an INT8 model packed; return its part of results.json's ``sparsity``.
 
-    The packed file, at ``path``, is compared with the ``fp32_bytes`` of the FP32 one.
+    It is compared with the ``fp32_bytes`` of the FP32 one.
     """
-    zeros = count_zeros(model, quantized.model)
     size_bytes = save_coded(from_int8(quantized.model, quantized.settings), path)
-    packed = {"file": path.name, "size_bytes": size_bytes, "size_ratio": size_bytes / fp32_bytes}
-    return zeros | {"packed": packed}
+    return {
+        "packed": {
+            "file": path.name,
+            "size_bytes": size_bytes,
+            "size_ratio": size_bytes / fp32_bytes,
+        }
+    }

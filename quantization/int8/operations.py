@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from common.images.cifar10 import IMAGE_SIZE
 
 
+@torch.inference_mode()
 def list_operations(converted: GraphModule) -> dict[str, bool]:
     """Return whether each operation of a converted model runs in INT8, by name, in their order.
 
@@ -17,48 +18,33 @@ def list_operations(converted: GraphModule) -> dict[str, bool]:
     The model is run on a blank image, and an operation is INT8 if what it returned is: the proof
     does not rest on the names of classes.
     """
-    recorder = _Recorder(converted)
-    _run_blank(recorder)
-    return recorder.operations
+    run = Interpreter(converted, garbage_collect_values=False)
+    run.run(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    return {
+        node.target if node.op == "call_module" else node.name: value.is_quantized
+        for node, value in run.env.items()
+        if node.op.startswith("call_")
+        and node.target not in (torch.quantize_per_tensor, "dequantize")
+    }
 
 
+@torch.inference_mode()
 def round_biases(converted: GraphModule) -> None:
     """Round a converted model's biases, in place, to the INT32 steps in which products are summed.
 
     torch's kernels would take them in FP32, other runtimes cannot; rounded, all of them compute the
     same.
     """
-    _run_blank(_BiasRounder(converted))
+    _BiasRounder(converted).run(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
 def layer_of(converted: GraphModule, name: str) -> nn.Module:
-    """Return a layer of a converted model by its name in the network, in INT8 or in FP32.
+    """Return a layer of a calibrated or converted model by its name in the network.
 
-    A convolution kept in FP32 is fused with the ReLU after it into a sequence of the two.
+    A convolution not in INT8 is fused with the ReLU after it into a sequence of the two.
     """
     module = converted.get_submodule(name)
     return module[0] if isinstance(module, nn.Sequential) else module
-
-
-@torch.inference_mode()
-def _run_blank(interpreter: Interpreter) -> None:
-    interpreter.run(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-
-
-class _Recorder(Interpreter):
-    """Notes which operations computed on INT8."""
-
-    def __init__(self, module: GraphModule):
-        super().__init__(module)
-        self.operations: dict[str, bool] = {}
-
-    def run_node(self, node: Node) -> object:
-        result = super().run_node(node)
-        is_boundary = node.target in (torch.quantize_per_tensor, "dequantize")
-        if node.op.startswith("call_") and not is_boundary:
-            name = node.target if node.op == "call_module" else node.name
-            self.operations[name] = result.is_quantized
-        return result
 
 
 class _BiasRounder(Interpreter):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,28 +18,6 @@ SHEET_COLUMNS, SHEET_ROWS = 8, 4
 COLORS = (
     "#C4C4C4", "#777777", report.ORANGE, report.BLUE, report.GREEN, report.RED, report.PURPLE,
 )  # fmt: skip
-
-
-def draw_all(
-    results: dict,
-    test: Cifar10,
-    fp32: torch.Tensor,
-    int8: torch.Tensor,
-    file: Callable[[str], Path],
-) -> None:
-    """Draw results.json, and the images that FP32 and INT8 answer differently.
-
-    Args:
-        results: With ``models``, and perhaps ``diagnosis``.
-        test: The N images.
-        fp32: FP32's predictions (int64, shape (N,)).
-        int8: INT8's.
-        file: Returns the path of a name.
-    """
-    plot_overview(results["models"], file("overview.png"))
-    plot_flips(test, fp32, int8, file("flips.png"))
-    if "diagnosis" in results:
-        plot_diagnosis(results["diagnosis"], file("diagnosis.png"))
 
 
 def plot_overview(models: Sequence[dict], path: Path) -> None:
