@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from common.files.atomic import replace_file
 from common.files.output import RESULTS_NAME, OutputFolder
 from common.machine.device import peak_memory_bytes
 from common.machine.workers import Workers, join_workers
 from common.report.page import write_page
-from common.report.results import to_json, write_json
+from common.report.results import to_json
 
 
 @contextlib.contextmanager
@@ -53,7 +54,8 @@ def finish_run(
     results["peak_memory_bytes"] = peak_memory_bytes()
     if with_page:
         write_page(results, folder)
-    write_json(folder.file(RESULTS_NAME), results)
+    text = to_json(results)
+    replace_file(folder.file(RESULTS_NAME), lambda file: file.write(text.encode()))
     folder.commit()
 
 

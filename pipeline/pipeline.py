@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         require_packages()
     with OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(args, Path(__file__).parent)
-        choosing, confirming = inputs.test.split_halves(args.seed)
+        choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, place)
         identity = steps.identify(inputs, settings, args.batch_size, training)
         store = Store(folder.keep_unfinished(identity, args.resume).folder)

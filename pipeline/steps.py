@@ -14,7 +14,7 @@ from common.files.output import OutputFolder
 from common.files.unfinished import SCRIPT
 from common.images.data import Cifar10, checksum
 from common.inputs import Inputs
-from common.machine.fresh_process import call_fresh
+from common.machine.fresh_process import start_fresh
 from common.measure.budget import Budget
 from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
@@ -117,10 +117,11 @@ def measure(
         for answer in answers.values()
         for c in answer.tried
     }
-    measured = call_fresh(
+    with start_fresh(
         measure_files, fp32, {INT8: int8} | dict(files) | tried, confirming, workshop.batch_size,
         batch_sizes, seconds,
-    )  # fmt: skip
+    ) as wait:  # fmt: skip
+        measured = wait()
     paths = {FP32: fp32, INT8: int8} | dict(files)
     macs = count_macs(dense)
     found = list(answers.values())

@@ -35,7 +35,7 @@ DISPOSITIONS = {
 }
 
 # What calls functions in fresh processes, with the files that were written.
-READING_BACK = ("quantization.files.artifact", "common.machine.fresh_process")
+READING_BACK = ("quantization.files.artifact", "pipeline.steps")
 
 Finished = subprocess.CompletedProcess[str]
 

@@ -71,7 +71,7 @@ def test_whole_splits_and_halves_are_shuffled_too():
     read = lambda indices: indices[:, None, None, None] * np.ones((1, 3, 1, 1), np.int64)  # noqa: E731
     source = Source("folder", "a test", lambda split: Split(by_class(20), read))
     whole = load_images(source, "test", None, seed=0)
-    for images in (whole, *whole.split_halves(0)):
+    for images in (whole, *map(whole.rows, whole.halves(0))):
         assert all(len(images.labels[i : i + 20].unique()) == 10 for i in range(0, 100, 20))
 
 
@@ -81,10 +81,11 @@ def test_balanced_subset_depends_on_the_seed():
 
 
 @given(label_arrays.filter(lambda labels: len(labels) > 1), st.integers(0, 2**32 - 1))
-def test_split_halves(labels, seed):
+def test_halves(labels, seed):
     # Pixels that tell which image it is.
     images = torch.arange(len(labels))[:, None, None, None].expand(-1, 3, 1, 1)
-    first, second = Cifar10(images, torch.from_numpy(labels)).split_halves(seed)
+    whole = Cifar10(images, torch.from_numpy(labels))
+    first, second = map(whole.rows, whole.halves(seed))
     ids = [half.images[:, 0, 0, 0].tolist() for half in (first, second)]
     assert sorted(ids[0] + ids[1]) == list(range(len(labels)))
     for half, members in zip((first, second), ids, strict=True):
@@ -95,7 +96,7 @@ def test_split_halves(labels, seed):
 
 def test_one_image_has_no_halves(random_images):
     with pytest.raises(UserError, match="takes two"):
-        random_images(1).split_halves(0)
+        random_images(1).halves(0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 64])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -22,10 +23,21 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def four_bit_bmp(levels: np.ndarray, palette: np.ndarray) -> bytes:
+    """What Pillow reads but does not write: ``levels`` (32, 32) below 16, ``palette`` (16, 3)."""
+    rows = (levels[::-1, ::2] << 4 | levels[::-1, 1::2]).tobytes()
+    colours = np.pad(palette[:, ::-1], ((0, 0), (0, 1))).tobytes()  # blue, green, red, nothing
+    info = struct.pack("<3I2H6I", 40, 32, 32, 1, 4, 0, len(rows), 0, 0, 16, 0)
+    start = 14 + len(info) + len(colours)
+    return struct.pack("<2sI4xI", b"BM", start + len(rows), start) + info + colours + rows
+
+
 COLOURS = Image.fromarray(PIXELS)
+LEVELS, SIXTEEN = PIXELS[..., 0] >> 4, PIXELS[0, :16]
 PALETTE = COLOURS.convert("P")
 IMAGE_IDS = (
     "png", "bmp", "webp", "jpeg", "grey", "one-bit", "alpha", "cmyk", "palette", "clear-palette",
+    "four-bit",
 )  # fmt: skip
 
 
@@ -42,6 +54,7 @@ IMAGE_IDS = (
         (encoded(COLOURS.convert("CMYK"), "JPEG"), None),
         (encoded(PALETTE, "PNG"), np.asarray(PALETTE.convert("RGB"))),
         (encoded(PALETTE, "PNG", transparency=b"\0" * 9), np.asarray(PALETTE.convert("RGB"))),
+        (four_bit_bmp(LEVELS, SIXTEEN), SIXTEEN[LEVELS]),
     ],
     ids=IMAGE_IDS,
 )

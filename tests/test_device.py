@@ -192,3 +192,9 @@ def test_bf16_is_taken_only_where_a_convolution_is_faster_in_it(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     milliseconds[torch.bfloat16] = 1
     assert not device.bf16_pays.__wrapped__()
+
+
+def test_peak_memory_where_the_system_tells_less(monkeypatch):
+    told = device.peak_memory_bytes()
+    monkeypatch.setattr(device.Path, "read_text", lambda path: "Name:\tpython\nVmSize:\t9 kB\n")
+    assert 0.2 < device.peak_memory_bytes() / told < 5  # by another call, of all threads' pages

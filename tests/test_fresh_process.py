@@ -14,7 +14,7 @@ from processes import foreground_signals
 
 from common.command import interruptions
 from common.command.cli import UserError
-from common.machine.fresh_process import call_fresh, start_fresh
+from common.machine.fresh_process import start_fresh
 
 # What is called is looked up by name in this module, which the new process imports.
 
@@ -56,10 +56,19 @@ def write_own_number(path: str) -> None:
     time.sleep(600)
 
 
+def exhaust():
+    torch.empty(1 << 60)
+
+
 def write_number_and_return(path: str, value: bytes) -> bytes:
     with open(path, "w") as file:
         file.write(str(os.getpid()))
     return value
+
+
+def call_fresh(function, *arguments):
+    with start_fresh(function, *arguments) as wait:
+        return wait()
 
 
 def test_another_process_of_as_many_threads_and_of_no_terminal(capfd):
@@ -80,6 +89,7 @@ def test_it_keeps_freed_memory_so_that_it_times_fairly():
     ("function", "error", "told"),
     [
         (refuse, UserError, "a file is damaged"),
+        (exhaust, UserError, "out of memory"),
         (die, UserError, "the system ended a process of this run .signal 9.; too little memory"),
         (fail, RuntimeError, "a process of this run failed"),
     ],

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -289,33 +290,27 @@ def test_too_little_space_is_found_first(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_keeps_earlier_results(tmp_path):
-    """A limit on file size stands in for a full disk: the write fails half-way."""
-    path = tmp_path / "results"
-    run(path, "1")
-    before = read(path)
-    code = (
-        "import resource, sys; from pathlib import Path\n"
-        "from common.command import cli; from common.report import results\n"
-        "from common.files.output import OutputFolder\n"
-        "@cli.exit_codes\n"
-        "def main(argv=None):\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
-        "    with OutputFolder(Path(sys.argv[1]), overwrite=True) as folder:\n"
-        "        folder.file('model.pth').write_bytes(bytes(1000))\n"
-        "        results.write_json(folder.file('results.json'), {'long': 'x' * 10_000})\n"
-        "        folder.commit()\n"
-        "    return 0\n"
-        "sys.exit(main())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, path],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: results.json: File too large\n"
-    assert read(path) == before
-    assert sorted(p.name for p in path.iterdir()) == sorted(before)
+def test_a_disk_that_fills_up_keeps_earlier_results(tmp_path, full_disk):
+    run(tmp_path, "1")
+    before = read(tmp_path)
+    with full_disk(), pytest.raises(OSError, match="too large"):
+        run(tmp_path, "2" * 10_000, overwrite=True)
+    assert read(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(before)
+
+
+def test_results_that_are_nested_without_end_are_none_of_ours(tmp_path):
+    (tmp_path / "results.json").write_text("[" * 100_000)
+    run(tmp_path, "1", overwrite=True)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no other file system at hand")
+def test_earlier_results_are_not_taken_to_another_file_system(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (tmp_path / "earlier").symlink_to(elsewhere)
+        with pytest.raises(UserError, match="could not be moved there"):
+            run(tmp_path, "1")
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
 
 
 # --- signals -------------------------------------------------------------------------------------

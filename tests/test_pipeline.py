@@ -91,7 +91,7 @@ def confirming(finished):
     from common.images.sources import open_source
 
     test = load_images(open_source(finished[1], bundled=True), "test", 120, 0)
-    return test.split_halves(0)[1]
+    return test.rows(test.halves(0)[1])
 
 
 def test_answers_are_of_the_files_on_images_that_did_not_choose(finished, confirming):

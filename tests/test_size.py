@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from common.network.checkpoint import save_checkpoint
 from common.network.resnet import ResNet18
-from common.network.size import count_parameters, describe_layers, saved_size_bytes
+from common.network.size import describe_layers, saved_size_bytes
 
 
 def test_layers_of_the_full_network():
@@ -36,11 +35,6 @@ def test_describe_layers_leaves_the_model_alone(tiny_model):
     describe_layers(tiny_model)
     assert not any(module._forward_hooks for module in tiny_model.modules())
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
-
-
-def test_count_parameters():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
-    assert count_parameters(model) == (3 * 4 * 9 + 4) + (4 + 4) + (4 * 2 + 2)
 
 
 def test_saved_size_is_that_of_the_file(tmp_path):

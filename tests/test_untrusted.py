@@ -254,3 +254,14 @@ def test_a_seal_without_a_checksum_is_of_an_earlier_version(tmp_path):
     torch.save({"format": "test", "state_dict": {}}, tmp_path / "model.pth")
     with pytest.raises(UserError, match="earlier version"):
         read_sealed(tmp_path / "model.pth", "test")
+
+
+def test_a_safetensors_file_that_begins_like_markup_is_none(tiny_state, tmp_path):
+    content = save(tiny_state)
+    length = int.from_bytes(content[:8], "little")
+    padded = content[8 : 8 + length].ljust(15_392)  # whose first bytes are " <"
+    state = read_bytes(
+        tmp_path, len(padded).to_bytes(8, "little") + padded + content[8 + length :], ".safetensors"
+    )
+    assert state is not None
+    assert torch.equal(state["conv1.weight"], tiny_state["conv1.weight"])

@@ -81,7 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     from common.images import data, sources
     from common.machine import device
     from common.network.resnet import ResNet18
-    from common.network.size import count_parameters
     from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
     from training.loop.fit import choose_precision, fit
@@ -126,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
                      "held_out_images": len(held_out), "test_images": len(test)}  # fmt: skip
         results = common_results("training", args, crew, described, weights)
         results["recipe"] = dataclasses.asdict(recipe)
-        results["parameters"] = count_parameters(state.model)
+        results["parameters"] = sum(p.numel() for p in state.model.parameters())
         results |= measure.describe_accuracy(state.model.eval(), held_out, test.to(crew.device))
         results["artifacts"] = report.save_epochs(recorder.rows, folder)
         finish_run(results, folder, started)

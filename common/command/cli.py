@@ -112,7 +112,7 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
                     return _stop()
                 if isinstance(error, BrokenPipeError):  # `| head`: nobody is left to be told
                     return EXIT_FAILED
-                if (message := _message(error)) is None:
+                if (message := tell(error)) is None:
                     raise
                 return _fail(message)
             finally:
@@ -121,13 +121,15 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
     return guarded
 
 
-def _message(error: Exception) -> str | None:
+def tell(error: Exception) -> str | None:
     """Return what to tell the user of an expected failure; None of a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}"
-    if _is_out_of_memory(error):
+    # torch raises a RuntimeError: of a class of its own on a GPU, of its allocator on a CPU.
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    if of_torch or isinstance(error, MemoryError):
         return "out of memory; a smaller --batch-size needs less"
     return None
 
@@ -142,15 +144,6 @@ def _fail(message: str) -> int:
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     print(f"error: {line}", file=sys.stderr)
     return EXIT_FAILED
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch raises a RuntimeError: of a class of its own on a GPU, of its allocator on a CPU.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
-    )
 
 
 def _make_printing_safe() -> None:

@@ -11,10 +11,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-# Each with what Python or the system does about it by default.
-_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # not on Windows
-    _DEFAULTS[signal.SIGHUP] = signal.SIG_DFL
+    _SIGNALS.append(signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -26,15 +25,8 @@ def as_keyboard_interrupts() -> Iterator[list[int]]:
         interrupted.append(number)
         raise KeyboardInterrupt
 
-    previous = {}
-    with contextlib.suppress(ValueError):  # not the main thread: no signals to handle
-        for number, default in _DEFAULTS.items():
-            if signal.getsignal(number) == default:
-                previous[number] = signal.signal(number, interrupt)
-    try:
+    with handled_by(interrupt):
         yield interrupted
-    finally:
-        _restore(previous)
 
 
 @contextlib.contextmanager
@@ -54,15 +46,11 @@ def handled_by(handler: Callable[[int, object], object]) -> Iterator[None]:
     """Let ``handler`` have each of the signals that is not ignored."""
     previous = {}
     if threading.current_thread() is threading.main_thread():  # which alone gets signals
-        for number in _DEFAULTS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not Python's
                 previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        _restore(previous)
-
-
-def _restore(handlers: dict[signal.Signals, object]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -18,24 +18,15 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         path: Replaced if it exists.
         write: Called with the binary file.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        set_usual_permissions(temporary)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):  # of a full disk: names no file, or the temporary one
             error.filename = path.name
         raise
-
-
-def set_usual_permissions(path: Path) -> None:
-    """Give a temporary file, which is private, the permissions of any other."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.command import interruptions
 from common.command.cli import UserError, log
-from common.files.atomic import STAGING_PREFIX, set_usual_permissions
+from common.files.atomic import STAGING_PREFIX
 from common.files.unfinished import Unfinished
 
 try:
@@ -88,7 +88,11 @@ class OutputFolder:
                 f"{MIN_FREE_BYTES / 1e6:.0f} MB are needed"
             )
         archive = self.path / EARLIER_NAME
-        if archive.exists() and not (archive.is_dir() and os.access(archive, os.W_OK | os.X_OK)):
+        if archive.exists() and not (
+            archive.is_dir()
+            and os.access(archive, os.W_OK | os.X_OK)
+            and archive.stat().st_dev == self.path.stat().st_dev  # moved in one step, or not at all
+        ):
             raise UserError(f"{archive}: in the way: earlier results could not be moved there")
         self._take_lock()
         if self._lock is not None:
@@ -125,8 +129,6 @@ class OutputFolder:
         until all is done.
         """
         names = _results_last(os.listdir(self._staging.name))
-        for name in names:
-            set_usual_permissions(self.file(name))
         with interruptions.deferred(), contextlib.ExitStack() as undo:
             self._clear_away(names, undo)
             for name in names:
@@ -195,17 +197,11 @@ def _move(source: Path, target: Path, undo: contextlib.ExitStack) -> None:
 def _artifacts(folder: Path) -> set[str]:
     """Return the names of files that an earlier results.json lists under ``artifacts``."""
     try:
-        pending = [json.loads((folder / RESULTS_NAME).read_bytes())["artifacts"]]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or not one of ours
-        return set()
-    names = set()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict | list):
-            pending += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, str) and Path(value).name == value:
-            names.add(value)
-    return names
+        listed = json.loads((folder / RESULTS_NAME).read_bytes())["artifacts"].values()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return set()  # none, or not one of ours
+    names = [name for value in listed for name in (value if isinstance(value, list) else [value])]
+    return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 
 def _results_last(names: Iterable[str]) -> list[str]:

@@ -36,7 +36,7 @@ def read_untrusted(path: Path) -> object:
     Raises:
         UserError: It is missing, damaged, far too large, something else, or holds Python objects.
     """
-    head = _check_file(path)
+    head = check_file(path)
     if path.suffix.lower() == ".safetensors":
         try:
             return load_file(path)
@@ -119,8 +119,12 @@ def damage_told(path: Path, what: str, *errors: type[Exception]) -> Iterator[Non
         raise UserError(f"{path}: damaged or no {what} ({reason})") from None
 
 
-def _check_file(path: Path) -> bytes:
-    """Check what can be told without reading it all; return the first bytes."""
+def check_file(path: Path) -> bytes:
+    """Check what can be told without reading it all; return the first bytes.
+
+    Raises:
+        UserError: It is missing, empty, no regular file, far too large, or something else.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if not path.is_file():
@@ -132,7 +136,8 @@ def _check_file(path: Path) -> bytes:
         raise UserError(f"{path}: {size_bytes:,} bytes is too large for a ResNet18")
     with path.open("rb") as file:
         head = file.read(512)
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path}: an HTML page, not weights; download it with a browser")
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a Git LFS pointer, not weights; run 'git lfs pull'")

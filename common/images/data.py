@@ -39,14 +39,14 @@ class Cifar10:
         """Return the dataset on ``device``, so that batches are made there."""
         return Cifar10(self.images.to(device), self.labels.to(device))
 
-    def rows(self, rows: slice) -> Cifar10:
-        """Return some of the images; they share this dataset's memory."""
+    def rows(self, rows: slice | torch.Tensor) -> Cifar10:
+        """Return some of the images: a slice of them, which shares memory, or by index or mask."""
         return Cifar10(self.images[rows], self.labels[rows])
 
-    def split_halves(self, seed: int) -> tuple[Cifar10, Cifar10]:
-        """Return two disjoint, class-balanced halves: one to choose on, one to confirm on.
+    def halves(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of two disjoint, class-balanced halves: to choose on, to confirm on.
 
-        Each is shuffled as a subset is, see :func:`balanced_subset`.
+        Each (int64, on the CPU) is shuffled as a subset is, see :func:`balanced_subset`.
 
         Raises:
             UserError: There is only one image.
@@ -59,9 +59,7 @@ class Cifar10:
         dealt = balanced_subset(labels, len(self), seed)
         by_class = dealt[np.argsort(labels[dealt], kind="stable")]
         second = np.isin(dealt, by_class[1::2])  # every other image of a class
-        return tuple(
-            Cifar10(self.images[h], self.labels[h]) for h in (dealt[~second], dealt[second])
-        )
+        return torch.from_numpy(dealt[~second]), torch.from_numpy(dealt[second])
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:

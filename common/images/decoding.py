@@ -38,7 +38,7 @@ def _decode(name: str, read: Callable[[], bytes]) -> np.ndarray:
                 width, height = image.size
                 raise UserError(f"{name}: {width}×{height} pixels; CIFAR-10 images are 32×32")
             # Pillow cuts 16-bit colours to 8 bits unasked; only the decoder's argument tells.
-            if any("16" in str(tile[3]) for tile in image.tile):
+            if image.format == "PNG" and any("16" in str(tile[3]) for tile in image.tile):
                 raise UserError(f"{name}: more than 8 bits a channel")
             return np.asarray(image.convert("RGB"))
     except UserError:

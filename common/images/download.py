@@ -38,8 +38,11 @@ def download_cifar10(data_dir: Path) -> None:
                 if not log.isEnabledFor(logging.INFO):  # --quiet: no progress bar either
                     muted.enter_context(contextlib.redirect_stderr(io.StringIO()))
                 CIFAR10(staging, download=True)
-            if not (data_dir / BATCHES_FOLDER).exists():  # another run may have been faster
+            try:
                 (Path(staging) / BATCHES_FOLDER).rename(data_dir / BATCHES_FOLDER)
+            except OSError:
+                if not (data_dir / BATCHES_FOLDER).exists():  # where it does, another was faster
+                    raise
     except BaseException:
         for folder in created:
             with contextlib.suppress(OSError):

@@ -125,9 +125,10 @@ def has_vnni() -> bool:
 
 def peak_memory_bytes() -> int | None:
     """Return the most main memory that this process has held; None where the system cannot say."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the process was before it became Python
-        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)[1])
+    with contextlib.suppress(OSError):  # getrusage would count what it was before it became Python
+        status = Path("/proc/self/status").read_text()
+        if peak := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):  # sandboxes lack it
+            return 1024 * int(peak[1])
     try:
         import resource
     except ImportError:

@@ -28,12 +28,6 @@ answer()
 """
 
 
-def call_fresh(function: Callable[..., Value], *arguments: object) -> Value:
-    """Return ``function(*arguments)``, called as :func:`start_fresh` does."""
-    with start_fresh(function, *arguments) as wait:
-        return wait()
-
-
 @contextlib.contextmanager
 def start_fresh(
     function: Callable[..., Value], *arguments: object
@@ -90,6 +84,8 @@ def answer() -> None:
         set_up_cpu(threads)
         try:
             value = function(*arguments)
-        except UserError as error:
-            value = error
+        except Exception as error:
+            if (message := cli.tell(error)) is None:
+                raise
+            value = UserError(message)
         pickle.dump(value, pipe)

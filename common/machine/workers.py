@@ -16,8 +16,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import distributed
 
 from common.command.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError, log
 
@@ -70,19 +69,6 @@ class Workers:
         if self.count > 1:
             distributed.broadcast_object_list(values)
         return values[0]
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum of ``values`` over all processes."""
-        if self.count > 1:
-            distributed.all_reduce(values)
-        return values
-
-    def parallelize(self, model: nn.Module) -> nn.Module:
-        """Wrap ``model`` so that its gradients are averaged over the processes.
-
-        Batch-norm statistics are those of the first process; each normalises its own images.
-        """
-        return DistributedDataParallel(model) if self.count > 1 else model
 
     def require_same(self, inputs: Mapping[str, object]) -> None:
         """Check that all processes work on the same inputs, which are named for the user.
@@ -157,7 +143,8 @@ def join_workers(device: torch.device) -> Iterator[Workers]:
     try:
         yield workers
     except RuntimeError as error:
-        if not _is_lost_connection(error):
+        # Of gloo they are plain RuntimeErrors that name its source file.
+        if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
             raise
         if not workers.is_first:  # which tells it once for all, or has told why it failed
             raise SystemExit(EXIT_FAILED) from None
@@ -168,8 +155,3 @@ def join_workers(device: torch.device) -> Iterator[Workers]:
         raise
     finally:
         distributed.destroy_process_group()
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    # Of gloo they are plain RuntimeErrors that name its source file.
-    return isinstance(error, distributed.DistError) or "gloo" in str(error)

@@ -28,15 +28,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from common.command.cli import UserError
 from common.files import entropy
 from common.files.atomic import replace_file
-from common.files.untrusted import damage_told
+from common.files.untrusted import check_file, damage_told
 from common.network.resnet import ResNet18, Widths, batch_norm_after, prunable_layers
 
 MARK, VERSION = "resnet18-cifar10-coded", "1"
 SUFFIX = ".safetensors"
-MAX_FILE_BYTES = 1 << 28  # four times the widest network's weights are less, even in FP32
 FP32_WEIGHTS = "fp32_weights"
 JSON_FIELDS = ("widths", "fp32_layers", "settings")
 NORM_EPSILON = 1e-5  # torch's; a variance of one less of it divides by exactly 1
@@ -153,12 +151,9 @@ def load_coded(path: Path) -> CodedNetwork:
     Raises:
         UserError: The file is missing, damaged, or not one of ours.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    check_file(path)
     errors = (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError)
     with damage_told(path, "coded network", *errors):
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError("far too large")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

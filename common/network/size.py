@@ -39,11 +39,6 @@ def saved_size_bytes(state: Mapping[str, object]) -> int:
     return len(serialize(state))
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable values: weights, biases, batch-norm scales and shifts."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def count_macs(model: nn.Module) -> int:
     """Return the multiply-accumulates that an image takes, weights of zero included."""
     return sum(layer.macs for layer in describe_layers(model))

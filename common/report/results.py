@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from common.files.atomic import replace_file
 from common.machine.device import cpu_name, has_vnni
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ def common_results(
         data: The source's name, and how many images were used for what.
         weights: From :meth:`common.network.checkpoint.WeightsFile.describe`.
     """
+    device = workers.device.type
     return {
         "schema": SCHEMA,
         "script": script,
@@ -49,23 +49,18 @@ def common_results(
             name: str(value) if isinstance(value, Path) else value
             for name, value in sorted(vars(arguments).items())
         },
-        "environment": environment(workers.device.type),
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "vnni": has_vnni(),
+            "device": device,
+            "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        },
         "processes": workers.count,
         "data": data,
         "weights": weights,
-    }
-
-
-def environment(device: str) -> dict:
-    """Describe the machine for results.json; ``device`` is where FP32 ran."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "vnni": has_vnni(),
-        "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
     }
 
 
@@ -77,12 +72,6 @@ def format_cost(results: dict) -> str:
     return text
 
 
-def write_json(path: Path, results: dict) -> None:
-    """Write results.json atomically; NaN and infinity are refused, for JSON has neither."""
-    text = to_json(results)
-    replace_file(path, lambda file: file.write(text.encode()))
-
-
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
     """Write rows of equal keys as CSV, with a header."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -92,7 +81,10 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 
 
 def to_json(results: dict) -> str:
-    """Format results as the text of results.json: ASCII, so that any file name can be in it."""
+    """Format results as the text of results.json: ASCII, so that any file name can be in it.
+
+    NaN and infinity are refused with a ValueError, for JSON has neither.
+    """
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 

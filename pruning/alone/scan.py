@@ -56,7 +56,7 @@ class Scan:
             "torch": torch.__version__,
             "the number of threads": torch.get_num_threads(),
             "the batch size": self.batch_size,
-            "the precision": "bf16 and FP32" if self.fast else "FP32",
+            "the precision (--precision)": "bf16 and FP32" if self.fast else "FP32",
             "the device": self.images.images.device.type,
             "the number of processes": self.workers.count,
         }

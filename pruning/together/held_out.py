@@ -44,9 +44,4 @@ def require_enough_images(test_images: int, tolerance: float) -> None:
 
 def split_test(test: Cifar10, dense_correct: torch.Tensor, seed: int) -> tuple[Half, Half]:
     """Return the half to choose on and the half to confirm on, each shuffled."""
-    positions = Cifar10(torch.arange(len(test)), test.labels.cpu()).split_halves(seed)
-    return tuple(
-        Half(Cifar10(test.images[half.images], half.labels.to(test.labels.device)),
-             dense_correct[half.images])
-        for half in positions
-    )  # fmt: skip
+    return tuple(Half(test.rows(half), dense_correct[half]) for half in test.halves(seed))

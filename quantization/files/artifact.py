@@ -73,7 +73,7 @@ def load_int8(path: str | Path) -> nn.Module:
         UserError: No such file, damaged, of another format, or for an engine that is not here.
     """
     path = Path(path)
-    if path.suffix == coded.SUFFIX:
+    if path.suffix.lower() == coded.SUFFIX:
         network = coded.load_coded(path)
         here = engines.candidate_engines()
         if not here:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from common.command import cli
 from common.command.cli import UserError
@@ -86,70 +87,54 @@ def fit(
     def smoothed_cross_entropy(images, logits, targets) -> torch.Tensor:
         return F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
 
-    loop = _Loop(state, workers.parallelize(state.model), recipe, workers,
-                 loss or smoothed_cross_entropy, after_step)  # fmt: skip
+    # Gradients are averaged over the processes; batch-norm statistics are those of the first, each
+    # normalises its own images.
+    network = DistributedDataParallel(state.model) if workers.count > 1 else state.model
     pixels = train.images.permute(0, 2, 3, 1).contiguous()  # for gathers
+    steps = len(train) // recipe.batch_size  # what is left over waits for the next shuffle
     while state.epochs_done < recipe.epochs:
-        summary = loop.train_epoch(pixels, train.labels, seed)
+        started, epoch = time.perf_counter(), state.epochs_done
+        plan = plan_epoch(len(train), recipe, seed, epoch, pixels.device)
+        totals = torch.zeros(2, device=pixels.device)  # loss, correct: read once, at the end
+        _set_training(network, recipe)
+        for step in cli.progress(range(steps), f"epoch {epoch + 1}/{recipe.epochs}"):
+            rate = recipe.learning_rate_at((epoch + (step + 0.5) / steps) / recipe.epochs)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            first = step * recipe.batch_size
+            rows = workers.share_of(first, first + recipe.batch_size)
+            images, targets = make_batch(pixels, train.labels, plan, rows)
+            is_bf16 = recipe.precision == "bf16"
+            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+                logits = network(images)
+                lost = (loss or smoothed_cross_entropy)(images, logits, targets)
+            state.optimizer.zero_grad(set_to_none=True)
+            lost.backward()
+            state.optimizer.step()
+            if after_step is not None:
+                after_step(state.model)
+            correct = (logits.argmax(1) == targets.argmax(1)).sum()
+            totals += torch.stack((lost.detach().float(), correct.float()))
+        total_loss, correct = torch.stack(workers.gather(totals.cpu())).sum(0).tolist()
+        if not math.isfinite(total_loss):
+            raise UserError(
+                f"the loss is {total_loss} in epoch {epoch + 1}; try a lower learning rate"
+            )
+        state.epochs_done += 1
+        summary = EpochSummary(
+            epoch=state.epochs_done,
+            learning_rate=rate,
+            loss=total_loss / (steps * workers.count),
+            train_accuracy=correct / (steps * recipe.batch_size),
+            seconds=time.perf_counter() - started,
+        )
         if after_epoch is not None:
             after_epoch(state, summary)
 
 
-@dataclass(frozen=True)
-class _Loop:
-    state: TrainingState
-    network: nn.Module
-    recipe: Recipe
-    workers: Workers
-    loss: Loss
-    after_step: Callable[[nn.Module], None] | None
-
-    def train_epoch(self, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -> EpochSummary:
-        start_time = time.perf_counter()
-        epoch, recipe = self.state.epochs_done, self.recipe
-        plan = plan_epoch(len(pixels), recipe, seed, epoch, pixels.device)
-        steps = len(pixels) // recipe.batch_size  # what is left over waits for the next shuffle
-        totals = torch.zeros(2, device=pixels.device)  # loss, correct: read once, at the end
-        self._set_training()
-        for step in cli.progress(range(steps), f"epoch {epoch + 1}/{recipe.epochs}"):
-            rate = recipe.learning_rate_at((epoch + (step + 0.5) / steps) / recipe.epochs)
-            first = step * recipe.batch_size
-            rows = self.workers.share_of(first, first + recipe.batch_size)
-            totals += self._step(*make_batch(pixels, labels, plan, rows), rate)
-            if self.after_step is not None:
-                self.after_step(self.state.model)
-        loss, correct = self.workers.sum(totals).tolist()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} in epoch {epoch + 1}; try a lower learning rate")
-        self.state.epochs_done += 1
-        return EpochSummary(
-            epoch=self.state.epochs_done,
-            learning_rate=rate,
-            loss=loss / (steps * self.workers.count),
-            train_accuracy=correct / (steps * recipe.batch_size),
-            seconds=time.perf_counter() - start_time,
-        )
-
-    def _set_training(self) -> None:
-        self.network.train()
-        if self.recipe.hold_statistics:
-            for module in self.network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-
-    def _step(
-        self, images: torch.Tensor, targets: torch.Tensor, learning_rate: float
-    ) -> torch.Tensor:
-        """Take one step; return the batch's mean loss and number of correct images, shape (2,)."""
-        optimizer = self.state.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        is_bf16 = self.recipe.precision == "bf16"
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=is_bf16):
-            logits = self.network(images)
-            loss = self.loss(images, logits, targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        correct = (logits.argmax(1) == targets.argmax(1)).sum()
-        return torch.stack((loss.detach().float(), correct.float()))
+def _set_training(network: nn.Module, recipe: Recipe) -> None:
+    network.train()
+    if recipe.hold_statistics:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()

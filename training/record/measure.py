@@ -24,8 +24,7 @@ def split_held_out(images: Cifar10, count: int) -> tuple[Cifar10, Cifar10]:
         raise UserError(f"{count} held-out images leave none of {len(images)} to train on")
     held = torch.zeros(len(images), dtype=torch.bool)
     held[balanced_subset(images.labels.cpu().numpy(), count, HELD_OUT_SEED)] = True
-    parts = (Cifar10(images.images[part], images.labels[part]) for part in (~held, held))
-    return tuple(parts)
+    return images.rows(~held), images.rows(held)
 
 
 def describe_accuracy(model: nn.Module, held_out: Cifar10, test: Cifar10) -> dict:
