@@ -14,8 +14,8 @@ computed in integers alone: the reader may run on another machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import constriction
 import numpy as np
@@ -44,6 +44,11 @@ LOG2 = np.array([0] + [(n**OCTAVE).bit_length() - 1 for n in range(1, 1 << 15)],
 # A byte is a step on the scale of odds, from 2^-12 to 2^12; probabilities are rounded to 16 bits.
 PROBABILITIES = [round(65536 / (1 + 2 ** ((128 - step) * 12 / 128))) / 65536 for step in range(256)]
 
+# Of the evidence and of which weights are not zero: each weight's context (int64, flat).
+Activity = Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
+# Of a context and its flags, which in reading say nothing yet: the flags (bool).
+Flags = Callable[[int, np.ndarray], np.ndarray]
+
 
 def encode(layers: Sequence[np.ndarray]) -> bytes:
     """Return the levels of some layers as a stream.
@@ -52,14 +57,16 @@ def encode(layers: Sequence[np.ndarray]) -> bytes:
         layers: int8, each (outputs, inputs, positions of the kernel).
     """
     heads, encoder = [], constriction.stream.queue.RangeEncoder()
+
+    def write(models: Sequence[object], context: int, flags: np.ndarray) -> np.ndarray:
+        encoder.encode(flags.astype(np.int32), models[context])
+        return flags
+
     for levels in layers:
-        survey = _Survey()
-        _code(levels.copy(), survey)
-        census = _Census(survey.fit())
-        _code(levels.copy(), census)
-        writer = _Writer(census.weights, census.cheapest_table(), encoder)
-        _code(levels.copy(), writer)
-        heads += [writer.weights.view(np.uint8), writer.table]
+        weights = _weigh_evidence(levels)
+        table = _cheapest_table(levels, weights)
+        _code(levels.copy(), partial(_activity, weights), partial(write, _models(table)))
+        heads += [weights.view(np.uint8), table]
     words = encoder.get_compressed().astype("<u4")
     return np.concatenate([*heads, words.view(np.uint8)]).tobytes()
 
@@ -81,10 +88,14 @@ def decode(stream: bytes, shapes: Sequence[tuple[int, int, int]]) -> list[np.nda
     words = np.frombuffer(stream, "<u4", offset=head).astype(np.uint32)
     decoder = constriction.stream.queue.RangeDecoder(words)
     layers = [np.zeros(shape, np.int8) for shape in shapes]
+
+    def read(models: Sequence[object], context: int, flags: np.ndarray) -> np.ndarray:
+        return decoder.decode(models[context], len(flags)).astype(bool)
+
     try:
         for levels, row in zip(layers, heads, strict=True):
             weights, table = row[: len(EVIDENCE)].view(np.int8), row[len(EVIDENCE) :]
-            _code(levels, _Reader(weights, table, decoder))
+            _code(levels, partial(_activity, weights), partial(read, _models(table)))
     except AssertionError:  # constriction's word for a stream that no encoder wrote
         raise ValueError("the coded levels are damaged") from None
     if not decoder.maybe_exhausted():
@@ -92,90 +103,49 @@ def decode(stream: bytes, shapes: Sequence[tuple[int, int, int]]) -> list[np.nda
     return layers
 
 
-@dataclass
-class _Coder:
-    """Passes flags by; the base of those that do something with them.
+def _weigh_evidence(levels: np.ndarray) -> np.ndarray:
+    """Return what each kind of evidence counts for in a layer (int8)."""
+    rows = []
 
-    Attributes:
-        weights: What each kind of evidence counts for, int8.
-        table: The step of each context's probability, uint8.
-    """
-
-    weights: np.ndarray = field(default_factory=lambda: np.zeros(len(EVIDENCE), np.int8))
-    table: np.ndarray = field(default_factory=lambda: np.zeros(CONTEXTS, np.uint8))
-
-    def __post_init__(self):
-        bernoulli = constriction.stream.model.Bernoulli
-        self.models = [bernoulli(PROBABILITIES[step], perfect=False) for step in self.table]
-
-    def activity(self, evidence: Sequence[np.ndarray], nonzero: np.ndarray) -> np.ndarray:
-        """Return each weight's context of whether it is zero (int64, flat)."""
-        weighed = [int(w) * part for w, part in zip(self.weights, evidence, strict=True)]
-        score = (sum(weighed[1:], weighed[0]) // UNIT).reshape(-1)
-        return np.clip(score + ACTIVITIES // 2, 0, ACTIVITIES - 1)
-
-    def code(self, context: int, flags: np.ndarray) -> np.ndarray:
-        return flags
-
-
-class _Survey(_Coder):
-    """Notes what evidence there was for weights that are not zero."""
-
-    def __post_init__(self):
-        self.rows: list[np.ndarray] = []
-
-    def activity(self, evidence: Sequence[np.ndarray], nonzero: np.ndarray) -> np.ndarray:
+    def note(evidence: Sequence[np.ndarray], nonzero: np.ndarray) -> np.ndarray:
         parts = [np.broadcast_to(part, nonzero.shape) for part in (*evidence, nonzero)]
         every = -(-nonzero.size * 9 * CHANNEL_PARTS // SURVEYED)  # so many batches, or fewer
-        self.rows.append(np.stack([part.reshape(-1)[::every] for part in parts], axis=1))
+        rows.append(np.stack([part.reshape(-1)[::every] for part in parts], axis=1))
         return np.zeros(nonzero.size, np.int64)
 
-    def fit(self) -> np.ndarray:
-        """Return the weights of the evidence (int8)."""
-        rows = np.concatenate(self.rows)
-        weights = fit_logistic(rows[:, :-1], rows[:, -1])
-        return np.clip(np.round(weights * (UNIT / ACTIVITY_NATS)), -127, 127).astype(np.int8)
+    _code(levels.copy(), note, lambda context, flags: flags)
+    noted = np.concatenate(rows)
+    weights = fit_logistic(noted[:, :-1], noted[:, -1])
+    return np.clip(np.round(weights * (UNIT / ACTIVITY_NATS)), -127, 127).astype(np.int8)
 
 
-class _Census(_Coder):
-    """Counts the flags of each context."""
+def _activity(
+    weights: np.ndarray, evidence: Sequence[np.ndarray], nonzero: np.ndarray
+) -> np.ndarray:
+    """Return each weight's context of whether it is zero (int64, flat), by weighed evidence."""
+    weighed = [int(w) * part for w, part in zip(weights, evidence, strict=True)]
+    score = (sum(weighed[1:], weighed[0]) // UNIT).reshape(-1)
+    return np.clip(score + ACTIVITIES // 2, 0, ACTIVITIES - 1)
 
-    def __post_init__(self):
-        self.counts = np.zeros((CONTEXTS, 2), np.int64)
 
-    def code(self, context: int, flags: np.ndarray) -> np.ndarray:
+def _cheapest_table(levels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the step of each context's probability that costs least (uint8, (CONTEXTS,))."""
+    counts = np.zeros((CONTEXTS, 2), np.int64)
+
+    def count(context: int, flags: np.ndarray) -> np.ndarray:
         ones = int(np.count_nonzero(flags))
-        self.counts[context] += (len(flags) - ones, ones)
+        counts[context] += (len(flags) - ones, ones)
         return flags
 
-    def cheapest_table(self) -> np.ndarray:
-        """Return the steps of probability that cost least (uint8, (CONTEXTS,))."""
-        ones = np.array(PROBABILITIES)
-        bits = -np.stack([np.log2(1 - ones), np.log2(ones)])
-        return (self.counts @ bits).argmin(axis=1).astype(np.uint8)
+    _code(levels.copy(), partial(_activity, weights), count)
+    ones = np.array(PROBABILITIES)
+    return (counts @ -np.stack([np.log2(1 - ones), np.log2(ones)])).argmin(axis=1).astype(np.uint8)
 
 
-class _Writer(_Coder):
-    """Writes flags."""
-
-    def __init__(self, weights: np.ndarray, table: np.ndarray, encoder: object):
-        super().__init__(weights, table)
-        self._encoder = encoder
-
-    def code(self, context: int, flags: np.ndarray) -> np.ndarray:
-        self._encoder.encode(flags.astype(np.int32), self.models[context])
-        return flags
-
-
-class _Reader(_Coder):
-    """Reads flags."""
-
-    def __init__(self, weights: np.ndarray, table: np.ndarray, decoder: object):
-        super().__init__(weights, table)
-        self._decoder = decoder
-
-    def code(self, context: int, flags: np.ndarray) -> np.ndarray:
-        return self._decoder.decode(self.models[context], len(flags)).astype(bool)
+def _models(table: np.ndarray) -> list[object]:
+    """Return each context's model for the coder."""
+    bernoulli = constriction.stream.model.Bernoulli
+    return [bernoulli(PROBABILITIES[step], perfect=False) for step in table]
 
 
 def fit_logistic(evidence: np.ndarray, outcome: np.ndarray) -> np.ndarray:
@@ -193,7 +163,7 @@ def fit_logistic(evidence: np.ndarray, outcome: np.ndarray) -> np.ndarray:
     return weights
 
 
-def _code(levels: np.ndarray, coder: _Coder) -> None:
+def _code(levels: np.ndarray, activity: Activity, code: Flags) -> None:
     """Run a layer's levels (outputs, inputs, positions) past a coder, which may fill them in."""
     outputs, inputs, positions = levels.shape
     order, width = _order(positions), -(-inputs // CHANNEL_PARTS)
@@ -206,7 +176,7 @@ def _code(levels: np.ndarray, coder: _Coder) -> None:
         for done, position in enumerate(order, start=1):
             rows, columns = _density(in_row, coded_in_row), _density(in_column, coded_in_column)
             evidence = (rows[:, None], columns, LOG2[2 * beside[position] + 1], np.int64(UNIT))
-            values = _code_batch(part[position], evidence, lean[position], coder)
+            values = _code_batch(part[position], evidence, lean[position], activity, code)
             part[position] = values
             sign = np.sign(values)
             size = np.minimum(np.abs(values.astype(np.int16)), 2)
@@ -240,44 +210,46 @@ def _density(nonzero: np.ndarray, coded: int) -> np.ndarray:
     return LOG2[2 * nonzero + 2] - LOG2[2 * coded + 16]  # an eighth, as long as nothing is known
 
 
-def _code_batch(values: np.ndarray, evidence: tuple, lean: np.ndarray, coder: _Coder) -> np.ndarray:
+def _code_batch(
+    values: np.ndarray, evidence: tuple, lean: np.ndarray, activity: Activity, code: Flags
+) -> np.ndarray:
     """Code weights (outputs, inputs) that are no context of one another; return their levels."""
     shape, given = values.shape, values.reshape(-1).astype(np.int16)  # the magnitude of -128 too
-    activity = coder.activity(evidence, values != 0)
-    magnitude = _flags(coder, activity, given != 0).astype(np.int16)
+    contexts = activity(evidence, values != 0)
+    magnitude = _flags(code, contexts, given != 0).astype(np.int16)
     (kept,) = magnitude.nonzero()
     signs = np.clip(lean.reshape(-1)[kept], -LEAN, LEAN) + (SIGNS + LEAN)
-    negative = _flags(coder, signs, given[kept] < 0)
-    group = LENGTHS + activity[kept].astype(np.int64) * GROUPS // ACTIVITIES * BITS
-    magnitude[kept] = _code_magnitudes(np.abs(given[kept]), group, coder)
+    negative = _flags(code, signs, given[kept] < 0)
+    group = LENGTHS + contexts[kept].astype(np.int64) * GROUPS // ACTIVITIES * BITS
+    magnitude[kept] = _code_magnitudes(np.abs(given[kept]), group, code)
     magnitude[kept] = np.where(negative, -magnitude[kept], magnitude[kept])
     return magnitude.astype(np.int8).reshape(shape)
 
 
-def _code_magnitudes(given: np.ndarray, group: np.ndarray, coder: _Coder) -> np.ndarray:
+def _code_magnitudes(given: np.ndarray, group: np.ndarray, code: Flags) -> np.ndarray:
     """Code magnitudes of at least 1: how many bits each has, then its bits after the first."""
     lengths = np.ones(len(given), np.int64)
     open_ = np.arange(len(given))  # those that may have more bits
     for length in range(1, BITS):
-        more = _flags(coder, group[open_] + length - 1, given[open_] >> length > 0)
+        more = _flags(code, group[open_] + length - 1, given[open_] >> length > 0)
         open_ = open_[more]
         lengths[open_] += 1
     magnitudes = np.ones(len(given), np.int64)
     for bit in range(1, BITS):  # the first after the leading one, and so on
         (longer,) = (lengths > bit).nonzero()
         shift = lengths[longer] - 1 - bit
-        bits = _flags(coder, np.full(len(longer), LOWER_BITS + bit), given[longer] >> shift & 1 > 0)
+        bits = _flags(code, np.full(len(longer), LOWER_BITS + bit), given[longer] >> shift & 1 > 0)
         magnitudes[longer] = magnitudes[longer] << 1 | bits
     return magnitudes
 
 
-def _flags(coder: _Coder, contexts: np.ndarray, flags: np.ndarray) -> np.ndarray:
+def _flags(code: Flags, contexts: np.ndarray, flags: np.ndarray) -> np.ndarray:
     """Code flags (bool) context by context; return them."""
     order = np.argsort(contexts.astype(np.uint8), kind="stable")  # in linear time
     counts = np.bincount(contexts, minlength=CONTEXTS)
     coded, start = np.empty(len(flags), bool), 0
     for context in counts.nonzero()[0]:
         members = order[start : start + counts[context]]
-        coded[members] = coder.code(context, flags[members])
+        coded[members] = code(context, flags[members])
         start += counts[context]
     return coded
