@@ -46,11 +46,6 @@ class Answer:
     best: Candidate
     tried: Sequence[Candidate]
 
-    @property
-    def passes(self) -> bool:
-        """Whether it is within the budget on the images that chose it."""
-        return self.best.verdict.passes
-
 
 def find_answers(workshop: Workshop, goals: Sequence[str]) -> dict[str, Answer]:
     """Search for every goal; return the answers by goal, in the order of ``GOALS``."""
@@ -86,8 +81,8 @@ def _find_speed(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
     slim = _search_slim(workshop, "speed", MACS, 5, of_budget)
     if workshop.training:
         reached = (strongest(slim) or nearest(slim)).kept
-        for stride in TRAINED_STRIDES:
-            share = max(reached / stride, workshop.least_share(MACS))
+        least = workshop.least_share(MACS)
+        for share in dict.fromkeys(max(reached / stride, least) for stride in TRAINED_STRIDES):
             cli.log.info("speed: training a network of %.0f %% of the multiply-adds", 100 * share)
             slim.append(workshop.try_slim("speed", share, trained=True))
             if slim[-1].verdict.passes:

@@ -25,12 +25,11 @@ from common.network.resnet import ResNet18, fold_batch_norm
 from common.network.size import count_macs
 from pipeline.store import Store
 from pruning.channels.slimmer import MACS, Slimmer
-from pruning.together.finetuning import finetune
 from quantization.coding.encoder import Original, encode
 from quantization.coding.kernels import assemble, from_int8, to_int8
 from quantization.int8 import conversion, deploy
 from quantization.settings import Settings
-from training.loop.distillation import Training
+from training.loop.distillation import Training, distill
 
 RANGE_IMAGES = 512  # of the calibration images: those that set INT8's ranges
 TRAINED = "-trained"  # ends the name of what was
@@ -160,7 +159,7 @@ class Workshop:
     def _finetune(self, slim: ResNet18) -> ResNet18:
         device = self.training.images.images.device
         trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.inputs.model))
-        finetune(trained, dense, self.training, self.inputs.seed)
+        distill(trained, dense, self.training, self.inputs.seed)
         return trained.cpu()
 
     @property

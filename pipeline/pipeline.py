@@ -77,13 +77,17 @@ def main(argv: list[str] | None = None) -> int:
     from common.inputs import load_inputs
     from common.machine import device
     from common.machine.workers import Workers, require_one_process
+    from common.measure.budget import Budget, require_enough_images
     from common.report.results import common_results
     from common.run import finish_run, print_results
     from pipeline import plots, steps, tables
     from pipeline.answers import find_answers
+    from pipeline.candidates import Workshop
     from pipeline.store import Store
+    from quantization.bench import Bench
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
+    from quantization.steps import predict_fp32
     from training.loop.distillation import Training
 
     require_one_process()
@@ -94,13 +98,15 @@ def main(argv: list[str] | None = None) -> int:
         require_packages()
     with OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(args, Path(__file__).parent)
+        require_enough_images("--max-drop", len(inputs.test), args.max_drop)
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, place)
         identity = steps.identify(inputs, settings, args.batch_size, training)
         store = Store(folder.keep_unfinished(identity, args.resume).folder)
-        workshop = steps.open_workshop(
-            inputs, choosing, settings, store, args.max_drop, args.batch_size, training, place
-        )
+        bench = Bench(inputs.calibration, choosing, args.batch_size)
+        dense = predict_fp32(inputs.model, bench, place)
+        budget = Budget(args.max_drop, choosing, dense == choosing.labels)
+        workshop = Workshop(inputs, settings, budget, store, args.batch_size, training)
         found = find_answers(workshop, args.goals)
         results = common_results(
             "pipeline", args, Workers(place), inputs.describe_images(), inputs.weights

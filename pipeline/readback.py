@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.images.data import Cifar10, normalize
-from common.measure.evaluate import Paired, compare, measure_accuracy, predict
-from common.measure.latency import Contender, Timing, time_interleaved
+from common.measure.evaluate import Paired, predict
+from common.measure.latency import Contender, time_interleaved
 from common.network.checkpoint import load_model
 from quantization.files.artifact import load_int8
 from quantization.int8 import deploy
 
 FP32 = "fp32"
-
-
-@dataclass(frozen=True)
-class Measured(Paired):
-    """What a file holds, as found by reading it.
-
-    Attributes:
-        timings: One a batch size.
-    """
-
-    timings: Sequence[Timing]
-
-    def as_dict(self) -> dict:
-        """Return the ``accuracy``, ``comparison`` and ``latency`` of results.json."""
-        return super().as_dict() | {"latency": [timing.as_dict() for timing in self.timings]}
 
 
 def measure_files(
@@ -38,7 +22,7 @@ def measure_files(
     batch_size: int,
     timed: Sequence[int],
     seconds: float,
-) -> dict[str, Measured]:
+) -> dict[str, dict]:
     """Read a checkpoint and INT8 files; evaluate each, time all in turns.
 
     Args:
@@ -50,7 +34,8 @@ def measure_files(
         seconds: To spend on each of these.
 
     Returns:
-        By name, the checkpoint's under ``FP32``.
+        By name, the checkpoint's under ``FP32``: ``accuracy``, ``comparison`` and ``latency`` as
+        results.json has them.
 
     Raises:
         UserError: A file is not what was written.
@@ -64,6 +49,7 @@ def measure_files(
     contenders = [Contender(name, model) for name, model in models.items()]
     timings = time_interleaved(contenders, normalize(images.images[: max(timed)]), timed, seconds)
     return {
-        name: Measured(measure_accuracy(own), compare(correct[FP32], own), timings[name])
+        name: Paired.of(correct[FP32], own).as_dict()
+        | {"latency": [timing.as_dict() for timing in timings[name]]}
         for name, own in correct.items()
     }

@@ -11,22 +11,13 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+from pipeline.candidates import Candidate
+
+Spare = Callable[[Candidate], float]  # what a trial leaves of a budget; below zero it fails
+of_budget: Spare = operator.attrgetter("spare")
 STRIDE = 1.3  # outwards
 MARGIN = 0.15  # of the bracket, which an interpolated trial keeps from either end
-
-
-class Judged:
-    """What a trial must know of itself."""
-
-    kept: float
-    spare: float
-
-
-Trial = TypeVar("Trial", bound=Judged)
-Spare = Callable[[Trial], float]  # what a trial leaves of a budget; below zero it fails
-of_budget: Spare = operator.attrgetter("spare")
 
 
 @dataclass(frozen=True)
@@ -49,8 +40,8 @@ class Range:
 
 
 def run_trials(
-    make: Callable[[float], Trial], where: Range, spare: Spare = of_budget
-) -> list[Trial]:
+    make: Callable[[float], Candidate], where: Range, spare: Spare = of_budget
+) -> list[Candidate]:
     """Make trials, and return all of them in the order in which they were made.
 
     Args:
@@ -58,7 +49,7 @@ def run_trials(
         where: To look.
         spare: Which of them fail.
     """
-    trials: list[Trial] = []
+    trials: list[Candidate] = []
     kept: float | None = where.start
     while kept is not None:
         enough = where.trials * (1 if strongest(trials, spare) else 2)
@@ -69,7 +60,7 @@ def run_trials(
     return trials
 
 
-def next_kept(trials: Sequence[Trial], where: Range, spare: Spare = of_budget) -> float | None:
+def next_kept(trials: Sequence[Candidate], where: Range, spare: Spare = of_budget) -> float | None:
     """Return what to try after ``trials``; None where nothing is left to find out."""
     passing = strongest(trials, spare)
     failing = max(
@@ -92,11 +83,11 @@ def next_kept(trials: Sequence[Trial], where: Range, spare: Spare = of_budget) -
     return failing.kept * math.exp(min(max(share * bracket, margin), bracket - margin))
 
 
-def strongest(trials: Sequence[Trial], spare: Spare = of_budget) -> Trial | None:
+def strongest(trials: Sequence[Candidate], spare: Spare = of_budget) -> Candidate | None:
     """Return the strongest trial that passes; None where none does."""
     return min((t for t in trials if spare(t) >= 0), key=lambda t: t.kept, default=None)
 
 
-def nearest(trials: Sequence[Trial]) -> Trial:
+def nearest(trials: Sequence[Candidate]) -> Candidate:
     """Return the trial that is least over the budget: the best that there is where none passes."""
     return max(trials, key=of_budget)

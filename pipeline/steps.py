@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,16 +14,13 @@ from common.files.unfinished import SCRIPT
 from common.images.data import Cifar10, checksum
 from common.inputs import Inputs
 from common.machine.fresh_process import start_fresh
-from common.measure.budget import Budget
 from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
 from common.network.coded import load_coded
-from common.network.size import count_macs
 from pipeline.answers import Answer
 from pipeline.candidates import Workshop
 from pipeline.readback import FP32, measure_files
-from pipeline.results import INT8, describe_answers, describe_models, describe_tried
-from pipeline.store import Store
+from pipeline.results import INT8, describe
 from pruning.files.saved import SLIM_NAME
 from quantization.coding.kernels import to_int8
 from quantization.files.onnx_export import export_onnx, load_onnx
@@ -45,24 +41,8 @@ def identify(
         "the batch size": batch_size,
         "the epochs of training": training and training.epochs,
         "the training images": training and checksum([training.images.images]),
+        "the device": training and training.images.images.device.type,
     }
-
-
-def open_workshop(
-    inputs: Inputs,
-    choosing: Cifar10,
-    settings: Settings,
-    store: Store,
-    max_drop: float,
-    batch_size: int,
-    training: Training | None,
-    device: torch.device,
-) -> Workshop:
-    """Measure the dense network on the images that choose, and prepare to compress it."""
-    moved = copy.deepcopy(inputs.model).to(device)
-    predictions = predict(moved, choosing.to(device), batch_size, "evaluate FP32")
-    budget = Budget(max_drop, choosing, predictions == choosing.labels)
-    return Workshop(inputs, settings, budget, store, batch_size, training)
 
 
 def write_files(
@@ -123,13 +103,7 @@ def measure(
     ) as wait:  # fmt: skip
         measured = wait()
     paths = {FP32: fp32, INT8: int8} | dict(files)
-    macs = count_macs(dense)
-    found = list(answers.values())
-    return {
-        "models": describe_models(measured, paths, workshop.settings.engine),
-        "answers": describe_answers(found, measured, paths, macs, workshop.budget.max_drop),
-        "tried": describe_tried(found, measured, macs, fp32.stat().st_size),
-    }
+    return describe(workshop, list(answers.values()), measured, paths)
 
 
 def export_answers_to_onnx(

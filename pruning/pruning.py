@@ -141,16 +141,17 @@ def main(argv: list[str] | None = None) -> int:
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from common.inputs import load_inputs
     from common.machine import device
+    from common.measure.budget import require_enough_images
     from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
     from pruning import steps
     from pruning.alone.brute_force import verify
     from pruning.alone.scan import Scan, choose_layers, run_scan
-    from pruning.channels.search import ChannelSearch
+    from pruning.channels.search import ChannelSearch, require_possible
     from pruning.files.saved import LINEAR_NAME, PRUNED_NAME, SLIM_NAME
     from pruning.report import plots, tables
-    from pruning.report.results import describe_scan, describe_verification
-    from pruning.together.held_out import require_enough_images
+    from pruning.report.results import describe_scan
+    from pruning.together.recalibration import adopt_statistics
     from pruning.together.search import ModelSearch
     from training.loop.distillation import Training
 
@@ -163,10 +164,14 @@ def main(argv: list[str] | None = None) -> int:
         fast = args.precision == "bf16" or (args.precision == "auto" and device.bf16_pays())
         fast = crew.broadcast(fast and place.type == "cpu")  # a measured answer: the first's counts
         layers = choose_layers(inputs.model, args.layers)
-        if args.scope:
-            require_enough_images(len(inputs.test), args.tolerance)
+        if args.scope == "channels":
+            require_possible(inputs.model, args.remove_macs)
+        if args.scope and args.remove_macs is None:
+            require_enough_images("--scope", len(inputs.test), args.tolerance)
         calibration = steps.read_calibration(inputs, args.scope, args.recalibrate_bn)
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, crew.device)
+        if learned_from := calibration or (training and training.images):
+            adopt_statistics(inputs.model, learned_from.images)
         scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, crew)
         scanned, scan_seconds = run_scan(scan, folder, args.resume)
         verification = verify(scan, scanned, args.tolerance) if args.verify else None
@@ -181,23 +186,19 @@ def main(argv: list[str] | None = None) -> int:
             scan, scanned, args.tolerance, args.seed, folder.file(linear_name)
         )
         if verification is not None:
-            results["verification"] = describe_verification(
-                verification, scan_seconds, results["linear_search"]
-            )
-        if args.scope == "channels":
-            slimming = ChannelSearch.prepare(
-                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration,
-                macs_removed=args.remove_macs,
-            )  # fmt: skip
-            results |= steps.remove_channels(
-                scan, slimming, calibration, training, folder.file(model_name)
-            )
-        elif args.scope:
-            search = ModelSearch.prepare(
-                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration
-            )
+            seconds = scan_seconds and scan_seconds + results["linear_search"]["seconds"]
+            speedup = seconds and verification["brute_force_seconds"] / seconds
+            results["verification"] = verification | {"seconds": seconds, "speedup": speedup}
+        if args.scope:
+            question = (scan, scanned.dense_correct, args.scope, args.tolerance, args.seed)
+            if args.scope == "channels":
+                search = ChannelSearch.prepare(
+                    *question, calibration, macs_removed=args.remove_macs
+                )
+            else:
+                search = ModelSearch.prepare(*question, calibration)
             results |= steps.prune_together(
-                scan, search, args.allocation, training, folder.file(model_name)
+                search, args.allocation, training, folder.file(model_name)
             )
         results["artifacts"] = {
             "model": model_name,

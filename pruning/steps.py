@@ -13,7 +13,6 @@ from pathlib import Path
 from common.images.data import Cifar10
 from common.inputs import Inputs
 from common.measure.evaluate import predict
-from common.network.checkpoint import load_model
 from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
 from pruning.channels import search as channels
@@ -72,13 +71,11 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
 
 
 def prune_together(
-    scan: Scan,
-    search: ModelSearch,
-    allocations: Sequence[str],
-    training: Training | None,
-    path: Path,
+    search: ModelSearch, allocations: Sequence[str], training: Training | None, path: Path
 ) -> dict:
     """Search how far many layers can go together, write the sparsest model, and confirm it.
+
+    One without channels is timed beside the dense one.
 
     Raises:
         UserError: The reloaded model is not the one that the search measured.
@@ -94,35 +91,24 @@ def prune_together(
     images, dense_correct = search.held_out.images, search.held_out.dense_correct
     expected = search.classifier(best.model).find_correct(images)
     reloaded, sizes = saved.save_pruned(search.model, best.model, path)
-    predictions = predict(reloaded.to(scan.workers.device), images, description="confirm")
-    confirmed = saved.confirm(dense_correct, expected, predictions == images.labels.cpu())
-    timings = saved.time_zeros({"dense": search.model, "pruned": reloaded}, images.images)
+    predictions = predict(reloaded.to(images.images.device), images, description="confirm")
+    row = rows[found.index(best)]
+    same = ("scope", "allocation", "recalibrated", "finetune_epochs", "macs_kept")
     told = {
         "model_search": rows,
         "model_search_seconds": seconds,
-        "model_saved": search_results.describe_saved(
-            rows[found.index(best)], confirmed, sizes, timings
-        ),
+        "model_saved": {
+            **{name: row[name] for name in same},
+            "sparsity": row["max_sparsity"],
+            **saved.confirm(dense_correct, expected, predictions == images.labels.cpu()),
+            **sizes,
+            "latency": saved.time_zeros({"dense": search.model, "pruned": reloaded}, images.images),
+        },
     }
+    if search.scope == channels.SCOPE:
+        models = measure_models(search.model, reloaded, search.calibration, images)
+        told["slim"] = search_results.describe_slim(reloaded, models)
     if search.fast:
         search.record.warn_if_near()
         told["model_search_bf16"] = asdict(search.record)
     return told
-
-
-def remove_channels(
-    scan: Scan,
-    search: channels.ChannelSearch,
-    calibration: Cifar10,
-    training: Training | None,
-    path: Path,
-) -> dict:
-    """Search how many channels can go, write that network, and time it beside the dense one.
-
-    Raises:
-        UserError: The reloaded model is not the one that the search measured.
-    """
-    told = prune_together(scan, search, (), training, path)
-    slim = load_model(path)
-    models = measure_models(search.model, slim, calibration, search.held_out.images)
-    return told | {"slim": search_results.describe_slim(slim, models)}

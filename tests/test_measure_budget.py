@@ -7,8 +7,15 @@ import math
 import pytest
 import torch
 
+from common.command.cli import UserError
 from common.images.data import Cifar10
-from common.measure.budget import Budget, Verdict, doubling_looks, standard_error
+from common.measure.budget import (
+    Budget,
+    Verdict,
+    doubling_looks,
+    require_enough_images,
+    standard_error,
+)
 from common.measure.evaluate import compare
 
 
@@ -78,3 +85,19 @@ def test_the_standard_error_is_of_the_paired_loss():
     pruned = torch.tensor([False] * 6 + [True] * 84 + [True] * 2 + [False] * 8)
     # 6 lost, 2 gained: variance 8 - 16 / 100.
     assert standard_error(compare(dense, pruned), 100) == pytest.approx((8 - 0.16) ** 0.5 / 100)
+
+
+def test_too_few_images_for_any_network_to_pass(random_images):
+    """It said "0.0 % of the weights can go" there; now it says how many images it takes."""
+    for count, passes in ((50, True), (49, False)):
+        right = torch.ones(count, dtype=torch.bool)
+        budget = Budget(0.02, random_images(count), right)
+        verdict = budget.judge(lambda images: torch.ones(len(images), dtype=bool), [count], 4.0)
+        assert verdict.passes == passes  # of a network that loses nothing
+    require_enough_images("--scope", 99, 0.02)  # 50 of which choose
+    with pytest.raises(
+        UserError, match=r"--scope: within 2 points .* takes 100 test images, not 98"
+    ):
+        require_enough_images("--scope", 98, 0.02)
+    with pytest.raises(UserError, match="--max-drop: a budget of 0 points leaves"):
+        require_enough_images("--max-drop", 10_000, 0.0)

@@ -4,9 +4,8 @@ import torch
 from common.network.resnet import prunable_layers
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
-from pruning.together import finetuning
 from pruning.together.allocation import uniform_masks, weights_in_scope
-from pruning.together.found import search_finetuned, search_with
+from pruning.together.found import finetune, search_finetuned, search_with
 from pruning.together.search import Method, ModelSearch, Step
 from training.loop.distillation import Training
 
@@ -14,7 +13,7 @@ from training.loop.distillation import Training
 def test_zeros_stay_zeros_and_the_rest_learns(tiny_model, random_images):
     pruned = copy_without(tiny_model, uniform_masks(weights_in_scope(tiny_model, "conv"), 0.8))
     before = {n: layer.weight.detach().clone() for n, layer in prunable_layers(pruned).items()}
-    finetuning.finetune(pruned, tiny_model, Training(random_images(40), epochs=2), seed=0)
+    finetune(pruned, tiny_model, Training(random_images(40), epochs=2), seed=0)
     assert not pruned.training
     for name, layer in prunable_layers(pruned).items():
         assert torch.equal(layer.weight == 0, before[name] == 0), name

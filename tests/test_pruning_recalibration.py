@@ -1,9 +1,9 @@
 import torch
 
 from common.images.data import normalize
-from common.network.resnet import prunable_layers
+from common.network.resnet import batch_norm_after, fold_batch_norm, prunable_layers
 from pruning.together import recalibration
-from pruning.together.recalibration import recalibrate_batch_norm
+from pruning.together.recalibration import adopt_statistics, recalibrate_batch_norm
 
 
 def test_first_statistics_are_those_of_a_hand_computation(tiny_model, random_images, monkeypatch):
@@ -50,3 +50,26 @@ def test_one_batch_gives_every_layer_what_training_mode_computes(tiny_model, ran
         torch.testing.assert_close(
             norm.running_mean, activations.mean(dim=(0, 2, 3)), rtol=2e-2, atol=2e-3
         )
+
+
+@torch.no_grad()
+def test_adopted_statistics_change_nothing_and_can_be_measured_anew(tiny_model, random_images):
+    """Of a network whose batch norms were folded, as a coded file holds it."""
+    images = random_images(32, seed=3).images
+    for name, layer in prunable_layers(fold_batch_norm(tiny_model)).items():
+        tiny_model.get_submodule(name).weight.copy_(layer.weight)
+        if name != "linear":
+            norm = tiny_model.get_submodule(batch_norm_after(name))
+            norm.reset_parameters()
+            norm.running_var.fill_(1 - norm.eps)
+            norm.bias.copy_(layer.bias)
+    expected = tiny_model(normalize(images))
+    adopt_statistics(tiny_model, images)
+    torch.testing.assert_close(tiny_model(normalize(images)), expected)
+    recalibrate_batch_norm(tiny_model, images)  # of the unpruned network: the same, nearly
+    torch.testing.assert_close(tiny_model(normalize(images)), expected, rtol=0.05, atol=0.05)
+
+
+def test_statistics_that_are_there_stay(tiny_model, tiny_state, random_images):
+    adopt_statistics(tiny_model, random_images(4).images)
+    assert all(torch.equal(value, tiny_state[n]) for n, value in tiny_model.state_dict().items())

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from processes import run_here
 from test_pruning import QUICK
 
-from common.command.cli import UserError
 from common.images.data import normalize
-from common.measure.budget import Budget
 from common.measure.evaluate import Accuracy, Paired, predict
 from common.network.checkpoint import load_model
 from common.network.resnet import prunable_layers
@@ -26,8 +24,8 @@ from pruning.together import found as found_module
 from pruning.together import search as model_search
 from pruning.together.allocation import RANDOM, uniform_masks, weights_in_scope
 from pruning.together.found import Found, best_of, search_all, search_with
-from pruning.together.held_out import require_enough_images, split_test
-from pruning.together.search import LARGEST_LEVEL, LEVELS, Method, ModelSearch
+from pruning.together.held_out import split_test
+from pruning.together.search import COARSE_LEVELS, LARGEST_LEVEL, LEVELS, Method, ModelSearch
 
 
 @given(st.integers(0, LARGEST_LEVEL))
@@ -38,14 +36,14 @@ def test_finds_the_level_on_falling_curves(largest):
         tried.append(level)
         return level <= largest
 
-    assert model_search.largest_level(is_kept) == largest
+    assert model_search.largest_level(is_kept, COARSE_LEVELS, LARGEST_LEVEL) == largest
     assert len(tried) == len(set(tried)) <= 13
     assert 0 not in tried
 
 
 @given(st.sets(st.integers(1, LARGEST_LEVEL)))
 def test_any_answer_was_kept(kept):
-    found = model_search.largest_level(kept.__contains__)
+    found = model_search.largest_level(kept.__contains__, COARSE_LEVELS, LARGEST_LEVEL)
     assert found == 0 or found in kept
     compressed = [level for level in kept if level in {LEVELS - LEVELS // t for t in (2, 4, 8, 16)}]
     assert found >= max(compressed, default=0)
@@ -60,20 +58,6 @@ def test_halves_share_no_image_and_are_shuffled(random_images):
     assert sorted(rows) == list(range(40))
     assert rows[:20] != sorted(rows[:20])
     assert torch.equal(torch.cat([chosen.dense_correct, held_out.dense_correct]), right[rows])
-
-
-def test_too_few_images_for_any_network_to_pass(random_images):
-    """It said "0.0 % of the weights can go" there; now it says how many images it takes."""
-    for count, passes in ((50, True), (49, False)):
-        right = torch.ones(count, dtype=torch.bool)
-        budget = Budget(0.02, random_images(count), right)
-        verdict = budget.judge(lambda images: torch.ones(len(images), dtype=bool), [count], 4.0)
-        assert verdict.passes == passes  # of a network that loses nothing
-    require_enough_images(99, 0.02)  # 50 of which choose
-    with pytest.raises(UserError, match="takes 100 test images, not 98"):
-        require_enough_images(98, 0.02)
-    with pytest.raises(UserError, match="a tolerance of 0 leaves"):
-        require_enough_images(10_000, 0.0)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from common.images.data import normalize
 from common.network.branching import Block, Convolution, FoldedNetwork
 from common.network.resnet import BLOCKS, ResNet18
 from pruning.channels.slimming import (
-    Narrow,
     flat_weight,
     slim_block,
     slim_model,
@@ -136,48 +135,50 @@ def repair(dense: Dense, widths: Mapping[str, int]) -> ResNet18:
     dtype = network.stem.weight.dtype
     rows = [slice(at, at + BATCH_SIZE) for at in range(0, len(dense.images), BATCH_SIZE)]
     streams = [network.stem(normalize(dense.images[r]).to(dtype)).relu_() for r in rows]
-    narrow = {}
+    fitted = {}
     for name, block in cli.progress(network.blocks.items(), "repair"):
         kept = dense.kept[name][widths[name]]
-        slim, positions = slim_block(exact.blocks[name], kept), dense.positions[name]
-        inner = dense.inner[name][..., kept.channels]
-        first = _Refit(slim.conv1, INNER_DAMPING)
-        for r, x in zip(rows, streams, strict=True):
-            first.add(x, positions[r], inner[r].flatten(0, 1))
-        conv1 = first.solve()
-        second, run = _Refit(slim.conv2), conv1.to(dtype)
-        for r, x in zip(rows, streams, strict=True):
-            wanted = dense.targets[name][r].flatten(0, 1)
-            wanted = wanted - at_positions(block.shortcut_of(x), positions[r])
-            second.add(run(x).relu_(), positions[r], wanted)
-        slim = Block(conv1, second.solve(), slim.shortcut)
-        narrow[name] = Narrow(slim, [first.statistics(), second.statistics()])
-        run = Block(run, slim.conv2.to(dtype), block.shortcut)
-        streams = [run(x) for x in streams]
-    return slim_model(dense.model, narrow)
+        slim = slim_block(exact.blocks[name], kept)
+        positions = [dense.positions[name][r] for r in rows]
+        inner = (dense.inner[name][r][..., kept.channels].flatten(0, 1) for r in rows)
+        first = _fit(slim.conv1, streams, positions, inner, INNER_DAMPING)
+        conv1 = first[0].to(dtype)
+        residual = (
+            dense.targets[name][r].flatten(0, 1) - at_positions(block.shortcut_of(x), where)
+            for r, x, where in zip(rows, streams, positions, strict=True)
+        )
+        second = _fit(slim.conv2, (conv1(x).relu_() for x in streams), positions, residual)
+        fitted |= {f"{name}.conv1": first, f"{name}.conv2": second}
+        narrow = Block(conv1, second[0].to(dtype), block.shortcut)
+        streams = [narrow(x) for x in streams]
+    return slim_model(dense.model, fitted)
 
 
-class _Refit:
-    """The least squares of one convolution, over the batches of images."""
+def _fit(
+    convolution: Convolution,
+    inputs: Iterable[torch.Tensor],
+    positions: Iterable[torch.Tensor],
+    wanted: Iterable[torch.Tensor],
+    damping: float = DAMPING,
+) -> tuple[Convolution, torch.Tensor, torch.Tensor]:
+    """Fit a convolution by least squares, over batches of images.
 
-    def __init__(self, convolution: Convolution, damping: float = DAMPING):
-        self._convolution, self._damping = convolution, damping
-        self._gram, self._cross, self._count = 0, 0, 0
+    Args:
+        convolution: To stay near where little is known.
+        inputs: That it reads, (N, C, H, W).
+        positions: Of its outputs that speak for all, (N, P).
+        wanted: That it should give there, (N·P, O).
+        damping: How much the convolution weighs.
 
-    def add(self, x: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Take in what the convolution reads (N, C, H, W), and what it should give there."""
-        inputs = windows(x, positions, self._convolution.stride)
-        self._gram += inputs.T @ inputs
-        self._cross += wanted.T @ inputs
-        self._count += len(inputs)
-
-    def solve(self) -> Convolution:
-        """Return the convolution that comes nearest to what is wanted."""
-        self._gram, self._cross = self._gram / self._count, self._cross / self._count
-        anchor = flat_weight(self._convolution)
-        self._flat = refit(self._gram, self._cross, anchor, self._damping)
-        return with_flat_weight(self._convolution, self._flat)
-
-    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and variance of what it gives, without its bias, once solved."""
-        return output_statistics(self._gram, self._flat)
+    Returns:
+        The convolution, and mean and variance of what it gives, its bias aside, each (O,).
+    """
+    gram, cross, count = 0, 0, 0
+    for x, where, y in zip(inputs, positions, wanted, strict=True):
+        rows = windows(x, where, convolution.stride)
+        gram += rows.T @ rows
+        cross += y.T @ rows
+        count += len(rows)
+    gram, cross = gram / count, cross / count
+    flat = refit(gram, cross, flat_weight(convolution), damping)
+    return with_flat_weight(convolution, flat), *output_statistics(gram, flat)

@@ -14,7 +14,8 @@ from pruning.channels.slimmer import Slimmer
 from pruning.channels.slimming import slim_by_norm
 from pruning.together.allocation import NORM
 from pruning.together.recalibration import recalibrate_batch_norm
-from pruning.together.search import Method, ModelSearch, Step, largest_level
+from pruning.together.search import Method, ModelSearch, Step
+from quantization.int8.engines import fastest_engine
 
 SCOPE = "channels"
 # Channels chosen and made up for on training images, with widths measured in context.
@@ -25,6 +26,22 @@ LEVELS = 32
 COARSE_LEVELS = (24, 20, 16, 12, 8)
 
 
+def require_possible(model: ResNet18, macs_removed: float | None) -> None:
+    """Check, before any long work, that so much can go and that INT8 can be timed.
+
+    Args:
+        model: Dense.
+        macs_removed: Share of the multiply-adds that is to go; None for what a search finds.
+
+    Raises:
+        UserError: It cannot.
+    """
+    fastest_engine()
+    most = 1 - Slimmer(model, torch.empty(0), 0, torch.float32).least_share()
+    if macs_removed is not None and macs_removed > most:
+        raise UserError(f"--remove-macs: of this network {percent(most)} can go at most")
+
+
 @dataclass
 class ChannelSearch(ModelSearch):
     """The search over one checkpoint; ``sparsity`` is the share of multiply-adds that are gone.
@@ -33,28 +50,26 @@ class ChannelSearch(ModelSearch):
         macs_removed: Look at this share only; None to search.
     """
 
+    unit, levels = "multiply-adds", LEVELS
+
     macs_removed: float | None = None
     _slim: dict[tuple[Method, float], ResNet18] = field(default_factory=dict)
 
     def __post_init__(self):
         dtype = torch.bfloat16 if self.fast else torch.float32
-        self.slimmer = Slimmer(self.model, self.calibration, self.seed, dtype)
+        self.slimmer = Slimmer(self.model, self.calibration.images, self.seed, dtype)
         self.highest = int(LEVELS * (1 - self.slimmer.least_share()))
-        if self.macs_removed is not None and self.macs_removed > self.highest / LEVELS:
-            raise UserError(f"of this network {percent(self.highest / LEVELS)} can go at most")
-
-    @property
-    def unit(self) -> str:
-        """What sparsity counts, in words."""
-        return "multiply-adds"
+        self.coarse = [level for level in COARSE_LEVELS if level <= self.highest] or [self.highest]
 
     @property
     def curve(self) -> list[float]:
         """The shares to measure every method at."""
-        if self.macs_removed is not None:
-            return [self.macs_removed]
-        shares = [level / LEVELS for level in reversed(COARSE_LEVELS) if level <= self.highest]
-        return shares or [self.highest / LEVELS]
+        return [self.macs_removed] if self.is_given else super().curve
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the share is asked for, whatever it costs."""
+        return self.macs_removed is not None
 
     def methods(self, allocations: Sequence[str]) -> list[Method]:
         """Return what is searched with, whatever the allocations of weights."""
@@ -74,7 +89,7 @@ class ChannelSearch(ModelSearch):
         if (method, sparsity) not in self._slim:
             if method.allocation == NORM:
                 slim = slim_by_norm(self.model, self.norm_widths(sparsity))
-                recalibrate_batch_norm(slim, self.calibration)
+                recalibrate_batch_norm(slim, self.calibration.images)
             else:
                 slim = self.slimmer.slim(1 - sparsity)
             self._slim[method, sparsity] = slim
@@ -82,15 +97,8 @@ class ChannelSearch(ModelSearch):
 
     def find_largest(self, method: Method) -> tuple[float, list[Step]]:
         """Return the largest share within the tolerance, and the steps that led to it."""
-        steps: list[Step] = []
-
-        def is_kept(sparsity: float) -> bool:
-            steps.append(self.judge(self.prune(method, sparsity), sparsity))
-            return steps[-1].kept
-
-        if self.macs_removed is not None:
-            is_kept(self.macs_removed)
-            return self.macs_removed, steps
-        coarse = [level for level in COARSE_LEVELS if level <= self.highest]
-        found = largest_level(lambda level: is_kept(level / LEVELS), coarse, self.highest)
-        return found / LEVELS, steps
+        if not self.is_given:
+            return super().find_largest(method)
+        return self.macs_removed, [
+            self.judge(self.prune(method, self.macs_removed), self.macs_removed)
+        ]

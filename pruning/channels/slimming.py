@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 
 from common.network.branching import Block, Convolution, FoldedNetwork
-from common.network.resnet import BLOCKS, ResNet18, Widths
+from common.network.resnet import BLOCKS, ResNet18, Widths, batch_norm_after
 from pruning.channels.surgeon import Kept
-
-
-@dataclass(frozen=True)
-class Narrow:
-    """A folded block without some of its inside, FP32.
-
-    Attributes:
-        block: What is left.
-        statistics: Mean and variance of each of its two convolutions' outputs, their biases aside.
-    """
-
-    block: Block
-    statistics: Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 def flat_weight(convolution: Convolution) -> torch.Tensor:
@@ -53,29 +39,30 @@ def _with(convolution: Convolution, weight: torch.Tensor, bias: torch.Tensor) ->
 
 
 @torch.no_grad()
-def slim_model(model: ResNet18, narrow: Mapping[str, Narrow]) -> ResNet18:
-    """Return a network that computes what its narrow blocks do, in eval mode.
+def slim_model(
+    model: ResNet18, fitted: Mapping[str, tuple[Convolution, torch.Tensor, torch.Tensor]]
+) -> ResNet18:
+    """Return a network that computes what its fitted convolutions do, in eval mode.
 
     Its batch norms say what the new weights give, so that training can go on from there: a layer's
     weights are scaled to the size of the dense ones, which its batch norm takes back.
 
     Args:
         model: Dense, in eval mode; not changed.
-        narrow: Of every block.
+        fitted: For each convolution inside a block the folded one that takes its place, FP32, and
+            mean and variance of that one's outputs, its bias aside.
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     folded = FoldedNetwork.of(model).convolutions()
-    for name, found in narrow.items():
-        layers = ((1, found.block.conv1), (2, found.block.conv2))
-        for (number, new), (mean, variance) in zip(layers, found.statistics, strict=True):
-            conv, bn = f"{name}.conv{number}", f"{name}.bn{number}"
-            scale = float(state[f"{conv}.weight"].norm() / folded[conv].weight.norm())
-            variance = variance * scale**2
-            state[f"{conv}.weight"] = scale * new.weight
-            state[f"{bn}.running_mean"] = scale * mean
-            state[f"{bn}.running_var"] = variance
-            state[f"{bn}.weight"] = (variance + model.get_submodule(bn).eps).sqrt() / scale
-            state[f"{bn}.bias"] = new.bias + mean
+    for conv, (new, mean, variance) in fitted.items():
+        bn = batch_norm_after(conv)
+        scale = float(state[f"{conv}.weight"].norm() / folded[conv].weight.norm())
+        variance = variance * scale**2
+        state[f"{conv}.weight"] = scale * new.weight
+        state[f"{bn}.running_mean"] = scale * mean
+        state[f"{bn}.running_var"] = variance
+        state[f"{bn}.weight"] = (variance + model.get_submodule(bn).eps).sqrt() / scale
+        state[f"{bn}.bias"] = new.bias + mean
     return _load(model, state)
 
 

@@ -10,7 +10,6 @@ import copy
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from common.command.cli import UserError
 from common.files.atomic import replace_file
 from common.images.data import normalize
 from common.measure.evaluate import Paired
-from common.measure.latency import Contender, Timing, time_interleaved
+from common.measure.latency import Contender, time_interleaved
 from common.network.checkpoint import load_model, serialize
 from common.network.resnet import ResNet18, prunable_layers
 
@@ -33,21 +32,12 @@ TIMED_BATCH_SIZE = 16
 TIMED_AMOUNT = 0.9
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of the files of the dense and of the pruned model, plain and through zlib."""
-
-    dense_bytes: int
-    dense_compressed_bytes: int
-    pruned_bytes: int
-    pruned_compressed_bytes: int
-
-
-def save_pruned(dense: ResNet18, pruned: ResNet18, path: Path) -> tuple[ResNet18, Sizes]:
+def save_pruned(dense: ResNet18, pruned: ResNet18, path: Path) -> tuple[ResNet18, dict[str, int]]:
     """Write the pruned model and read it back: the same tensors, bit for bit.
 
     Returns:
-        What was read, on the CPU, and the sizes of its file and of the dense model's.
+        What was read, on the CPU, and the bytes of its file and of the dense model's, plain and
+        through zlib.
     """
     plain, content = (
         serialize({name: t.cpu().contiguous() for name, t in model.state_dict().items()})
@@ -60,28 +50,22 @@ def save_pruned(dense: ResNet18, pruned: ResNet18, path: Path) -> tuple[ResNet18
     with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter while it works
         # Level 1, as random mantissas gain nothing from more.
         small = list(pool.map(lambda data: len(zlib.compress(data, 1)), (plain, content)))
-    return reloaded, Sizes(len(plain), small[0], path.stat().st_size, small[1])
+    return reloaded, {
+        "dense_bytes": len(plain),
+        "dense_compressed_bytes": small[0],
+        "pruned_bytes": path.stat().st_size,
+        "pruned_compressed_bytes": small[1],
+    }
 
 
 # --- accuracy ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Confirmation:
-    """How the reloaded model did, and on how many images the search said otherwise."""
-
-    measured: Paired
-    images_unlike_search: int
-
-    def as_dict(self) -> dict:
-        """Return it as results.json has it."""
-        return self.measured.as_dict() | {"images_unlike_search": self.images_unlike_search}
-
-
-def confirm(
-    dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.Tensor
-) -> Confirmation:
+def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.Tensor) -> dict:
     """Hold the reloaded model's per-image correctness against what the search ``expected``.
+
+    Returns:
+        Its accuracy as results.json has it, and on how many images the search said otherwise.
 
     Raises:
         UserError: More than 1 image in 1,000 differs.
@@ -89,7 +73,7 @@ def confirm(
     unlike = int((correct != expected).sum())
     if unlike > max(1, MAX_FLIPS * len(correct)):
         raise UserError(f"the reloaded model differs from the search on {unlike} images")
-    return Confirmation(Paired.of(dense_correct, correct), unlike)
+    return Paired.of(dense_correct, correct).as_dict() | {"images_unlike_search": unlike}
 
 
 # --- speed ---------------------------------------------------------------------------------------
@@ -104,12 +88,12 @@ def zero_everywhere(model: ResNet18) -> ResNet18:
     return sparse
 
 
-def time_zeros(models: Mapping[str, ResNet18], images: torch.Tensor) -> dict[str, Timing]:
-    """Time models in turns on the CPU, on some of the uint8 ``images``; by name."""
+def time_zeros(models: Mapping[str, ResNet18], images: torch.Tensor) -> list[dict]:
+    """Time models in turns on the CPU, on some of the uint8 ``images``; entries of results.json."""
     contenders = []
     for name, model in models.items():
         laid_out = copy.deepcopy(model).cpu().to(memory_format=torch.channels_last)
         contenders.append(Contender(name, torch.inference_mode()(laid_out)))
     batch = normalize(images[:TIMED_BATCH_SIZE].cpu())
     timings = time_interleaved(contenders, batch, (TIMED_BATCH_SIZE,), seconds_per_batch_size=1.5)
-    return {name: timing for name, (timing,) in timings.items()}
+    return [{"name": name} | timing.as_dict() for name, (timing,) in timings.items()]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 
 from common.measure.evaluate import Accuracy, Paired, compare, measure_accuracy
-from common.measure.latency import Timing
 from common.network.resnet import ResNet18, prunable_layers
 from common.network.size import Layer, describe_layers
-from pruning.alone.brute_force import Verification
 from pruning.alone.linear import LinearSearch, Splits
 from pruning.alone.scan import ScanResult
-from pruning.files.saved import Confirmation, Sizes
 from pruning.masks import pruned_count
 
 # Neighbours in the ranking whose difference McNemar's test cannot tell from chance.
@@ -89,35 +86,14 @@ def rank(scanned: ScanResult, amount: float) -> list[dict]:
     return entries
 
 
-def describe_verification(found: Verification, scan_seconds: float | None, linear: dict) -> dict:
-    """Return what the usual way found otherwise, and how long it takes.
-
-    Args:
-        found: By the usual way.
-        scan_seconds: Of the scan; None where an earlier run did part of it.
-        linear: ``linear_search``.
-    """
-    by_layer = [
-        {"amount": amount, "layer": layer, "different": count}
-        for (amount, layer), count in found.different.items()
-    ]
-    seconds = None if scan_seconds is None else scan_seconds + linear["seconds"]
-    return {
-        "different": sum(found.different.values()),
-        "predictions": found.predictions,
-        "by_layer": by_layer,
-        "pruned_weights": found.pruned_weights,
-        "brute_force_seconds": found.seconds,
-        "seconds": seconds,
-        "speedup": seconds and found.seconds / seconds,
-    }
-
-
 # --- the linear layer ----------------------------------------------------------------------------
 
 
-def describe_linear(search: LinearSearch, seconds: float, confirmed: Confirmation) -> dict:
-    """Return the search over the linear layer, which took so many seconds."""
+def describe_linear(search: LinearSearch, seconds: float, confirmed: dict) -> dict:
+    """Return the search over the linear layer, which took so many seconds.
+
+    ``confirmed`` is what :func:`pruning.files.saved.confirm` says of its model.
+    """
     total, images = search.weights, search.images
     result = {
         "tolerance": search.tolerance,
@@ -139,7 +115,7 @@ def describe_linear(search: LinearSearch, seconds: float, confirmed: Confirmatio
         "monotone": search.is_monotone,
         "explanation": search.explain(),
         "seconds": seconds,
-        "confirmed": confirmed.as_dict(),
+        "confirmed": confirmed,
     }
     if search.splits is not None:
         result["splits"] = describe_splits(search.splits, total)
@@ -161,15 +137,8 @@ def describe_splits(splits: Splits, weights: int) -> dict:
     }
 
 
-def describe_savings(sizes: Sizes, model: ResNet18, timings: Mapping[str, Timing]) -> dict:
+def describe_savings(sizes: dict, model: ResNet18, latency: Sequence[dict]) -> dict:
     """Return the bytes, the linear layer's share of the weights, and what zeros do for speed."""
     weights = {name: layer.weight.numel() for name, layer in prunable_layers(model).items()}
-    return asdict(sizes) | {
-        "linear_share": weights["linear"] / sum(weights.values()),
-        "latency": describe_timings(timings),
-    }
-
-
-def describe_timings(timings: Mapping[str, Timing]) -> list[dict]:
-    """Return the times of models by their names."""
-    return [{"name": name} | timing.as_dict() for name, timing in timings.items()]
+    linear_share = weights["linear"] / sum(weights.values())
+    return {**sizes, "linear_share": linear_share, "latency": latency}

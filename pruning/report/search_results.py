@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from common.measure.evaluate import measure_accuracy
-from common.measure.latency import Timing
 from common.network.resnet import ResNet18, prunable_layers
 from common.network.size import Layer, describe_layers
-from pruning.files.saved import Confirmation, Sizes
-from pruning.report.results import describe_timings
 from pruning.together.found import CURVE_IMAGES, Found
 from pruning.together.search import ModelSearch
 
@@ -69,18 +66,4 @@ def describe_slim(model: ResNet18, models: Sequence[dict]) -> dict:
             }
             for dense, slim in pairs
         ],
-    }
-
-
-def describe_saved(
-    row: dict, confirmed: Confirmation, sizes: Sizes, timings: Mapping[str, Timing]
-) -> dict:
-    """Return the sparsest network, whose row is given, as it was written and read back."""
-    same = ("scope", "allocation", "recalibrated", "finetune_epochs", "macs_kept")
-    return {
-        **{name: row[name] for name in same},
-        "sparsity": row["max_sparsity"],
-        **confirmed.as_dict(),
-        **asdict(sizes),
-        "latency": describe_timings(timings),
     }

@@ -9,7 +9,6 @@ all its weights to few, the others staying as they are. All of that is one branc
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -47,7 +46,9 @@ def measure_damage(
         For each layer its curve, from nothing pruned; the damage is a fraction of the images.
     """
     dense, around = FoldedNetwork.of(model), FoldedNetwork.of(context)
-    regrown = _with_weights_of(model, context, layers)
+    regrown = copy.deepcopy(context)  # its batch norms stay its own
+    for name in layers:
+        prunable_layers(regrown)[name].weight.data = prunable_layers(model)[name].weight.data
     variants = [Variants.of(regrown, layers, amount, fast) for amount in AMOUNTS]
     parts = [variant.fast if fast else variant.exact for variant in variants]
     if fast:
@@ -67,15 +68,6 @@ def measure_damage(
         name: _curve(prunable_layers(model)[name].weight.numel(), damage[:, index], len(images))
         for index, name in enumerate(layers)
     }
-
-
-def _with_weights_of(model: ResNet18, context: ResNet18, layers: list[str]) -> ResNet18:
-    """Return ``context`` with the dense weights of ``layers``; its batch norms stay its own."""
-    regrown = copy.deepcopy(context)
-    weights: Mapping[str, torch.nn.Module] = prunable_layers(model)
-    for name in layers:
-        prunable_layers(regrown)[name].weight.data = weights[name].weight.data
-    return regrown
 
 
 def _curve(weights: int, damage: np.ndarray, images: int) -> DamageCurve:

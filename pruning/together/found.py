@@ -10,12 +10,15 @@ from common.command import cli
 from common.measure.evaluate import Paired
 from common.network.resnet import ResNet18
 from common.report.results import format_change
-from pruning.together.finetuning import finetune
+from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
 from pruning.together.search import CONTROLS, Method, ModelSearch, Step
-from training.loop.distillation import Training
+from training.loop.distillation import Training, distill
 
 # The curve is for orientation, and losses on it are large or none.
 CURVE_IMAGES = 2000
+# Zeros do more harm than missing channels that were made up for. At 1/16 of the weights, 9,600
+# images brought a loss of 15.0 points (4,000 test images) to 4.9 at 0.00005, and to 3.9 at this.
+SPARSE_RATE = 0.0003
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,19 +103,42 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
     return max(equals, key=lambda one: int(search.classifier(one.model).find_correct(images).sum()))
 
 
+def finetune(model: ResNet18, dense: ResNet18, training: Training, seed: int) -> None:
+    """Train a pruned model to do as the dense one does; its zeros stay zeros.
+
+    One with zeros first has its batch norms re-estimated: training holds their statistics.
+
+    Args:
+        model: Changed in place, left in eval mode.
+        dense: What it was made from, in eval mode.
+        training: What to learn from, on the models' device.
+        seed: Of order and augmentation.
+
+    Raises:
+        UserError: The loss is no longer finite.
+    """
+    if model.widths != dense.widths:  # repaired, its batch norms too
+        distill(model, dense, training, seed)
+    else:
+        recalibrate_batch_norm(model, training.images.images[:RECALIBRATION_IMAGES])
+        distill(model, dense, training, seed, SPARSE_RATE)
+
+
 def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Found:
     """Train at ``best``'s sparsity, then at each higher compression for as long as it is kept.
 
     Each starts from the dense weights, pruned at once, and learns from the dense network. Where not
-    even the first is kept, the answer is that nothing can go.
+    even the first is kept, the answer is that nothing can go, unless the sparsity is given.
     """
     kept, points, steps = (0.0, search.model), {}, []
-    for sparsity in (best.sparsity, *(s for s in search.curve if s > best.sparsity)):
+    for sparsity in sorted({best.sparsity, *search.curve} - {0.0}):
+        if sparsity < best.sparsity:
+            continue
         model = copy.deepcopy(search.prune(best.method, sparsity))
         finetune(model, search.model, training, search.seed)
         steps.append(search.judge(model, sparsity))
         points[sparsity] = measure(search, model, CURVE_IMAGES)
-        if not steps[-1].kept:
+        if not (steps[-1].kept or search.is_given):
             break
         kept = (sparsity, model)
     return Found.of(search, best.method, training.epochs, *kept, points, steps)

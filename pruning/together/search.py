@@ -58,11 +58,7 @@ class Step:
     kept: bool
 
 
-def largest_level(
-    is_kept: Callable[[int], bool],
-    coarse: Iterable[int] = COARSE_LEVELS,
-    highest: int = LARGEST_LEVEL,
-) -> int:
+def largest_level(is_kept: Callable[[int], bool], coarse: Iterable[int], highest: int) -> int:
     """Find the largest level that is kept: down the ``coarse`` ones, then bisecting.
 
     From above, since a rejection costs few images, and because accuracy need not fall steadily: a
@@ -91,6 +87,10 @@ class ModelSearch:
     """The search over one checkpoint.
 
     Attributes:
+        unit: What sparsity counts, in words.
+        levels: Steps that sparsity is searched in.
+        coarse: Levels to begin with, from largest to least; the curve is measured at these.
+        highest: The largest level.
         model: Dense, on the images' device; not changed.
         scope: Which layers may be pruned: ``linear``, ``conv`` or ``all``.
         chosen: What the choices are made on.
@@ -98,9 +98,11 @@ class ModelSearch:
         tolerance: Accuracy that may be lost, as a fraction.
         seed: Of random pruning.
         fast: Classify in bf16 first.
-        calibration: uint8 training images for batch-norm statistics; None: none are re-estimated.
+        calibration: Training images for batch-norm statistics; None: none are re-estimated.
         record: Of bf16, over all that was classified.
     """
+
+    unit, levels, coarse, highest = "weights", LEVELS, COARSE_LEVELS, LARGEST_LEVEL
 
     model: ResNet18
     scope: str
@@ -109,7 +111,7 @@ class ModelSearch:
     tolerance: float
     seed: int
     fast: bool
-    calibration: torch.Tensor | None = None
+    calibration: Cifar10 | None = None
     record: Recomputation = field(default_factory=Recomputation)
     _found: dict[Method, tuple[float, list[Step]]] = field(default_factory=dict)
     _damage: dict[bool, dict[str, DamageCurve]] = field(default_factory=dict)
@@ -124,20 +126,19 @@ class ModelSearch:
     ) -> ModelSearch:  # fmt: skip
         """Split the scan's images; ``dense_correct`` says which of them its model gets right."""
         chosen, held_out = split_test(scan.images, dense_correct, seed)
-        pixels = None if calibration is None else calibration.images
         return cls(
-            scan.model, scope, chosen, held_out, tolerance, seed, scan.fast, pixels, **options
+            scan.model, scope, chosen, held_out, tolerance, seed, scan.fast, calibration, **options
         )
-
-    @property
-    def unit(self) -> str:
-        """What sparsity counts, in words."""
-        return "weights"
 
     @property
     def curve(self) -> list[float]:
         """The sparsities to measure every method at."""
-        return [1 - 1 / times for times in COMPRESSIONS]
+        return [level / self.levels for level in reversed(self.coarse)]
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the sparsity is asked for, whatever it costs."""
+        return False
 
     def methods(self, allocations: Sequence[str]) -> list[Method]:
         """Return what to search with: allocations, with batch norms re-estimated too; a control."""
@@ -162,8 +163,8 @@ class ModelSearch:
         """Return a pruned copy, its batch norms re-estimated where the method says so."""
         device = self.chosen.images.images.device
         pruned = copy_without(self.model, self.masks(method, sparsity)).to(device)
-        if method.recalibrated:
-            recalibrate_batch_norm(pruned, self.calibration)
+        if method.recalibrated and sparsity > 0:  # where nothing goes it is the dense one
+            recalibrate_batch_norm(pruned, self.calibration.images)
         return pruned
 
     def find_largest(self, method: Method) -> tuple[float, list[Step]]:
@@ -172,11 +173,12 @@ class ModelSearch:
             steps: list[Step] = []
 
             def is_kept(level: int) -> bool:
-                sparsity = level / LEVELS
+                sparsity = level / self.levels
                 steps.append(self.judge(self.prune(method, sparsity), sparsity))
                 return steps[-1].kept
 
-            self._found[method] = (largest_level(is_kept) / LEVELS, steps)
+            found = largest_level(is_kept, self.coarse, self.highest)
+            self._found[method] = (found / self.levels, steps)
         return self._found[method]
 
     def classifier(self, model: ResNet18) -> Classifier:
