@@ -16,12 +16,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
+from tqdm import tqdm
 
 from common.command import cli
 
@@ -170,6 +172,7 @@ def _run_as_script(main: Callable, arguments: list[str], output: Path, environme
         file = output.with_suffix(f".{name}").open("w", buffering=1)
         os.dup2(file.fileno(), number)  # for what C prints
         setattr(sys, f"std{name}", file)
+    tqdm.set_lock(threading.RLock())  # its own: a copy that is killed may hold what is shared
     sys.exit(main(arguments))
 
 
@@ -179,6 +182,8 @@ def start_together(main: Callable, *arguments: object, output: Path) -> list[Cop
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    if sys.platform == "linux":  # or gloo asks who this host is, which a container may not know
+        shared["GLOO_SOCKET_IFNAME"] = "lo"
     return [
         Copy(main, *arguments, output=output.with_name(f"{output.name}-{rank}"),
              MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank), **shared)

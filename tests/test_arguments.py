@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.command import arguments, cli
@@ -37,7 +37,6 @@ def test_any_command_line_parses_or_is_wrong_usage(script, capsys):
     flags = st.sampled_from([*parser._option_string_actions, "--b", "--se=3"])
 
     @given(st.lists(flags | VALUES | st.text(max_size=5), max_size=6))
-    @settings(deadline=None)
     @example(["--test-images", "-1"])
     @example(["--data-dir="])
     def check(argv: list[str]) -> None:

@@ -171,7 +171,7 @@ def test_interrupted_while_torch_imports_numpy():
     """Which torch would go on without, whatever the import raised."""
     done = run(
         "def interrupt(frame, event, argument):\n"
-        "    if frame.f_globals['__name__'].startswith('numpy.'):\n"
+        "    if frame.f_globals.get('__name__', '').startswith('numpy.'):\n"
         "        sys.setprofile(None); os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.setprofile(interrupt)\n"
         "cli.import_torch()\n"

@@ -98,6 +98,7 @@ def test_the_very_same_model_comes_back(convert, random_images, tmp_path, engine
     assert torch.equal(artifact.load_int8(path)(images), expected)
 
 
+@pytest.mark.exact_sums
 @torch.inference_mode()
 def test_the_reference_computes_what_the_kernels_compute(convert, random_images, tmp_path):
     network = kernels.from_int8(convert(PLAIN), PLAIN)
@@ -148,9 +149,7 @@ def test_its_fp32_values_are_a_checkpoint(pruned_model, convert, random_images, 
     torch.testing.assert_close(model(images), pruned_model(images), rtol=0.1, atol=0.1)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_truncated_or_damaged_file_is_refused_in_one_line(saved, tmp_path, data):
     content = bytearray(saved.read_bytes())

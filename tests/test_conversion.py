@@ -59,6 +59,7 @@ def images(random_images):
     return normalize(random_images(16, seed=1).images)
 
 
+@pytest.mark.exact_sums
 @torch.inference_mode()
 def test_first_convolution_is_integer_arithmetic(observed, images):
     converted = conversion.convert(observed, Settings(ENGINES[0]))
@@ -82,6 +83,7 @@ def test_first_convolution_is_integer_arithmetic(observed, images):
     assert is_tie.double().mean() < 0.02
 
 
+@pytest.mark.exact_sums
 @pytest.mark.parametrize("engine", ENGINES)
 @torch.inference_mode()
 def test_logits_are_close_to_fp32(engine, tiny_model, observed, images):

@@ -71,7 +71,7 @@ def test_images_become_rgb(content, expected):
     st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=8),
     st.integers(0, 4000),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @example(b"", [], 0)
 @example(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", [], 4000)
 @example(encoded(COLOURS, "TIFF"), [], 4000)

@@ -184,6 +184,7 @@ from common.images.data import Cifar10
 from common.measure.evaluate import predict
 from common.network.resnet import ResNet18, Widths
 
+torch.set_num_threads(1)
 model = ResNet18(Widths((4, 8, 8, 8))).eval()
 images = Cifar10(torch.zeros(4000, 3, 32, 32, dtype=torch.uint8), torch.zeros(4000).long())
 predict(model, images.rows(slice(64)), 64)

@@ -45,6 +45,7 @@ def test_only_quantized_equals_whole_forward_passes(
         assert int((correct != alone[name]).sum()) <= 1, name
 
 
+@pytest.mark.exact_sums
 @torch.inference_mode()
 def test_only_fp32_equals_whole_forward_passes(tiny_model, observed, random_images):
     test = random_images(24, seed=2)

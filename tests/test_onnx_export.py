@@ -27,6 +27,7 @@ def converted(tiny_model, random_images):
     return conversion.convert(observed, settings)
 
 
+@pytest.mark.exact_sums
 @pytest.mark.parametrize(
     "fp32_layers", [(), ("conv1",), ("layer1.0.conv2",), ("layer2.0.shortcut.0",), ("linear",)]
 )

@@ -139,7 +139,7 @@ HOSTILE = [
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(HOSTILE) | st.text(min_size=1, max_size=40))
 def test_no_name_becomes_markup(name):
     step = {"action": name, "drop": 0.0, "kept": name}

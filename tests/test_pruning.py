@@ -2,9 +2,9 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import random
-import re
 import signal
 import time
 import zlib
@@ -12,7 +12,6 @@ import zlib
 import pytest
 from check_page import check_page
 from check_results import check_results, without_times
-from printed import read_table, shows
 from processes import REPOSITORY, Copy, run_fresh, run_here, run_together, start_together
 
 from common.files.output import STAGING_PREFIX, UNFINISHED_NAME
@@ -100,6 +99,7 @@ def small(tiny_weights):
     return [
         "--bundled", "--threads", "1", "--test-images", "40", "--batch-size", "1",
         "--layers", "layer4.1.*", "--amounts", "0.5,0.9", "--weights", tiny_weights,
+        "--precision", "fp32",  # what auto finds by timing, two processes may find otherwise
     ]  # fmt: skip
 
 
@@ -122,11 +122,12 @@ def whole(small, tmp_path_factory):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Let each chunk take a second more, in which a run can be stopped."""
-    run = Walk.run
+    """Let each chunk after the first take three seconds more, in which a run can be stopped."""
+    run, calls = Walk.run, itertools.count()
 
     def run_slowly(*arguments):
-        time.sleep(1)
+        if next(calls):
+            time.sleep(3)
         return run(*arguments)
 
     monkeypatch.setattr(Walk, "run", run_slowly)
@@ -230,21 +231,11 @@ def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole,
         (["--layers", "layer9.*"], "error: --layers layer9.*: matches none of conv1,"),
         (["--weights", "nowhere.pth"], "error: nowhere.pth: no such file"),
         (["--scope", "all"], "error: --scope: within 2 points and one standard error to spare,"),
-        (
-            [
-                "--scope",
-                "all",
-                "--tolerance",
-                "0.5",
-                "--finetune-epochs",
-                "1",
-                "--finetune-images",
-                "2001",
-            ],
-            "error: 2001 train images asked for, only 2000 in the bundled JPEG images",
-        ),
+        (["--scope", "all", "--tolerance", "0.5", "--finetune-epochs", "1", "--finetune-images",
+          "2001"],
+         "error: 2001 train images asked for, only 2000 in the bundled JPEG images"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line_before_the_scan(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scan_module, "run_scan", None)
     arguments = ["--bundled", "--test-images", "20", *arguments]
@@ -252,85 +243,3 @@ def test_bad_input_is_one_line_before_the_scan(arguments, message, tmp_path, mon
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith(message)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--amount", "1.5"], ["--amount", "0.5", "--amounts", "0.5"], ["--precision", "x"]],
-)
-def test_wrong_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-
-
-# --- what is printed -----------------------------------------------------------------------------
-
-
-def test_every_number_in_the_tables_is_that_of_results_json(finished):
-    process, folder = finished
-    out, results = process.stdout, read(folder)
-    *rows, total = read_table(out, "layer ")
-    structure = results["structure"]
-    weights = structure["conv_weights"] + structure["linear_weights"]
-    for row, layer in zip(rows, results["layers"], strict=True):
-        assert (row[0], row[1]) == (layer["name"], "×".join(map(str, layer["shape"])))
-        share = 100 * layer["weights"] / weights
-        assert shows(" ".join(row[2:]), layer["weights"], share, layer["macs"] / 1e6,
-                     layer["nonzeros"])  # fmt: skip
-    assert shows(" ".join(total), weights, 100, structure["macs"] / 1e6, structure["nonzeros"])
-    for ranking in results["ranking"]:
-        title = f"Each layer pruned alone by {100 * ranking['amount']:g} %"
-        rows = read_table(out[out.index(title) :], "layer ")
-        entries = {
-            e["layer"]: e for e in results["sensitivity"] if e["amount"] == ranking["amount"]
-        }
-        for row, ranked in zip(rows, ranking["layers"], strict=True):
-            comparison = entries[row[0]]["comparison"]
-            low, high = comparison["ci95"]
-            assert row[0] == ranked["layer"]
-            assert shows(row[1], 100 * entries[row[0]]["accuracy"]["value"])
-            assert shows(row[2], -100 * comparison["drop"])
-            assert shows(row[3], -100 * high, -100 * low)
-            assert float(row[4]) == pytest.approx(comparison["mcnemar_p"], rel=0.5)
-            assert shows(" ".join(row[5:7]), comparison["only_a_correct"],
-                         comparison["only_b_correct"])  # fmt: skip
-            assert (row[7:] == ["≈"]) == ranked["tied_with_next"]
-
-
-def test_every_number_of_the_search_is_that_of_results_json(finished):
-    process, folder = finished
-    out, results = process.stdout, read(folder)
-    linear = results["linear_search"]
-    for row, step in zip(read_table(out, "step "), linear["steps"], strict=True):
-        value = step["accuracy"]["value"]
-        assert shows(" ".join(row[1:5]), 100 * step["amount"], step["pruned_weights"], 100 * value,
-                     100 * (value - linear["dense"]["value"]))  # fmt: skip
-        assert (row[5] == "within") == step["kept"]
-    confirmed, savings = linear["confirmed"], results["savings"]
-    low, high = confirmed["comparison"]["ci95"]
-    dense, sparse = savings["latency"]
-    splits = linear["splits"]
-    expected = {
-        "dense accuracy": [100 * results["baseline"]["value"], 95,
-                           *(100 * limit for limit in results["baseline"]["ci95"])],
-        "  found": [100 * linear["max_amount"], linear["kept_weights"]],
-        "  true max": [100 * linear["exhaustive_max_amount"], len(linear["curve"])],
-        "  confirmed": [100 * confirmed["accuracy"]["value"], confirmed["accuracy"]["total"]],
-        r" {13}[-+]": [-100 * confirmed["comparison"]["drop"], 95, -100 * high, -100 * low],
-        "  elsewhere": [splits["splits"]],
-        " {13}average": [-100 * splits["drop"]["mean"], splits["within_tolerance"],
-                         splits["splits"]],
-        "  dense file": [savings["dense_bytes"] / 1e6, savings["dense_compressed_bytes"] / 1e6],
-        "  pruned file": [savings["pruned_bytes"] / 1e6, savings["pruned_compressed_bytes"] / 1e6],
-        "  speed": [90, sparse["median_ms"], dense["batch_size"], dense["median_ms"]],
-        "verified:": [results["verification"]["different"],
-                      results["verification"]["predictions"]],
-        " {10}whose search": [results["verification"]["pruned_weights"],
-                              round(5120 * linear["max_amount"])],
-        " {10}and which takes": [results["verification"]["speedup"]],
-        "took": [results["wall_seconds"], results["peak_memory_bytes"] / 1e6],
-    }  # fmt: skip
-    for start, values in expected.items():
-        (line,) = (line for line in out.splitlines() if re.match(start, line))
-        assert shows(line, *values), line

@@ -29,7 +29,7 @@ def as_modules(weights):
     return modules
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.floats(0.01, 0.99), st.booleans())
 def test_global_keeps_what_torch_keeps(seed, sparsity, with_ties):
     weights = make_weights(seed, with_ties)
@@ -42,7 +42,7 @@ def test_global_keeps_what_torch_keeps(seed, sparsity, with_ties):
         assert torch.equal(mask, module.weight_mask.bool())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.floats(0.01, 0.99), st.booleans())
 def test_uniform_keeps_what_torch_keeps(seed, sparsity, with_ties):
     weights = make_weights(seed, with_ties)
@@ -89,7 +89,7 @@ def damage_at(curve, count):
     return float(np.interp(count, curve.counts, curve.damage))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(steps, min_size=1, max_size=3), st.data())
 def test_greedy_finds_the_least_damage_there_is(parts, data):
     """Against every way to share out the total, on the convex curves that greedy goes by."""

@@ -18,7 +18,7 @@ def torch_mask(weight, amount):
     return layer.weight_mask.bool()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(0, 60), st.booleans())
 def test_keeps_the_weights_that_torch_keeps(seed, count, with_ties):
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(seed))

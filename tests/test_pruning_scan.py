@@ -58,7 +58,7 @@ def run(model, dataset, amounts, fast, layers=None, batch_size=4, finished=None)
     return scan_images(scan, {} if finished is None else finished)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 2**31),
     channels=st.sampled_from([(4, 8, 8, 8), (4, 4, 4, 4), (2, 3, 4, 5)]),

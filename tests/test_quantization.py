@@ -135,37 +135,6 @@ def test_two_threads_agree_with_one_but_at_the_edge(finished, tmp_path):
             assert one.get(name) == two.get(name)
 
 
-def test_earlier_results_are_kept_and_a_failure_changes_nothing(finished, tmp_path):
-    before = {p.name: p.read_bytes() for p in finished[1].iterdir()}
-    broken = tmp_path / "broken.pth"
-    broken.write_bytes(b"PK\x03\x04 not a checkpoint")
-    process = run_here(
-        main, *QUICK, "--weights", broken, "--output-dir", finished[1], folder=tmp_path
-    )
-    assert process.returncode == 1
-    assert process.stderr.splitlines()[-1].startswith(f"error: {broken}: ")
-    assert process.stdout == ""
-    assert {p.name: p.read_bytes() for p in finished[1].iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--engines", "nope"],
-        ["--test-images", "0"],
-        ["--calibration-images", "x"],
-        ["--bundled", "--no-bundled"],
-        ["--batch-sizes", ""],
-        ["--seed", "-1"],
-        ["--threads", "0"],
-    ],
-)
-def test_wrong_usage_exits_with_2(arguments, tmp_path):
-    process = run_here(main, *arguments, "--output-dir", tmp_path / "out")
-    assert process.returncode == 2
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_pruned_network_keeps_its_zeros_and_is_packed(make_network, tmp_path):
     model = make_network(Widths((16, 32, 64, 128)))
     layers = [(layer, "weight") for layer in prunable_layers(model).values()]

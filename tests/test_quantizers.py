@@ -22,7 +22,7 @@ def observed(tiny_model, random_images):
     return conversion.calibrate(tiny_model, batches(random_images(32), 16), SETTINGS)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     scale=st.floats(2**-13, 1024, width=32),
     zero_point=st.integers(0, 255),
@@ -48,6 +48,7 @@ def test_layers_read_and_write_on_the_grids_of_the_converted_model(tiny_model, o
     assert quantizers["layer1.0.conv2"][0] == quantizers["layer1.0.conv1"][1]
 
 
+@pytest.mark.exact_sums
 @pytest.mark.parametrize("engine", engines.candidate_engines())
 @torch.inference_mode()
 def test_in_seven_bits_the_kernels_reach_level_255_and_so_does_what_simulates_them(

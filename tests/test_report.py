@@ -33,7 +33,6 @@ from common.report.results import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def test_common_results(tmp_path):

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FIELDS = asdict(Settings())
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     st.builds(
         Settings,

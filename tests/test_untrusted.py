@@ -22,7 +22,6 @@ from common.network.checkpoint import NESTING_KEYS, read_checkpoint
 
 BOUNDED = settings(
     max_examples=150,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -147,12 +147,12 @@ def test_a_process_that_ends_ends_the_run(how, tmp_path):
 
 
 def test_a_process_that_falls_silent_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "TIMEOUT", timedelta(seconds=2))
+    monkeypatch.setattr(workers, "TIMEOUT", timedelta(seconds=5))
 
     def work(crew):
         crew.gather(1)
-        if not crew.is_first:
-            time.sleep(5)
+        while not crew.is_first and not (tmp_path / "told-0.err").read_text():
+            time.sleep(0.1)
         crew.gather(2)
 
     first, second = together(work, tmp_path)
