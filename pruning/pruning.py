@@ -200,11 +200,13 @@ def main(argv: list[str] | None = None) -> int:
             results |= steps.prune_together(
                 search, args.allocation, training, folder.file(model_name)
             )
+        tables.write_csv_files(results, folder.file)
+        plots.draw_all(results, folder.file)
         results["artifacts"] = {
             "model": model_name,
             **({"linear_model": linear_name} if args.scope else {}),
-            "csv": tables.write_csv_files(results, folder.file),
-            "plots": plots.draw_all(results, folder.file),
+            "csv": folder.names(".csv"),
+            "plots": folder.names(".png"),
         }
         finish_run(results, folder, started, args.report)
     print_results(results, tables.format_results(results, args.output_dir), args.json)

@@ -20,6 +20,7 @@ from pruning.channels.speed import measure_models
 from pruning.files import saved
 from pruning.masks import copy_without, l1_mask
 from pruning.report import results, search_results
+from pruning.together.allocation import uniform_masks, weights_in_scope
 from pruning.together.found import best_of, search_all, search_finetuned
 from pruning.together.recalibration import RECALIBRATION_IMAGES
 from pruning.together.search import ModelSearch
@@ -62,7 +63,8 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
     predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
     confirmed = saved.confirm(scanned.dense_correct, expected, predictions == labels)
     sparse = f"{100 * saved.TIMED_AMOUNT:g} % zeros everywhere"
-    models = {"dense": model, sparse: saved.zero_everywhere(model)}
+    everywhere = uniform_masks(weights_in_scope(model, "all"), saved.TIMED_AMOUNT)
+    models = {"dense": model, sparse: copy_without(model, everywhere)}
     timings = saved.time_zeros(models, images.images)
     return {
         "linear_search": results.describe_linear(search, seconds, confirmed),

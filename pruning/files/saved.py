@@ -20,7 +20,7 @@ from common.images.data import normalize
 from common.measure.evaluate import Paired
 from common.measure.latency import Contender, time_interleaved
 from common.network.checkpoint import load_model, serialize
-from common.network.resnet import ResNet18, prunable_layers
+from common.network.resnet import ResNet18
 
 # With a search over many layers, its model has the first name, the other search's the second.
 PRUNED_NAME = "resnet18_cifar10_pruned.pth"
@@ -77,15 +77,6 @@ def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.
 
 
 # --- speed ---------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def zero_everywhere(model: ResNet18) -> ResNet18:
-    """Return a copy, on the CPU, without ``TIMED_AMOUNT`` of every layer: which is all the same."""
-    sparse = copy.deepcopy(model).cpu()
-    for layer in prunable_layers(sparse).values():
-        layer.weight.flatten()[: round(TIMED_AMOUNT * layer.weight.numel())] = 0
-    return sparse
 
 
 def time_zeros(models: Mapping[str, ResNet18], images: torch.Tensor) -> list[dict]:

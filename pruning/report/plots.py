@@ -15,37 +15,30 @@ from pruning.report import together
 MAX_CURVE_POINTS = 1500
 
 
-def draw_all(results: dict, file: Callable[[str], Path]) -> list[str]:
-    """Draw every plot of a run; return their file names.
+def draw_all(results: dict, file: Callable[[str], Path]) -> None:
+    """Draw every plot of a run.
 
     Args:
         results: results.json, with its scan and search.
         file: Gives the path to write a name to.
     """
-    names = []
-
-    def named(name: str) -> Path:
-        names.append(name)
-        return file(name)
-
     dense, linear = results["baseline"]["value"], results["linear_search"]
     amounts = [ranking["amount"] for ranking in results["ranking"]]
     for amount in amounts:
         rows = [row for row in results["sensitivity"] if row["amount"] == amount]
         suffix = f"_{100 * amount:g}" if len(amounts) > 1 else ""
         for by_drop, order in ((False, ""), (True, "_sorted")):
-            path = named(f"sensitivity{suffix}{order}.png")
+            path = file(f"sensitivity{suffix}{order}.png")
             plot_sensitivity(rows, dense, linear["tolerance"], amount, by_drop, path)
     if len(amounts) > 1:
-        path = named("sensitivity_amounts.png")
+        path = file("sensitivity_amounts.png")
         plot_amounts(results["sensitivity"], dense, linear["tolerance"], path)
-    plot_search(linear, named("linear_search.png"))
+    plot_search(linear, file("linear_search.png"))
     if "model_search" in results:
-        path = named(together.PLOT)
+        path = file(together.PLOT)
         together.plot_model_search(results["model_search"], linear["tolerance"], path)
     if "slim" in results:
-        plot_slim(results["slim"]["models"], named(SLIM_PLOT))
-    return names
+        plot_slim(results["slim"]["models"], file(SLIM_PLOT))
 
 
 def plot_sensitivity(

@@ -19,8 +19,6 @@ from common.report.results import (
 from pruning.channels.report import format_slim
 from pruning.report.together import format_model_search
 
-SENSITIVITY_CSV, CURVE_CSV = "sensitivity.csv", "linear_curve.csv"
-
 
 def structure_table(results: dict) -> str:
     """Lay out every prunable layer and the totals."""
@@ -161,8 +159,8 @@ def _verification_lines(results: dict) -> list[str]:
     return lines
 
 
-def write_csv_files(results: dict, file: Callable[[str], Path]) -> list[str]:
-    """Write the sensitivities and the linear layer's sweep as CSV; return the files' names."""
+def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
+    """Write the sensitivities and the linear layer's sweep as CSV."""
     rows = []
     for entry in results["sensitivity"]:
         accuracy, comparison = entry["accuracy"], entry["comparison"]
@@ -183,6 +181,6 @@ def write_csv_files(results: dict, file: Callable[[str], Path]) -> list[str]:
             }
         )
     curve = results["linear_search"]["curve"]
-    write_csv(file(SENSITIVITY_CSV), rows)
-    write_csv(file(CURVE_CSV), [{"amount": amount, "accuracy": value} for amount, value in curve])
-    return [SENSITIVITY_CSV, CURVE_CSV]
+    write_csv(file("sensitivity.csv"), rows)
+    sweep = [{"amount": amount, "accuracy": value} for amount, value in curve]
+    write_csv(file("linear_curve.csv"), sweep)
