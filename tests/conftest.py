@@ -18,13 +18,15 @@ import torch._dynamo  # which torch.ao imports at its first network; copies of t
 from hypothesis import settings
 from PIL import Image
 from processes import undisturbed
+from torch.fx import GraphModule
 from torch.nn.utils import prune
 
 from common.images.cifar10 import CLASSES
-from common.images.data import Cifar10, normalize
+from common.images.data import Cifar10, batches, normalize
 from common.network.checkpoint import save_checkpoint
 from common.network.resnet import ResNet18, Widths, prunable_layers
-from quantization.int8 import engines
+from quantization.int8 import conversion, engines
+from quantization.settings import Settings
 
 TINY = Widths((4, 8, 8, 8), (4, 3, 5, 8, 8, 6, 8, 7))  # of no two kinds of layers alike
 NOBODY = 65534
@@ -122,6 +124,20 @@ def pruned_model(tiny_model) -> ResNet18:
     for layer, name in layers:
         prune.remove(layer, name)
     return tiny_model
+
+
+@pytest.fixture
+def calibrate(tiny_model, random_images) -> Callable[[Settings], GraphModule]:
+    """Calibrate the narrow network as settings say."""
+    return lambda settings: conversion.calibrate(
+        tiny_model, batches(random_images(32), 16), settings
+    )
+
+
+@pytest.fixture
+def convert(calibrate) -> Callable[[Settings], GraphModule]:
+    """Make the narrow network's INT8 model as settings say."""
+    return lambda settings: conversion.convert(calibrate(settings), settings)
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import quantization
 from common.command import cli
 from common.command.cli import UserError
 from common.files.untrusted import read_sealed, write_sealed
-from common.images.data import batches, normalize
+from common.images.data import normalize
 from common.machine import device
 from quantization.files import artifact
-from quantization.int8 import conversion, deploy, engines
+from quantization.int8 import deploy, engines
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
@@ -21,15 +21,6 @@ ENGINES = engines.candidate_engines()
 @pytest.fixture
 def images(random_images):
     return normalize(random_images(8, seed=1).images)
-
-
-@pytest.fixture
-def convert(tiny_model, random_images):
-    def make(settings):
-        observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
-        return conversion.convert(observed, settings)
-
-    return make
 
 
 @pytest.mark.parametrize("engine", ENGINES)

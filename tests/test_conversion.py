@@ -50,8 +50,8 @@ def test_every_observer_that_can_be_chosen_is_one_of_torchs():
 
 
 @pytest.fixture
-def observed(tiny_model, random_images):
-    return conversion.calibrate(tiny_model, batches(random_images(32), 16), Settings())
+def observed(calibrate):
+    return calibrate(Settings())
 
 
 @pytest.fixture
@@ -104,10 +104,8 @@ def test_conversion_leaves_the_calibrated_model_as_it_is(observed):
 
 
 @pytest.mark.parametrize("layer", ["conv1", "layer1.0.conv2", "layer2.0.shortcut.0", "linear"])
-def test_layers_left_in_fp32_and_no_others(layer, tiny_model, random_images, images):
-    settings = Settings(ENGINES[0], fp32_layers=(layer,))
-    observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
-    converted = conversion.convert(observed, settings)
+def test_layers_left_in_fp32_and_no_others(layer, convert):
+    converted = convert(Settings(ENGINES[0], fp32_layers=(layer,)))
     floating = [name for name, is_int8 in list_operations(converted).items() if not is_int8]
     assert floating == [layer]
 
@@ -119,12 +117,10 @@ def test_a_layer_that_stayed_fp32_unasked_is_an_error(tiny_model, random_images)
         conversion.convert(observed, replace(settings, fp32_layers=()))
 
 
-def test_reduced_range_uses_seven_bits(tiny_model, random_images):
+def test_reduced_range_uses_seven_bits(convert):
     scales = []
     for reduce_range in (False, True):
-        settings = Settings(ENGINES[0], reduce_range, "minmax")
-        observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
-        converted = conversion.convert(observed, settings)
+        converted = convert(Settings(ENGINES[0], reduce_range, "minmax"))
         scales.append(converted.conv1_input_scale_0.item())
     assert scales[1] / scales[0] == pytest.approx(255 / 127, rel=1e-3)
 

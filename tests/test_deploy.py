@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from common.images.data import batches, normalize
+from common.images.data import normalize
 from common.network.resnet import fold_batch_norm
-from quantization.int8 import conversion, deploy, engines
+from quantization.int8 import deploy, engines
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
@@ -20,16 +20,6 @@ def images(random_images):
     return normalize(random_images(16, seed=1).images)
 
 
-@pytest.fixture
-def convert(tiny_model, random_images):
-    def make(engine, fp32_layers=()):
-        settings = Settings(engine, fp32_layers=fp32_layers)
-        observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
-        return conversion.convert(observed, settings)
-
-    return make
-
-
 def kernels(model):
     return [str(node.target) for node in model.graph.nodes if node.op == "call_function"]
 
@@ -37,7 +27,7 @@ def kernels(model):
 @pytest.mark.parametrize("fp32_layers", MIXED)
 @torch.inference_mode()
 def test_flat_models_compute_bit_for_bit_the_same(convert, images, fp32_layers):
-    converted = convert(ENGINES[0], fp32_layers)
+    converted = convert(Settings(ENGINES[0], fp32_layers=fp32_layers))
     code = converted.code
     flat = deploy.flatten(converted, ENGINES[0])
     assert torch.equal(flat(images), converted(images))
@@ -50,7 +40,7 @@ def test_flat_models_compute_bit_for_bit_the_same(convert, images, fp32_layers):
 @pytest.mark.parametrize("fp32_layers", MIXED)
 @torch.inference_mode()
 def test_onednn_fuses_every_addition_after_an_int8_convolution(convert, images, fp32_layers):
-    converted = convert("onednn", fp32_layers)
+    converted = convert(Settings("onednn", fp32_layers=fp32_layers))
     flat = deploy.flatten(converted, "onednn")
     fused = sum("conv2d_add_relu" in kernel for kernel in kernels(flat))
     assert fused == (7 if "layer1.0.conv2" in fp32_layers else 8)
@@ -62,7 +52,7 @@ def test_onednn_fuses_every_addition_after_an_int8_convolution(convert, images, 
 
 @pytest.mark.skipif("onednn" not in ENGINES, reason="no onednn engine on this CPU")
 def test_a_residual_that_is_read_again_is_not_overwritten(convert):
-    converted = convert("onednn")
+    converted = convert(Settings("onednn"))
     graph = Graph()
     output = graph.graph_copy(converted.graph, {})
     additions = [node for node in graph.nodes if node.target is torch.ops.quantized.add_relu]
@@ -76,7 +66,7 @@ def test_a_residual_that_is_read_again_is_not_overwritten(convert):
 @pytest.mark.parametrize("engine", ENGINES)
 @torch.inference_mode()
 def test_frozen_models_compute_bit_for_bit_the_same(convert, images, engine):
-    flat = deploy.flatten(convert(engine), engine)
+    flat = deploy.flatten(convert(Settings(engine)), engine)
     frozen = deploy.freeze(flat)
     assert torch.equal(frozen(images), flat(images))
     assert torch.equal(frozen(images[:3]), flat(images[:3]))  # not the batch size of the trace
@@ -85,7 +75,7 @@ def test_frozen_models_compute_bit_for_bit_the_same(convert, images, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 @torch.inference_mode()
 def test_deployed_models_take_any_batch_size_in_any_order(convert, images, engine):
-    converted = convert(engine)
+    converted = convert(Settings(engine))
     flat, deployed = deploy.flatten(converted, engine), deploy.deploy(converted, engine)
     for count in (3, 16, 3, 1, *range(1, 2 + deploy.MAX_BATCH_SIZES), 3):
         assert torch.equal(deployed(images[:count]), flat(images[:count]))
@@ -94,7 +84,7 @@ def test_deployed_models_take_any_batch_size_in_any_order(convert, images, engin
 @pytest.mark.skipif("onednn" not in ENGINES, reason="no onednn engine on this CPU")
 @torch.inference_mode()
 def test_weights_are_packed_anew_for_every_batch_size(convert, images):
-    converted = convert("onednn")
+    converted = convert(Settings("onednn"))
     flat = deploy.flatten(converted, "onednn")
     packed = converted.get_submodule("conv1")._packed_params
     assert flat.conv1_packed is not packed

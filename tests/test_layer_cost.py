@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.images.data import batches, normalize
+from common.images.data import normalize
 from common.network.cascade import Recomputation
 from common.network.resnet import fold_batch_norm
 from quantization.accuracy import layer_cost
@@ -19,8 +19,8 @@ SETTINGS = Settings(engines.candidate_engines()[0])
 
 
 @pytest.fixture
-def observed(tiny_model, random_images):
-    return conversion.calibrate(tiny_model, batches(random_images(32), 16), SETTINGS)
+def observed(calibrate):
+    return calibrate(SETTINGS)
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -12,19 +12,17 @@ import torch
 from onnx import numpy_helper
 
 from common.command.cli import UserError
-from common.images.data import batches, normalize
+from common.images.data import normalize
 from quantization.files import onnx_export
-from quantization.int8 import conversion, engines
+from quantization.int8 import engines
 from quantization.settings import Settings
 
 ENGINE = engines.candidate_engines()[0]
 
 
 @pytest.fixture
-def converted(tiny_model, random_images):
-    settings = Settings(ENGINE)
-    observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
-    return conversion.convert(observed, settings)
+def converted(convert):
+    return convert(Settings(ENGINE))
 
 
 @pytest.mark.exact_sums
@@ -32,12 +30,8 @@ def converted(tiny_model, random_images):
     "fp32_layers", [(), ("conv1",), ("layer1.0.conv2",), ("layer2.0.shortcut.0",), ("linear",)]
 )
 @torch.inference_mode()
-def test_onnx_runtime_computes_what_torch_computes(
-    tiny_model, random_images, tmp_path, fp32_layers
-):
-    settings = Settings(ENGINE, fp32_layers=fp32_layers)
-    observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
-    model = conversion.convert(observed, settings)
+def test_onnx_runtime_computes_what_torch_computes(convert, random_images, tmp_path, fp32_layers):
+    model = convert(Settings(ENGINE, fp32_layers=fp32_layers))
     path = tmp_path / "model.onnx"
     onnx_export.export_onnx(model, path)
     images = normalize(random_images(64, seed=1).images)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.images.data import batches
 from quantization.int8 import conversion, engines
 from quantization.int8.operations import list_operations
 from quantization.settings import Settings
@@ -14,8 +13,8 @@ ENGINE = engines.candidate_engines()[0]
 
 
 @pytest.fixture
-def observed(tiny_model, random_images):
-    return conversion.calibrate(tiny_model, batches(random_images(32), 16), Settings())
+def observed(calibrate):
+    return calibrate(Settings())
 
 
 def test_every_operation_is_int8(observed):

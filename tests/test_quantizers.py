@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.images.data import batches, normalize
+from common.images.data import normalize
 from common.network.resnet import fold_batch_norm, prunable_layers
 from quantization.accuracy.quantizers import Quantizer, layer_quantizers, quantize_weight
 from quantization.int8 import conversion, engines
@@ -18,8 +18,8 @@ SETTINGS = Settings(engines.candidate_engines()[0])
 
 
 @pytest.fixture
-def observed(tiny_model, random_images):
-    return conversion.calibrate(tiny_model, batches(random_images(32), 16), SETTINGS)
+def observed(calibrate):
+    return calibrate(SETTINGS)
 
 
 @settings(max_examples=50)

@@ -14,10 +14,8 @@ ENGINE = engines.candidate_engines()[0]
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
-def test_kept_ranges_lie_within_what_was_seen(observer, tiny_model, random_images):
-    settings = Settings(ENGINE, observer=observer)
-    observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
-    ranges = activation_ranges(observed)
+def test_kept_ranges_lie_within_what_was_seen(observer, calibrate, random_images):
+    ranges = activation_ranges(calibrate(Settings(ENGINE, observer=observer)))
     pixels = normalize(random_images(32).images)
     if observer != "moving-average":
         assert ranges["input"][:2] == pytest.approx((float(pixels.min()), float(pixels.max())))
@@ -28,11 +26,9 @@ def test_kept_ranges_lie_within_what_was_seen(observer, tiny_model, random_image
 
 
 @pytest.mark.parametrize("reduce_range", [False, True])
-def test_kept_ranges_are_the_255_steps_that_the_kernels_have(
-    reduce_range, tiny_model, random_images
-):
+def test_kept_ranges_are_the_255_steps_that_the_kernels_have(reduce_range, calibrate):
     settings = Settings(ENGINE, reduce_range, "minmax")
-    observed = conversion.calibrate(tiny_model, batches(random_images(32), 16), settings)
+    observed = calibrate(settings)
     _, _, kept_low, kept_high = activation_ranges(observed)["input"]
     scale = conversion.convert(observed, settings).conv1_input_scale_0
     assert kept_high - kept_low == pytest.approx(255 * float(scale))
