@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.inputs import load_inputs
     from common.machine import device
     from common.machine.workers import Workers, require_one_process
-    from common.measure.budget import Budget, require_enough_images
+    from common.measure.budget import Budget, why_too_strict
     from common.report.results import common_results
     from common.run import finish_run, print_results
     from pipeline import plots, steps, tables
@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         require_packages()
     with OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(args, Path(__file__).parent)
-        require_enough_images("--max-drop", len(inputs.test), args.max_drop)
+        if reason := why_too_strict(len(inputs.test), args.max_drop):
+            cli.log.warning("--max-drop: %s: only a network that gains can pass", reason)
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, place)
         identity = steps.identify(inputs, settings, args.batch_size, training)

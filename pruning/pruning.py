@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from common.inputs import load_inputs
     from common.machine import device
-    from common.measure.budget import require_enough_images
+    from common.measure.budget import why_too_strict
     from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
     from pruning import steps
@@ -166,12 +166,11 @@ def main(argv: list[str] | None = None) -> int:
         layers = choose_layers(inputs.model, args.layers)
         if args.scope == "channels":
             require_possible(inputs.model, args.remove_macs)
-        if args.scope and args.remove_macs is None:
-            require_enough_images("--scope", len(inputs.test), args.tolerance)
+        searches = args.scope and args.remove_macs is None
+        if searches and (reason := why_too_strict(len(inputs.test), args.tolerance)):
+            raise cli.UserError(f"--scope: {reason}")
         calibration = steps.read_calibration(inputs, args.scope, args.recalibrate_bn)
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, crew.device)
-        if learned_from := calibration or (training and training.images):
-            adopt_statistics(inputs.model, learned_from.images)
         scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, crew)
         scanned, scan_seconds = run_scan(scan, folder, args.resume)
         verification = verify(scan, scanned, args.tolerance) if args.verify else None
@@ -190,6 +189,8 @@ def main(argv: list[str] | None = None) -> int:
             speedup = seconds and verification["brute_force_seconds"] / seconds
             results["verification"] = verification | {"seconds": seconds, "speedup": speedup}
         if args.scope:
+            if learned_from := calibration or (training and training.images):
+                adopt_statistics(inputs.model, learned_from.images)
             question = (scan, scanned.dense_correct, args.scope, args.tolerance, args.seed)
             if args.scope == "channels":
                 search = ChannelSearch.prepare(

@@ -136,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     place = device.choose_device(args.device)
     args.engines = args.engines or engines.default_engines()
     pick_fastest = "auto" in args.engines
+    if pick_fastest:
+        engines.fastest_engine()  # ends the run where there is none
     chosen = [engines.candidate_engines() if e == "auto" else [e] for e in args.engines]
     names = dict.fromkeys(itertools.chain(*chosen))  # each once
     settings = [engines.choose_settings(n, args.observer, args.reduce_range) for n in names]

@@ -71,11 +71,15 @@ def test_what_is_not_possible_is_told_before_the_scan(tiny_model, monkeypatch):
         require_possible(tiny_model, 0.5)
 
 
-def test_a_network_as_narrow_as_can_be_has_a_curve(scan, random_images):
+def test_a_network_as_narrow_as_can_be_has_a_curve(scan, random_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "SECONDS_PER_BATCH_SIZE", 0.01)
+    monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
     narrow = ResNet18(Widths(scan.model.widths.stages, (1,) * len(BLOCKS))).eval()
     search = prepare(replace(scan, model=narrow), random_images(4))
     assert search.curve == [0.0]
     assert search.prune(Method(RECONSTRUCTED, False), 0.0) is narrow
+    told = prune_together(search, (), Training(random_images(64), 1), tmp_path / "slim.pth")
+    plot_model_search(told["model_search"], 0.3, tmp_path / "search.png")
 
 
 def test_a_run_on_a_slim_checkpoint_ends_in_a_slimmer_one(tiny_state, tmp_path, monkeypatch):

@@ -141,6 +141,16 @@ def test_interrupted_while_files_are_written(script, folder, tiny_weights, monke
     interrupted(main_of(script), *command_of(script, folder, tiny_weights), folder=folder)
 
 
+@pytest.mark.parametrize("script", ARGUMENTS)
+def test_torch_is_imported_where_signals_end_the_run(script, monkeypatch):
+    def stop() -> None:
+        raise SystemExit(77)
+
+    monkeypatch.setattr(cli, "import_torch", stop)
+    with pytest.raises(SystemExit, match="77"):
+        main_of(script)([])
+
+
 def test_ctrl_c_in_a_terminal(folder, tiny_weights):
     """It goes to all processes of the run; here as files are written and another process starts."""
     with subprocess.Popen(

@@ -197,9 +197,10 @@ def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
 ):
     monkeypatch.setattr("common.measure.budget.standard_error", lambda *_: 1.0)  # none to spare
     monkeypatch.setattr(answers, "run_trials", lambda make, where, spare: [make(where.start)])
-    arguments = ["--max-drop", "0.02", "--for", "size", "--output-dir", tmp_path / "out"]
+    arguments = ["--max-drop", "0", "--for", "size", "--output-dir", tmp_path / "out"]
     process = run_here(main, *QUICK, "--weights", tiny_weights, *arguments)
     assert process.returncode == 3, process.stderr
+    assert "warning: --max-drop: a budget of 0 points leaves" in process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert not results["answers"][0]["within_budget"]
     assert "not within the budget" in process.stdout

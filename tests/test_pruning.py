@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import random
+import re
 import signal
 import time
 import zlib
@@ -12,6 +13,7 @@ import zlib
 import pytest
 from check_page import check_page
 from check_results import check_results, without_times
+from printed import read_table, shows
 from processes import REPOSITORY, Copy, run_fresh, run_here, run_together, start_together
 
 from common.files.output import STAGING_PREFIX, UNFINISHED_NAME
@@ -243,3 +245,75 @@ def test_bad_input_is_one_line_before_the_scan(arguments, message, tmp_path, mon
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith(message)
     assert not (tmp_path / "out").exists()
+
+
+# --- what is printed -----------------------------------------------------------------------------
+
+
+def test_every_number_in_the_tables_is_that_of_results_json(finished):
+    process, folder = finished
+    out, results = process.stdout, read(folder)
+    *rows, total = read_table(out, "layer ")
+    structure = results["structure"]
+    weights = structure["conv_weights"] + structure["linear_weights"]
+    for row, layer in zip(rows, results["layers"], strict=True):
+        assert (row[0], row[1]) == (layer["name"], "×".join(map(str, layer["shape"])))
+        share = 100 * layer["weights"] / weights
+        assert shows(" ".join(row[2:]), layer["weights"], share, layer["macs"] / 1e6,
+                     layer["nonzeros"])  # fmt: skip
+    assert shows(" ".join(total), weights, 100, structure["macs"] / 1e6, structure["nonzeros"])
+    for ranking in results["ranking"]:
+        title = f"Each layer pruned alone by {100 * ranking['amount']:g} %"
+        rows = read_table(out[out.index(title) :], "layer ")
+        entries = {
+            e["layer"]: e for e in results["sensitivity"] if e["amount"] == ranking["amount"]
+        }
+        for row, ranked in zip(rows, ranking["layers"], strict=True):
+            comparison = entries[row[0]]["comparison"]
+            low, high = comparison["ci95"]
+            assert row[0] == ranked["layer"]
+            assert shows(row[1], 100 * entries[row[0]]["accuracy"]["value"])
+            assert shows(row[2], -100 * comparison["drop"])
+            assert shows(row[3], -100 * high, -100 * low)
+            assert float(row[4]) == pytest.approx(comparison["mcnemar_p"], rel=0.5)
+            assert shows(" ".join(row[5:7]), comparison["only_a_correct"],
+                         comparison["only_b_correct"])  # fmt: skip
+            assert (row[7:] == ["≈"]) == ranked["tied_with_next"]
+
+
+def test_every_number_of_the_search_is_that_of_results_json(finished):
+    process, folder = finished
+    out, results = process.stdout, read(folder)
+    linear = results["linear_search"]
+    for row, step in zip(read_table(out, "step "), linear["steps"], strict=True):
+        value = step["accuracy"]["value"]
+        assert shows(" ".join(row[1:5]), 100 * step["amount"], step["pruned_weights"], 100 * value,
+                     100 * (value - linear["dense"]["value"]))  # fmt: skip
+        assert (row[5] == "within") == step["kept"]
+    confirmed, savings = linear["confirmed"], results["savings"]
+    low, high = confirmed["comparison"]["ci95"]
+    dense, sparse = savings["latency"]
+    splits = linear["splits"]
+    expected = {
+        "dense accuracy": [100 * results["baseline"]["value"], 95,
+                           *(100 * limit for limit in results["baseline"]["ci95"])],
+        "  found": [100 * linear["max_amount"], linear["kept_weights"]],
+        "  true max": [100 * linear["exhaustive_max_amount"], len(linear["curve"])],
+        "  confirmed": [100 * confirmed["accuracy"]["value"], confirmed["accuracy"]["total"]],
+        r" {13}[-+]": [-100 * confirmed["comparison"]["drop"], 95, -100 * high, -100 * low],
+        "  elsewhere": [splits["splits"]],
+        " {13}average": [-100 * splits["drop"]["mean"], splits["within_tolerance"],
+                         splits["splits"]],
+        "  dense file": [savings["dense_bytes"] / 1e6, savings["dense_compressed_bytes"] / 1e6],
+        "  pruned file": [savings["pruned_bytes"] / 1e6, savings["pruned_compressed_bytes"] / 1e6],
+        "  speed": [90, sparse["median_ms"], dense["batch_size"], dense["median_ms"]],
+        "verified:": [results["verification"]["different"],
+                      results["verification"]["predictions"]],
+        " {10}whose search": [results["verification"]["pruned_weights"],
+                              round(5120 * linear["max_amount"])],
+        " {10}and which takes": [results["verification"]["speedup"]],
+        "took": [results["wall_seconds"], results["peak_memory_bytes"] / 1e6],
+    }  # fmt: skip
+    for start, values in expected.items():
+        (line,) = (line for line in out.splitlines() if re.match(start, line))
+        assert shows(line, *values), line

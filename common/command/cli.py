@@ -1,6 +1,6 @@
 """How every script speaks to who started it: messages, progress, user errors and exit codes.
 
-Nothing here imports torch, so that ``--help`` and a wrong flag answer at once.
+It is imported without torch, so that ``--help`` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,14 @@ def import_torch() -> None:
 
     Raised in there, a KeyboardInterrupt is taken for a NumPy that is missing, or aborts.
     """
-    with interruptions.handled_by(lambda number, frame: os._exit(_stop())):
+
+    def stop(number: int, frame: object) -> None:
+        try:
+            _stop()
+        finally:  # the terminal may be gone, too
+            os._exit(EXIT_INTERRUPTED)
+
+    with interruptions.handled_by(stop):
         import torch  # noqa: F401
 
 

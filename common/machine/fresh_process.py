@@ -41,9 +41,9 @@ def start_fresh(
         arguments: As the value that is returned, whatever can be pickled.
 
     Yields:
-        What waits for the value and returns it. It raises the UserError that the call raised, one
-        where the system ended the process, and a RuntimeError where the call failed otherwise: its
-        traceback is on stderr.
+        What waits for the value and returns it. It raises a UserError where the call failed as a
+        user can mend (see :func:`common.command.cli.tell`) or the system ended the process, and a
+        RuntimeError where it failed otherwise: its traceback is on stderr.
     """
     with tempfile.TemporaryFile() as task:  # a pipe holds too little for nobody to wait
         pickle.dump(sys.path, task)

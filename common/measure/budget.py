@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from common.command.cli import UserError
 from common.images.data import Cifar10
 from common.measure.evaluate import Comparison, Paired
 
@@ -90,27 +89,24 @@ def doubling_looks(count: int) -> Iterator[int]:
     yield count
 
 
-def require_enough_images(flag: str, test_images: int, max_drop: float) -> None:
-    """Check that a candidate could pass at all: one that loses nothing has an error to spare.
+def why_too_strict(test_images: int, max_drop: float) -> str | None:
+    """Say why a candidate that loses and gains nothing could not pass; None where it can.
 
-    That is one image at least, so the half of the images that chooses needs 1/``max_drop``.
+    It must leave the error of one image, so the half that chooses needs 1/``max_drop`` images.
 
     Args:
-        flag: That asks for it, for the user.
         test_images: Both halves.
         max_drop: The budget, as a fraction.
-
-    Raises:
-        UserError: It could not.
     """
     if max_drop == 0:
-        raise UserError(f"{flag}: a budget of 0 points leaves no standard error to spare")
+        return "a budget of 0 points leaves no standard error to spare"
     needed = 2 * math.ceil(1 / max_drop - 1e-9)
-    if test_images < needed - 1:
-        raise UserError(
-            f"{flag}: within {100 * max_drop:g} points and one standard error to spare, choosing "
-            f"on half of the images takes {needed:,} test images, not {test_images:,}"
-        )
+    if test_images >= needed - 1:
+        return None
+    return (
+        f"within {100 * max_drop:g} points and one standard error to spare, choosing on half of "
+        f"the images takes {needed:,} test images, not {test_images:,}"
+    )
 
 
 def standard_error(comparison: Comparison, total: int) -> float:

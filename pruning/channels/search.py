@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,8 @@ def require_possible(model: ResNet18, macs_removed: float | None) -> None:
     fastest_engine()
     most = 1 - Slimmer(model, torch.empty(0), 0, torch.float32).least_share()
     if macs_removed is not None and macs_removed > most:
-        raise UserError(f"--remove-macs: of this network {percent(most)} can go at most")
+        told = percent(math.floor(1e4 * most) / 1e4)  # which is taken, too
+        raise UserError(f"--remove-macs: of this network {told} can go at most")
 
 
 @dataclass

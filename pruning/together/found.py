@@ -28,8 +28,9 @@ class Found:
     Attributes:
         method: What was searched with.
         finetune_epochs: Of training after pruning; 0 for none.
-        sparsity: The largest within the tolerance; 0 where there is none.
-        model: The network; dense where no pruned one was within the tolerance.
+        sparsity: The one that was given or, of a search, the largest within the tolerance; 0 where
+            there is none.
+        model: The network; dense where that is 0.
         measured: It, on all held-out images.
         on_curve: It, on the curve's images.
         points: Networks by sparsity, on the first ``CURVE_IMAGES`` of the held-out ones.
@@ -131,9 +132,8 @@ def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Fo
     even the first is kept, the answer is that nothing can go, unless the sparsity is given.
     """
     kept, points, steps = (0.0, search.model), {}, []
-    for sparsity in sorted({best.sparsity, *search.curve} - {0.0}):
-        if sparsity < best.sparsity:
-            continue
+    wanted = {s for s in (best.sparsity, *search.curve) if s >= best.sparsity}
+    for sparsity in sorted(wanted - {0.0} or wanted):
         model = copy.deepcopy(search.prune(best.method, sparsity))
         finetune(model, search.model, training, search.seed)
         steps.append(search.judge(model, sparsity))

@@ -65,7 +65,7 @@ def largest_level(is_kept: Callable[[int], bool], coarse: Iterable[int], highest
     bisection from the middle can be sent the wrong way by one unlucky step.
 
     Args:
-        is_kept: Whether a level is; 0, nothing pruned, is taken to be.
+        is_kept: Whether a level is; 0, nothing pruned, is taken to be, unless it is a coarse one.
         coarse: Levels from largest to least.
         highest: The largest there is.
     """

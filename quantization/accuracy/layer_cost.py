@@ -8,12 +8,12 @@ it with the INT8 network, on whose real kernels what follows runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 
 from common.command import cli
 from common.images.data import Cifar10, batches
@@ -87,15 +87,29 @@ def scan_only_fp32(
         count = math.ceil(len(test) / batch_size)
         for images, labels in cli.progress(batches(test, batch_size), "diagnose: FP32", count):
             network.run(images)
-            before = {}  # what the nodes before one gave, from which the rest is computed anew
-            for node, value in network.env.items():
-                if (name := node.target) in folded:
-                    layer, int8 = folded[name], converted.get_submodule(name)
-                    changed = _run_in_fp32(layer, int8, before[node.args[0]])
-                    logits = rest.run(initial_env=before | {node: changed})
-                    correct[name].append(logits.argmax(dim=1) == labels)
-                before[node] = value
+            for name, classes in _classes_by_layer(network.env, rest, folded).items():
+                correct[name].append(classes == labels)
     return {name: torch.cat(parts) for name, parts in correct.items()}
+
+
+def _classes_by_layer(
+    values: Mapping[Node, torch.Tensor], rest: Interpreter, folded: Mapping[str, nn.Module]
+) -> dict[str, torch.Tensor]:
+    """Return the classes (N,) with each layer alone in FP32.
+
+    Args:
+        values: Of the INT8 model's nodes, on a batch.
+        rest: Of that model: computes anew what follows a layer.
+        folded: The layers in FP32.
+    """
+    before, classes = {}, {}
+    for node, value in values.items():
+        if (name := node.target) in folded:
+            int8 = rest.module.get_submodule(name)
+            changed = _run_in_fp32(folded[name], int8, before[node.args[0]])
+            classes[name] = rest.run(initial_env=before | {node: changed}).argmax(dim=1)
+        before[node] = value
+    return classes
 
 
 def _quantized(

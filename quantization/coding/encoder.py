@@ -214,7 +214,7 @@ def _code_layer(
 ) -> CodedLayer:
     """Code one layer on samples, as :func:`_take_moments` takes them."""
     covariance, mean, cross, lacking, variance = _take_moments(layer, samples)
-    if not math.isfinite(variance):
+    if not (math.isfinite(variance) and covariance.isfinite().all()):
         raise UserError("activations beyond 65,504, the largest of FP16, cannot be coded")
     spread = float(covariance.diagonal().mean())
     spread = max(spread, SMALLEST_SPREAD * (1 + float(mean.square().mean())))

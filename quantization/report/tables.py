@@ -94,7 +94,8 @@ def format_agreement(model: dict) -> str:
     """Say how often the ONNX file and torch predict the same class."""
     return (
         f"{model['file']} in ONNX Runtime\n"
-        f"  agrees with torch's INT8 on {percent(model['agreement'])} of the test images\n"
+        f"  agrees with the model that it was made from on {percent(model['agreement'])} of the "
+        "images\n"
     )
 
 
