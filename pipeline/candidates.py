@@ -139,7 +139,7 @@ class Workshop:
         trained: bool,
     ) -> Candidate:
         converted, settings = to_int8(coded)
-        model = deploy.deploy(converted, settings.engine)
+        model = deploy.Deployed(converted, settings.engine)
 
         def find_correct(images: Cifar10) -> torch.Tensor:
             return predict(model, images, self.batch_size, "judge") == images.labels

@@ -89,7 +89,7 @@ def quantize(model: ResNet18, bench: Bench, settings: Sequence[Settings]) -> lis
             calibrated[ranges] = bench.calibrate(model, choice)
         observed = calibrated[ranges]
         converted = conversion.convert(observed, choice)
-        deployed = deploy.deploy(converted, choice.engine)
+        deployed = deploy.Deployed(converted, choice.engine)
         predictions = bench.predict(deployed, f"evaluate INT8 {choice.engine}")
         quantized.append(Quantized(choice, observed, converted, deployed, predictions))
     return quantized

@@ -94,7 +94,7 @@ def test_the_very_same_model_comes_back(convert, random_images, tmp_path, engine
     size_bytes = coded.save_coded(kernels.from_int8(converted, how), path)
     assert size_bytes == path.stat().st_size
     images = normalize(random_images(8, seed=1).images)
-    expected = deploy.flatten(converted, engine)(images)
+    expected = deploy.Deployed(converted, engine)(images)
     assert torch.equal(artifact.load_int8(path)(images), expected)
 
 
@@ -103,7 +103,7 @@ def test_the_very_same_model_comes_back(convert, random_images, tmp_path, engine
 def test_the_reference_computes_what_the_kernels_compute(convert, random_images, tmp_path):
     network = kernels.from_int8(convert(PLAIN), PLAIN)
     images = normalize(random_images(32, seed=1).images)
-    kernel_logits = deploy.flatten(kernels.to_int8(network)[0], PLAIN.engine)(images)
+    kernel_logits = deploy.Deployed(kernels.to_int8(network)[0], PLAIN.engine)(images)
     reference_logits = ReferenceNetwork(network)(images)
     steps = (kernel_logits - reference_logits).abs() / network.activation_scales[-1]
     assert steps.max() < 3
@@ -129,7 +129,7 @@ def test_an_engine_that_is_here_is_kept_though_no_run_would_choose_it(saved, mon
     path = saved.with_name("asked_for.safetensors")
     path.write_bytes(saved.read_bytes())
     rewrite(path, _set_settings(engine=engine))
-    monkeypatch.setattr(artifact.deploy, "deploy", lambda model, engine: engine)
+    monkeypatch.setattr(artifact.deploy, "Deployed", lambda model, engine: engine)
     assert artifact.load_int8(path) == engine  # qnnpack on x86: verified bit by bit after saving
 
 

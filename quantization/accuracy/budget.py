@@ -21,6 +21,7 @@ from quantization.accuracy import corrections
 from quantization.accuracy.diagnosis import rank_layers
 from quantization.bench import Bench
 from quantization.int8 import conversion
+from quantization.int8.engines import quiet_torch
 from quantization.settings import OBSERVERS, Settings
 
 
@@ -71,7 +72,8 @@ class Trial:
     def measure_drop_of(self, observed: GraphModule, settings: Settings) -> float:
         """Return the same for a model that is calibrated already."""
         converted = conversion.convert(observed, settings)
-        correct = self.bench.predict(converted, "try") == self.bench.images.labels
+        with quiet_torch(settings.engine):
+            correct = self.bench.predict(converted, "try") == self.bench.images.labels
         return evaluate.compare(self._dense_correct, correct).drop
 
 

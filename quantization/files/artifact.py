@@ -66,8 +66,8 @@ def load_int8(path: str | Path) -> nn.Module:
 
     Images are normalised, (N, 3, 32, 32); logits (N, 10).
 
-    Warns when the CPU at hand lacks what the model was made for. For the onednn engine,
-    ``torch.backends.quantized.engine`` is set, as its fused kernels demand.
+    Warns when the CPU at hand lacks what the model was made for. A call of the model sets its
+    engine in ``torch.backends.quantized``, where it stays.
 
     Raises:
         UserError: No such file, damaged, of another format, or for an engine that is not here.
@@ -92,7 +92,7 @@ def load_int8(path: str | Path) -> nn.Module:
             "lost: quantize it again here",
             path,
         )
-    return deploy.deploy(model, settings.engine)
+    return deploy.Deployed(model, settings.engine)
 
 
 def _load_plain(path: Path) -> tuple[GraphModule, Settings]:
@@ -154,7 +154,8 @@ def save_frozen(model: GraphModule, engine: str, path: Path) -> int:
 
     The model's engine is kept in the file.
     """
-    frozen, entries = deploy.freeze(deploy.flatten(model, engine)), {ENGINE_ENTRY: engine}
+    frozen = deploy.freeze(deploy.flatten(model, engine), engine=engine)
+    entries = {ENGINE_ENTRY: engine}
     with engines.quiet_torch(engine):
         replace_file(path, lambda file: torch.jit.save(frozen, file, _extra_files=entries))
     return path.stat().st_size

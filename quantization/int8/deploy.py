@@ -59,34 +59,34 @@ class Quantized:
     predictions: torch.Tensor
 
 
-class PerBatchSize(nn.Module):
-    """An INT8 model that is prepared anew for every batch size that it meets, at its first call.
+class Deployed(nn.Module):
+    """An INT8 model in the form that is fastest in this process, prepared at its first call.
+
+    It runs on its engine, which a call sets in ``torch.backends.quantized``, where it stays:
+    additions run on the one that is set, and fused kernels ask for theirs.
 
     oneDNN's kernels are made for a shape. torch's packed weights keep the one of their first call,
-    and make one at every call of another shape: a fifth of the time at batch 1.
+    and make one at every call of another shape: a fifth of the time at batch 1. So on the engines
+    that call oneDNN the model is prepared anew for every batch size that it meets.
+
+    Args:
+        converted: From :func:`quantization.int8.conversion.convert` for ``engine``; left as it is.
+        engine: Its engine.
     """
 
     def __init__(self, converted: GraphModule, engine: str):
         super().__init__()
+        self._engine = engine
         self._model_for = functools.lru_cache(MAX_BATCH_SIZES)(
-            lambda batch_size: freeze(flatten(converted, engine), batch_size)
+            lambda batch_size: freeze(flatten(converted, engine), batch_size, engine)
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return float32 logits (N, 10) of normalised float32 images (N, 3, 32, 32)."""
-        return self._model_for(len(images))(images)
-
-
-def deploy(converted: GraphModule, engine: str) -> nn.Module:
-    """Return the model in the form that is fastest in this process.
-
-    Args:
-        converted: From :func:`quantization.int8.conversion.convert` for ``engine``; left as it is.
-        engine: Its engine; onednn's is set in ``torch.backends.quantized``, and stays.
-    """
-    if engine in ONEDNN_ENGINES:
-        return PerBatchSize(converted, engine)
-    return freeze(flatten(converted, engine))
+        model = self._model_for(len(images) if self._engine in ONEDNN_ENGINES else 1)
+        if torch.backends.quantized.engine != self._engine:
+            torch.backends.quantized.engine = self._engine
+        return model(images)
 
 
 def deploy_fp32(model: ResNet18) -> nn.Module:
@@ -101,8 +101,8 @@ def deploy_fp32(model: ResNet18) -> nn.Module:
 def flatten(converted: GraphModule, engine: str) -> GraphModule:
     """Return the model as a row of kernel calls; the same function up to one rounding a block.
 
-    On the onednn engine the residual sum is not rounded to INT8 before it is added. Those kernels
-    also ask for ``torch.backends.quantized.engine`` when they run, so it is set, and stays.
+    On the onednn engine the residual sum is not rounded to INT8 before it is added; those kernels
+    also ask for ``torch.backends.quantized.engine`` when they run.
 
     Args:
         converted: From :func:`quantization.int8.conversion.convert` for ``engine``; left as it is.
@@ -123,8 +123,6 @@ def flatten(converted: GraphModule, engine: str) -> GraphModule:
                     _fuse_addition(node)
         flat.delete_all_unused_submodules()
         flat.recompile()
-    if engine == "onednn":
-        torch.backends.quantized.engine = engine
     return flat
 
 
@@ -136,7 +134,7 @@ def _call_kernel(flat: GraphModule, node: Node) -> None:
         return
     packed = module._packed_params
     packed = getattr(packed, "_packed_params", packed)  # the linear layer wraps its own
-    packed = copy.deepcopy(packed)  # packed anew, with no primitive yet: see PerBatchSize
+    packed = copy.deepcopy(packed)  # packed anew, with no primitive yet: see Deployed
     name = f"{node.name}_packed"
     setattr(flat, name, packed)
     with flat.graph.inserting_before(node):
@@ -172,16 +170,17 @@ def _fuse_addition(node: Node) -> None:
     node.graph.erase_node(convolution)
 
 
-def freeze(model: nn.Module, batch_size: int = 1) -> nn.Module:
+def freeze(model: nn.Module, batch_size: int = 1, engine: str | None = None) -> nn.Module:
     """Return a frozen TorchScript trace of a model in eval mode, or the model where it cannot be.
 
     Args:
         model: Maps channels_last images (N, 3, 32, 32) to logits; left as it is.
         batch_size: Of its first call, which is made here; the result takes any.
+        engine: That this call is made on; None for the one that is set.
     """
     example = blank_images(batch_size)
     # Tensors made in inference mode could not be saved.
-    with quiet_torch(), torch.inference_mode(False), torch.no_grad():
+    with quiet_torch(engine), torch.inference_mode(False), torch.no_grad():
         if CAN_FREEZE:
             return torch.jit.freeze(torch.jit.trace(model, example, check_trace=False))
         model(example)
