@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from common.images.data import Cifar10
 from common.inputs import Inputs
 from common.measure.evaluate import predict
+from common.network.resnet import prunable_layers
 from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
 from pruning.channels import search as channels
@@ -20,7 +23,6 @@ from pruning.channels.speed import measure_models
 from pruning.files import saved
 from pruning.masks import copy_without, l1_mask
 from pruning.report import results, search_results
-from pruning.together.allocation import uniform_masks, weights_in_scope
 from pruning.together.found import best_of, search_all, search_finetuned
 from pruning.together.recalibration import RECALIBRATION_IMAGES
 from pruning.together.search import ModelSearch
@@ -63,8 +65,12 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
     predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
     confirmed = saved.confirm(scanned.dense_correct, expected, predictions == labels)
     sparse = f"{100 * saved.TIMED_AMOUNT:g} % zeros everywhere"
-    everywhere = uniform_masks(weights_in_scope(model, "all"), saved.TIMED_AMOUNT)
-    models = {"dense": model, sparse: copy_without(model, everywhere)}
+    kept_last = {  # whichever weights go: kernels take the same time
+        name: torch.arange(layer.weight.numel()).view_as(layer.weight)
+        >= saved.TIMED_AMOUNT * layer.weight.numel()
+        for name, layer in prunable_layers(model).items()
+    }
+    models = {"dense": model, sparse: copy_without(model, kept_last)}
     timings = saved.time_zeros(models, images.images)
     return {
         "linear_search": results.describe_linear(search, seconds, confirmed),
