@@ -48,7 +48,7 @@ def plot_overview(models: Sequence[dict], path: Path) -> None:
             textcoords="offset points", ha="center", fontsize=8.5,
         )  # fmt: skip
     for axis in (size_axis, accuracy_axis):
-        axis.tick_params(axis="x", labelsize=8.5 if len(names) < 4 else 7)
+        axis.tick_params(axis="x", labelsize=8.5 if len(names) < 4 else min(7, 31 / len(names)))
     accuracy_axis.set_xticks(range(len(names)), names)
     accuracy_axis.set_xlim(-0.5, len(names) - 0.5)
     total = distinct[0]["accuracy"]["total"]
