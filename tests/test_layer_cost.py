@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx import Interpreter
 
 from common.images.data import normalize
 from common.network.cascade import Recomputation
-from common.network.resnet import fold_batch_norm
+from common.network.resnet import fold_batch_norm, prunable_layers
 from quantization.accuracy import layer_cost
 from quantization.accuracy.quantizers import layer_quantizers, quantize_weight
 from quantization.int8 import conversion, engines
@@ -54,3 +55,23 @@ def test_only_fp32_equals_whole_forward_passes(tiny_model, observed, random_imag
         whole = conversion.convert(conversion.reuse_ranges(observed, tiny_model, exempt), exempt)
         expected = whole(normalize(test.images)).argmax(dim=1) == test.labels
         assert int((correct != expected).sum()) <= 1, name  # FP32 rounds by batch size
+
+
+@torch.inference_mode()
+def test_only_fp32_gives_the_logits_of_a_network_converted_so(tiny_model, observed, random_images):
+    images = normalize(random_images(24, seed=2).images)
+    converted = conversion.convert(observed, SETTINGS)
+    int8 = Interpreter(converted, garbage_collect_values=False)
+    all_int8 = int8.run(images)
+    folded = prunable_layers(fold_batch_norm(tiny_model))
+    found = layer_cost.logits_by_layer(int8.env, Interpreter(converted), folded)
+    assert list(found) == list(folded)
+    for name, logits in found.items():
+        exempt = replace(SETTINGS, fp32_layers=(name,))
+        whole = conversion.convert(conversion.reuse_ranges(observed, tiny_model, exempt), exempt)
+        expected = whole(images)
+        apart, undone = (logits - expected).abs().mean(), (all_int8 - expected).abs().mean()
+        if name == "conv1":  # which reads the rounded image here, the image itself there
+            assert not torch.equal(logits, all_int8)
+        else:
+            assert apart < 0.1 * undone, name

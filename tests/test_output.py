@@ -19,6 +19,7 @@ from processes import REPOSITORY, Copy, foreground_signals
 from common.command import cli
 from common.command.cli import UserError
 from common.files import output
+from common.files.atomic import replace_file
 from common.files.output import (
     EARLIER_NAME,
     RESULTS_NAME,
@@ -293,8 +294,16 @@ def test_too_little_space_is_found_first(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_keeps_earlier_results(tmp_path, full_disk):
     run(tmp_path, "1")
     before = read(tmp_path)
-    with full_disk(), pytest.raises(OSError, match="too large"):
-        run(tmp_path, "2" * 10_000, overwrite=True)
+
+    def fill() -> None:
+        with OutputFolder(tmp_path, overwrite=True) as folder:
+            folder.file("model.pth").write_text("2")
+            replace_file(folder.file(RESULTS_NAME), lambda file: file.write(bytes(10_000)))
+            folder.commit()
+
+    with full_disk(), pytest.raises(OSError, match="too large") as full:
+        fill()
+    assert cli.tell(full.value) == "results.json: File too large"
     assert read(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(before)
 

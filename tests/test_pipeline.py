@@ -201,6 +201,7 @@ def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
     process = run_here(main, *QUICK, "--weights", tiny_weights, *arguments)
     assert process.returncode == 3, process.stderr
     assert "warning: --max-drop: a budget of 0 points leaves" in process.stderr
+    assert "near chance; likely causes" in process.stderr  # a network that was never trained
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert not results["answers"][0]["within_budget"]
     assert "not within the budget" in process.stdout

@@ -80,6 +80,13 @@ def test_prunes_a_copy_within_the_scope(search):
     assert all(torch.equal(t, before[name]) for name, t in search.model.state_dict().items())
 
 
+def test_where_nothing_goes_it_is_the_dense_network(search):
+    """Its statistics were re-estimated all the same, and nothing had judged what that costs."""
+    pruned = search.prune(Method("global", True), 0.0)
+    state = search.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in pruned.state_dict().items())
+
+
 def test_entry_is_what_plain_passes_measure(search):
     method, layers = Method("global", True), describe_layers(search.model)
     found = search_with(search, method)

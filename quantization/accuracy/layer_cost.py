@@ -87,29 +87,29 @@ def scan_only_fp32(
         count = math.ceil(len(test) / batch_size)
         for images, labels in cli.progress(batches(test, batch_size), "diagnose: FP32", count):
             network.run(images)
-            for name, classes in _classes_by_layer(network.env, rest, folded).items():
-                correct[name].append(classes == labels)
+            for name, logits in logits_by_layer(network.env, rest, folded).items():
+                correct[name].append(logits.argmax(dim=1) == labels)
     return {name: torch.cat(parts) for name, parts in correct.items()}
 
 
-def _classes_by_layer(
+def logits_by_layer(
     values: Mapping[Node, torch.Tensor], rest: Interpreter, folded: Mapping[str, nn.Module]
 ) -> dict[str, torch.Tensor]:
-    """Return the classes (N,) with each layer alone in FP32.
+    """Return the logits (N, classes) with each layer alone in FP32.
 
     Args:
         values: Of the INT8 model's nodes, on a batch.
         rest: Of that model: computes anew what follows a layer.
         folded: The layers in FP32.
     """
-    before, classes = {}, {}
+    before, logits = {}, {}
     for node, value in values.items():
         if (name := node.target) in folded:
             int8 = rest.module.get_submodule(name)
             changed = _run_in_fp32(folded[name], int8, before[node.args[0]])
-            classes[name] = rest.run(initial_env=before | {node: changed}).argmax(dim=1)
+            logits[name] = rest.run(initial_env=before | {node: changed})
         before[node] = value
-    return classes
+    return logits
 
 
 def _quantized(
