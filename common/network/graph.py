@@ -1,0 +1,245 @@
+"""A network as a graph: its operations in execution order, and what follows from their order.
+
+Everything that walks a network walks this: the scan, the coder, channel removal, the conversion to
+INT8 and the export to ONNX. A graph holds names, kinds and numbers, and no code, so it can be
+written to a file as JSON and read by a program that has never seen the network's class.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+INPUT, CONVOLUTION, LINEAR, AFFINE = "input", "convolution", "linear", "affine"
+ADD, MULTIPLY, CONCATENATE = "add", "multiply", "concatenate"
+MAX_POOL, AVERAGE_POOL = "max_pool", "average_pool"
+ADAPTIVE_POOL, GLOBAL_POOL = "adaptive_average_pool", "global_average_pool"
+FLATTEN, RESHAPE, PERMUTE, SLICE, PAD = "flatten", "reshape", "permute", "slice", "pad"
+ACTIVATIONS = ("relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu")
+
+WEIGHTED = (CONVOLUTION, LINEAR)  # the layers: what is pruned, quantized and coded
+VIEWS = (FLATTEN, RESHAPE, PERMUTE, SLICE)  # may share the memory of their input
+KINDS = (
+    INPUT, *WEIGHTED, AFFINE, ADD, MULTIPLY, CONCATENATE, MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL,
+    GLOBAL_POOL, *VIEWS, PAD, *ACTIVATIONS,
+)  # fmt: skip
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a network.
+
+    Attributes:
+        name: Unique name; of a layer the name of its module, such as ``layer1.0.conv1``.
+        kind: One of ``KINDS``.
+        inputs: Names of the operations whose values it reads.
+        attributes: Numbers, as JSON has them: ``stride``, ``padding``, ``dilation`` (height and
+            width) and ``groups`` of a convolution; see :mod:`common.network.execution` for each.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...] = ()
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether the operation is a convolution or a linear layer."""
+        return self.kind in WEIGHTED
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Operations in execution order.
+
+    Attributes:
+        operations: The first is the input, the last one gives the logits; each reads earlier ones.
+
+    Raises:
+        ValueError: The operations are not a graph: an unknown kind, a name given twice, or an input
+            that is not an earlier operation.
+    """
+
+    operations: tuple[Operation, ...]
+
+    def __post_init__(self):
+        seen: set[str] = set()
+        for operation in self.operations:
+            if operation.kind not in KINDS:
+                raise ValueError(f"{operation.name}: unknown kind {operation.kind}")
+            if operation.name in seen:
+                raise ValueError(f"two operations are called {operation.name}")
+            if not seen.issuperset(operation.inputs):
+                raise ValueError(f"{operation.name} reads a value that is not computed before it")
+            if (operation.kind == INPUT) != (not seen):
+                raise ValueError("the first operation, and no other, is the input")
+            if (operation.kind == INPUT) != (not operation.inputs):
+                raise ValueError(f"{operation.name} has no input")
+            seen.add(operation.name)
+        if not seen:
+            raise ValueError("a graph without operations")
+
+    def __getitem__(self, name: str) -> Operation:
+        """Return an operation by name."""
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether an operation has this name."""
+        return name in self._by_name
+
+    @functools.cached_property
+    def _by_name(self) -> Mapping[str, Operation]:
+        return {operation.name: operation for operation in self.operations}
+
+    @property
+    def input(self) -> str:
+        """The name of the first operation, whose value is the images."""
+        return self.operations[0].name
+
+    @property
+    def output(self) -> str:
+        """The name of the last operation, whose value is the logits."""
+        return self.operations[-1].name
+
+    @functools.cached_property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the convolutions and linear layers, in execution order."""
+        return tuple(operation.name for operation in self.operations if operation.is_layer)
+
+    @functools.cached_property
+    def users(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the operations that read each operation's value."""
+        found: dict[str, list[str]] = {operation.name: [] for operation in self.operations}
+        for operation in self.operations:
+            for name in dict.fromkeys(operation.inputs):
+                found[name].append(operation.name)
+        return {name: tuple(users) for name, users in found.items()}
+
+    def sole_user(self, name: str) -> Operation | None:
+        """Return the one operation that reads a value; None where there are none or several."""
+        users = self.users[name]
+        return self[users[0]] if len(users) == 1 else None
+
+    def affected_by(self, names: Iterable[str]) -> set[str]:
+        """Return the names of these operations and of all that depend on them."""
+        found = set(names)
+        for operation in self.operations:
+            if not found.isdisjoint(operation.inputs):
+                found.add(operation.name)
+        return found
+
+    def needed_for(self, wanted: Collection[str], given: Collection[str]) -> list[Operation]:
+        """Return, in execution order, the operations that lead from given to wanted values."""
+        needed, found = set(wanted) - set(given), []
+        for operation in reversed(self.operations):
+            if operation.name in needed:
+                found.append(operation)
+                needed.update(name for name in operation.inputs if name not in given)
+        return found[::-1]
+
+    def to_json(self) -> list[dict]:
+        """Return the operations as JSON has them."""
+        return [
+            {"name": o.name, "kind": o.kind, "inputs": list(o.inputs), **o.attributes}
+            for o in self.operations
+        ]
+
+    @classmethod
+    def from_json(cls, content: object) -> Graph:
+        """Return the graph that :meth:`to_json` wrote; the content may come from anywhere.
+
+        Raises:
+            ValueError: It is no graph.
+        """
+        try:
+            operations = [
+                Operation(
+                    _text(entry["name"]),
+                    _text(entry["kind"]),
+                    tuple(map(_text, entry["inputs"])),
+                    {k: v for k, v in entry.items() if k not in ("name", "kind", "inputs")},
+                )
+                for entry in content
+            ]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a graph: {error}") from None
+        return cls(tuple(operations))
+
+
+def evaluate(
+    graph: Graph,
+    compute: Callable[[Operation, list[Value]], Value],
+    given: Mapping[str, Value],
+    wanted: Sequence[str],
+) -> dict[str, Value]:
+    """Compute the wanted values, each operation once; free every value after its last use.
+
+    Args:
+        graph: Operations to run, as far as they are needed.
+        compute: Returns an operation's value from its inputs' values.
+        given: Known values by name; usually the input's.
+        wanted: Names of the values to return.
+    """
+    operations = graph.needed_for(wanted, given)
+    reads = [name for operation in operations for name in dict.fromkeys(operation.inputs)]
+    uses = {name: reads.count(name) for name in set(reads)}
+    values = {name: given[name] for name in {*uses, *wanted} if name in given}
+    for operation in operations:
+        values[operation.name] = compute(operation, [values[name] for name in operation.inputs])
+        for name in dict.fromkeys(operation.inputs):
+            uses[name] -= 1
+            if not uses[name] and name not in wanted:
+                del values[name]
+    return {name: values[name] for name in wanted}
+
+
+def in_execution_order(
+    operations: Iterable[Operation], output: str, weight_counts: Mapping[str, int]
+) -> Graph:
+    """Return the graph of the operations that lead to ``output``, in the house's order.
+
+    Of the operands of an addition the one that took the fewest weights runs first. The coder relies
+    on it: the last operand makes up for the errors of the others.
+
+    Args:
+        operations: In any valid order, the input first.
+        output: Name of the operation that gives the logits.
+        weight_counts: Number of weights of each layer, by name.
+    """
+    by_name = {operation.name: operation for operation in operations}
+    positions = {name: index for index, name in enumerate(by_name)}
+    ancestors: dict[str, int] = {}  # sets of positions, as the bits of integers
+    for name, operation in by_name.items():
+        ancestors[name] = 1 << positions[name]
+        for source in operation.inputs:
+            ancestors[name] |= ancestors[source]
+    layers = [(1 << positions[name], count) for name, count in weight_counts.items()]
+
+    @functools.cache
+    def weights_before(name: str) -> int:
+        return sum(count for bit, count in layers if ancestors[name] & bit)
+
+    ordered: dict[str, Operation] = {}
+    stack = [output]
+    while stack:  # a recursion would be too deep for deep networks
+        operation = by_name[stack[-1]]
+        inputs = list(operation.inputs)
+        if operation.kind == ADD:
+            inputs.sort(key=weights_before)
+        missing = next((name for name in inputs if name not in ordered), None)
+        if missing is not None:
+            stack.append(missing)
+        else:
+            ordered.setdefault(operation.name, operation)
+            stack.pop()
+    return Graph(tuple(ordered.values()))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a name that is no text")
+    return value
