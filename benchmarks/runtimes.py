@@ -24,7 +24,7 @@ from torch import nn
 
 from common.command.cli import log
 from common.images.cifar10 import IMAGE_SIZE
-from common.images.data import Cifar10, batches, normalize
+from common.images.data import ImageSet, batches, normalize
 from common.measure.latency import Contender, time_interleaved
 from common.network.resnet import ResNet18, fold_batch_norm
 from common.network.size import saved_size_bytes
@@ -96,7 +96,7 @@ def torch_bf16(model: ResNet18) -> Runner:
     return Runner(run, saved_size_bytes(folded.state_dict()))
 
 
-def torch_pt2e(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner:
+def torch_pt2e(model: ResNet18, calibration: ImageSet, folder: Path) -> Runner:
     """INT8 by torchao's x86 quantizer (PT2E, the named successor of ``torch.ao``), compiled.
 
     Its graph runs fast only when inductor compiles it, which needs a C++ compiler, and what
@@ -122,7 +122,7 @@ def torch_pt2e(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner:
     return Runner(for_each_batch_size(lambda count: load(str(package(count)))), size_bytes)
 
 
-def _quantize_pt2e(model: ResNet18, calibration: Cifar10) -> nn.Module:
+def _quantize_pt2e(model: ResNet18, calibration: ImageSet) -> nn.Module:
     """Return the INT8 graph of torchao's x86 quantizer with its default settings."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -197,7 +197,7 @@ def openvino_ours(path: Path) -> Runner:
     return _openvino_runner(openvino.Core().read_model(path), path.stat().st_size)
 
 
-def onnxruntime_own(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner:
+def onnxruntime_own(model: ResNet18, calibration: ImageSet, folder: Path) -> Runner:
     """ONNX Runtime's own static quantizer: Q/DQ, u8s8, one weight scale a channel."""
     from onnxruntime import quantization as ort
 
@@ -224,7 +224,7 @@ def onnxruntime_own(model: ResNet18, calibration: Cifar10, folder: Path) -> Runn
     return onnxruntime_ours(path)
 
 
-def openvino_own(model: ResNet18, calibration: Cifar10, folder: Path) -> Runner:
+def openvino_own(model: ResNet18, calibration: ImageSet, folder: Path) -> Runner:
     """NNCF's post-training quantization, run in OpenVINO."""
     with _quiet_logging():
         import nncf

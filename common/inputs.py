@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from common.command.cli import log
-from common.images.data import Cifar10, checksum, load_images
+from common.images.data import ImageSet, checksum, load_images
 from common.images.sources import Source, open_source
 from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import find_weights, load_model
 from common.network.resnet import ResNet18
+from common.network.tracing import Traced, trace
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,13 @@ class Inputs:
     model: ResNet18
     source: Source
     seed: int
-    test: Cifar10
-    calibration: Cifar10 | None
+    test: ImageSet
+    calibration: ImageSet | None
+
+    @functools.cached_property
+    def traced(self) -> Traced:
+        """The network as a graph, and how it belongs to the model."""
+        return trace(self.model, self.test.shape)
 
     def describe_images(self) -> dict:
         """Return results.json's ``data``."""
@@ -51,7 +58,7 @@ class Inputs:
             "the images": checksum(t for split in splits for t in (split.images, split.labels)),
         }
 
-    def load_training(self, count: int | None, skip: int = 0) -> Cifar10:
+    def load_training(self, count: int | None, skip: int = 0) -> ImageSet:
         """Load other training images; arguments as of :func:`common.images.data.load_images`."""
         return load_images(self.source, "train", count, self.seed, skip)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common.command import cli
-from common.images.data import Cifar10, batches
+from common.images.data import ImageSet, batches
 from common.inputs import Inputs
 from common.machine.device import bf16_pays
 from common.measure.budget import Budget, Verdict, doubling_looks
@@ -141,7 +141,7 @@ class Workshop:
         converted, settings = to_int8(coded)
         model = deploy.Deployed(converted, settings.engine)
 
-        def find_correct(images: Cifar10) -> torch.Tensor:
+        def find_correct(images: ImageSet) -> torch.Tensor:
             return predict(model, images, self.batch_size, "judge") == images.labels
 
         looks = doubling_looks(len(self.budget.images))
@@ -163,7 +163,7 @@ class Workshop:
         return trained.cpu()
 
     @property
-    def _range_images(self) -> Cifar10:
+    def _range_images(self) -> ImageSet:
         return self.inputs.calibration.rows(slice(RANGE_IMAGES))
 
     def least_share(self, unit: str) -> float:

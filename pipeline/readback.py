@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
 from common.network.checkpoint import load_model
@@ -18,7 +18,7 @@ FP32 = "fp32"
 def measure_files(
     fp32: Path,
     int8: Mapping[str, Path],
-    images: Cifar10,
+    images: ImageSet,
     batch_size: int,
     timed: Sequence[int],
     seconds: float,

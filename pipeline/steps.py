@@ -11,7 +11,7 @@ import torch
 
 from common.files.output import OutputFolder
 from common.files.unfinished import SCRIPT
-from common.images.data import Cifar10, checksum
+from common.images.data import ImageSet, checksum
 from common.inputs import Inputs
 from common.machine.fresh_process import start_fresh
 from common.measure.evaluate import predict
@@ -73,7 +73,7 @@ def measure(
     workshop: Workshop,
     answers: Mapping[str, Answer],
     files: Mapping[str, Path],
-    confirming: Cifar10,
+    confirming: ImageSet,
     batch_sizes: Sequence[int],
     seconds: float,
 ) -> dict:
@@ -107,7 +107,7 @@ def measure(
 
 
 def export_answers_to_onnx(
-    answers: Sequence[dict], files: Mapping[str, Path], confirming: Cifar10, batch_size: int
+    answers: Sequence[dict], files: Mapping[str, Path], confirming: ImageSet, batch_size: int
 ) -> None:
     """Write each answer as ONNX beside its file, and add how often both predict the same class.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.resnet import prunable_layers
@@ -29,7 +29,7 @@ from pruning.together.search import ModelSearch
 from training.loop.distillation import Training
 
 
-def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> Cifar10 | None:
+def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> ImageSet | None:
     """Read the training images that the search over many layers needs, to the network's device.
 
     Returns:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from common.images.data import Cifar10, batches
+from common.images.data import ImageSet, batches
 from common.measure import evaluate
 from common.network.resnet import ResNet18
 from quantization.int8 import conversion
@@ -25,8 +25,8 @@ class Bench:
         batch_size: In images.
     """
 
-    calibration: Cifar10
-    images: Cifar10
+    calibration: ImageSet
+    images: ImageSet
     batch_size: int
 
     def calibrate(self, model: ResNet18, settings: Settings) -> GraphModule:

@@ -12,7 +12,7 @@ import torch
 
 from common.command import cli
 from common.images.cifar10 import CLASSES
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.measure import evaluate
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.resnet import ResNet18
@@ -56,7 +56,7 @@ def predict_fp32(model: ResNet18, bench: Bench, device: torch.device) -> torch.T
 
 
 @torch.inference_mode()
-def warn_of_insane_fp32(model: ResNet18, test: Cifar10, predictions: torch.Tensor) -> None:
+def warn_of_insane_fp32(model: ResNet18, test: ImageSet, predictions: torch.Tensor) -> None:
     """Warn where FP32 accuracy is near chance, or far below what the model's confidence claims.
 
     Args:
@@ -134,7 +134,7 @@ def time_models(
     model: ResNet18,
     quantized: Sequence[Quantized],
     onnx: OnnxModel | None,
-    test: Cifar10,
+    test: ImageSet,
     batch_sizes: Sequence[int],
     seconds: float,
 ) -> dict[str, list[Timing]]:

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.nn.utils import prune
 
 from common.images.cifar10 import CLASSES
-from common.images.data import Cifar10, batches, normalize
+from common.images.data import ImageSet, batches, normalize
 from common.network.checkpoint import save_checkpoint
 from common.network.resnet import ResNet18, Widths, prunable_layers
 from quantization.int8 import conversion, engines
@@ -70,16 +70,16 @@ def _undisturbed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def random_images() -> Callable[..., Cifar10]:
+def random_images() -> Callable[..., ImageSet]:
     """Make a dataset of random pixels, its classes in turns."""
 
-    def make(count: int, seed: int = 0) -> Cifar10:
+    def make(count: int, seed: int = 0) -> ImageSet:
         generator = torch.Generator().manual_seed(seed)
         # A colour for each image and noise over it, so that a network tells them apart.
         colours = torch.randint(0, 192, (count, 3, 1, 1), dtype=torch.uint8, generator=generator)
         noise = torch.randint(0, 64, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
         images = colours + noise
-        return Cifar10(images, torch.arange(count) % 10)
+        return ImageSet(images, torch.arange(count) % 10)
 
     return make
 

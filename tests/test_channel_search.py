@@ -12,7 +12,7 @@ from check_results import check_model_search, check_results
 from processes import run_here
 
 from common.command.cli import UserError
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.network.checkpoint import load_model
 from common.network.resnet import BLOCKS, ResNet18, Widths
 from common.network.size import describe_layers
@@ -34,7 +34,7 @@ def scan(tiny_model, random_images):
     images = random_images(120, seed=5).images
     with torch.no_grad():
         labels = tiny_model(normalize(images)).argmax(1)
-    return Scan(tiny_model, Cifar10(images, labels), ["linear"], [0.5], 16, False)
+    return Scan(tiny_model, ImageSet(images, labels), ["linear"], [0.5], 16, False)
 
 
 def prepare(scan, calibration, **choices):

@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from common.command.cli import UserError
 from common.images.cifar10 import MEAN, STD
-from common.images.data import Cifar10, balanced_subset, batches, load_images, normalize
+from common.images.data import ImageSet, balanced_subset, batches, load_images, normalize
 from common.images.sources import Source, Split
 
 label_arrays = arrays(np.int64, st.integers(1, 200), elements=st.integers(0, 9))
@@ -84,7 +84,7 @@ def test_balanced_subset_depends_on_the_seed():
 def test_halves(labels, seed):
     # Pixels that tell which image it is.
     images = torch.arange(len(labels))[:, None, None, None].expand(-1, 3, 1, 1)
-    whole = Cifar10(images, torch.from_numpy(labels))
+    whole = ImageSet(images, torch.from_numpy(labels))
     first, second = map(whole.rows, whole.halves(seed))
     ids = [half.images[:, 0, 0, 0].tolist() for half in (first, second)]
     assert sorted(ids[0] + ids[1]) == list(range(len(labels)))

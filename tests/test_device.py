@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.command.cli import UserError
 from common.images import data
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.machine import device
 from common.measure.evaluate import predict
 from common.network.branching import FoldedNetwork
@@ -96,7 +96,7 @@ class Devices(TorchDispatchMode):
 
 
 @pytest.fixture
-def imagined() -> Iterator[tuple[ResNet18, Cifar10]]:
+def imagined() -> Iterator[tuple[ResNet18, ImageSet]]:
     """A network and 64 images on a GPU that fails where a number is asked for, as waiting does."""
     data._mean_and_std.cache_clear()
     with FakeTensorMode():
@@ -106,7 +106,7 @@ def imagined() -> Iterator[tuple[ResNet18, Cifar10]]:
             labels = torch.empty(64, dtype=torch.int64)
         normalize(images)  # whose constants go to the GPU once
         with torch.inference_mode():
-            yield model, Cifar10(images, labels)
+            yield model, ImageSet(images, labels)
     data._mean_and_std.cache_clear()
 
 

@@ -180,13 +180,13 @@ def test_memory_does_not_grow_with_the_images():
     code = """
 import torch
 from common.machine.device import peak_memory_bytes
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.measure.evaluate import predict
 from common.network.resnet import ResNet18, Widths
 
 torch.set_num_threads(1)
 model = ResNet18(Widths((4, 8, 8, 8))).eval()
-images = Cifar10(torch.zeros(4000, 3, 32, 32, dtype=torch.uint8), torch.zeros(4000).long())
+images = ImageSet(torch.zeros(4000, 3, 32, 32, dtype=torch.uint8), torch.zeros(4000).long())
 predict(model, images.rows(slice(64)), 64)
 before = peak_memory_bytes()
 predict(model, images, 64)

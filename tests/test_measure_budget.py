@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.measure.budget import (
     Budget,
     Verdict,
@@ -22,7 +22,7 @@ def make_budget(count: int, max_drop: float) -> Budget:
     """Return a budget on images that hold their label's number as their brightness."""
     labels = torch.arange(count) % 10
     images = (labels * 20).to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
-    return Budget(max_drop, Cifar10(images, labels), torch.ones(count, dtype=torch.bool))
+    return Budget(max_drop, ImageSet(images, labels), torch.ones(count, dtype=torch.bool))
 
 
 class Reader:
@@ -31,7 +31,7 @@ class Reader:
     def __init__(self, period: int):
         self.period, self.seen = period, 0
 
-    def __call__(self, images: Cifar10) -> torch.Tensor:
+    def __call__(self, images: ImageSet) -> torch.Tensor:
         labels = images.images[:, 0, 0, 0].long() // 20
         numbers = torch.arange(self.seen, self.seen + len(images))
         self.seen += len(images)

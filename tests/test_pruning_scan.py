@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.command.cli import UserError
 from common.files.output import OutputFolder
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.network import cascade
 from common.network.branching import FoldedNetwork, branch_logits, trace_dense
 from common.network.resnet import ResNet18, Widths, prunable_layers
@@ -43,7 +43,7 @@ def make_model(seed, stage_channels=(4, 8, 8, 8)):
 def make_images(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return Cifar10(images, torch.randint(0, 10, (count,), generator=generator))
+    return ImageSet(images, torch.randint(0, 10, (count,), generator=generator))
 
 
 def plain_correct(model, dataset, layer, amount):
@@ -117,7 +117,7 @@ def test_close_bf16_predictions_are_decided_in_fp32(monkeypatch, second_look):
     model = make_close_model(images)
     with torch.inference_mode():
         classes = pruned_copy(model, "conv1", 0.9)(normalize(images)).argmax(dim=1)
-    dataset = Cifar10(images, classes)
+    dataset = ImageSet(images, classes)
     result = run(model, dataset, [0.9], True, ["conv1"], batch_size=32)
     assert bool(result.correct[0.9, "conv1"].all()) == second_look
     assert result.recomputation.predictions == 96

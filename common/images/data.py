@@ -1,4 +1,4 @@
-"""CIFAR-10 in memory: whole splits as uint8 tensors, subsets of them, and normalised batches.
+"""Images in memory: whole splits as uint8 tensors, subsets of them, and normalised batches.
 
 32×32 images belong in one tensor, not in worker processes: 10,000 of them are 31 MB. A batch is
 one slice of that tensor, normalised at once; :mod:`common.images.sources` says where the pixels
@@ -10,38 +10,59 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from common.command.cli import UserError
-from common.images.cifar10 import MEAN, STD
+from common.images.cifar10 import CLASSES, MEAN, STD
 from common.images.sources import Source
 
 
 @dataclass(frozen=True)
-class Cifar10:
-    """Images and their classes, held in memory once.
+class ImageSet:
+    """Images, their labels, and what belongs to them.
 
     Attributes:
-        images: uint8, shape (N, 3, 32, 32), RGB.
-        labels: int64, shape (N,), indices into :data:`common.images.cifar10.CLASSES`.
+        images: uint8, shape (N, 3, H, W), RGB.
+        labels: int64, shape (N,), indices into ``classes``.
+        classes: Names of the classes.
+        mean: Mean of each channel that the network expects to be subtracted, from 0 to 1.
+        std: Standard deviation of each channel that it expects to be divided by.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
+    classes: tuple[str, ...] = CLASSES
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device) -> Cifar10:
+    def to(self, device: torch.device) -> ImageSet:
         """Return the dataset on ``device``, so that batches are made there."""
-        return Cifar10(self.images.to(device), self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def rows(self, rows: slice | torch.Tensor) -> Cifar10:
+    def rows(self, rows: slice | torch.Tensor) -> ImageSet:
         """Return some of the images: a slice of them, which shares memory, or by index or mask."""
-        return Cifar10(self.images[rows], self.labels[rows])
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return tuple(self.images.shape[1:])
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn some of the uint8 images, (n, 3, H, W), into float32 inputs, channels_last."""
+        return normalize(pixels, self.mean, self.std)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield normalised batches, in order: images float32 (n, 3, H, W), labels."""
+        for start in range(0, len(self), batch_size):
+            rows = slice(start, start + batch_size)
+            yield self.normalize(self.images[rows]), self.labels[rows]
 
     def halves(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of two disjoint, class-balanced halves: to choose on, to confirm on.
@@ -70,7 +91,9 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_images(source: Source, split: str, count: int | None, seed: int, skip: int = 0) -> Cifar10:
+def load_images(
+    source: Source, split: str, count: int | None, seed: int, skip: int = 0
+) -> ImageSet:
     """Read ``count`` images of a split into memory.
 
     Args:
@@ -94,7 +117,7 @@ def load_images(source: Source, split: str, count: int | None, seed: int, skip: 
         count = len(available.labels) - skip
     indices = balanced_subset(available.labels, count, seed, skip)
     pixels = available.read(indices)
-    return Cifar10(torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]))
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]))
 
 
 def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) -> np.ndarray:
@@ -124,26 +147,28 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
     return order[skip : skip + count]
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
+def normalize(
+    pixels: torch.Tensor,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+) -> torch.Tensor:
     """Turn uint8 images (N, 3, H, W) into the network's float32 input, laid out channels_last.
 
     The same arithmetic, in the same order, as torchvision's ``ToTensor`` and ``Normalize``.
     """
-    mean, std = _mean_and_std(images.device)
-    pixels = images.to(torch.float32, memory_format=torch.channels_last)
-    return pixels.div_(255).sub_(mean).div_(std)
+    mean, std = _on_device(mean, pixels.device), _on_device(std, pixels.device)
+    return (
+        pixels.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
+    )
 
 
 @functools.cache
-def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both, shape (1, 3, 1, 1); made once, for each copy to a GPU waits for its queue."""
+def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return values as (1, C, 1, 1); made once, for each copy to a GPU waits for its queue."""
     with torch.inference_mode(False):  # usable in training, whoever asks first
-        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return mean, std
+        return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
-def batches(dataset: Cifar10, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(dataset: ImageSet, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield normalised batches, in order: images float32 (n, 3, 32, 32), labels."""
-    for start in range(0, len(dataset), batch_size):
-        part = dataset.rows(slice(start, start + batch_size))
-        yield normalize(part.images), part.labels
+    return dataset.batches(batch_size)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.measure.evaluate import Comparison, Paired
 
 FIRST_LOOK = 250  # images
@@ -50,12 +50,12 @@ class Budget:
     """
 
     max_drop: float
-    images: Cifar10
+    images: ImageSet
     dense_correct: torch.Tensor
 
     def judge(
         self,
-        find_correct: Callable[[Cifar10], torch.Tensor],
+        find_correct: Callable[[ImageSet], torch.Tensor],
         looks: Iterable[int],
         clearly_out: float,
         clearly_in: float = math.inf,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from common.command import cli
-from common.images.data import Cifar10, batches
+from common.images.data import ImageSet, batches
 
 CONFIDENCE = 0.95
 # Of the standard normal distribution. What is needed of statistics is less than importing SciPy's,
@@ -90,7 +90,7 @@ class Paired:
 @torch.inference_mode()
 def predict(
     model: nn.Module,
-    dataset: Cifar10,
+    dataset: ImageSet,
     batch_size: int = 128,
     description: str = "evaluate",
 ) -> torch.Tensor:

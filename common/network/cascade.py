@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from common.command.cli import log
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.network.branching import ALL_ROWS, FoldedNetwork, Trace, branch_logits, trace_dense
 from common.network.resnet import ResNet18
 
@@ -172,7 +172,9 @@ class Cascade:
         fast = _all_logits(self.fast_network, trace, branches.fast)
         return decide(fast, bounds, look_again, record)
 
-    def measure_bounds(self, dataset: Cifar10, branches: Branches, batch_size: int) -> torch.Tensor:
+    def measure_bounds(
+        self, dataset: ImageSet, branches: Branches, batch_size: int
+    ) -> torch.Tensor:
         """Return each variant's margin (variants,) below which a bf16 prediction may be wrong."""
         # Evenly spaced, since a whole split is sorted by class.
         count = min(SAMPLE_IMAGES, len(dataset))
@@ -213,7 +215,7 @@ class Classifier:
             self._bounds = bounds_of(logits_of(self._fast, images), logits_of(self._exact, images))
 
     @torch.inference_mode()
-    def find_correct(self, dataset: Cifar10) -> torch.Tensor:
+    def find_correct(self, dataset: ImageSet) -> torch.Tensor:
         """Return per-image correctness (bool, shape (N,)) on the CPU, as FP32 gives it."""
         images = dataset.images
 

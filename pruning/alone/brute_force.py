@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common.command import cli
-from common.images.data import Cifar10, batches
+from common.images.data import ImageSet, batches
 from common.network.resnet import ResNet18, prunable_layers
 from pruning.alone.linear import binary_search, required_correct
 from pruning.alone.scan import Scan, ScanResult
@@ -25,7 +25,7 @@ MAX_FLIPS = 1e-3
 
 
 @torch.inference_mode()
-def classify_all(model: nn.Module, dataset: Cifar10) -> torch.Tensor:
+def classify_all(model: nn.Module, dataset: ImageSet) -> torch.Tensor:
     """Return per-image correctness (bool, shape (N,)), from NCHW batches as the usual script."""
     if not len(dataset):  # the share of one process too many
         return torch.empty(0, dtype=torch.bool)

@@ -13,7 +13,7 @@ import torch
 from common.command import cli
 from common.files.output import OutputFolder
 from common.files.unfinished import SCRIPT
-from common.images.data import Cifar10, checksum
+from common.images.data import ImageSet, checksum
 from common.machine.workers import ALONE, Workers
 from common.network.cascade import Cascade, Recomputation
 from common.network.resnet import ResNet18, prunable_layers
@@ -38,7 +38,7 @@ class Scan:
     """
 
     model: ResNet18
-    images: Cifar10
+    images: ImageSet
     layers: Sequence[str]
     amounts: Sequence[float]
     batch_size: int

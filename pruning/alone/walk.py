@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common.images.data import Cifar10, batches
+from common.images.data import ImageSet, batches
 from common.network.branching import Convolution, FoldedNetwork, trace_dense
 from common.network.cascade import Branches, Cascade, Recomputation
 from common.network.resnet import ResNet18, prunable_layers
@@ -91,7 +91,7 @@ class Walk:
 
     def run(
         self,
-        dataset: Cifar10,
+        dataset: ImageSet,
         variants: Sequence[Variants],
         batch_size: int,
         report: Callable[[int], object],

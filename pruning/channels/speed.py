@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
 from common.network.resnet import ResNet18
@@ -21,7 +21,7 @@ BATCH_SIZE = 128
 
 
 def measure_models(
-    dense: ResNet18, slim: ResNet18, calibration: Cifar10, images: Cifar10
+    dense: ResNet18, slim: ResNet18, calibration: ImageSet, images: ImageSet
 ) -> list[dict]:
     """Quantize both networks, and evaluate and time all four, on the CPU with the best engine.
 

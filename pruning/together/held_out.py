@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 
 
 @dataclass(frozen=True)
 class Half:
     """Some of the test images, and which of them the dense network gets right (bool, CPU)."""
 
-    images: Cifar10
+    images: ImageSet
     dense_correct: torch.Tensor
 
     def first(self, most: int | None) -> Half:
@@ -21,6 +21,6 @@ class Half:
         return Half(self.images.rows(slice(most)), self.dense_correct[:most])
 
 
-def split_test(test: Cifar10, dense_correct: torch.Tensor, seed: int) -> tuple[Half, Half]:
+def split_test(test: ImageSet, dense_correct: torch.Tensor, seed: int) -> tuple[Half, Half]:
     """Return the half to choose on and the half to confirm on, each shuffled."""
     return tuple(Half(test.rows(half), dense_correct[half]) for half in test.halves(seed))

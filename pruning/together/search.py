@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.measure.budget import Budget
 from common.network.cascade import Classifier, Recomputation
 from common.network.resnet import ResNet18
@@ -111,7 +111,7 @@ class ModelSearch:
     tolerance: float
     seed: int
     fast: bool
-    calibration: Cifar10 | None = None
+    calibration: ImageSet | None = None
     record: Recomputation = field(default_factory=Recomputation)
     _found: dict[Method, tuple[float, list[Step]]] = field(default_factory=dict)
     _damage: dict[bool, dict[str, DamageCurve]] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class ModelSearch:
     @classmethod
     def prepare(
         cls, scan: Scan, dense_correct: torch.Tensor, scope: str, tolerance: float, seed: int,
-        calibration: Cifar10 | None = None, **options: object,
+        calibration: ImageSet | None = None, **options: object,
     ) -> ModelSearch:  # fmt: skip
         """Split the scan's images; ``dense_correct`` says which of them its model gets right."""
         chosen, held_out = split_test(scan.images, dense_correct, seed)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.images.data import Cifar10, batches
+from common.images.data import ImageSet, batches
 from common.network.resnet import (
     BasicBlock,
     ResNet18,
@@ -66,7 +66,7 @@ def equalize_cross_layer(model: ResNet18) -> ResNet18:
 
 
 @torch.no_grad()
-def correct_biases(model: ResNet18, calibration: Cifar10, batch_size: int) -> ResNet18:
+def correct_biases(model: ResNet18, calibration: ImageSet, batch_size: int) -> ResNet18:
     """Return a copy whose biases cancel the mean error that rounding the weights will make.
 
     The mean is taken over images and positions, channel by channel: E[conv(x, w) − conv(x, ŵ)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.measure import evaluate
 from common.network.cascade import Recomputation
 from common.network.resnet import ResNet18, fold_batch_norm, hooked, prunable_layers
@@ -71,14 +71,14 @@ def diagnose(model: ResNet18, observed: GraphModule, settings: Settings, bench: 
     return {"diagnosis": rows} | ({"bf16": asdict(record)} if record.predictions else {})
 
 
-def rank_layers(model: ResNet18, observed: GraphModule, images: Cifar10) -> list[str]:
+def rank_layers(model: ResNet18, observed: GraphModule, images: ImageSet) -> list[str]:
     """Return the layers by the noise that quantizing each makes, worst first."""
     noise = measure_noise(model, observed, images)
     return [entry.layer for entry in sorted(noise, key=lambda entry: entry.sqnr_db)]
 
 
 @torch.inference_mode()
-def measure_noise(model: ResNet18, observed: GraphModule, images: Cifar10) -> list[LayerNoise]:
+def measure_noise(model: ResNet18, observed: GraphModule, images: ImageSet) -> list[LayerNoise]:
     """Measure every layer's quantization noise on FP32 inputs.
 
     Args:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from common.command import cli
-from common.images.data import Cifar10, batches
+from common.images.data import ImageSet, batches
 from common.machine.device import bf16_pays
 from common.network.branching import Convolution, trace_dense
 from common.network.cascade import Branches, Cascade, Recomputation
@@ -30,7 +30,7 @@ BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
 
 @torch.inference_mode()
 def scan_only_quantized(
-    model: ResNet18, observed: GraphModule, test: Cifar10, record: Recomputation
+    model: ResNet18, observed: GraphModule, test: ImageSet, record: Recomputation
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
 
@@ -68,7 +68,7 @@ def scan_only_quantized(
 
 @torch.inference_mode()
 def scan_only_fp32(
-    model: ResNet18, observed: GraphModule, settings: Settings, test: Cifar10, batch_size: int
+    model: ResNet18, observed: GraphModule, settings: Settings, test: ImageSet, batch_size: int
 ) -> dict[str, torch.Tensor]:
     """Return per-image correctness (bool, (N,)) of INT8 with each layer alone in FP32.
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from common.command import cli
 from common.command.cli import UserError
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.network.coded import CodedLayer
 from common.network.resnet import BLOCKS, BasicBlock, ResNet18, prunable_layers
 from quantization.coding.levels import MAX_LEVEL, choose_levels
@@ -60,7 +60,7 @@ class Original:
 @torch.inference_mode()
 def encode(
     folded: ResNet18,
-    calibration: Cifar10,
+    calibration: ImageSet,
     price: float,
     seed: int = 0,
     original: Original | None = None,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from common.images.data import Cifar10, batches
+from common.images.data import ImageSet, batches
 from common.network.coded import CodedLayer, CodedNetwork
 from common.network.resnet import ResNet18, prunable_layers
 from quantization.int8 import conversion
@@ -39,7 +39,7 @@ def from_int8(converted: GraphModule, settings: Settings) -> CodedNetwork:
 
 
 def assemble(
-    layers: Mapping[str, CodedLayer], calibration: Cifar10, settings: Settings, batch_size: int
+    layers: Mapping[str, CodedLayer], calibration: ImageSet, settings: Settings, batch_size: int
 ) -> CodedNetwork:
     """Return coded layers as a network, its activations' ranges calibrated.
 

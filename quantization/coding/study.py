@@ -14,7 +14,7 @@ import torch
 
 from common.command.cli import log
 from common.files import entropy
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import Paired, predict
 from common.network.coded import CodedNetwork, save_coded
@@ -46,7 +46,7 @@ class CodingBench:
     """
 
     inputs: Inputs
-    images: Cifar10
+    images: ImageSet
     fp32: torch.Tensor
     settings: Settings
     batch_size: int

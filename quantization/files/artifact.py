@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 from common.command.cli import UserError, log
 from common.files.atomic import replace_file
 from common.files.untrusted import damage_told, read_sealed, write_sealed
-from common.images.data import Cifar10, normalize
+from common.images.data import ImageSet, normalize
 from common.machine.fresh_process import start_fresh
 from common.network import coded
 from common.network.resnet import Widths
@@ -190,7 +190,7 @@ def load_frozen(path: str | Path) -> torch.jit.ScriptModule:
 
 
 @contextlib.contextmanager
-def verifying_reloaded(deployed: Mapping[Path, nn.Module], test: Cifar10) -> Iterator[None]:
+def verifying_reloaded(deployed: Mapping[Path, nn.Module], test: ImageSet) -> Iterator[None]:
     """Load saved INT8 models in a fresh process and demand the logits of those in memory.
 
     Proves that the files alone are enough: nothing of this process's state is there. They are

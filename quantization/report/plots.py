@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.images.cifar10 import CLASSES
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.report import results as report
 from quantization.report.tables import label
 
@@ -101,7 +101,7 @@ def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
     report.save_figure(figure, path)
 
 
-def plot_flips(dataset: Cifar10, fp32: torch.Tensor, int8: torch.Tensor, path: Path) -> int:
+def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: Path) -> int:
     """Draw a contact sheet of images that the two models answer differently; return their number.
 
     Losses come first, then gains, then images that both get wrong in different ways. Where no

@@ -11,7 +11,7 @@ import torch
 
 from common.files.output import OutputFolder
 from common.images.cifar10 import CLASSES
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.measure import evaluate
 from common.measure.latency import Timing
 from common.network.resnet import ResNet18
@@ -31,7 +31,7 @@ def describe_models(
     quantized: Sequence[Quantized],
     paths: dict[str, list[Path]],
     onnx: OnnxModel | None,
-    test: Cifar10,
+    test: ImageSet,
     timings: dict[str, list[Timing]],
 ) -> dict:
     """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.machine.workers import Workers
 from common.network.resnet import BLOCKS, ResNet18, hooked, prunable_layers
@@ -44,7 +44,7 @@ class Training:
         epochs: Passes over them.
     """
 
-    images: Cifar10
+    images: ImageSet
     epochs: int
 
     @classmethod

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.command import cli
 from common.command.cli import UserError
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.machine.device import bf16_pays
 from common.machine.workers import Workers
 from training.loop.augment import make_batch, plan_epoch
@@ -55,7 +55,7 @@ def choose_precision(device: torch.device) -> str:
 
 def fit(
     state: TrainingState,
-    train: Cifar10,
+    train: ImageSet,
     recipe: Recipe,
     seed: int,
     workers: Workers,

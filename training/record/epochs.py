@@ -10,7 +10,7 @@ from common.command import cli
 from common.command.cli import UserError
 from common.files.unfinished import SCRIPT
 from common.files.untrusted import read_sealed, write_sealed
-from common.images.data import Cifar10, checksum
+from common.images.data import ImageSet, checksum
 from common.measure.evaluate import measure_accuracy
 from common.report.results import percent
 from training.loop.fit import EpochSummary
@@ -29,7 +29,7 @@ class EpochRow(EpochSummary):
     held_out_accuracy: float
 
 
-def identify(recipe: Recipe, seed: int, processes: int, train: Cifar10) -> dict[str, object]:
+def identify(recipe: Recipe, seed: int, processes: int, train: ImageSet) -> dict[str, object]:
     """Return what decides the weights; the images stand for themselves by their SHA-256."""
     return {
         SCRIPT: "training",
@@ -49,7 +49,7 @@ class EpochRecorder:
         checkpoint: Written whole or not at all, after every epoch.
     """
 
-    def __init__(self, held_out: Cifar10, epochs: int, checkpoint: Path):
+    def __init__(self, held_out: ImageSet, epochs: int, checkpoint: Path):
         self.held_out, self.epochs, self.checkpoint = held_out, epochs, checkpoint
         self.rows: list[EpochRow] = []
 

@@ -7,14 +7,14 @@ from torch import nn
 
 from common.command.cli import UserError
 from common.images.cifar10 import CLASSES
-from common.images.data import Cifar10, balanced_subset
+from common.images.data import ImageSet, balanced_subset
 from common.measure import evaluate
 
 HELD_OUT_SEED = 0  # every run, whatever its seed, is judged on the same images
 PREDICT_BATCH = 500
 
 
-def split_held_out(images: Cifar10, count: int) -> tuple[Cifar10, Cifar10]:
+def split_held_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
     """Return the images to train on and ``count`` class-balanced ones to make choices on.
 
     Raises:
@@ -27,7 +27,7 @@ def split_held_out(images: Cifar10, count: int) -> tuple[Cifar10, Cifar10]:
     return images.rows(~held), images.rows(held)
 
 
-def describe_accuracy(model: nn.Module, held_out: Cifar10, test: Cifar10) -> dict:
+def describe_accuracy(model: nn.Module, held_out: ImageSet, test: ImageSet) -> dict:
     """Return results.json's accuracies: held-out, test, and test by class."""
     correct, labels = find_correct(model, test), test.labels.cpu()
     by_class = {
@@ -42,6 +42,6 @@ def describe_accuracy(model: nn.Module, held_out: Cifar10, test: Cifar10) -> dic
     }
 
 
-def find_correct(model: nn.Module, images: Cifar10) -> torch.Tensor:
+def find_correct(model: nn.Module, images: ImageSet) -> torch.Tensor:
     """Return which images ``model``, in eval mode, classifies correctly: bool, shape (N,)."""
     return evaluate.predict(model, images, PREDICT_BATCH) == images.labels.cpu()
