@@ -7,6 +7,7 @@ import torch
 from torch.fx import Graph
 
 from common.images.data import normalize
+from common.network import packing
 from common.network.resnet import fold_batch_norm
 from quantization.int8 import deploy, engines
 from quantization.settings import Settings
@@ -96,6 +97,16 @@ def test_weights_are_packed_anew_for_every_batch_size(convert, images):
     packed = converted.get_submodule("conv1")._packed_params
     assert flat.conv1_packed is not packed
     assert torch.equal(flat.conv1_packed.unpack()[0].int_repr(), packed.unpack()[0].int_repr())
+
+
+@torch.inference_mode()
+def test_fp32_at_its_best_computes_the_same(tiny_model, images, monkeypatch):
+    expected = fold_batch_norm(tiny_model).to(memory_format=torch.channels_last)(images)
+    for can_pack in {False, packing.can_pack()}:
+        monkeypatch.setattr(packing, "can_pack", lambda can_pack=can_pack: can_pack)
+        best = deploy.deploy_fp32(tiny_model)
+        assert isinstance(best, torch.fx.GraphModule) == can_pack
+        assert torch.allclose(best(images), expected, atol=1e-5)
 
 
 @torch.inference_mode()

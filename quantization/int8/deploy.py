@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from common.images.cifar10 import IMAGE_SIZE
+from common.network import packing
 from common.network.resnet import ResNet18, fold_batch_norm
 from quantization.int8.engines import quiet_torch
 from quantization.settings import Settings
@@ -29,6 +30,7 @@ CAN_FREEZE = sys.version_info < (3, 14)
 # x86 calls oneDNN or fbgemm, whichever torch takes to be faster for a layer.
 ONEDNN_ENGINES = ("x86", "onednn")
 MAX_BATCH_SIZES = 8  # kept prepared; each holds the weights, 11 MB
+PACKING_BATCH_SIZE = 8  # ResNet18 gets the same layouts for every batch size
 KERNELS = {
     "QuantizedConv2d": torch.ops.quantized.conv2d.new,
     "QuantizedConvReLU2d": torch.ops.quantized.conv2d_relu.new,
@@ -90,12 +92,18 @@ class Deployed(nn.Module):
 
 
 def deploy_fp32(model: ResNet18) -> nn.Module:
-    """Return FP32 at its best, treated as INT8 is: batch-norm folded, channels_last, frozen.
+    """Return FP32 at its best, treated as INT8 is.
+
+    Batch norms are folded, images are channels_last, and oneDNN's weights are packed once. Where
+    they cannot be, the model is frozen.
 
     Args:
-        model: In eval mode, on the CPU; left as it is.
+        model: Network in eval mode, on the CPU; left as it is.
     """
-    return freeze(fold_batch_norm(model).to(memory_format=torch.channels_last))
+    folded = fold_batch_norm(model).to(memory_format=torch.channels_last)
+    if packing.can_pack():
+        return packing.pack_convolutions(folded, blank_images(PACKING_BATCH_SIZE))
+    return freeze(folded)
 
 
 def flatten(converted: GraphModule, engine: str) -> GraphModule:
