@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from common.command import cli
 from common.command.cli import UserError
-from common.machine import device
 from quantization.settings import ENGINES, Settings
 
-# Those whose kernels add pairs of 8-bit products in 16 bits without VNNI.
-SATURATING_ENGINES = ("fbgemm", "x86", "onednn")
+# Layers that show whether sums saturate: their inputs, their size, and what they must return.
+MAX_ACTIVATION, MAX_WEIGHT = 255, 127
+PROBE_CHANNELS = 64
+EXPECTED_LEVEL = 200
 TORCH_WARNINGS = (
     "torch.ao.quantization is deprecated",
     "Please use quant_min and quant_max",
@@ -58,9 +60,39 @@ def require_engine(engine: str) -> None:
         )
 
 
+@functools.cache
 def saturates(engine: str) -> bool:
-    """Return whether sums of 8-bit products saturate on the CPU at hand, so that 7 bits are due."""
-    return engine in SATURATING_ENGINES and not device.has_vnni()
+    """Return whether an engine's sums of 8-bit products saturate here, so that 7 bits are due.
+
+    Without VNNI, x86 kernels add pairs of products in 16 bits. The CPU's flags do not tell which
+    kernels run (``ONEDNN_MAX_CPU_ISA`` can rule out those with VNNI), so a convolution and a linear
+    layer with a known sum are run, once a process and engine, in a few milliseconds.
+    """
+    kernels = torch.ops.quantized
+    with quiet_torch(engine), torch.inference_mode():
+        return not (
+            _sums_exactly(kernels.linear, kernels.linear_prepack)
+            and _sums_exactly(
+                kernels.conv2d, kernels.conv2d_prepack, (1, 1), ([1, 1], [0, 0], [1, 1], 1)
+            )
+        )
+
+
+def _sums_exactly(
+    run: Callable, prepack: Callable, kernel_size: tuple[int, ...] = (), geometry: tuple = ()
+) -> bool:
+    """Return whether a layer of the set engine adds the largest products without an error."""
+    channels = PROBE_CHANNELS
+    weight = torch.quantize_per_channel(
+        torch.full((channels, channels, *kernel_size), float(MAX_WEIGHT)),
+        torch.ones(channels), torch.zeros(channels, dtype=torch.int64), 0, torch.qint8,
+    )  # fmt: skip
+    activations = torch.quantize_per_tensor(
+        torch.full((1, channels, *kernel_size), float(MAX_ACTIVATION)), 1.0, 0, torch.quint8
+    )
+    scale = channels * MAX_ACTIVATION * MAX_WEIGHT / EXPECTED_LEVEL
+    levels = run(activations, prepack(weight, None, *geometry), scale, 0).int_repr()
+    return bool((levels == EXPECTED_LEVEL).all())
 
 
 def candidate_engines() -> list[str]:
