@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -54,6 +55,27 @@ def test_kernels_that_saturate_are_found_by_what_they_compute():
 @pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="oneDNN is limited")
 def test_no_sum_saturates_with_vnni():
     assert not any(map(engines.saturates, CANDIDATES))
+
+
+def test_a_thread_waits_for_calls_on_another_engine_but_not_on_its_own():
+    if len(CANDIDATES) < 2:
+        pytest.skip("one engine on this CPU")
+    events, own, other = [], CANDIDATES[0], CANDIDATES[1]
+
+    def call(name):
+        with engines.running_on(name):
+            events.append((name, torch.backends.quantized.engine))
+
+    with engines.running_on(own):
+        with engines.running_on(own):  # a turn within a turn
+            same, different = (threading.Thread(target=call, args=(n,)) for n in (own, other))
+            same.start()
+            same.join(10)
+        different.start()
+        different.join(0.2)
+        assert events == [(own, own)]
+    different.join(10)
+    assert events == [(own, own), (other, other)]
 
 
 def test_the_fastest_engine_is_the_last_candidate_and_none_is_told(monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -123,15 +125,68 @@ def default_engines() -> list[str]:
     return [engine]
 
 
+class _EngineTurns:
+    """Lets threads take turns with torch's engine, of which a process has one.
+
+    Calls on the same engine run at the same time. A call on another engine waits for them, and so
+    does whatever needs torch for itself.
+    """
+
+    def __init__(self):
+        self._arrivals = threading.Lock()  # held while waiting: who comes later queues behind
+        self._changed = threading.Condition()
+        self._depths: Counter[int] = Counter()  # turns within turns, by thread
+        self._exclusive_turns = 0
+
+    @contextlib.contextmanager
+    def take(self, engine: str | None, exclusive: bool) -> Iterator[None]:
+        """Run a block on an engine, or on the one that is set; the engine stays set."""
+        thread = threading.get_ident()
+        with contextlib.nullcontext() if thread in self._depths else self._arrivals, self._changed:
+            self._changed.wait_for(lambda: self._is_free(thread, engine, exclusive))
+            if engine not in (None, torch.backends.quantized.engine):
+                torch.backends.quantized.engine = engine
+            self._depths[thread] += 1
+            self._exclusive_turns += exclusive
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._exclusive_turns -= exclusive
+                self._depths[thread] -= 1
+                if not self._depths[thread]:
+                    del self._depths[thread]
+                self._changed.notify_all()
+
+    def _is_free(self, thread: int, engine: str | None, exclusive: bool) -> bool:
+        if self._depths.keys() <= {thread}:
+            return True
+        shared = not exclusive and not self._exclusive_turns
+        return shared and engine in (None, torch.backends.quantized.engine)
+
+
+_turns = _EngineTurns()
+
+
+def running_on(engine: str) -> contextlib.AbstractContextManager[None]:
+    """Run INT8 kernels on an engine, which stays set; safe in several threads."""
+    return _turns.take(engine, exclusive=False)
+
+
 @contextlib.contextmanager
 def quiet_torch(engine: str | None = None) -> Iterator[None]:
-    """Silence torch's named warnings about quantization and, if given, choose the engine."""
-    previous = torch.backends.quantized.engine
-    torch.backends.quantized.engine = engine or previous
-    try:
-        with warnings.catch_warnings():
-            for message in TORCH_WARNINGS:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        torch.backends.quantized.engine = previous
+    """Silence torch's named warnings about quantization and, if given, choose the engine.
+
+    No other thread runs or prepares an INT8 model meanwhile: the engine and the filters of warnings
+    are the whole process's, and tracing in two threads can crash.
+    """
+    with _turns.take(None, exclusive=True):
+        previous = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine or previous
+        try:
+            with warnings.catch_warnings():
+                for message in TORCH_WARNINGS:
+                    warnings.filterwarnings("ignore", message=message)
+                yield
+        finally:
+            torch.backends.quantized.engine = previous
