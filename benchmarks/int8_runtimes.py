@@ -106,6 +106,12 @@ def make_runners(networks: dict, bench, folder: Path) -> dict:
 
     model, calibration = networks["dense"], bench.calibration
     runners = {"torch-fp32": runtimes.torch_fp32(model)}
+    has_onnx = runtimes.has_package("onnx", "all rows of ONNX Runtime and OpenVINO")
+    has_onnxruntime = has_onnx and runtimes.has_package(
+        "onnxruntime", "onnxruntime-fp32, onnxruntime-int8-ours, onnxruntime-int8"
+    )
+    if has_onnxruntime:
+        runners["onnxruntime-fp32"] = runtimes.onnxruntime_fp32(model, folder)
     if runtimes.has_compiler("torch-bf16"):
         runners["torch-bf16"] = runtimes.torch_bf16(model)
     settings = [engines.choose_settings(engine) for engine in engines.candidate_engines()]
@@ -122,11 +128,10 @@ def make_runners(networks: dict, bench, folder: Path) -> dict:
     if runtimes.has_package("torchao", pt2e) and runtimes.has_compiler(pt2e):
         runners[pt2e] = runtimes.torch_pt2e(model, calibration, folder)
     path = folder / "ours.onnx"
-    has_onnx = runtimes.has_package("onnx", "all rows of ONNX Runtime and OpenVINO")
     if has_onnx:
         onnx_export.export_onnx(quantized[0].model, path)
-    if has_onnx and runtimes.has_package("onnxruntime", "onnxruntime-int8-ours, onnxruntime-int8"):
-        runners["onnxruntime-int8-ours"] = runtimes.onnxruntime_ours(path)
+    if has_onnxruntime:
+        runners["onnxruntime-int8-ours"] = runtimes.onnxruntime_file(path)
         runners["onnxruntime-int8"] = runtimes.onnxruntime_own(model, calibration, folder)
     if has_onnx and runtimes.has_package("openvino", "openvino-int8-ours, openvino-int8"):
         runners["openvino-int8-ours"] = runtimes.openvino_ours(path)

@@ -184,8 +184,15 @@ def _openvino_runner(model: object, size_bytes: int) -> Runner:
     return Runner(for_each_batch_size(prepare), size_bytes, torch.contiguous_format)
 
 
-def onnxruntime_ours(path: Path) -> Runner:
-    """Our Q/DQ file in ONNX Runtime."""
+def onnxruntime_fp32(model: ResNet18, folder: Path) -> Runner:
+    """FP32 in ONNX Runtime."""
+    path = folder / "fp32.onnx"
+    _export_fp32(model, path)
+    return onnxruntime_file(path)
+
+
+def onnxruntime_file(path: Path) -> Runner:
+    """An ONNX file in ONNX Runtime."""
     run = onnx_export.load_onnx(path)
     return Runner(run, path.stat().st_size, torch.contiguous_format)
 
@@ -221,7 +228,7 @@ def onnxruntime_own(model: ResNet18, calibration: ImageSet, folder: Path) -> Run
             activation_type=ort.QuantType.QUInt8,
             weight_type=ort.QuantType.QInt8,
         )
-    return onnxruntime_ours(path)
+    return onnxruntime_file(path)
 
 
 def openvino_own(model: ResNet18, calibration: ImageSet, folder: Path) -> Runner:

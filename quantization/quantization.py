@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--reduce-range",
         choices=("auto", "on", "off"),
         default="auto",
-        help="7-bit activations, which x86 CPUs without VNNI need",
+        help="7-bit activations; auto: where sums of 8-bit products saturate (x86 without VNNI)",
     )
     quantizing.add_argument(
         "--export-onnx",

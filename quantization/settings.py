@@ -15,8 +15,8 @@ class Settings:
 
     Attributes:
         engine: One of ``ENGINES``.
-        reduce_range: Use 7 of the 8 bits of activations, which x86 CPUs without VNNI need: there
-            the sum of two full products does not fit the 16 bits that it is added in.
+        reduce_range: Use 7 of the 8 bits of activations. x86 kernels without VNNI need this: the
+            sum of two full products does not fit the 16 bits in which they add it.
         observer: How activations' ranges follow from what was seen, one of ``OBSERVERS``.
         fp32_layers: Convolution and linear layers that stay in FP32.
     """

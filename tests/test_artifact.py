@@ -10,7 +10,6 @@ from common.command import cli
 from common.command.cli import UserError
 from common.files.untrusted import read_sealed, write_sealed
 from common.images.data import normalize
-from common.machine import device
 from quantization.files import artifact
 from quantization.int8 import deploy, engines
 from quantization.settings import Settings
@@ -85,18 +84,20 @@ def test_a_truncated_file_is_refused(convert, tmp_path):
 
 
 @pytest.mark.skipif("fbgemm" not in ENGINES, reason="no fbgemm engine on this CPU")
-@pytest.mark.parametrize(("vnni", "reduce_range"), [(False, False), (False, True), (True, False)])
-def test_full_range_without_vnni_is_warned_of(
-    convert, tmp_path, monkeypatch, capsys, vnni, reduce_range
+@pytest.mark.parametrize(
+    ("saturates", "reduce_range"), [(True, False), (True, True), (False, False)]
+)
+def test_full_range_where_sums_saturate_is_warned_of(
+    convert, tmp_path, monkeypatch, capsys, saturates, reduce_range
 ):
     settings = Settings("fbgemm", reduce_range)
     path = tmp_path / "model.pth"
     artifact.save_int8(convert(settings), settings, path)
-    monkeypatch.setattr(device, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(engines, "saturates", lambda engine: saturates)
     cli.set_up_messages(quiet=True)
     artifact.load_int8(path)
-    warned = "no VNNI" in capsys.readouterr().err
-    assert warned == (not vnni and not reduce_range)
+    warned = "saturate here" in capsys.readouterr().err
+    assert warned == (saturates and not reduce_range)
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def cpu_name() -> str:
 def has_vnni() -> bool:
     """Return whether the CPU multiplies INT8 with 32-bit sums (AVX-512 VNNI, Arm dot product).
 
-    Without it the x86 kernels add pairs of products in 16 bits, which saturate.
+    Kernels may still not use it: :func:`quantization.int8.engines.saturates` says what they do.
     """
     flags = torch.cpu.get_capabilities()
     return bool(flags.get("avx512_vnni") or flags.get("neon_dot") or flags.get("dot"))

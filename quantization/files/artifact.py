@@ -66,8 +66,8 @@ def load_int8(path: str | Path) -> nn.Module:
 
     Images are normalised, (N, 3, 32, 32); logits (N, 10).
 
-    Warns when the CPU at hand lacks what the model was made for. A call of the model sets its
-    engine in ``torch.backends.quantized``, where it stays.
+    Warns if the sums of the engine's kernels saturate here and the model was made for exact ones. A
+    call of the model sets its engine in ``torch.backends.quantized``, where it stays.
 
     Raises:
         UserError: No such file, damaged, of another format, or for an engine that is not here.
@@ -88,10 +88,10 @@ def load_int8(path: str | Path) -> nn.Module:
         model, settings = _load_plain(path)
     if engines.saturates(settings.engine) and not settings.reduce_range:
         log.warning(
-            "%s uses 8-bit activations; this CPU has no VNNI, where sums saturate and accuracy is "
-            "lost: quantize it again here",
-            path,
-        )
+            "%s uses 8-bit activations, but sums of %s kernels saturate here and accuracy is lost: "
+            "quantize it again on this machine",
+            path, settings.engine,
+        )  # fmt: skip
     return deploy.Deployed(model, settings.engine)
 
 

@@ -5,13 +5,12 @@ through it, and every residual block writes the sum of its branches in a pass of
 modules become plain calls of their kernels with constant scales, and on the onednn engine the
 addition and its ReLU run inside the convolution before them. Where TorchScript is supported the
 result can be frozen, into a file that runs without this project, from C++ too. On the engines that
-call oneDNN there is one such model a batch size.
+call oneDNN there is one such model for each of the first few batch sizes.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 from dataclasses import dataclass
 
@@ -19,16 +18,19 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from common.command.cli import log
 from common.images.cifar10 import IMAGE_SIZE
+from common.network import packing
 from common.network.resnet import ResNet18, fold_batch_norm
-from quantization.int8.engines import quiet_torch
+from quantization.int8.engines import quiet_torch, running_on
 from quantization.settings import Settings
 
 # torch.jit is not supported from Python 3.14 on; the flat model is as fast, but needs Python.
 CAN_FREEZE = sys.version_info < (3, 14)
 # x86 calls oneDNN or fbgemm, whichever torch takes to be faster for a layer.
 ONEDNN_ENGINES = ("x86", "onednn")
-MAX_BATCH_SIZES = 8  # kept prepared; each holds the weights, 11 MB
+MAX_BATCH_SIZES = 8  # to prepare a model for; each takes 22 MB, which TorchScript never frees
+PACKING_BATCH_SIZE = 8  # ResNet18 gets the same layouts for every batch size
 KERNELS = {
     "QuantizedConv2d": torch.ops.quantized.conv2d.new,
     "QuantizedConvReLU2d": torch.ops.quantized.conv2d_relu.new,
@@ -67,7 +69,8 @@ class Deployed(nn.Module):
 
     oneDNN's kernels are made for a shape. torch's packed weights keep the one of their first call,
     and make one at every call of another shape: a fifth of the time at batch 1. So on the engines
-    that call oneDNN the model is prepared anew for every batch size that it meets.
+    that call oneDNN the model is prepared anew for the first ``MAX_BATCH_SIZES`` batch sizes that
+    it meets; all others run on the first of these. Several threads may call it.
 
     Args:
         converted: From :func:`quantization.int8.conversion.convert` for ``engine``; left as it is.
@@ -77,25 +80,45 @@ class Deployed(nn.Module):
     def __init__(self, converted: GraphModule, engine: str):
         super().__init__()
         self._engine = engine
-        self._model_for = functools.lru_cache(MAX_BATCH_SIZES)(
-            lambda batch_size: freeze(flatten(converted, engine), batch_size, engine)
-        )
+        self._prepare = lambda batch_size: freeze(flatten(converted, engine), batch_size, engine)
+        self._prepared: dict[int, nn.Module] = {}
+        self._has_warned = False
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return float32 logits (N, 10) of normalised float32 images (N, 3, 32, 32)."""
         model = self._model_for(len(images) if self._engine in ONEDNN_ENGINES else 1)
-        if torch.backends.quantized.engine != self._engine:
-            torch.backends.quantized.engine = self._engine
-        return model(images)
+        with running_on(self._engine):
+            return model(images)
+
+    def _model_for(self, batch_size: int) -> nn.Module:
+        if batch_size in self._prepared:
+            return self._prepared[batch_size]
+        if len(self._prepared) < MAX_BATCH_SIZES:
+            with quiet_torch(self._engine):  # one thread at a time: see whether it is still needed
+                if batch_size not in self._prepared and len(self._prepared) < MAX_BATCH_SIZES:
+                    self._prepared[batch_size] = self._prepare(batch_size)
+        elif not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "INT8 %s is prepared for %d batch sizes; batches of %d, or others, are slower",
+                self._engine, MAX_BATCH_SIZES, batch_size,
+            )  # fmt: skip
+        return self._prepared.get(batch_size, next(iter(self._prepared.values())))
 
 
 def deploy_fp32(model: ResNet18) -> nn.Module:
-    """Return FP32 at its best, treated as INT8 is: batch-norm folded, channels_last, frozen.
+    """Return FP32 at its best, treated as INT8 is.
+
+    Batch norms are folded, images are channels_last, and oneDNN's weights are packed once. Where
+    they cannot be, the model is frozen.
 
     Args:
-        model: In eval mode, on the CPU; left as it is.
+        model: Network in eval mode, on the CPU; left as it is.
     """
-    return freeze(fold_batch_norm(model).to(memory_format=torch.channels_last))
+    folded = fold_batch_norm(model).to(memory_format=torch.channels_last)
+    if packing.can_pack():
+        return packing.pack_convolutions(folded, blank_images(PACKING_BATCH_SIZE))
+    return freeze(folded)
 
 
 def flatten(converted: GraphModule, engine: str) -> GraphModule:
