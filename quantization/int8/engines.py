@@ -103,3 +103,94 @@ def quiet_torch(engine: str | None = None) -> Iterator[None]:
             yield
     finally:
         torch.backends.quantized.engine = previous
+
+
+class TorchRunner:
+    """Runs a network in torch's quantized kernels; stands in until the engines are there."""
+
+    def __init__(self, network, engine):
+        import torch as t
+
+        self.network, self.engine = network, engine
+        self.reference = None
+        self.packed = {}
+        previous = t.backends.quantized.engine
+        t.backends.quantized.engine = engine
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for step in network.steps():
+                op = step.operation
+                if not op.is_layer or not network.is_int8(op):
+                    continue
+                layer, s = network.layers[op.name], network.ranges[step.inputs[0]].scale
+                w = t._make_per_channel_quantized_tensor(
+                    layer.weight, layer.scales.double(), t.zeros(len(layer.scales), dtype=t.int64), 0
+                )
+                bias = (layer.bias_levels(s) * s * layer.scales.double()).float()
+                if layer.weight.ndim == 2:
+                    self.packed[op.name] = t.ops.quantized.linear_prepack(w, bias)
+                else:
+                    a = op.attributes
+                    self.packed[op.name] = t.ops.quantized.conv2d_prepack(
+                        w, bias, a["stride"], a["padding"], a["dilation"], a["groups"]
+                    )
+        t.backends.quantized.engine = previous
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        from quantization.int8.reference import ReferenceRunner
+
+        if self.reference is None:
+            self.reference = ReferenceRunner(self.network)
+        ref, net = self.reference, self.network
+        previous = torch.backends.quantized.engine
+        torch.backends.quantized.engine = self.engine
+
+        def compute(operation, inputs):
+            step = ref._steps[operation.name]
+            op = step.operation
+            kept = net.ranges.get(step.name)
+            if op.is_layer and net.is_int8(op):
+                x, act = inputs[0], step.activation
+                kind = "conv2d" if op.kind == "convolution" else "linear"
+                call = getattr(torch.ops.quantized, kind + ("_relu" if act else ""))
+                y = call(x, self.packed[op.name], kept.scale, kept.zero_point)
+                high = kept.clip_levels(act)[1]
+                if high < 255:
+                    y = torch.clamp(y, max=6.0)
+                return y
+            if op.kind == "add" and not (step.activation == "relu6"):
+                call = torch.ops.quantized.add_relu if step.activation else torch.ops.quantized.add
+                return call(*inputs, kept.scale, kept.zero_point)
+            levels = [
+                x.int_repr().double() - x.q_zero_point() if x.is_quantized else x for x in inputs
+            ]
+            return pack(step, ref._compute(operation, levels))
+
+        def pack(step, value):
+            kept = net.ranges.get(step.name)
+            if kept is None:
+                return value
+            value = (value + kept.zero_point).nan_to_num().to(torch.uint8)
+            if value.ndim == 4:
+                value = value.contiguous(memory_format=torch.channels_last)
+            return torch._make_per_tensor_quantized_tensor(value, kept.scale, kept.zero_point)
+
+        from common.network.graph import evaluate
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first, out = ref._steps[ref._graph.input], ref._graph.output
+            given = {first.name: pack(first, ref._store(first, images))}
+            y = evaluate(ref._graph, compute, given, [out])[out]
+        torch.backends.quantized.engine = previous
+        return y.dequantize() if y.is_quantized else y
+
+
+def runner(name, network):
+    """Stand-in."""
+    if name == "reference":
+        from quantization.int8.reference import ReferenceRunner
+
+        return ReferenceRunner(network)
+    return TorchRunner(network, name)
