@@ -124,7 +124,10 @@ class TorchRunner:
                     continue
                 layer, s = network.layers[op.name], network.ranges[step.inputs[0]].scale
                 w = t._make_per_channel_quantized_tensor(
-                    layer.weight, layer.scales.double(), t.zeros(len(layer.scales), dtype=t.int64), 0
+                    layer.weight,
+                    layer.scales.double(),
+                    t.zeros(len(layer.scales), dtype=t.int64),
+                    0,
                 )
                 bias = (layer.bias_levels(s) * s * layer.scales.double()).float()
                 if layer.weight.ndim == 2:

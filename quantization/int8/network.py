@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.network.execution import Layer
+from common.network.execution import Layer, Network
 from common.network.graph import (
     ACTIVATIONS,
     ADAPTIVE_POOL,
@@ -165,6 +165,19 @@ class Int8Network:
         if operation.is_layer:
             return self.layers[operation.name].is_int8
         return operation.kind != AFFINE
+
+    def values_in_uint8(self) -> set[str]:
+        """Return the names of the values that an integer operation gives or reads."""
+        kept: set[str] = set()
+        for step in self.steps()[1:]:
+            if self.is_int8(step.operation):
+                kept.update((step.name, *step.inputs))
+        return kept
+
+    def dense(self) -> Network:
+        """Return the FP32 network whose weights are the real values of this one's."""
+        layers = {name: Layer(layer.dense(), layer.bias) for name, layer in self.layers.items()}
+        return Network(self.graph, {**layers, **self.affine})
 
     def fp32_operations(self) -> dict[str, str]:
         """Return for each operation that runs in FP32 the reason."""
