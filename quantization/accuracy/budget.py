@@ -14,22 +14,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch.fx import GraphModule
 
 from common.command import cli
-from common.images.data import Cifar10
+from common.images.data import ImageSet
 from common.measure.budget import Budget, Verdict
-from common.network.resnet import ResNet18
+from common.network.execution import Network
 from quantization.accuracy import corrections
 from quantization.accuracy.diagnosis import rank_layers
-from quantization.bench import Bench
-from quantization.int8 import conversion
-from quantization.int8.engines import quiet_torch
+from quantization.calibration import CalibrationSetup
+from quantization.int8 import engines
+from quantization.int8.conversion import Observation, convert
 from quantization.settings import OBSERVERS, Settings
 
 
 @dataclass(frozen=True)
-class Step:
+class Attempt:
     """One thing that was tried on top of what was kept before it.
 
     Attributes:
@@ -45,7 +44,7 @@ class Step:
     kept: bool
 
     @classmethod
-    def of(cls, action: str, verdict: Verdict, kept: bool) -> Step:
+    def of(cls, action: str, verdict: Verdict, kept: bool) -> Attempt:
         """Describe what was tried by its verdict."""
         return cls(action, verdict.comparison.drop, verdict.spare, kept)
 
@@ -55,59 +54,64 @@ class Plan:
     """How to quantize within the budget.
 
     Attributes:
-        model: FP32 weights to quantize, perhaps corrected.
-        settings: Of the quantization.
-        verdict: On the held-out training images.
+        network: FP32 network to quantize, perhaps corrected.
+        settings: How to quantize it.
+        verdict: How it does on the held-out training images.
         steps: What was tried, in order.
     """
 
-    model: ResNet18
+    network: Network
     settings: Settings
     verdict: Verdict
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Attempt] = field(default_factory=list)
 
 
-class Trial:
-    """Judges plans against the FP32 model: ``bench`` has the held-out images that decide."""
+class HeldOutEvaluator:
+    """Judges plans against the FP32 network.
 
-    def __init__(self, model: ResNet18, bench: Bench, max_drop: float):
-        self.bench = bench
-        dense = bench.predict(model, "evaluate FP32 on held-out images")
-        self._budget = Budget(max_drop, bench.images, dense == bench.images.labels)
+    Args:
+        network: FP32.
+        setup: Calibration images, and the held-out images that decide.
+        max_drop: The budget, as a fraction.
+    """
 
-    def judge(self, model: ResNet18, settings: Settings) -> Verdict:
-        """Return how ``model`` does in INT8 on the held-out images."""
-        return self.judge_calibrated(self.bench.calibrate(model, settings), settings)
+    def __init__(self, network: Network, setup: CalibrationSetup, max_drop: float):
+        self.setup = setup
+        dense = setup.predict(network, "evaluate FP32 on held-out images")
+        self._budget = Budget(max_drop, setup.images, dense == setup.images.labels)
 
-    def judge_calibrated(self, observed: GraphModule, settings: Settings) -> Verdict:
-        """Return the same for a model that is calibrated already."""
-        converted = conversion.convert(observed, settings)
+    def judge(self, network: Network, settings: Settings) -> Verdict:
+        """Return how a network does in INT8 on the held-out images."""
+        return self.judge_observed(self.setup.observe(network, settings), settings)
 
-        def find_correct(images: Cifar10) -> torch.Tensor:
-            with quiet_torch(settings.engine):
-                return replace(self.bench, images=images).predict(converted, "try") == images.labels
+    def judge_observed(self, observation: Observation, settings: Settings) -> Verdict:
+        """Return the same for a network whose values were observed before."""
+        run = engines.runner(settings.engine, convert(observation, settings))
+
+        def find_correct(images: ImageSet) -> torch.Tensor:
+            return replace(self.setup, images=images).predict(run, "try") == images.labels
 
         return self._budget.judge(find_correct, looks=[len(self._budget.images)])
 
 
-def meet_budget(trial: Trial, model: ResNet18, settings: Settings) -> Plan:
-    """Find a plan that holds the budget of ``trial``, or the one that comes closest to it.
+def meet_budget(evaluator: HeldOutEvaluator, network: Network, settings: Settings) -> Plan:
+    """Find a plan that holds the budget, or the one that comes closest to it.
 
-    It begins with the FP32 ``model`` and ``settings``, and takes the first plan that passes.
+    It begins with the FP32 ``network`` and ``settings``, and takes the first plan that passes.
     """
-    plan = Plan(model, settings, trial.judge(model, settings))
-    plan.steps.append(Step.of("plain", plan.verdict, True))
-    plan = _try_free_corrections(trial, plan)
-    return plan if plan.verdict.passes else _restore_layers(trial, plan)
+    plan = Plan(network, settings, evaluator.judge(network, settings))
+    plan.steps.append(Attempt.of("plain", plan.verdict, True))
+    plan = _try_free_corrections(evaluator, plan)
+    return plan if plan.verdict.passes else _restore_layers(evaluator, plan)
 
 
-def _try_free_corrections(trial: Trial, plan: Plan) -> Plan:
-    for alternatives in _free_corrections(trial.bench, plan.settings):
+def _try_free_corrections(evaluator: HeldOutEvaluator, plan: Plan) -> Plan:
+    for alternatives in _free_corrections(evaluator.setup, plan.settings):
         for action, correct in alternatives.items():
             if plan.verdict.passes:
                 return plan
             tried = correct(plan)
-            verdict = trial.judge(tried.model, tried.settings)
+            verdict = evaluator.judge(tried.network, tried.settings)
             better, steps = verdict.spare > plan.verdict.spare, plan.steps
             _log(action, verdict, "" if better else ", not kept")
             if better:
@@ -115,7 +119,7 @@ def _try_free_corrections(trial: Trial, plan: Plan) -> Plan:
                     s if s.action not in alternatives else replace(s, kept=False) for s in steps
                 ]
                 plan = replace(tried, verdict=verdict)
-            plan = replace(plan, steps=[*steps, Step.of(action, verdict, better)])
+            plan = replace(plan, steps=[*steps, Attempt.of(action, verdict, better)])
     return plan
 
 
@@ -126,18 +130,20 @@ def _log(action: str, verdict: Verdict, ending: str = "") -> None:
     )  # fmt: skip
 
 
-def _free_corrections(bench: Bench, settings: Settings) -> list[dict[str, Callable[[Plan], Plan]]]:
+def _free_corrections(
+    setup: CalibrationSetup, settings: Settings
+) -> list[dict[str, Callable[[Plan], Plan]]]:
     """Return what costs no time, in the order in which it is tried; alternatives together."""
 
     def equalize(plan: Plan) -> Plan:
-        return replace(plan, model=corrections.equalize_cross_layer(plan.model))
+        return replace(plan, network=corrections.equalize_cross_layer(plan.network))
 
     def observe(observer: str, plan: Plan) -> Plan:
         return replace(plan, settings=replace(plan.settings, observer=observer))
 
     def correct_biases(plan: Plan) -> Plan:
-        model = corrections.correct_biases(plan.model, bench.calibration, bench.batch_size)
-        return replace(plan, model=model)
+        network = corrections.correct_biases(plan.network, setup.calibration, setup.batch_size)
+        return replace(plan, network=network)
 
     observers = [observer for observer in OBSERVERS if observer != settings.observer]
     return [
@@ -147,16 +153,13 @@ def _free_corrections(bench: Bench, settings: Settings) -> list[dict[str, Callab
     ]
 
 
-def _restore_layers(trial: Trial, plan: Plan) -> Plan:
+def _restore_layers(evaluator: HeldOutEvaluator, plan: Plan) -> Plan:
     """Return layers to FP32, worst first, and to INT8 again what need not be; one stays in INT8."""
-    observed = trial.bench.calibrate(plan.model, plan.settings)
-    ranking = tuple(rank_layers(plan.model, observed, trial.bench.calibration))
+    observation = evaluator.setup.observe(plan.network, plan.settings)
+    ranking = tuple(rank_layers(observation, plan.settings.reduce_range))
 
     def judge(layers: tuple[str, ...]) -> Verdict:
-        settings = replace(plan.settings, fp32_layers=layers)
-        return trial.judge_calibrated(
-            conversion.reuse_ranges(observed, plan.model, settings), settings
-        )
+        return evaluator.judge_observed(observation, replace(plan.settings, fp32_layers=layers))
 
     restored, best, tried = (), plan.verdict, []
     for count, layer in enumerate(ranking[:-1], 1):
@@ -174,7 +177,7 @@ def _restore_layers(trial: Trial, plan: Plan) -> Plan:
         needless = verdict.passes or verdict.spare >= best.spare
         if needless:
             restored, best = fewer, verdict
-        undone.append(Step.of(f"{layer} in INT8 again", verdict, needless))
-    steps = [Step.of(action, verdict, layer in restored) for action, layer, verdict in tried]
+        undone.append(Attempt.of(f"{layer} in INT8 again", verdict, needless))
+    steps = [Attempt.of(action, verdict, layer in restored) for action, layer, verdict in tried]
     settings = replace(plan.settings, fp32_layers=restored)
-    return Plan(plan.model, settings, best, [*plan.steps, *steps, *undone])
+    return Plan(plan.network, settings, best, [*plan.steps, *steps, *undone])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.command.cli import log
-from common.network.coded import CodedNetwork
+from quantization.int8.network import Int8Network
 
 # First price: the bundled network takes BITS at PRICE, and twice the bits at a quarter of it.
 PRICE, BITS, EXPONENT = 0.0235, 0.605, -0.5
@@ -34,7 +34,7 @@ class Coding:
 
     price: float
     bits: float
-    network: CodedNetwork
+    network: Int8Network
 
 
 def code_to_bits(code: Callable[[float], Coding], wanted: float) -> Coding:

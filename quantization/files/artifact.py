@@ -43,6 +43,11 @@ class Int8Model(nn.Module):
         self.network, self.engine = network, engine
         self._run = engines.runner(engine, network)
 
+    @property
+    def fp32_operations(self) -> dict[str, str]:
+        """The operations that run in FP32 on this engine, each with the reason."""
+        return getattr(self._run, "fp32_operations", self.network.fp32_operations())
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits; NaN for an image with a NaN in it.
 

@@ -92,8 +92,8 @@ def convert(
     Args:
         observation: Values observed with the observer of ``settings``.
         settings: How to quantize.
-        coded: INT8 layers to use in place of the network's own weights rounded to the nearest
-            level; all layers, if any.
+        coded: INT8 layers to use in place of the network's weights, each rounded to the nearest
+            level.
     """
     network, images = observation.network, observation.images
     graph = network.graph
@@ -114,6 +114,27 @@ def convert(
         name: _fit_bias(layer, ranges, graph[name].inputs[0]) for name, layer in coded.items()
     }
     return replace(int8, layers=layers, ranges=ranges)
+
+
+def convert_coded(
+    network: Network,
+    coded: Mapping[str, Int8Layer],
+    calibration: ImageSet,
+    settings: Settings,
+    batch_size: int,
+) -> Int8Network:
+    """Return coded layers as an INT8 network, whose values are observed with these weights.
+
+    Args:
+        network: Network that the layers were coded from.
+        coded: All layers of the network, in INT8.
+        calibration: Images, whose labels are not used.
+        settings: How to quantize values.
+        batch_size: Number of images in a batch.
+    """
+    dense = {name: Layer(layer.dense(), layer.bias) for name, layer in coded.items()}
+    observed = observe(network.with_layers(dense), calibration, settings.observer, batch_size)
+    return convert(observed, settings, coded)
 
 
 def quantize_layer(layer: Layer) -> Int8Layer:

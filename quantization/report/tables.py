@@ -14,7 +14,7 @@ from common.report.results import (
     percent,
     points,
 )
-from quantization.coding.study import format_coding
+from quantization.coding.smallest import format_coding
 from quantization.report.results import int8_entries
 
 WORST_SHOWN = 5
@@ -137,14 +137,11 @@ def format_budget(budget: dict) -> str:
 
 
 def format_sparsity(sparsity: dict) -> str:
-    """Say that the zeros are still there, and what they save."""
-    weights, packed = sparsity["weights"], sparsity["packed"]
-    before, after = sparsity["zeros_before"], sparsity["zeros_after"]
+    """Say that the zeros are still there; the file stores them in next to nothing."""
+    weights, before, after = (sparsity[key] for key in ("weights", "zeros_before", "zeros_after"))
     return (
         f"a pruned network: {percent(before / weights)} of the weights are zero\n"
         f"  in INT8   every one of them still is; rounding adds {after - before:,}\n"
-        f"  packed    {megabytes(packed['size_bytes'])}, {1 / packed['size_ratio']:.1f}× smaller "
-        f"than FP32: {packed['file']}\n"
     )
 
 
