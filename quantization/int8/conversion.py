@@ -21,7 +21,6 @@ from quantization.int8.network import (
     SAME_RANGE,
     Int8Layer,
     Int8Network,
-    Step,
     ValueRange,
     fuse_activations,
 )
@@ -38,7 +37,8 @@ class Observation:
 
     Attributes:
         network: The network.
-        observers: What saw each value that can be quantized, by the value's name.
+        observers: What saw the values of each step, by the step's name; steps that only move or
+            average levels share that of their input.
         images: The calibration images.
     """
 
@@ -47,14 +47,9 @@ class Observation:
     images: ImageSet
 
     def ranges(self, reduce_range: bool) -> dict[str, ValueRange]:
-        """Return the range of each step's value; those that only move levels have their input's."""
-        ranges: dict[str, ValueRange] = {}
-        for step in fuse_activations(self.network.graph):
-            if step.operation.kind in SAME_RANGE:
-                ranges[step.name] = ranges[step.inputs[0]]
-            else:
-                ranges[step.name] = self.observers[step.name].choose_range(reduce_range)
-        return ranges
+        """Return the range of each step's value."""
+        chosen = {o: o.choose_range(reduce_range) for o in set(self.observers.values())}
+        return {name: chosen[observer] for name, observer in self.observers.items()}
 
 
 @torch.inference_mode()
@@ -70,9 +65,10 @@ def observe(network: Network, images: ImageSet, observer: str, batch_size: int) 
     Raises:
         UserError: A value is not finite.
     """
-    steps = fuse_activations(network.graph)
-    observed = [step.name for step in steps if step.operation.kind not in SAME_RANGE]
-    observers = {name: OBSERVERS[observer]() for name in observed}
+    observers: dict[str, MinMaxObserver] = {}
+    for step in fuse_activations(network.graph):
+        shares = step.operation.kind in SAME_RANGE
+        observers[step.name] = observers[step.inputs[0]] if shares else OBSERVERS[observer]()
 
     def compute(operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
         value = network.compute(operation, inputs, operation.name in network.overwriting)
@@ -96,8 +92,8 @@ def convert(
     Args:
         observation: Values observed with the observer of ``settings``.
         settings: How to quantize.
-        coded: INT8 layers to use in place of the network's own weights rounded to the nearest
-            level; all layers, if any.
+        coded: INT8 layers to use in place of the network's weights, each rounded to the nearest
+            level.
     """
     network, images = observation.network, observation.images
     graph = network.graph
@@ -112,15 +108,33 @@ def convert(
     int8 = Int8Network(
         graph, coded, affine, {}, images.classes, tuple(images.mean), tuple(images.std), settings
     )
-    steps, ranges = int8.steps(), observation.ranges(settings.reduce_range)
-    kept = _values_in_uint8(int8, steps)
+    ranges, kept = observation.ranges(settings.reduce_range), int8.values_in_uint8()
     ranges = {name: value for name, value in ranges.items() if name in kept}
     layers = {
-        step.operation.name: _fit_bias(coded[step.operation.name], ranges, step.inputs[0])
-        for step in steps
-        if step.operation.is_layer
+        name: _fit_bias(layer, ranges, graph[name].inputs[0]) for name, layer in coded.items()
     }
     return replace(int8, layers=layers, ranges=ranges)
+
+
+def convert_coded(
+    network: Network,
+    coded: Mapping[str, Int8Layer],
+    calibration: ImageSet,
+    settings: Settings,
+    batch_size: int,
+) -> Int8Network:
+    """Return coded layers as an INT8 network, whose values are observed with these weights.
+
+    Args:
+        network: Network that the layers were coded from.
+        coded: All layers of the network, in INT8.
+        calibration: Images, whose labels are not used.
+        settings: How to quantize values.
+        batch_size: Number of images in a batch.
+    """
+    dense = {name: Layer(layer.dense(), layer.bias) for name, layer in coded.items()}
+    observed = observe(network.with_layers(dense), calibration, settings.observer, batch_size)
+    return convert(observed, settings, coded)
 
 
 def quantize_layer(layer: Layer) -> Int8Layer:
@@ -128,7 +142,7 @@ def quantize_layer(layer: Layer) -> Int8Layer:
     weight = layer.weight.detach()
     largest = weight.abs().flatten(1).amax(dim=1)
     scales = (largest / ((HIGHEST - LOWEST) / 2)).clamp_min(SMALLEST_SCALE)
-    levels = weight / scales.view(-1, *[1] * (weight.ndim - 1))
+    levels = weight * (1 / scales).view(-1, *[1] * (weight.ndim - 1))
     levels = levels.round_().clamp_(LOWEST, HIGHEST).to(torch.int8)
     return Int8Layer(levels, scales, layer.bias.detach())
 
@@ -137,15 +151,6 @@ def _keep(layer: Layer) -> Int8Layer:
     """Return a layer that stays in FP32."""
     weight, bias = layer.weight.detach(), layer.bias.detach()
     return Int8Layer(weight, torch.ones_like(bias), bias)
-
-
-def _values_in_uint8(network: Int8Network, steps: tuple[Step, ...]) -> set[str]:
-    """Return the names of the values that an integer operation gives or reads."""
-    kept: set[str] = set()
-    for step in steps[1:]:
-        if network.is_int8(step.operation):
-            kept.update((step.name, *step.inputs))
-    return kept
 
 
 def _fit_bias(layer: Int8Layer, ranges: Mapping[str, ValueRange], source: str) -> Int8Layer:
