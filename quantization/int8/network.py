@@ -155,18 +155,9 @@ class Int8Network:
     std: tuple[float, ...]
     settings: Settings
 
-    def steps(self, with_additions: bool = False) -> tuple[Step, ...]:
-        """Return the steps in execution order; the first is the input.
-
-        Args:
-            with_additions: Whether an addition runs inside of the convolution before it, where the
-                convolution's result has no other reader. Then that result is not rounded before it
-                is added.
-        """
-        steps = fuse_activations(self.graph)
-        if not with_additions:
-            return steps
-        return fuse_additions(steps, self.graph, lambda step: self.is_int8(step.operation))
+    def steps(self) -> tuple[Step, ...]:
+        """Return the steps in execution order; the first is the input."""
+        return fuse_activations(self.graph)
 
     def is_int8(self, operation: Operation) -> bool:
         """Return whether an operation runs on integers."""
@@ -216,14 +207,16 @@ def fuse_activations(
 
 
 def fuse_additions(
-    steps: Sequence[Step], graph: Graph, can_add: Callable[[Step], bool]
+    steps: Sequence[Step], graph: Graph, can_add: Callable[[Step, str], bool]
 ) -> tuple[Step, ...]:
     """Return the steps with additions inside of the last convolution that they read.
+
+    The result of such a convolution is not rounded before it is added.
 
     Args:
         steps: Steps of the graph.
         graph: The graph.
-        can_add: Whether a convolution can add a value to its result.
+        can_add: Whether a convolution's step can add the value of a name to its result.
     """
     positions = {step.name: index for index, step in enumerate(steps)}
     found: list[Step | None] = list(steps)
@@ -234,8 +227,8 @@ def fuse_additions(
             before = found[positions[source]]
             is_free = before.activation is None and before.added is None
             is_free &= before.operation.kind == CONVOLUTION and len(graph.users[source]) == 1
-            if is_free and can_add(before):
-                (other,) = set(step.inputs) - {source}
+            (other,) = set(step.inputs) - {source}
+            if is_free and can_add(before, other):
                 found[positions[source]] = None
                 found[index] = replace(
                     before, name=step.name, activation=step.activation, added=other

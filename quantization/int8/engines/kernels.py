@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +25,17 @@ from common.network.graph import (
     PERMUTE,
     RESHAPE,
     SLICE,
-    VIEWS,
 )
-from quantization.int8.engines.runner import value_shapes
+from quantization.int8.engines.base import value_shapes
+from quantization.int8.engines.program import Call, may_overwrite
 from quantization.int8.engines.switch import using
-from quantization.int8.network import MAX_LEVEL, Int8Network, Step, ValueRange
+from quantization.int8.network import (
+    MAX_LEVEL,
+    Int8Network,
+    Step,
+    ValueRange,
+    fuse_additions,
+)
 
 QUANTIZED, ATEN = torch.ops.quantized, torch.ops.aten
 FUSES_ADDITIONS = "onednn"  # the engine whose convolutions can add
@@ -40,23 +45,6 @@ SATURATES_DEPTHWISE = ("fbgemm", "x86")
 FLOAT_CLIPS = {None: lambda value: value, "relu": F.relu, "relu6": F.relu6}
 
 Function = Callable[..., torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a kernel.
-
-    Attributes:
-        name: Name of the value that it returns.
-        function: The kernel, with all but the values bound to it.
-        inputs: Names of the values that it takes.
-        constants: Packed weights and tensors that the function holds.
-    """
-
-    name: str
-    function: Function
-    inputs: tuple[str, ...]
-    constants: tuple[object, ...] = ()
 
 
 def list_calls(network: Int8Network, engine: str) -> list[Call]:
@@ -72,25 +60,22 @@ def list_calls(network: Int8Network, engine: str) -> list[Call]:
     return _Builder(network, engine).build()
 
 
-def fp32_activations(network: Int8Network) -> dict[str, str]:
-    """Return the activations that torch has no integer kernel for."""
+def fp32_activations(network: Int8Network, engine: str) -> dict[str, str]:
+    """Return the activations that an engine has no integer kernel for."""
     return {
-        step.name: "no integer kernel in torch: between a dequantize and a quantize, exactly as "
-        "a table of levels"
+        step.name: "no integer kernel in torch: computed between a dequantize and a quantize"
         for step in network.steps()
-        if step.operation.kind in ACTIVATIONS and step.operation.kind not in ACTIVATION_KERNELS
+        if step.operation.kind in ACTIVATIONS and _kernel_of(step, engine) is None
     }
 
 
 class _Builder:
     def __init__(self, network: Int8Network, engine: str):
         self._network, self._engine, self._ranges = network, engine, network.ranges
-        steps = network.steps(with_additions=engine == FUSES_ADDITIONS)
+        self._shapes = value_shapes(network)
+        self._steps = network.steps()
         if engine == FUSES_ADDITIONS:
-            shapes = value_shapes(network)
-            if any(s.added and shapes[s.name] != shapes[s.added] for s in steps):
-                steps = network.steps()  # a kernel adds values of one shape only
-        self._steps = steps
+            self._steps = fuse_additions(self._steps, network.graph, self._can_add)
         self._fp32 = Network(
             network.graph,
             {
@@ -106,13 +91,18 @@ class _Builder:
     def build(self) -> list[Call]:
         return [self._call(step) for step in self._steps]
 
+    def _can_add(self, step: Step, added: str) -> bool:
+        """Return whether a convolution can add a value: both in INT8, of one shape."""
+        is_int8 = self._network.is_int8(step.operation) and added in self._ranges
+        return is_int8 and self._shapes[step.name] == self._shapes[added]
+
     def _call(self, step: Step) -> Call:
         operation, kept = step.operation, self._ranges.get(step.name)
         if operation.kind == INPUT:
             return Call(step.name, functools.partial(_store, kept=kept), (step.name,))
         if operation.is_layer and self._network.is_int8(operation):
             return self._layer(step)
-        make = KERNELS.get(operation.kind)
+        make = _kernel_of(step, self._engine)
         if make is not None and self._network.is_int8(operation):
             return Call(step.name, _clipped(make(step, kept), step, kept), step.inputs)
         return self._in_fp32(step)
@@ -128,7 +118,7 @@ class _Builder:
 
             inputs = step.inputs
         else:
-            is_free = self._may_overwrite(step)
+            is_free = may_overwrite(step, self._steps)
 
             def run(value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
                 if not is_free:
@@ -137,15 +127,6 @@ class _Builder:
 
             inputs = (*step.inputs, step.added)
         return Call(step.name, _clipped(run, step, kept), inputs, (packed,))
-
-    def _may_overwrite(self, step: Step) -> bool:
-        """Return whether a step may write its result over the value that it adds."""
-        position = self._steps.index(step)
-        made = next(s for s in self._steps if s.name == step.added)
-        readers = [s for s in self._steps if step.added in (*s.inputs, s.added)]
-        is_last = all(self._steps.index(reader) <= position for reader in readers)
-        shares = any(s.operation.kind in VIEWS for s in (made, *readers))
-        return is_last and not shares and step.added not in step.inputs
 
     def _pack(self, step: Step) -> object:
         """Pack a layer's weights for the engine that runs it."""
@@ -186,6 +167,13 @@ class _Builder:
 
         constants = () if layer is None else (layer.weight, layer.bias)
         return Call(step.name, run, step.inputs, constants)
+
+
+def _kernel_of(step: Step, engine: str) -> Callable[[Step, ValueRange], Function] | None:
+    """Return what makes the function of a step that is no layer; None where torch has no kernel."""
+    if engine == "qnnpack" and step.operation.kind == "sigmoid":  # its kernel has one range only
+        return None
+    return KERNELS.get(step.operation.kind)
 
 
 def torch_engines() -> list[str]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from quantization.int8.engines.kernels import Call, fp32_activations, list_calls
-from quantization.int8.engines.runner import PreparedSizes, Run, Runner
+from quantization.int8.engines.base import PreparedSizes, Run, Runner
+from quantization.int8.engines.kernels import fp32_activations, list_calls
+from quantization.int8.engines.program import Program
 from quantization.int8.engines.switch import SWITCH, using
 from quantization.int8.network import Int8Network
 
@@ -33,7 +32,7 @@ class TorchRunner(Runner):
     """Runs an INT8 network on one of torch's engines.
 
     A call sets ``torch.backends.quantized.engine`` and restores it. See
-    :class:`quantization.int8.engines.runner.Runner` for the rest.
+    :class:`quantization.int8.engines.base.Runner` for the rest.
     """
 
     def __init__(self, network: Int8Network, engine: str):
@@ -43,7 +42,7 @@ class TorchRunner(Runner):
     @property
     def fp32_operations(self) -> dict[str, str]:
         """The operations that do not run on integers, each with the reason."""
-        return self.network.fp32_operations() | fp32_activations(self.network)
+        return self.network.fp32_operations() | fp32_activations(self.network, self.engine)
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         program = self._programs[len(images) if self.engine in PREPARES_SIZES else None]
@@ -66,39 +65,3 @@ class TorchRunner(Runner):
                         return torch.jit.trace(program, example, check_trace=False)
                     program(example)
                     return program
-
-
-class Program(nn.Module):
-    """Calls in a row; each value is freed after its last use.
-
-    Args:
-        calls: Calls in execution order. The first takes the images, the last gives the logits.
-    """
-
-    def __init__(self, calls: Sequence[Call]):
-        super().__init__()
-        self._source, self._output = calls[0].inputs[0], calls[-1].name
-        last_uses = {name: call.name for call in calls for name in call.inputs}
-        self._calls = [
-            (call.name, call.function, call.inputs,
-             tuple(name for name in set(call.inputs) - {call.name} if last_uses[name] == call.name))
-            for call in calls
-        ]  # fmt: skip
-        # A trace knows the packed weights and tensors that are attributes of its module.
-        constants = [constant for call in calls for constant in call.constants]
-        for index, constant in enumerate(constants):
-            if isinstance(constant, torch.Tensor):
-                self.register_buffer(f"constant_{index}", constant, persistent=False)
-            else:
-                setattr(self, f"constant_{index}", constant)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map normalised images to FP32 logits."""
-        values = {self._source: images}
-        for name, function, inputs, freed in self._calls:
-            values[name] = function(*[values[source] for source in inputs])
-            for source in freed:
-                del values[source]
-        logits = values[self._output]
-        return logits.dequantize() if logits.is_quantized else logits
-
