@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.images.cifar10 import CLASSES
 from common.images.data import ImageSet
 from common.report import results as report
 from quantization.report.tables import label
@@ -125,14 +124,14 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
         + (f" (the first {len(shown)})" if len(shown) < len(flipped) else ""),
         fontsize=11, fontweight="bold",
     )  # fmt: skip
-    colors = (report.RED, report.GREEN, report.GREY)
+    colors, classes = (report.RED, report.GREEN, report.GREY), dataset.classes
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, shown, strict=False):
         axis.imshow(dataset.images[index].permute(1, 2, 0).numpy(), interpolation="bicubic")
         axis.set_title(
-            f"true: {CLASSES[labels[index]]}\nFP32: {CLASSES[fp32[index]]}\n"
-            f"INT8: {CLASSES[int8[index]]}",
+            f"true: {classes[labels[index]]}\nFP32: {classes[fp32[index]]}\n"
+            f"INT8: {classes[int8[index]]}",
             fontsize=7.5, fontweight="normal", color=colors[kind(index)],
         )  # fmt: skip
     report.save_figure(figure, path)

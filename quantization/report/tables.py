@@ -14,7 +14,7 @@ from common.report.results import (
     percent,
     points,
 )
-from quantization.coding.study import format_coding
+from quantization.coding.smallest import format_coding
 from quantization.report.results import int8_entries
 
 WORST_SHOWN = 5
@@ -115,27 +115,33 @@ def format_budget(budget: dict) -> str:
     """Say what was tried to hold the accuracy budget, and whether it held."""
     verdict = "met" if budget["met"] else "NOT met: the best model found was written"
     rows = [
-        [step["action"], points(-step["drop"]), "kept" if step["kept"] else "–"]
+        [
+            step["action"],
+            points(-step["drop"]),
+            points(step["spare"]),
+            "kept" if step["kept"] else "–",
+        ]
         for step in budget["steps"]
     ]
+    header = ["tried, on held-out training images", "change", "to spare", ""]
     return (
-        f"accuracy budget of {100 * budget['max_drop']:.2f} points: {verdict}\n"
-        + format_table(["tried, on held-out training images", "change", ""], rows)
-        + f"\nheld-out training images, {budget['held_out_engine']}: "
-        f"{points(-budget['held_out_drop'])} points\n"
+        f"accuracy budget of {100 * budget['max_drop']:g} points: {verdict}\n"
+        "  on held-out images the loss and one standard error must be within it,\n"
+        "  on test images the loss\n\n"
+        + format_table(header, rows)
+        + f"\n{budget['held_out_images']:,} held-out training images, "
+        f"{budget['held_out_engine']}: {points(-budget['held_out_drop'])} points, "
+        f"{points(budget['held_out_spare'])} to spare\n"
         f"test images, {budget['test_engine']}: {points(-budget['test_drop'])} points\n"
     )
 
 
 def format_sparsity(sparsity: dict) -> str:
-    """Say that the zeros are still there, and what they save."""
-    weights, packed = sparsity["weights"], sparsity["packed"]
-    before, after = sparsity["zeros_before"], sparsity["zeros_after"]
+    """Say that the zeros are still there; the file stores them in next to nothing."""
+    weights, before, after = (sparsity[key] for key in ("weights", "zeros_before", "zeros_after"))
     return (
         f"a pruned network: {percent(before / weights)} of the weights are zero\n"
         f"  in INT8   every one of them still is; rounding adds {after - before:,}\n"
-        f"  packed    {megabytes(packed['size_bytes'])}, {1 / packed['size_ratio']:.1f}× smaller "
-        f"than FP32: {packed['file']}\n"
     )
 
 
