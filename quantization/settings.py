@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# From the slowest on x86 to the fastest; qnnpack is made for Arm.
-ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
+# torch's, from the slowest on x86 to the fastest; qnnpack is made for Arm.
+TORCH_ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
+ENGINES = (*TORCH_ENGINES, "onnxruntime", "openvino", "reference")
 OBSERVERS = ("histogram", "minmax", "moving-average", "percentile")
 
 

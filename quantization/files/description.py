@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from common.network.execution import Layer, Network
-from common.network.graph import AFFINE, Graph
+from common.network.graph import AFFINE, CONVOLUTION, Graph, Operation
 from quantization.files.dense_levels import is_dense
 from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network
 from quantization.settings import parse_settings
@@ -125,8 +126,9 @@ def _blank(fields: Mapping) -> Int8Network:
     classes, mean, std = (tuple(fields[name]) for name in ("classes", "mean", "std"))
     if not all(isinstance(name, str) for name in classes):
         raise ValueError("class names that are no text")
-    if len(mean) != len(std) or not all(isinstance(value, float) for value in (*mean, *std)):
-        raise ValueError("mean and std are no numbers")
+    numbers = all(isinstance(value, float) and math.isfinite(value) for value in (*mean, *std))
+    if len(mean) != len(std) or not numbers or not all(value > 0 for value in std):
+        raise ValueError("mean and std are no numbers that images can have")
     if not set(settings.fp32_layers) <= set(graph.layers):
         raise ValueError("FP32 layers that the network does not have")
     layers, affine = {}, {}
@@ -147,10 +149,31 @@ def _check_that_it_runs(blank: Int8Network) -> None:
         raise ValueError("images of another number of channels than mean and std have")
     layers = {name: Layer(layer.weight.float(), layer.bias) for name, layer in blank.layers.items()}
     shapes = Network(blank.graph, {**layers, **blank.affine}).shapes
+    for operation in blank.graph.operations:
+        _check_weights(operation, blank, shapes)
     if sum(torch.Size(shape).numel() for shape in shapes.values()) > MAX_VALUES:
         raise ValueError("values too large")
     if shapes[blank.graph.output] != (len(blank.classes),):
         raise ValueError("another number of logits than of classes")
+
+
+def _check_weights(
+    operation: Operation, blank: Int8Network, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check what running without values does not: that weights fit the values they meet."""
+    if operation.kind == AFFINE:
+        fits = shapes[operation.name][0] == len(blank.affine[operation.name].bias)
+    elif operation.kind == CONVOLUTION:
+        groups, weight = _count(operation.attributes["groups"]), blank.layers[operation.name].weight
+        for key, least in (("stride", 1), ("dilation", 1), ("padding", 0)):
+            if not all(type(n) is int and n >= least for n in operation.attributes[key]):
+                raise ValueError(f"{operation.name[:60]} with a {key} that no convolution has")
+        (source,) = operation.inputs
+        fits = shapes[source][0] == weight.shape[1] * groups and len(weight) % groups == 0
+    else:
+        fits = True
+    if not fits or min(shapes[operation.name]) < 1:
+        raise ValueError(f"{operation.name[:60]} does not fit its input")
 
 
 def _count(number: object) -> int:

@@ -9,8 +9,8 @@ https://arxiv.org/abs/1712.05877).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -155,16 +155,9 @@ class Int8Network:
     std: tuple[float, ...]
     settings: Settings
 
-    def steps(self, fuse_additions: bool = False) -> tuple[Step, ...]:
-        """Return the steps in execution order; the first is the input.
-
-        Args:
-            fuse_additions: Whether an addition runs inside of the convolution before it, where the
-                convolution's result has no other reader. Then that result is not rounded before it
-                is added.
-        """
-        steps = fuse_activations(self.graph)
-        return _fuse_additions(steps, self) if fuse_additions else steps
+    def steps(self) -> tuple[Step, ...]:
+        """Return the steps in execution order; the first is the input."""
+        return fuse_activations(self.graph)
 
     def is_int8(self, operation: Operation) -> bool:
         """Return whether an operation runs on integers."""
@@ -196,23 +189,35 @@ class Int8Network:
         }
 
 
-def fuse_activations(graph: Graph) -> tuple[Step, ...]:
-    """Return a graph's steps: each operation, with the ReLU or ReLU6 that alone reads its value."""
+def fuse_activations(
+    graph: Graph, activations: Collection[str] = FUSED_ACTIVATIONS
+) -> tuple[Step, ...]:
+    """Return a graph's steps: each operation, with the activation that alone reads its value."""
     steps, fused = [], set()
     for operation in graph.operations:
         if operation.name in fused:
             continue
         name, activation, reader = operation.name, None, graph.sole_user(operation.name)
         is_activated = operation.kind in ACTIVATED and name != graph.output
-        if is_activated and reader is not None and reader.kind in FUSED_ACTIVATIONS:
+        if is_activated and reader is not None and reader.kind in activations:
             name, activation = reader.name, reader.kind
             fused.add(name)
         steps.append(Step(name, operation, operation.inputs, activation))
     return tuple(steps)
 
 
-def _fuse_additions(steps: tuple[Step, ...], network: Int8Network) -> tuple[Step, ...]:
-    """Return the steps with additions inside of the last convolution that they read."""
+def fuse_additions(
+    steps: Sequence[Step], graph: Graph, can_add: Callable[[Step, str], bool]
+) -> tuple[Step, ...]:
+    """Return the steps with additions inside of the last convolution that they read.
+
+    The result of such a convolution is not rounded before it is added.
+
+    Args:
+        steps: Steps of the graph.
+        graph: The graph.
+        can_add: Whether a convolution's step can add the value of a name to its result.
+    """
     positions = {step.name: index for index, step in enumerate(steps)}
     found: list[Step | None] = list(steps)
     for index, step in enumerate(steps):
@@ -220,22 +225,13 @@ def _fuse_additions(steps: tuple[Step, ...], network: Int8Network) -> tuple[Step
             continue
         for source in sorted(step.inputs, key=positions.get, reverse=True):
             before = found[positions[source]]
-            if _can_add(before, network):
-                (other,) = set(step.inputs) - {source}
+            is_free = before.activation is None and before.added is None
+            is_free &= before.operation.kind == CONVOLUTION and len(graph.users[source]) == 1
+            (other,) = set(step.inputs) - {source}
+            if is_free and can_add(before, other):
                 found[positions[source]] = None
-                found[index] = Step(
-                    step.name, before.operation, before.inputs, step.activation, other
+                found[index] = replace(
+                    before, name=step.name, activation=step.activation, added=other
                 )
                 break
     return tuple(step for step in found if step is not None)
-
-
-def _can_add(step: Step, network: Int8Network) -> bool:
-    """Return whether a step is a convolution that can add a value to its result."""
-    return (
-        step.operation.kind == CONVOLUTION
-        and network.is_int8(step.operation)
-        and step.activation is None
-        and step.added is None
-        and len(network.graph.users[step.name]) == 1
-    )
