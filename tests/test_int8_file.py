@@ -183,9 +183,10 @@ FORGERIES = [
     (_operation("stem", groups=7), "damaged"),
     (_operation("depthwise", groups=1), "damaged"),
     (_operation("stem", dilation=[-1, 1]), "damaged"),
-    (lambda t, j, m: j.update(affine=[1]), "does not fit"),
+    (lambda t, j, m: j.update(affine=[1]), "not fit"),
     (_operation("stem", padding=[1 << 40, 1]), "damaged"),
     (_operation("stem", padding=[1 << 14, 1 << 14]), "damaged"),
+    (_operation("hardswish", kind="pad", padding=[1 << 14] * 4), "damaged"),
     (_operation("x", shape=[3, 1 << 20, 1 << 20]), "damaged"),
     (_operation("x", shape=[3, -12, 12]), "no positive number"),
     (_operation("x", shape=[4, 12, 12]), "another number of channels"),
@@ -210,12 +211,11 @@ FORGERIES = [
 
 def test_forged_files_are_refused_in_one_line(saved, tmp_path):
     path = tmp_path / "forged.safetensors"
-    for index, (change, message) in enumerate(FORGERIES):
+    for change, message in FORGERIES:
         path.write_bytes(saved.read_bytes())
         rewrite(path, change)
         with pytest.raises(UserError, match=message) as refused:
             read_int8(path)
-            pytest.fail(f"forgery {index} was believed")
         assert "\n" not in str(refused.value)
 
 

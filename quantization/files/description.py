@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from common.network.execution import Layer, Network
-from common.network.graph import AFFINE, CONVOLUTION, Graph, Operation
+from common.network.execution import Layer
+from common.network.graph import AFFINE, Graph
+from common.network.shapes import infer_shapes
 from quantization.files.dense_levels import is_dense
 from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network
 from quantization.settings import parse_settings
@@ -143,37 +144,16 @@ def _blank(fields: Mapping) -> Int8Network:
 
 
 def _check_that_it_runs(blank: Int8Network) -> None:
-    """Run a network without values; check that an image gives a logit for each class."""
+    """Check that all weights fit, and that an image gives a logit for each class."""
     shape = [_count(size) for size in blank.graph.operations[0].attributes["shape"]]
     if len(shape) != 3 or shape[0] != len(blank.mean):
         raise ValueError("images of another number of channels than mean and std have")
-    layers = {name: Layer(layer.weight.float(), layer.bias) for name, layer in blank.layers.items()}
-    shapes = Network(blank.graph, {**layers, **blank.affine}).shapes
-    for operation in blank.graph.operations:
-        _check_weights(operation, blank, shapes)
-    if sum(torch.Size(shape).numel() for shape in shapes.values()) > MAX_VALUES:
+    weighted = {**blank.layers, **blank.affine}
+    shapes = infer_shapes(blank.graph, {name: x.weight.shape for name, x in weighted.items()})
+    if sum(math.prod(shape) for shape in shapes.values()) > MAX_VALUES:
         raise ValueError("values too large")
     if shapes[blank.graph.output] != (len(blank.classes),):
         raise ValueError("another number of logits than of classes")
-
-
-def _check_weights(
-    operation: Operation, blank: Int8Network, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Check what running without values does not: that weights fit the values they meet."""
-    if operation.kind == AFFINE:
-        fits = shapes[operation.name][0] == len(blank.affine[operation.name].bias)
-    elif operation.kind == CONVOLUTION:
-        groups, weight = _count(operation.attributes["groups"]), blank.layers[operation.name].weight
-        for key, least in (("stride", 1), ("dilation", 1), ("padding", 0)):
-            if not all(type(n) is int and n >= least for n in operation.attributes[key]):
-                raise ValueError(f"{operation.name[:60]} with a {key} that no convolution has")
-        (source,) = operation.inputs
-        fits = shapes[source][0] == weight.shape[1] * groups and len(weight) % groups == 0
-    else:
-        fits = True
-    if not fits or min(shapes[operation.name]) < 1:
-        raise ValueError(f"{operation.name[:60]} does not fit its input")
 
 
 def _count(number: object) -> int:
