@@ -18,7 +18,6 @@ from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import Paired, predict
 from common.network.coded import CodedNetwork, save_coded
-from common.network.resnet import fold_batch_norm
 from common.report.results import format_change, format_table, megabytes, percent
 from quantization.coding.encoder import encode
 from quantization.coding.kernels import assemble
@@ -54,8 +53,7 @@ class CodingBench:
 
     def code(self, price: float) -> CodedNetwork:
         """Code the network at a price of a bit, as :func:`encode` takes it."""
-        folded = fold_batch_norm(self.inputs.model)
-        layers = encode(folded, self.images, price, self.inputs.seed)
+        layers = encode(self.inputs.traced.network, self.images, price, self.inputs.seed)
         return assemble(layers, self.inputs.calibration, self.settings, self.batch_size)
 
     def code_to(self, bits_per_weight: float) -> CodedNetwork:
