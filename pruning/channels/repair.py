@@ -91,7 +91,7 @@ def measure_dense(
     network = traced.network.to(dtype)
     recorder = _Recorder(traced.network, network, groups, seed)
     parts = [images.images[:fitted], images.images[fitted:]]
-    batches = [batch for part in parts for batch in part.split(BATCH_SIZE)]
+    batches = [batch for part in parts if len(part) for batch in part.split(BATCH_SIZE)]
     seen = 0
     for batch in cli.progress(batches, "dense network"):
         seen += len(batch)
