@@ -14,7 +14,6 @@ computed in integers alone: the reader may run on another machine.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -203,25 +202,16 @@ def _code(levels: np.ndarray, activity: Activity, code: Flags) -> None:
 
 
 def _order(positions: int) -> Sequence[int]:
-    """Return the order of a kernel's positions: a square one's centre first, its corners last."""
-    side = _side(positions)
-    y, x = np.divmod(np.arange(positions), side)
-    away = np.abs(2 * y - side + 1) + np.abs(2 * x - side + 1)
-    return away.argsort(kind="stable") if side < positions else range(positions)
-
-
-def _side(positions: int) -> int:
-    """Return the width of a kernel: the root of its positions, or all of them."""
-    side = math.isqrt(positions)
-    return side if side**2 == positions else positions
+    """Return the order of a kernel's positions: a 3×3 one's centre first, its corners last."""
+    return (4, 1, 3, 5, 7, 0, 2, 6, 8) if positions == 9 else range(positions)
 
 
 def neighbours(positions: int) -> np.ndarray:
     """Return how much each position of a kernel says of each other (int16)."""
-    side = _side(positions)
+    side = 3 if positions == 9 else positions
     y, x = np.divmod(np.arange(positions), side)
     away = np.abs(y[:, None] - y) + np.abs(x[:, None] - x)
-    near = np.where((away == 1) & (side < positions), ADJACENT, APART) * (away > 0)
+    near = np.where((away == 1) & (positions == 9), ADJACENT, APART) * (away > 0)
     return near.astype(np.int16)
 
 

@@ -18,6 +18,7 @@ from common.network.graph import ADD, LINEAR, Graph, Operation
 
 # Regressions of more inputs than this would take gigabytes.
 MAX_COLUMNS = 10_000
+ROUNDING = 1e-6  # variance of outputs that are constant but for rounding, in shares of their square
 SMALLEST_SPREAD = 1e-12  # ridge of inputs that are always zero, so that no matrix is singular
 
 
@@ -178,8 +179,7 @@ class MomentSums:
         self._count += rows.shape[1]
         if wanted is None:
             return
-        weight = _grouped(self._layer.weight, self._groups)
-        given = (rows @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        given = outputs_of(rows.transpose(0, 1), self._layer.weight)
         lacking = wanted - given.add_(self._layer.bias)
         by_group = lacking.unflatten(1, (self._groups, -1)).permute(1, 2, 0)
         self._cross.baddbmm_(by_group, rows)
@@ -194,8 +194,9 @@ class MomentSums:
         covariance = self._inner.div_(count).sub_(mean[:, :, None] * mean[:, None])
         cross = self._cross.div_(count)
         cross -= lacking.view(self._groups, -1, 1) * mean[:, None]
-        variance = float((self._square / count - wanted.square()).sum())
-        return Moments(mean, covariance, lacking, cross, variance)
+        square = wanted.square()
+        variance = (self._square / count - square).maximum(ROUNDING * square).sum()
+        return Moments(mean, covariance, lacking, cross, float(variance))
 
 
 def with_ridge(covariance: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
@@ -203,6 +204,12 @@ def with_ridge(covariance: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     damped = covariance.clone()
     damped.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     return damped
+
+
+def outputs_of(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the outputs (n, O) that a weight gives for inputs (n, groups, columns)."""
+    by_group = rows.transpose(0, 1) @ _grouped(weight, rows.shape[1]).transpose(1, 2)
+    return by_group.transpose(0, 1).flatten(1)
 
 
 def _grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:

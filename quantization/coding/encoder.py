@@ -33,6 +33,7 @@ from common.network.regression import (
     draw_positions,
     inputs_at,
     outputs_at,
+    outputs_of,
     with_ridge,
 )
 from common.network.walk import Walk, peak_bytes_per_image
@@ -149,7 +150,7 @@ class _Encoder:
         levels = torch.empty_like(weight, dtype=torch.int8)
         price = 0.0 if operation.name in self._fine else self._price * 1e-6
         price *= (weight.numel() / REFERENCE_SIZE) ** (SIZE_POWER - 1)
-        width = MAX_COLUMNS // kernel * kernel
+        width = max(1, MAX_COLUMNS // kernel) * kernel
         for start in range(0, weight.shape[1], width):
             part = slice(start, start + width)
             moments = self._measure(operation, Layer(weight, bias), part)
@@ -167,8 +168,8 @@ class _Encoder:
         others = layer.weight.clone()
         others[:, part] = 0
         for rows, wanted in self._samples(operation):
-            if others.shape[1] > MAX_COLUMNS:
-                wanted = wanted - rows[:, 0] @ others.T
+            if others.any():
+                wanted = wanted - outputs_of(rows, others)
             sums.add(rows[:, :, part], wanted)
         return sums.moments()
 
