@@ -131,3 +131,11 @@ def test_widths_are_measured_on_images_that_chose_nothing(
     assert len(measured) == 2  # among blocks of half their width, then in a network of that kind
     expected = pixels.images[fitted:] if fitted < images else pixels.images[-1:]
     assert all(torch.equal(seen, expected) for seen in measured)
+
+
+def test_a_network_without_free_channels_stays_as_it_is(random_images):
+    images = random_images(8)
+    conv, pool = torch.nn.Conv2d(3, 10, 3), torch.nn.AdaptiveAvgPool2d(1)
+    slimmer = slimmer_of(torch.nn.Sequential(conv, pool, torch.nn.Flatten()).eval(), images)
+    assert slimmer.costs.least_share() == 1
+    assert slimmer.slim(1.0).network.layers.keys() == {"0"}

@@ -84,7 +84,7 @@ def measure_curves(
     dtype = next(iter(dense.layers.values())).weight.dtype
     totals = {name: dict.fromkeys(choices[name], 0.0) for name in groups}
     numbers = sum(math.prod(dense.shapes[name]) for name in wanted)
-    batch_size = max(1, min(BATCH_SIZE, MEMORY_BYTES // (4 * numbers)))
+    batch_size = max(1, min(BATCH_SIZE, MEMORY_BYTES // (4 * max(numbers, 1))))
     for batch in cli.progress(images.images.split(batch_size), "widths"):
         inputs = {graph.input: images.normalize(batch).to(dtype)}
         expected = dense.run(inputs, [graph.output])[graph.output].float().log_softmax(1)

@@ -108,7 +108,9 @@ class _Encoder:
         dense = network if original is None else original.network
         self._channels = {} if original is None else original.channels
         pixels = torch.cat([calibration.images, calibration.images.flip(3)])
-        peak = peak_bytes_per_image(dense, 2) + peak_bytes_per_image(network, 2)
+        is_trained = None in self._channels.values()
+        walked = [dense, network] + [network] * is_trained
+        peak = sum(peak_bytes_per_image(one, torch.float16.itemsize) for one in walked)
         count = max(1, min(len(pixels), MEMORY_BYTES // peak))
         if count < len(pixels):
             cli.log.info("coding on %d of %d images, to save memory", count, len(pixels))
@@ -119,7 +121,7 @@ class _Encoder:
             return Walk(walked, images, network.graph, torch.float16)
 
         self._dense, self._coded = walk(dense), walk(network)
-        self._own = walk(network) if None in self._channels.values() else None
+        self._own = walk(network) if is_trained else None
         self._generator = torch.Generator().manual_seed(seed)
         self._fine = layers_on_the_image(network.graph)
 
@@ -167,8 +169,9 @@ class _Encoder:
         sums = MomentSums(Layer(layer.weight[:, part], layer.bias), _groups(operation))
         others = layer.weight.clone()
         others[:, part] = 0
+        has_others = bool(others.any())
         for rows, wanted in self._samples(operation):
-            if others.any():
+            if has_others:
                 wanted = wanted - outputs_of(rows, others)
             sums.add(rows[:, :, part], wanted)
         return sums.moments()
