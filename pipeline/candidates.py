@@ -22,7 +22,6 @@ from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
 from common.network.coded import CodedNetwork
 from common.network.resnet import ResNet18
-from common.network.size import count_macs
 from common.network.tracing import trace_network
 from pipeline.store import Store
 from pruning.channels.costs import MACS
@@ -113,7 +112,8 @@ class Workshop:
             key += TRAINED
             slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
         coded, coded_path = self.store.coded(f"{key}-int8", lambda: self.quantize(slim))
-        return self._judge(goal, share, coded, coded_path, path, trained)
+        macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
+        return self._judge(goal, share, coded, coded_path, path, macs, trained)
 
     def try_coded(self, goal: str, kept: float, base: Candidate) -> Candidate:
         """Code the slim network of a candidate at a price of a bit of 1 / ``kept``."""
@@ -128,7 +128,7 @@ class Workshop:
             return assemble(layers, self._range_images, self.settings, self.batch_size)
 
         coded, path = self.store.coded(f"{base.slim_path.stem}-coded-{kept:.5f}", code)
-        return self._judge(goal, kept, coded, path, base.slim_path, base.trained)
+        return self._judge(goal, kept, coded, path, base.slim_path, base.macs, base.trained)
 
     def _judge(
         self,
@@ -137,6 +137,7 @@ class Workshop:
         coded: CodedNetwork,
         path: Path,
         slim_path: Path,
+        macs: int,
         trained: bool,
     ) -> Candidate:
         converted, settings = to_int8(coded)
@@ -147,7 +148,6 @@ class Workshop:
 
         looks = doubling_looks(len(self.budget.images))
         verdict = self.budget.judge(find_correct, looks, CLEARLY_OUT)
-        macs = count_macs(ResNet18(coded.widths))
         candidate = Candidate(goal, kept, verdict, path, slim_path, macs, trained)
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
