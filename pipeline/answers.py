@@ -15,7 +15,7 @@ from common.command import cli
 from pipeline import GOALS
 from pipeline.candidates import Candidate, Workshop
 from pipeline.search import Range, Spare, nearest, of_budget, run_trials, strongest
-from pruning.channels.slimmer import MACS, WEIGHTS
+from pruning.channels.costs import MACS, WEIGHTS
 
 # In 1 / price of a bit; of the bundled weights one point allows about as much of each goal.
 FIRST_KEPT = {"size": 1 / 0.028, "both": 1 / 0.018}

@@ -14,17 +14,18 @@ from pathlib import Path
 import torch
 
 from common.command import cli
-from common.images.data import ImageSet, batches
+from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.machine.device import bf16_pays
 from common.measure.budget import Budget, Verdict, doubling_looks
 from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
 from common.network.coded import CodedNetwork
-from common.network.resnet import ResNet18, fold_batch_norm
-from common.network.size import count_macs
+from common.network.resnet import ResNet18
+from common.network.tracing import trace_network
 from pipeline.store import Store
-from pruning.channels.slimmer import MACS, Slimmer
+from pruning.channels.costs import MACS
+from pruning.channels.slimmer import Slimmer
 from quantization.coding.encoder import Original, encode
 from quantization.coding.kernels import assemble, from_int8, to_int8
 from quantization.int8 import conversion, deploy
@@ -94,7 +95,7 @@ class Workshop:
 
     def quantize(self, model: ResNet18) -> CodedNetwork:
         """Return a network in INT8 as quantization.py makes it, in the form of a coded file."""
-        loader = batches(self._range_images, self.batch_size)
+        loader = self._range_images.batches(self.batch_size)
         observed = conversion.calibrate(model, loader, self.settings)
         return from_int8(conversion.convert(observed, self.settings), self.settings)
 
@@ -106,28 +107,28 @@ class Workshop:
         If ``trained``, the network then learns to answer as the dense one does.
         """
         key = f"{unit}-{share:.4f}"
-        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share, unit))
+        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share, unit).model)
         if trained:
             key += TRAINED
             slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
         coded, coded_path = self.store.coded(f"{key}-int8", lambda: self.quantize(slim))
-        return self._judge(goal, share, coded, coded_path, path, trained)
+        macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
+        return self._judge(goal, share, coded, coded_path, path, macs, trained)
 
     def try_coded(self, goal: str, kept: float, base: Candidate) -> Candidate:
         """Code the slim network of a candidate at a price of a bit of 1 / ``kept``."""
 
         def code() -> CodedNetwork:
-            slim = load_model(base.slim_path)
-            channels = None if base.trained else self._slimmer.channels_of(slim)
-            original = Original(fold_batch_norm(self.inputs.model), channels)
-            layers = encode(
-                fold_batch_norm(slim), self.inputs.calibration, 1 / kept, self.inputs.seed,
-                original,
-            )  # fmt: skip
+            slim = trace_network(load_model(base.slim_path), self.inputs.calibration.shape)
+            channels = self._slimmer.channels_of(slim)
+            if base.trained:  # its channels are others by now
+                channels = dict.fromkeys(channels)
+            original = Original(self.inputs.traced.network, channels)
+            layers = encode(slim, self.inputs.calibration, 1 / kept, self.inputs.seed, original)
             return assemble(layers, self._range_images, self.settings, self.batch_size)
 
         coded, path = self.store.coded(f"{base.slim_path.stem}-coded-{kept:.5f}", code)
-        return self._judge(goal, kept, coded, path, base.slim_path, base.trained)
+        return self._judge(goal, kept, coded, path, base.slim_path, base.macs, base.trained)
 
     def _judge(
         self,
@@ -136,6 +137,7 @@ class Workshop:
         coded: CodedNetwork,
         path: Path,
         slim_path: Path,
+        macs: int,
         trained: bool,
     ) -> Candidate:
         converted, settings = to_int8(coded)
@@ -146,7 +148,6 @@ class Workshop:
 
         looks = doubling_looks(len(self.budget.images))
         verdict = self.budget.judge(find_correct, looks, CLEARLY_OUT)
-        macs = count_macs(ResNet18(coded.widths))
         candidate = Candidate(goal, kept, verdict, path, slim_path, macs, trained)
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
@@ -168,10 +169,10 @@ class Workshop:
 
     def least_share(self, unit: str) -> float:
         """Return the smallest share of the ``unit`` that can be left."""
-        return self._slimmer.least_share(unit)
+        return self._slimmer.costs.least_share(unit)
 
     @functools.cached_property
     def _slimmer(self) -> Slimmer:
         dtype = torch.bfloat16 if bf16_pays() else torch.float32
         inputs = self.inputs
-        return Slimmer(inputs.model, inputs.calibration.images, inputs.seed, dtype)
+        return Slimmer(inputs.model, inputs.traced, inputs.calibration, inputs.seed, dtype)

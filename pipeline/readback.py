@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.images.data import ImageSet, normalize
+from common.images.data import ImageSet
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
 from common.network.checkpoint import load_model
@@ -47,7 +47,9 @@ def measure_files(
         for name, model in models.items()
     }
     contenders = [Contender(name, model) for name, model in models.items()]
-    timings = time_interleaved(contenders, normalize(images.images[: max(timed)]), timed, seconds)
+    timings = time_interleaved(
+        contenders, images.normalize(images.images[: max(timed)]), timed, seconds
+    )
     return {
         name: Paired.of(correct[FP32], own).as_dict()
         | {"latency": [timing.as_dict() for timing in timings[name]]}

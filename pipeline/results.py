@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.network.size import count_macs
 from pipeline.answers import Answer
 from pipeline.candidates import Candidate, Workshop
 from pipeline.readback import FP32
@@ -31,7 +30,8 @@ def describe(
         measured: From :func:`pipeline.readback.measure_files`, by goal and by slim network.
         paths: Of the dense networks' files, under ``FP32`` and ``INT8``, and of the answers'.
     """
-    dense_macs, dense_bytes = count_macs(workshop.inputs.model), paths[FP32].stat().st_size
+    dense_macs = sum(workshop.inputs.traced.network.macs.values())
+    dense_bytes = paths[FP32].stat().st_size
 
     def describe_candidate(candidate: Candidate) -> dict:
         return {

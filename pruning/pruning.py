@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         fast = crew.broadcast(fast and place.type == "cpu")  # a measured answer: the first's counts
         layers = choose_layers(inputs.model, args.layers)
         if args.scope == "channels":
-            require_possible(inputs.model, args.remove_macs)
+            require_possible(inputs.traced.network, args.remove_macs)
         searches = args.scope and args.remove_macs is None
         if searches and (reason := why_too_strict(len(inputs.test), args.tolerance)):
             raise cli.UserError(f"--scope: {reason}")

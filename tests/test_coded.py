@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -53,6 +54,41 @@ def rewrite(path, change, checksum=True):
     if checksum:
         metadata["sha256"] = coded._checksum(tensors, metadata)
     save_file(tensors, path, metadata)
+
+
+# Of what the first release wrote.
+STREAM_SHA256 = "a10154133c4ed0ff0edf946211b839660ff61e9dbb0229c155bb7f9aa417420e"
+
+
+def levels_of(shape, seed=0):
+    """Return levels of correlated kernels, the same on every machine."""
+    numbers = np.arange(np.prod(shape), dtype=np.uint64) + np.uint64(seed)
+    numbers = (numbers * np.uint64(2654435761) % np.uint64(2**32)) >> np.uint64(27)  # 0 to 31
+    return np.where(numbers < 20, 0, numbers.astype(np.int64) - 25).astype(np.int8).reshape(shape)
+
+
+def test_streams_are_those_of_files_already_written():
+    """The bytes of 3x3, 1x1 and linear layers: a changed context would make files unreadable."""
+    layers = [levels_of((16, 12, 9)), levels_of((24, 16, 1), 5), levels_of((10, 64, 1), 9)]
+    stream = entropy.encode(layers)
+    assert hashlib.sha256(stream).hexdigest() == STREAM_SHA256
+    found = entropy.decode(stream, [levels.shape for levels in layers])
+    assert all(map(np.array_equal, found, layers))
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 40_000, 1), (2, 3000, 9), (5000, 1, 9), (6, 1, 25), (4, 3, 49), (3, 2, 7)]
+)
+def test_kernels_and_rows_of_any_size_come_back(shape):
+    levels = levels_of(shape)
+    (found,) = entropy.decode(entropy.encode([levels]), [shape])
+    assert np.array_equal(found, levels)
+
+
+def test_logarithms_are_exact():
+    numbers = [*range(1, 3000), 2**15, 2**40 - 1, 2**30, 3**20]
+    expected = [(n**8).bit_length() - 1 for n in numbers]
+    assert entropy._log2(np.array(numbers)).tolist() == expected
 
 
 @pytest.mark.parametrize("spread", [0.3, 3, 90])

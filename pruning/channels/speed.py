@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from common.images.data import ImageSet, normalize
+from common.images.data import ImageSet
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
 from common.network.resnet import ResNet18
@@ -49,7 +49,7 @@ def measure_models(
         correct[f"{name} int8"] = int8.predictions == images.labels
         models |= {f"{name} fp32": model, f"{name} int8": int8.model}
     timings = time_interleaved(
-        contenders, normalize(images.images[: max(TIMED_BATCH_SIZES)]), TIMED_BATCH_SIZES,
+        contenders, images.normalize(images.images[: max(TIMED_BATCH_SIZES)]), TIMED_BATCH_SIZES,
         SECONDS_PER_BATCH_SIZE,
     )  # fmt: skip
     macs = {name: count_macs(models[f"{name} fp32"]) for name in ("dense", "slim")}

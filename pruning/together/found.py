@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,8 @@ def finetune(model: ResNet18, dense: ResNet18, training: Training, seed: int) ->
     Raises:
         UserError: The loss is no longer finite.
     """
-    if model.widths != dense.widths:  # repaired, its batch norms too
+    shapes = ([p.shape for p in network.parameters()] for network in (model, dense))
+    if operator.ne(*shapes):  # repaired, its batch norms too
         distill(model, dense, training, seed)
     else:
         recalibrate_batch_norm(model, training.images.images[:RECALIBRATION_IMAGES])
