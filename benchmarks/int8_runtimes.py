@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.machine import device
     from common.machine.workers import ALONE
     from common.measure import latency
-    from common.network import checkpoint, size
+    from common.network import checkpoint, size, tracing
     from common.report import results as report
     from common.run import finish_run, print_results
     from quantization.bench import Bench
@@ -81,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
             name: float((classes == test.labels).double().mean())
             for name, classes in predictions.items()
         }
-        macs = {name: size.count_macs(network) for name, network in networks.items()}
+        macs = {
+            name: size.count_macs(tracing.trace_network(network, test.shape))
+            for name, network in networks.items()
+        }
         gemm_rate = runtimes.measure_gemm_rate()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 

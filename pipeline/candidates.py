@@ -23,6 +23,7 @@ from common.network.checkpoint import load_model
 from common.network.coded import CodedNetwork
 from common.network.resnet import ResNet18, fold_batch_norm
 from common.network.size import count_macs
+from common.network.tracing import trace_network
 from pipeline.store import Store
 from pruning.channels.slimmer import MACS, Slimmer
 from quantization.coding.encoder import Original, encode
@@ -146,7 +147,7 @@ class Workshop:
 
         looks = doubling_looks(len(self.budget.images))
         verdict = self.budget.judge(find_correct, looks, CLEARLY_OUT)
-        macs = count_macs(ResNet18(coded.widths))
+        macs = count_macs(trace_network(ResNet18(coded.widths).eval(), self.inputs.test.shape))
         candidate = Candidate(goal, kept, verdict, path, slim_path, macs, trained)
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",

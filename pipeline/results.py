@@ -31,7 +31,7 @@ def describe(
         measured: From :func:`pipeline.readback.measure_files`, by goal and by slim network.
         paths: Of the dense networks' files, under ``FP32`` and ``INT8``, and of the answers'.
     """
-    dense_macs, dense_bytes = count_macs(workshop.inputs.model), paths[FP32].stat().st_size
+    dense_macs, dense_bytes = count_macs(workshop.inputs.traced.network), paths[FP32].stat().st_size
 
     def describe_candidate(candidate: Candidate) -> dict:
         return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +14,7 @@ from pruning.channels.slimmer import Slimmer
 from pruning.channels.slimming import slim_by_norm
 from pruning.together.allocation import NORM
 from pruning.together.recalibration import recalibrate_batch_norm
-from pruning.together.search import Method, ModelSearch, Step
+from pruning.together.search import Method, ModelSearch, SparsityStep
 from quantization.int8.engines import fastest_engine
 
 SCOPE = "channels"
@@ -73,8 +72,8 @@ class ChannelSearch(ModelSearch):
         """Whether the share is asked for, whatever it costs."""
         return self.macs_removed is not None
 
-    def methods(self, allocations: Sequence[str]) -> list[Method]:
-        """Return what is searched with, whatever the allocations of weights."""
+    def methods(self) -> list[Method]:
+        """Return the methods to search with, the control last."""
         return [Method(RECONSTRUCTED, False), Method(NORM, True)]
 
     def norm_widths(self, sparsity: float) -> dict[str, int]:
@@ -91,13 +90,13 @@ class ChannelSearch(ModelSearch):
         if (method, sparsity) not in self._slim:
             if method.allocation == NORM:
                 slim = slim_by_norm(self.model, self.norm_widths(sparsity))
-                recalibrate_batch_norm(slim, self.calibration.images)
+                recalibrate_batch_norm(slim, self.calibration)
             else:
                 slim = self.slimmer.slim(1 - sparsity)
             self._slim[method, sparsity] = slim
         return self._slim[method, sparsity]
 
-    def find_largest(self, method: Method) -> tuple[float, list[Step]]:
+    def find_largest(self, method: Method) -> tuple[float, list[SparsityStep]]:
         """Return the largest share within the tolerance, and the steps that led to it."""
         if not self.is_given:
             return super().find_largest(method)

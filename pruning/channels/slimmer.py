@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from common.network.resnet import BLOCKS, ResNet18
-from common.network.size import Layer, describe_layers
+from common.network.size import LayerDescription, describe_layers
+from common.network.tracing import trace_network
 from pruning.channels.allocation import (
     CURVE_IMAGES,
     Curves,
@@ -88,8 +89,8 @@ class Slimmer:
         return {layer.name: getattr(layer, unit) for layer in self._layers}
 
     @functools.cached_property
-    def _layers(self) -> Sequence[Layer]:
-        return describe_layers(self.model)
+    def _layers(self) -> Sequence[LayerDescription]:
+        return describe_layers(self.model, trace_network(self.model, (3, 32, 32)))
 
     @functools.cached_property
     def _dense(self) -> Dense:

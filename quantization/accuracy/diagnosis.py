@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from common.images.data import ImageSet, normalize
 from common.measure import evaluate
-from common.network.cascade import Recomputation
+from common.network.cascade import Fp32Recheck
 from common.network.resnet import ResNet18, fold_batch_norm, hooked, prunable_layers
 from quantization.accuracy import layer_cost
 from quantization.accuracy.quantizers import Quantizer, layer_quantizers, quantize_weight
@@ -56,7 +56,7 @@ def diagnose(model: ResNet18, observed: GraphModule, settings: Settings, bench: 
     if settings.fp32_layers:  # of these it knows no ranges
         settings = replace(settings, fp32_layers=())
         observed = bench.calibrate(model, settings)
-    test, record = bench.images, Recomputation()
+    test, record = bench.images, Fp32Recheck()
     dense, only_quantized = layer_cost.scan_only_quantized(model, observed, test, record)
     only_fp32 = layer_cost.scan_only_fp32(model, observed, settings, test, bench.batch_size)
     record.warn_if_near(advice="")

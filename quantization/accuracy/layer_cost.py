@@ -18,9 +18,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from common.command import cli
 from common.images.data import ImageSet, batches
 from common.machine.device import bf16_pays
-from common.network.branching import Convolution, trace_dense
-from common.network.cascade import Branches, Cascade, Recomputation
+from common.network.branching import start_values
+from common.network.cascade import Cascade, Fp32Recheck, Variants
+from common.network.execution import Network
 from common.network.resnet import ResNet18, fold_batch_norm, prunable_layers
+from common.network.tracing import trace_network
 from quantization.accuracy.quantizers import Quantizer, layer_quantizers, quantize_weight
 from quantization.int8 import conversion, engines
 from quantization.settings import Settings
@@ -30,7 +32,7 @@ BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
 
 @torch.inference_mode()
 def scan_only_quantized(
-    model: ResNet18, observed: GraphModule, test: ImageSet, record: Recomputation
+    model: ResNet18, observed: GraphModule, test: ImageSet, record: Fp32Recheck
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
 
@@ -43,26 +45,28 @@ def scan_only_quantized(
         record: Of what FP32 decided again after bf16; counted into.
     """
     fast = bf16_pays()
-    cascade, quantizers = Cascade.of(model, fast), layer_quantizers(observed)
-    network = cascade.network
-    exact, rounded = {}, {}
-    for name, convolution in network.convolutions().items():
-        int8 = replace(convolution, weight=quantize_weight(convolution.weight))
-        exact[name] = _quantized(int8, *quantizers[name])
-        rounded[name] = _quantized(int8.to(torch.bfloat16), *quantizers[name])
-    branches = Branches(exact, rounded if fast else None)
-    bounds = cascade.measure_bounds(test, branches, BRANCH_BATCH) if fast else None
-    read, write = quantizers["linear"]
-    linear_weight = quantize_weight(network.linear_weight)
+    cascade = Cascade.of(trace_network(model, test.shape), fast)
+    network, quantizers = cascade.network, layer_quantizers(observed)
+    graph, layers = network.graph, list(prunable_layers(model))
+    int8 = network.with_layers(
+        {
+            n: replace(network.layers[n], weight=quantize_weight(network.layers[n].weight))
+            for n in layers
+        }
+    )
+    exact = {name: _quantized(int8, name, *quantizers[name]) for name in layers}
+    int8_fast = int8.to(torch.bfloat16)
+    rounded = {name: _quantized(int8_fast, name, *quantizers[name]) for name in layers}
+    variants = Variants(exact, rounded if fast else None)
+    bounds = cascade.measure_bounds(test, variants, BRANCH_BATCH) if fast else None
+    wanted = [*start_values(graph, layers), graph.output]
     dense, alone = [], []
     count = math.ceil(len(test) / BRANCH_BATCH)
     for images, labels in cli.progress(batches(test, BRANCH_BATCH), "diagnose: INT8", count):
-        trace = trace_dense(network, images)
-        dense.append(network.classify(trace.features).argmax(dim=1) == labels)
-        classes = cascade.predict(trace, branches, bounds, record)
-        last = write(network.classify(read(trace.features), linear_weight)).argmax(dim=1)
-        alone.append(torch.cat([classes, last[None]]) == labels)
-    by_layer = zip([*exact, "linear"], torch.cat(alone, dim=1), strict=True)
+        values = network.run({graph.input: images}, wanted)
+        dense.append(values[graph.output].argmax(dim=1) == labels)
+        alone.append(cascade.predict(values, variants, bounds, record) == labels)
+    by_layer = zip(layers, torch.cat(alone, dim=1), strict=True)
     return torch.cat(dense), dict(by_layer)
 
 
@@ -113,16 +117,16 @@ def logits_by_layer(
 
 
 def _quantized(
-    convolution: Convolution, read: Quantizer, write: Quantizer
+    int8: Network, name: str, read: Quantizer, write: Quantizer
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a convolution, its weight rounded, that rounds its input and output: (N, in, H, W).
+    """Return a layer, its weight rounded, that rounds its input and output.
 
-    Rounding happens in FP32, whatever the convolution runs in.
+    Rounding happens in FP32, whatever the layer runs in.
     """
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        y = convolution(read(x.float()).to(x.dtype))
-        return write(y.float()).to(x.dtype)
+        y = int8.compute(int8.graph[name], [read(x.float())])
+        return write(y.float()).to(y.dtype)
 
     return run
 
