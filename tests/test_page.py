@@ -61,7 +61,8 @@ PRUNING = COMMON | {
     "sensitivity": [{"layer": "conv1", "amount": 0.9, "accuracy": accuracy(88),
                      "comparison": COMPARISON}],
     "ranking": [{"amount": 0.9, "layers": [{"layer": "conv1", "tied_with_next": True}]}],
-    "linear_search": {"tolerance": 0.02, "max_amount": 0.9331, "explanation": "no step lies"},
+    "linear_search": {"layers": ["linear"], "tolerance": 0.02, "max_amount": 0.9331,
+                      "explanation": "no step lies"},
     "model_search": [
         {"scope": "all", "allocation": "sensitivity", "recalibrated": True, "finetune_epochs": 0,
          "max_sparsity": 0.823, "accuracy": accuracy(89), "comparison": COMPARISON,
