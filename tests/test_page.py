@@ -25,7 +25,7 @@ COMMON = {
     "arguments": {
         "seed": 0, "quiet": False, "threads": None, "test_images": None, "finetune_images": None,
         "engines": ["fbgemm", "qnnpack"], "observer": "histogram", "tolerance": 0.02,
-        "sparsity": 0.75, "allocation": "global", "engine": "x86",
+        "sparsity": 0.75, "engine": "x86",
     },
     "environment": {"torch": "2", "vnni": True},
     "weights": {"source": "bundled", "sha256": "ab12"},
