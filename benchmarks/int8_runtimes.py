@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    from quantization.bench import Bench
+
     from benchmarks import runtimes, runtimes_report
     from common.files import output
     from common.images import data
@@ -55,10 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     from common.machine import device
     from common.machine.workers import ALONE
     from common.measure import latency
-    from common.network import checkpoint, size
+    from common.network import checkpoint, size, tracing
     from common.report import results as report
     from common.run import finish_run, print_results
-    from quantization.bench import Bench
 
     device.set_up_cpu(args.threads)
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
@@ -81,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
             name: float((classes == test.labels).double().mean())
             for name, classes in predictions.items()
         }
-        macs = {name: size.count_macs(network) for name, network in networks.items()}
+        macs = {
+            name: size.count_macs(tracing.trace_network(network, test.shape))
+            for name, network in networks.items()
+        }
         gemm_rate = runtimes.measure_gemm_rate()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 

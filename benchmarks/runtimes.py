@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from quantization.int8.deploy import Quantized
 from torch import nn
 
 from common.command.cli import log
@@ -30,7 +31,6 @@ from common.network.resnet import ResNet18, fold_batch_norm
 from common.network.size import saved_size_bytes
 from quantization.files import artifact, onnx_export
 from quantization.int8 import deploy, engines
-from quantization.int8.deploy import Quantized
 
 CALIBRATION_BATCH = 64
 GEMM_SIZES = (512, 1024, 2048)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from quantization.coding.kernels import assemble, from_int8, to_int8
 
 from common.command import cli
 from common.images.data import ImageSet
@@ -27,7 +28,6 @@ from pipeline.store import Store
 from pruning.channels.costs import MACS
 from pruning.channels.slimmer import Slimmer
 from quantization.coding.encoder import Original, encode
-from quantization.coding.kernels import assemble, from_int8, to_int8
 from quantization.int8 import conversion, deploy
 from quantization.settings import Settings
 from training.loop.distillation import Training, distill

@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    from quantization.bench import Bench
+
     from common.files.output import OutputFolder
     from common.inputs import load_inputs
     from common.machine import device
@@ -84,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.answers import find_answers
     from pipeline.candidates import Workshop
     from pipeline.store import Store
-    from quantization.bench import Bench
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
     from quantization.steps import predict_fp32

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from quantization.coding.kernels import to_int8
 
 from common.files.output import OutputFolder
 from common.files.unfinished import SCRIPT
@@ -22,7 +23,6 @@ from pipeline.candidates import Workshop
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe
 from pruning.files.saved import SLIM_NAME
-from quantization.coding.kernels import to_int8
 from quantization.files.onnx_export import export_onnx, load_onnx
 from quantization.settings import Settings
 from training.loop.distillation import Training

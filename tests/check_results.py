@@ -109,7 +109,7 @@ def check_pruning(results: dict, folder: Path) -> None:
     """Check pruning.py's own part."""
     total = results["data"]["test_images"]
     check_accuracy(results["baseline"], total)
-    assert len(results["layers"]) == 21
+    assert results["layers"]
     structure = results["structure"]
     weights = structure["conv_weights"] + structure["linear_weights"]
     assert sum(layer["weights"] for layer in results["layers"]) == weights
@@ -119,11 +119,15 @@ def check_pruning(results: dict, folder: Path) -> None:
         assert abs(entry["achieved"] - entry["amount"]) < 1e-3
         lost = results["baseline"]["correct"] - entry["accuracy"]["correct"]
         assert abs(entry["comparison"]["drop"] - lost / total) < 1e-12
-    search = results["linear_search"]
-    assert search["steps"]
-    assert 0 <= search["max_amount"] <= search["exhaustive_max_amount"] <= 1
-    assert search["curve"]
-    assert isinstance(search["monotone"], bool)
+    if search := results.get("linear_search"):
+        assert search["steps"]
+        assert 0 <= search["max_amount"] <= search["exhaustive_max_amount"] <= 1
+        assert search["curve"]
+        assert isinstance(search["monotone"], bool)
+        by_name = {layer["name"]: layer["weights"] for layer in results["layers"]}
+        total = sum(by_name[name] for name in search["layers"])
+        assert search["pruned_weights"] + search["kept_weights"] == total
+        assert search["max_amount"] == search["pruned_weights"] / total
     for entry in results.get("model_search", []):
         check_model_search(entry)
     if "model_search" in results:
@@ -139,8 +143,7 @@ def check_model_search(entry: dict) -> None:
     check_accuracy(entry["accuracy"], total)
     check_comparison(entry["comparison"], total)
     assert entry["scope"] in ("linear", "conv", "all", "channels")
-    allocations = ("uniform", "global", "sensitivity", "random", "reconstructed", "norm")
-    assert entry["allocation"] in allocations
+    assert entry["allocation"] in ("sensitivity", "random", "reconstructed", "norm")
     assert isinstance(entry["recalibrated"], bool)
     assert 0 <= entry["max_sparsity"] < 1
     assert [entry["max_sparsity"], entry["accuracy"]["value"]] in entry["curve"]
@@ -150,7 +153,7 @@ def check_model_search(entry: dict) -> None:
         check_comparison(point["comparison"], point["accuracy"]["total"])
         assert point["accuracy"]["total"] <= total
         assert [point["sparsity"], point["accuracy"]["value"]] in entry["curve"]
-    assert len(entry["layers"]) == 21
+    assert entry["layers"]
     assert 0 < entry["macs_kept"] <= 1
 
 

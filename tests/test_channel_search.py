@@ -15,7 +15,7 @@ from common.command.cli import UserError
 from common.images.data import ImageSet, normalize
 from common.network.checkpoint import load_model
 from common.network.resnet import BLOCKS, ResNet18, Widths
-from common.network.size import describe_layers
+from common.network.size import count_macs
 from common.network.tracing import trace_network
 from pruning.alone.scan import Scan
 from pruning.channels import report, speed
@@ -24,7 +24,7 @@ from pruning.channels.search import RECONSTRUCTED, ChannelSearch, require_possib
 from pruning.pruning import main
 from pruning.report.together import format_model_search, plot_model_search
 from pruning.steps import prune_together
-from pruning.together.search import Method, Step
+from pruning.together.search import Method, SparsityStep
 from training.loop.distillation import Training
 
 
@@ -47,7 +47,7 @@ def prepare(scan, calibration, **choices):
 
 
 def macs(model):
-    return sum(layer.macs for layer in describe_layers(model))
+    return count_macs(trace_network(model, (3, 32, 32)))
 
 
 def test_as_many_multiply_adds_go_as_asked_for(scan, random_images):
@@ -77,7 +77,7 @@ def test_a_network_as_narrow_as_can_be_has_a_curve(scan, random_images, tmp_path
     search = prepare(replace(scan, model=narrow), random_images(4))
     assert search.curve == [0.0]
     assert search.prune(Method(RECONSTRUCTED, False), 0.0) is narrow
-    told = prune_together(search, (), Training(random_images(64), 1), tmp_path / "slim.pth")
+    told = prune_together(search, Training(random_images(64), 1), tmp_path / "slim.pth")
     plot_model_search(told["model_search"], 0.3, tmp_path / "search.png")
 
 
@@ -111,8 +111,10 @@ def test_the_slim_network_is_written_timed_and_told(scan, random_images, tmp_pat
     search = prepare(scan, calibration, macs_removed=0.3)
     training = Training(random_images(64), 1)
     # Over the tolerance, trained or not: what was asked for is written all the same.
-    monkeypatch.setattr(search, "judge", lambda model, sparsity: Step(sparsity, 60, 0, False))
-    told = prune_together(search, (), training, path)
+    monkeypatch.setattr(
+        search, "judge", lambda model, sparsity: SparsityStep(sparsity, 60, 0, False)
+    )
+    told = prune_together(search, training, path)
     json.dumps(told)
     for entry in told["model_search"]:
         check_model_search(entry)

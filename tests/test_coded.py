@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quantization.coding.reference import ReferenceNetwork
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -20,7 +21,6 @@ from common.network import coded
 from common.network.checkpoint import load_model
 from common.network.resnet import fold_batch_norm, prunable_layers
 from quantization.coding import kernels
-from quantization.coding.reference import ReferenceNetwork
 from quantization.files import artifact
 from quantization.int8 import conversion, deploy, engines
 from quantization.settings import Settings

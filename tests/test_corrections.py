@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from quantization.accuracy.quantizers import quantize_weight
 
 from common.images.data import normalize
 from common.network.resnet import BasicBlock, fold_batch_norm
 from quantization.accuracy import corrections
-from quantization.accuracy.quantizers import quantize_weight
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from quantization.accuracy.quantizers import layer_quantizers, quantize_weight
 from torch.fx import Interpreter
 
 from common.images.data import normalize
-from common.network.cascade import Recomputation
+from common.network.cascade import Fp32Recheck
 from common.network.resnet import fold_batch_norm, prunable_layers
 from quantization.accuracy import layer_cost
-from quantization.accuracy.quantizers import layer_quantizers, quantize_weight
 from quantization.int8 import conversion, engines
 
 SETTINGS = engines.choose_settings(engines.candidate_engines()[0])
@@ -30,7 +30,7 @@ def test_only_quantized_equals_whole_forward_passes(
 ):
     monkeypatch.setattr(layer_cost, "bf16_pays", lambda: fast)
     test = random_images(24, seed=2)
-    dense, alone = layer_cost.scan_only_quantized(tiny_model, observed, test, Recomputation())
+    dense, alone = layer_cost.scan_only_quantized(tiny_model, observed, test, Fp32Recheck())
     x = normalize(test.images)
     assert torch.equal(dense, tiny_model(x).argmax(dim=1) == test.labels)
     quantizers = layer_quantizers(observed)

@@ -25,7 +25,7 @@ COMMON = {
     "arguments": {
         "seed": 0, "quiet": False, "threads": None, "test_images": None, "finetune_images": None,
         "engines": ["fbgemm", "qnnpack"], "observer": "histogram", "tolerance": 0.02,
-        "sparsity": 0.75, "allocation": "global", "engine": "x86",
+        "sparsity": 0.75, "engine": "x86",
     },
     "environment": {"torch": "2", "vnni": True},
     "weights": {"source": "bundled", "sha256": "ab12"},
@@ -61,7 +61,8 @@ PRUNING = COMMON | {
     "sensitivity": [{"layer": "conv1", "amount": 0.9, "accuracy": accuracy(88),
                      "comparison": COMPARISON}],
     "ranking": [{"amount": 0.9, "layers": [{"layer": "conv1", "tied_with_next": True}]}],
-    "linear_search": {"tolerance": 0.02, "max_amount": 0.9331, "explanation": "no step lies"},
+    "linear_search": {"layers": ["linear"], "tolerance": 0.02, "max_amount": 0.9331,
+                      "explanation": "no step lies"},
     "model_search": [
         {"scope": "all", "allocation": "sensitivity", "recalibrated": True, "finetune_epochs": 0,
          "max_sparsity": 0.823, "accuracy": accuracy(89), "comparison": COMPARISON,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantization.bench import Bench
 from torch import nn
 
 from common.images.data import Cifar10
 from common.measure.budget import Verdict
 from common.measure.evaluate import Accuracy, Comparison
 from quantization.accuracy import budget
-from quantization.bench import Bench
 from quantization.settings import OBSERVERS, Settings
 
 

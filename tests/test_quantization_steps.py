@@ -7,6 +7,8 @@ import logging
 
 import pytest
 import torch
+from quantization.bench import Bench
+from quantization.int8.deploy import Quantized
 
 from common.command import cli
 from common.command.cli import UserError
@@ -14,10 +16,8 @@ from common.images.data import ImageSet
 from common.measure import evaluate
 from common.measure.latency import Timing
 from quantization import steps
-from quantization.bench import Bench
 from quantization.files import artifact
 from quantization.int8 import conversion, deploy, engines
-from quantization.int8.deploy import Quantized
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantization.int8.deploy import Quantized
 
 from common.measure.budget import Verdict
 from common.measure.evaluate import compare, measure_accuracy
 from common.measure.latency import Timing
 from quantization.accuracy.budget import Plan, Step
 from quantization.int8 import conversion, engines
-from quantization.int8.deploy import Quantized
 from quantization.report.results import accuracy_by_class, describe_budget, describe_models
 from quantization.settings import Settings
 from quantization.steps import OnnxModel

@@ -7,8 +7,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from common.images.data import normalize
+from common.network.resnet import BLOCKS
+from common.network.tracing import trace
 from training.loop.distillation import (
     TEMPERATURE,
     Training,
@@ -48,9 +51,26 @@ def test_only_the_teacher_s_twin_has_no_loss(tiny_model, random_images):
     with torch.no_grad():
         other.layer2[0].conv1.weight.mul_(0.5)
     for student, is_twin in ((twin, True), (other, False)):
-        with imitation_loss(student, tiny_model) as loss:
+        with imitation_loss(student, tiny_model, BLOCKS) as loss:
             found = float(loss(inputs, student(inputs), torch.tensor([])).detach())
         assert (found < 1e-9) == is_twin
+
+
+def test_imitated_blocks_of_a_resnet_are_its_residual_blocks(tiny_model):
+    assert trace(tiny_model, (3, 32, 32)).blocks == BLOCKS
+
+
+def test_network_without_joins_learns_from_logits_alone(random_images):
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 10)).eval()
+    student, images = copy.deepcopy(teacher), random_images(64)
+    with torch.no_grad():
+        student[0].weight.mul_(0.5)
+    inputs = images.normalize(images.images)
+    apart = [float((student(inputs) - teacher(inputs)).square().mean().detach())]
+    distill(student, teacher, Training(images, 20), 0, learning_rate=0.001)
+    apart.append(float((student(inputs) - teacher(inputs)).square().mean().detach()))
+    assert apart[1] < 0.7 * apart[0]
 
 
 def test_batch_norm_statistics_are_held(tiny_model, random_images):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +14,7 @@ from common.network.tracing import trace
 from common.report.results import percent
 from pruning.channels.costs import ChannelCosts
 from pruning.channels.slimmer import Slimmer
-from pruning.together.search import Method, ModelSearch, Step
+from pruning.together.search import Method, ModelSearch, SparsityStep
 from quantization.int8.engines import fastest_engine
 
 SCOPE = "channels"
@@ -74,8 +73,8 @@ class ChannelSearch(ModelSearch):
         """Whether the share is asked for, whatever it costs."""
         return self.macs_removed is not None
 
-    def methods(self, allocations: Sequence[str]) -> list[Method]:
-        """Return what is searched with, whatever the allocations of weights."""
+    def methods(self) -> list[Method]:
+        """Return the methods to search with."""
         return [Method(RECONSTRUCTED, False)]
 
     def prune(self, method: Method, sparsity: float) -> nn.Module:
@@ -86,7 +85,7 @@ class ChannelSearch(ModelSearch):
             self._slim[sparsity] = self.slimmer.slim(1 - sparsity).model
         return self._slim[sparsity]
 
-    def find_largest(self, method: Method) -> tuple[float, list[Step]]:
+    def find_largest(self, method: Method) -> tuple[float, list[SparsityStep]]:
         """Return the largest share within the tolerance, and the steps that led to it."""
         if not self.is_given:
             return super().find_largest(method)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 
 import torch
+from quantization.bench import Bench
 
 from common.images.data import ImageSet
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
 from common.network.resnet import ResNet18
 from common.network.size import count_macs, saved_size_bytes
-from quantization.bench import Bench
+from common.network.tracing import trace_network
 from quantization.int8 import deploy, engines
 from quantization.steps import quantize
 
@@ -52,7 +53,10 @@ def measure_models(
         contenders, images.normalize(images.images[: max(TIMED_BATCH_SIZES)]), TIMED_BATCH_SIZES,
         SECONDS_PER_BATCH_SIZE,
     )  # fmt: skip
-    macs = {name: count_macs(models[f"{name} fp32"]) for name in ("dense", "slim")}
+    macs = {
+        name: count_macs(trace_network(models[f"{name} fp32"], images.shape))
+        for name in ("dense", "slim")
+    }
     return [
         {
             "name": name,

@@ -1,4 +1,4 @@
-"""The run in words and columns: what the console prints, and the CSV files."""
+"""The text that the console prints, and the CSV files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from common.report.results import (
     write_csv,
 )
 from pruning.channels.report import format_slim
-from pruning.report.together import format_model_search
+from pruning.report.together import format_model_search, linear_layers
+
+NO_LINEAR_LAYERS = "Linear layers: none at the end of this network, so there is no search over them"
 
 
 def structure_table(results: dict) -> str:
-    """Lay out every prunable layer and the totals."""
+    """Lay out every layer and the totals."""
     structure = results["structure"]
     total = structure["conv_weights"] + structure["linear_weights"]
     whole = structure | {"name": "all", "shape": [], "weights": total}
@@ -73,10 +75,10 @@ def search_table(linear: dict) -> str:
 
 
 def format_results(results: dict, output_dir: Path) -> str:
-    """Lay out results.json's story for a terminal 80 columns wide."""
+    """Lay out the results for a terminal 80 columns wide."""
     environment, baseline = results["environment"], results["baseline"]
     lines = [
-        f"ResNet18 on CIFAR-10: {baseline['total']:,} test images "
+        f"{len(results['layers'])} layers, {baseline['total']:,} test images "
         f"({results['data']['source']}), {environment['device_name']}",
         f"dense accuracy {percent(baseline['value'])}, 95 % interval "
         f"{percent(baseline['ci95'][0])} to {percent(baseline['ci95'][1])}",
@@ -90,7 +92,10 @@ def format_results(results: dict, output_dir: Path) -> str:
             "(≈: chance explains the difference to the next)",
             sensitivity_table(results, ranking),
         ]
-    lines += ["", *_search_lines(results), "", *_saving_lines(results)]
+    if "linear_search" in results:
+        lines += ["", *_search_lines(results), "", *_saving_lines(results)]
+    else:
+        lines += ["", NO_LINEAR_LAYERS]
     if "model_search" in results:
         lines += ["", format_model_search(results)]
     if "slim" in results:
@@ -106,7 +111,8 @@ def _search_lines(results: dict) -> list[str]:
     confirmed = linear["confirmed"]
     change = format_change(confirmed["comparison"])
     lines = [
-        f"Linear layer: binary search within {100 * linear['tolerance']:g} points of dense",
+        f"{linear_layers(linear).removeprefix('the ').capitalize()}: binary search within "
+        f"{100 * linear['tolerance']:g} points of dense",
         search_table(linear),
         f"  found      {percent(linear['max_amount'])} pruned, "
         f"{linear['kept_weights']:,} weights kept",
@@ -134,7 +140,8 @@ def _saving_lines(results: dict) -> list[str]:
     savings, artifacts = results["savings"], results["artifacts"]
     dense, sparse = savings["latency"]
     return [
-        "What that saves: next to nothing, for the linear layer is "
+        f"What that saves, where {linear_layers(results['linear_search'])} hold"
+        f"{'s' * (len(results['linear_search']['layers']) == 1)} "
         f"{percent(savings['linear_share'], 3)} of the weights",
         f"  dense file   {megabytes(savings['dense_bytes'])}, "
         f"compressed {megabytes(savings['dense_compressed_bytes'])}",
@@ -147,20 +154,23 @@ def _saving_lines(results: dict) -> list[str]:
 
 
 def _verification_lines(results: dict) -> list[str]:
-    verification, linear = results["verification"], results["linear_search"]
-    found = round(linear["max_amount"] * (len(linear["curve"]) - 1))
+    verification = results["verification"]
     lines = [
         f"verified: {verification['different']} of {verification['predictions']:,} predictions "
         "differ from brute force,",
-        f"          whose search prunes {verification['pruned_weights']:,} weights, ours {found:,}",
     ]
+    if "pruned_weights" in verification:
+        lines.append(
+            f"          whose search prunes {verification['pruned_weights']:,} weights, ours "
+            f"{results['linear_search']['pruned_weights']:,}"
+        )
     if verification["speedup"] is not None:
         lines.append(f"          and which takes {verification['speedup']:.1f} times as long")
     return lines
 
 
 def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
-    """Write the sensitivities and the linear layer's sweep as CSV."""
+    """Write the sensitivities and the sweep over the linear layers as CSV."""
     rows = []
     for entry in results["sensitivity"]:
         accuracy, comparison = entry["accuracy"], entry["comparison"]
@@ -180,7 +190,8 @@ def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
                 "images_gained": comparison["only_b_correct"],
             }
         )
-    curve = results["linear_search"]["curve"]
     write_csv(file("sensitivity.csv"), rows)
-    sweep = [{"amount": amount, "accuracy": value} for amount, value in curve]
-    write_csv(file("linear_curve.csv"), sweep)
+    if "linear_search" in results:
+        curve = results["linear_search"]["curve"]
+        sweep = [{"amount": amount, "accuracy": value} for amount, value in curve]
+        write_csv(file("linear_curve.csv"), sweep)

@@ -1,4 +1,4 @@
-"""The search over many layers in words and columns, and in one picture."""
+"""Text and plot of the search over many layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from common.report.results import (
     BLUE,
     GREEN,
     GREY,
-    ORANGE,
     RED,
     format_change,
     format_table,
@@ -22,31 +21,33 @@ from common.report.results import (
     save_figure,
 )
 from pruning.channels.search import RECONSTRUCTED, SCOPE
-from pruning.together.allocation import NORM, RANDOM
+from pruning.together.allocation import NORM, RANDOM, SENSITIVITY
 from pruning.together.search import CONTROLS
 
 PLOT = "model_search.png"
-COLORS = {
-    "uniform": ORANGE, "global": BLUE, "sensitivity": GREEN, RANDOM: GREY,
-    RECONSTRUCTED: BLUE, NORM: GREY,
-}  # fmt: skip
+COLORS = {SENSITIVITY: GREEN, RANDOM: GREY, RECONSTRUCTED: BLUE, NORM: GREY}
 SCOPES = {
-    "linear": "the linear layer",
+    "linear": "all linear layers",
     "conv": "all convolutions",
     "all": "the whole network",
     SCOPE: "whole channels",
 }
 
 
+def linear_layers(linear: dict) -> str:
+    """Return the words for the layers of a ``linear_search`` of results.json."""
+    return "the linear layer" if len(linear["layers"]) == 1 else "the linear layers"
+
+
 def method_name(entry: dict) -> str:
-    """Return what a row is called; short, for tables of 80 columns."""
-    if entry["finetune_epochs"]:  # which measures batch-norm statistics anew as well
+    """Return the short name of a row, for tables of 80 columns."""
+    if entry["finetune_epochs"]:  # training re-estimates batch norms as well
         return f"tuned {entry['allocation']}"
     return f"{entry['allocation']} + BN" if entry["recalibrated"] else entry["allocation"]
 
 
 def explain_names(entries: Sequence[dict]) -> str:
-    """Explain what is short in the names of rows and columns."""
+    """Explain the short names of rows and columns."""
     explanation = (
         "MACs: multiply-adds that are left. BN: batch-norm statistics re-estimated on "
         "training images after pruning."
@@ -76,21 +77,21 @@ def largest_table(entries: Sequence[dict]) -> str:
 
 
 def curve_table(entries: Sequence[dict]) -> str:
-    """Lay out the points lost at each compression, ± half the paired 95 % interval."""
+    """Lay out the change of accuracy at each compression, ± half the paired 95 % interval."""
     columns, rows = sparsities(entries), []
     for entry in entries:
         found = {point["sparsity"]: point["comparison"] for point in entry["points"]}
-        rows.append([method_name(entry), *(_loss(found.get(sparsity)) for sparsity in columns)])
+        rows.append([method_name(entry), *(_change(found.get(sparsity)) for sparsity in columns)])
     return format_table(["points at", *map(fewer, columns)], rows)
 
 
 def sparsities(entries: Sequence[dict]) -> list[float]:
-    """Return those at which methods were measured."""
+    """Return the sparsities at which methods were measured."""
     return [point["sparsity"] for point in entries[0]["points"]]
 
 
 def unit_of(entries: Sequence[dict]) -> str:
-    """Return what sparsity counts, in words."""
+    """Return the name of what sparsity counts."""
     return "multiply-adds" if entries[0]["scope"] == SCOPE else "weights"
 
 
@@ -99,7 +100,7 @@ def fewer(sparsity: float) -> str:
     return f"{1 / (1 - sparsity):.2g}×"
 
 
-def _loss(comparison: dict | None) -> str:
+def _change(comparison: dict | None) -> str:
     if comparison is None:
         return ""
     low, high = comparison["ci95"]
@@ -107,7 +108,7 @@ def _loss(comparison: dict | None) -> str:
 
 
 def format_model_search(results: dict) -> str:
-    """Lay out the whole chapter for a terminal 80 columns wide."""
+    """Lay out the search over many layers for a terminal 80 columns wide."""
     entries, saved = results["model_search"], results["model_saved"]
     first = entries[0]
     dense, sparse = saved["latency"]
@@ -122,7 +123,7 @@ def format_model_search(results: dict) -> str:
         largest_table(entries),
         *textwrap.wrap(summary, 78, initial_indent="  ", subsequent_indent="  "),
         "",
-        f"Points lost at each compression of the {unit_of(entries)}, on "
+        f"Points against dense at each compression of the {unit_of(entries)}, on "
         f"{first['points'][0]['accuracy']['total']:,} of the held-out images",
         curve_table(entries),
         "",
@@ -152,9 +153,9 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
     """Draw accuracy against compression: a line a method, a star where its search ended.
 
     Args:
-        entries: results.json's ``model_search``.
+        entries: The ``model_search`` rows of results.json.
         tolerance: Drop that is drawn as a limit.
-        path: Of the PNG.
+        path: Path of the PNG.
     """
     figure, axes = new_figure(9.5, 4.8)
     dense = entries[0]["curve"][0][1]
