@@ -72,3 +72,14 @@ def test_corrected_bias_cancels_the_mean_error_of_rounding(tiny_model, random_im
 
     assert mean_error(folded.conv1.bias) < 1e-5
     assert mean_error(plain.bias) > 10 * mean_error(folded.conv1.bias)
+
+
+@torch.inference_mode()
+def test_each_image_counts_once_however_the_batches_fall(tiny_model, random_images):
+    calibration = random_images(9)  # a batch of 8 and one of 1
+    whole, uneven = (
+        corrections.correct_biases(tiny_model, calibration, batch_size).state_dict()
+        for batch_size in (9, 8)
+    )
+    for name, value in whole.items():
+        torch.testing.assert_close(uneven[name], value, rtol=1e-4, atol=1e-6)

@@ -74,20 +74,20 @@ def correct_biases(model: ResNet18, calibration: Cifar10, batch_size: int) -> Re
     """
     corrected = absorb_batch_norm(model)
     layers = prunable_layers(corrected)
-    errors = {name: [] for name in layers}
+    totals = {name: torch.zeros(len(layer.weight)) for name, layer in layers.items()}
 
     def measure(name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple[torch.Tensor], _) -> None:
         rounding = layer.weight - quantize_weight(layer.weight)
         if isinstance(layer, nn.Linear):
-            errors[name].append(F.linear(inputs[0], rounding).mean(dim=0))
+            totals[name] += F.linear(inputs[0], rounding).sum(dim=0)
         else:
             error = F.conv2d(inputs[0], rounding, None, layer.stride, layer.padding)
-            errors[name].append(error.mean(dim=(0, 2, 3)))
+            totals[name] += error.mean(dim=(2, 3)).sum(dim=0)
 
     with hooked(layers, measure):
         for images, _ in batches(calibration, batch_size):
             corrected(images)
-    for name, values in errors.items():
+    for name, total in totals.items():
         layer = corrected.get_submodule(batch_norm_after(name))  # the linear layer is its own
-        layer.bias += torch.stack(values).mean(dim=0)
+        layer.bias += total / len(calibration)
     return corrected
