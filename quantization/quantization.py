@@ -69,8 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-drop",
         type=fraction,
         metavar="F",
-        help="accuracy that INT8 may lose, such as 0.001: corrects what costs no time, then "
-        "returns layers to FP32, worst first; exit code 3 where the budget cannot be met",
+        help="accuracy that INT8 may lose, such as 0.005, with a standard error to spare: corrects "
+        "what costs no time, then returns layers to FP32, worst first; exit code 3 where the "
+        "budget cannot be met",
     )
     budget.add_argument(
         "--held-out-images",
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.inputs import load_inputs
     from common.machine import device
     from common.machine.workers import Workers, require_one_process
+    from common.measure.budget import why_too_strict
     from common.report.results import common_results, write_csv
     from common.run import finish_run, print_results
     from quantization import steps
@@ -149,12 +151,14 @@ def main(argv: list[str] | None = None) -> int:
         bench, source, plan = Bench(inputs.calibration, test, args.batch_size), model, None
         if args.max_drop is not None:
             held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
+            if reason := why_too_strict(len(held_out), args.max_drop, held_out=True):
+                cli.log.warning("--max-drop: %s: only a model that gains can pass", reason)
         if args.bits_per_weight is not None:
             coding_images = inputs.load_training(args.coding_images)
         fp32 = steps.predict_fp32(model, bench, place)
         if args.max_drop is not None:
-            trial = Trial(model, replace(bench, images=held_out))
-            plan = meet_budget(trial, model, settings[0], args.max_drop)
+            trial = Trial(model, replace(bench, images=held_out), args.max_drop)
+            plan = meet_budget(trial, model, settings[0])
             source, settings = plan.model, [steps.apply_plan(plan, s) for s in settings]
         quantized, onnx = steps.quantize(source, bench, settings), None
         if args.export_onnx:

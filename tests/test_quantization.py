@@ -11,6 +11,8 @@ from printed import read_table, shows
 from processes import REPOSITORY, run_fresh, run_here
 from torch.nn.utils import prune
 
+from common.measure.budget import Verdict
+from common.measure.evaluate import compare, measure_accuracy
 from common.network.resnet import Widths, prunable_layers
 from quantization.accuracy.budget import Trial
 from quantization.files.artifact import load_int8
@@ -80,10 +82,12 @@ def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tiny_weights, tmp_pat
 
 
 def test_a_budget_a_diagnosis_and_a_coded_file_in_one_run(tiny_weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trial, "measure_drop", lambda *_: 1.0)  # but with layers in FP32
+    correct = torch.arange(40) >= 39  # of the held-out images, but with layers in FP32
+    verdict = Verdict(measure_accuracy(correct), compare(torch.ones_like(correct), correct), -1.0)
+    monkeypatch.setattr(Trial, "judge", lambda *_: verdict)
     folder = tmp_path / "out"
     process = run_here(
-        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0", "--held-out-images", "40",
+        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.05", "--held-out-images", "40",
         "--diagnose", "--bits-per-weight", "2", "--coding-images", "20",
         "--output-dir", folder,
     )  # fmt: skip
@@ -94,8 +98,13 @@ def test_a_budget_a_diagnosis_and_a_coded_file_in_one_run(tiny_weights, tmp_path
     assert [row["layer"] for row in results["diagnosis"]][::20] == ["conv1", "linear"]
     coded = load_int8(folder / results["coding"]["file"])
     assert coded(torch.zeros(1, 3, 32, 32)).isfinite().all()
-    for shown in ("tried, on held-out training images", f"{restored} in FP32", "the smallest file"):
+    for shown in (
+        "tried, on held-out training images", f"{restored} in FP32", "the smallest file",
+        "on held-out images the loss and one standard error", "40 held-out training images",
+    ):  # fmt: skip
         assert shown in process.stdout
+    *lines, written_to = process.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
 
 
 def test_same_seed_same_results_from_another_folder_with_json(tiny_weights, tmp_path):

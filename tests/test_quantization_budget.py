@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
+from common.images.data import Cifar10
+from common.measure.budget import Verdict
+from common.measure.evaluate import Accuracy, Comparison
 from quantization.accuracy import budget
+from quantization.bench import Bench
 from quantization.settings import OBSERVERS, Settings
 
 
 class ScriptedTrial:
-    """Answers with given drops in turn, instead of quantizing."""
+    """Answers with given drops in turn, instead of quantizing; no standard error is needed."""
 
-    def __init__(self, drops, drop_by_layers=None):
-        self.drops = iter(drops)
+    def __init__(self, drops, max_drop, drop_by_layers=None):
+        self.drops, self.max_drop = iter(drops), max_drop
         self.drop_by_layers = drop_by_layers or {}
         self.bench = self  # which calibrates
         self.calibration, self.batch_size = None, 8
 
-    def measure_drop(self, model, settings):
-        return next(self.drops)
+    def judge(self, model, settings):
+        return self.verdict(next(self.drops))
 
     def calibrate(self, model, settings):
         return "observed"
 
-    def measure_drop_of(self, observed, settings):
-        return self.drop_by_layers[settings.fp32_layers]
+    def judge_calibrated(self, observed, settings):
+        return self.verdict(self.drop_by_layers[settings.fp32_layers])
+
+    def verdict(self, drop):
+        comparison = Comparison(drop, (drop, drop), 1.0, 0, 0)
+        return Verdict(Accuracy(0, 1000), comparison, self.max_drop - drop)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +46,7 @@ def _no_real_work(monkeypatch):
 
 
 def test_plain_int8_within_the_budget_is_left_alone():
-    plan = budget.meet_budget(ScriptedTrial([0.001]), "model", Settings(), 0.001)
+    plan = budget.meet_budget(ScriptedTrial([0.001], 0.001), "model", Settings())
     assert plan.model == "model"
     assert plan.settings == Settings()
     assert [step.action for step in plan.steps] == ["plain"]
@@ -46,18 +56,18 @@ def test_what_does_not_help_is_not_kept():
     # Plain, equalise, three other observers, biases: two observers help, the second one more.
     drops = [0.05, 0.05, 0.04, 0.03, 0.04, 0.03]
     layers = {("worst",): 0.02, ("worst", "bad"): 0.0, ("bad",): 0.02}
-    trial = ScriptedTrial(drops, layers)
-    plan = budget.meet_budget(trial, "model", Settings(), 0.01)
+    trial = ScriptedTrial(drops, 0.01, layers)
+    plan = budget.meet_budget(trial, "model", Settings())
     assert plan.model == "model"
     assert plan.settings.observer == OBSERVERS[2]
     assert plan.settings.fp32_layers == ("worst", "bad")
-    assert plan.drop == 0.0
+    assert plan.verdict.comparison.drop == 0.0
     kept = [step.action for step in plan.steps if step.kept]
     assert kept == ["plain", f"{plan.settings.observer} observer", "worst in FP32", "bad in FP32"]
 
 
 def test_stops_at_the_first_correction_that_suffices():
-    plan = budget.meet_budget(ScriptedTrial([0.5, 0.0]), "model", Settings(), 0.0)
+    plan = budget.meet_budget(ScriptedTrial([0.5, 0.0], 0.0), "model", Settings())
     assert plan.model == "equalized"
     assert len(plan.steps) == 2
 
@@ -65,9 +75,9 @@ def test_stops_at_the_first_correction_that_suffices():
 def test_a_layer_that_turns_out_needless_goes_back_to_int8_and_the_table_says_so():
     # The worst alone does not help, both suffice, and the second alone suffices too.
     layers = {("worst",): 0.05, ("worst", "bad"): 0.0, ("bad",): 0.005}
-    plan = budget.meet_budget(ScriptedTrial([0.05] * 6, layers), "model", Settings(), 0.01)
+    plan = budget.meet_budget(ScriptedTrial([0.05] * 6, 0.01, layers), "model", Settings())
     assert plan.settings.fp32_layers == ("bad",)
-    assert plan.drop == 0.005
+    assert plan.verdict.comparison.drop == 0.005
     assert [(step.action, step.kept) for step in plan.steps[-3:]] == [
         ("worst in FP32", False), ("bad in FP32", True), ("worst in INT8 again", True),
     ]  # fmt: skip
@@ -75,7 +85,7 @@ def test_a_layer_that_turns_out_needless_goes_back_to_int8_and_the_table_says_so
 
 def test_a_layer_that_only_helps_together_reads_as_kept():
     layers = {("worst",): 0.05, ("worst", "bad"): 0.0, ("bad",): 0.04}
-    plan = budget.meet_budget(ScriptedTrial([0.05] * 6, layers), "model", Settings(), 0.01)
+    plan = budget.meet_budget(ScriptedTrial([0.05] * 6, 0.01, layers), "model", Settings())
     assert plan.settings.fp32_layers == ("worst", "bad")
     kept = {step.action for step in plan.steps if step.kept}
     assert kept == {"plain", "worst in FP32", "bad in FP32"}
@@ -83,6 +93,44 @@ def test_a_layer_that_only_helps_together_reads_as_kept():
 
 def test_an_unreachable_budget_gives_the_best_plan():
     layers = {("worst",): 0.3, ("worst", "bad"): 0.2, ("bad",): 0.3}
-    plan = budget.meet_budget(ScriptedTrial([0.4] * 6, layers), "model", Settings(), 0.1)
-    assert plan.drop == 0.2
+    plan = budget.meet_budget(ScriptedTrial([0.4] * 6, 0.1, layers), "model", Settings())
+    assert plan.verdict.comparison.drop == 0.2
     assert plan.settings.fp32_layers == ("worst", "bad")  # the last layer is never given up
+
+
+class ReadsLabels(nn.Module):
+    """Reads labels off the images' brightness."""
+
+    def forward(self, images):
+        return nn.functional.one_hot(images[:, 0, 0, 0].round().long() % 10, 10).float()
+
+
+@pytest.mark.parametrize(("max_drop", "passes"), [(0.0105, False), (0.0132, True)])
+def test_int8_must_leave_a_standard_error(monkeypatch, max_drop, passes):
+    """10 of 1,000 images lost: 1 point, and a standard error of 0.31 points."""
+    monkeypatch.setattr("common.measure.evaluate.batches", _plain_batches)
+    monkeypatch.setattr(budget.conversion, "convert", lambda observed, settings: observed)
+    labels = torch.arange(1000) % 10
+    images = Cifar10(labels.float()[:, None, None, None].expand(-1, 3, 2, 2), labels)
+
+    class LosesTen(ReadsLabels):
+        seen = 0
+
+        def forward(self, images):
+            logits = super().forward(images)
+            if self.seen == 0:
+                logits[:10] = logits[:10].roll(1, 1)
+            self.seen += len(images)
+            return logits
+
+    trial = budget.Trial(ReadsLabels(), Bench(images, images, 100), max_drop)
+    verdict = trial.judge_calibrated(LosesTen(), Settings())
+    assert verdict.comparison.drop == pytest.approx(0.01)
+    assert verdict.shown == 1000
+    assert verdict.passes == passes
+
+
+def _plain_batches(images, batch_size):
+    for start in range(0, len(images), batch_size):
+        rows = images.rows(slice(start, start + batch_size))
+        yield rows.images, rows.labels

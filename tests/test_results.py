@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from common.measure.budget import Verdict
+from common.measure.evaluate import compare, measure_accuracy
 from common.measure.latency import Timing
 from quantization.accuracy.budget import Plan, Step
 from quantization.int8 import conversion, engines
@@ -62,25 +64,30 @@ def test_models_are_compared_on_the_same_images(tiny_model, random_images, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("held_out_drop", "test_drop", "met"),
-    [(0.001, 0.001, True), (0.001, 0.002, False), (0.002, 0.001, False), (-0.001, 0.0, True)],
+    ("lost", "spare", "test_drop", "met"),
+    [(1, 0.0, 0.001, True), (1, 0.0, 0.002, False), (1, -0.0005, 0.001, False)],
 )
-def test_a_budget_is_met_only_if_both_sets_of_images_say_so(held_out_drop, test_drop, met):
-    steps = [Step("plain", 0.003, True), Step("conv1 in FP32", held_out_drop, True)]
-    plan = Plan(None, Settings(ENGINE, fp32_layers=("conv1",)), held_out_drop, steps)
+def test_a_budget_is_met_only_if_both_sets_of_images_say_so(lost, spare, test_drop, met):
+    dense = torch.ones(1000, dtype=torch.bool)
+    correct = torch.arange(1000) >= lost
+    verdict = Verdict(measure_accuracy(correct), compare(dense, correct), spare)
+    steps = [Step("plain", 0.003, -0.003, True), Step.of("conv1 in FP32", verdict, True)]
+    plan = Plan(None, Settings(ENGINE, fp32_layers=("conv1",)), verdict, steps)
     comparison = {"accuracy": {"drop": test_drop}}
     results = {"models": [{"name": "int8", "engine": "x86", "comparison": comparison}]}
     assert describe_budget(plan, 0.001, results) == {
         "max_drop": 0.001,
         "met": met,
         "fp32_layers": ["conv1"],
-        "held_out_drop": held_out_drop,
+        "held_out_images": 1000,
+        "held_out_drop": 0.001,
+        "held_out_spare": spare,
         "held_out_engine": ENGINE,
         "test_drop": test_drop,
         "test_engine": "x86",
         "steps": [
-            {"action": "plain", "drop": 0.003, "kept": True},
-            {"action": "conv1 in FP32", "drop": held_out_drop, "kept": True},
+            {"action": "plain", "drop": 0.003, "spare": -0.003, "kept": True},
+            {"action": "conv1 in FP32", "drop": 0.001, "spare": spare, "kept": True},
         ],
     }
 

@@ -115,14 +115,23 @@ def format_budget(budget: dict) -> str:
     """Say what was tried to hold the accuracy budget, and whether it held."""
     verdict = "met" if budget["met"] else "NOT met: the best model found was written"
     rows = [
-        [step["action"], points(-step["drop"]), "kept" if step["kept"] else "–"]
+        [
+            step["action"],
+            points(-step["drop"]),
+            points(step["spare"]),
+            "kept" if step["kept"] else "–",
+        ]
         for step in budget["steps"]
     ]
+    header = ["tried, on held-out training images", "change", "to spare", ""]
     return (
-        f"accuracy budget of {100 * budget['max_drop']:.2f} points: {verdict}\n"
-        + format_table(["tried, on held-out training images", "change", ""], rows)
-        + f"\nheld-out training images, {budget['held_out_engine']}: "
-        f"{points(-budget['held_out_drop'])} points\n"
+        f"accuracy budget of {100 * budget['max_drop']:g} points: {verdict}\n"
+        "  on held-out images the loss and one standard error must be within it,\n"
+        "  on test images the loss\n\n"
+        + format_table(header, rows)
+        + f"\n{budget['held_out_images']:,} held-out training images, "
+        f"{budget['held_out_engine']}: {points(-budget['held_out_drop'])} points, "
+        f"{points(budget['held_out_spare'])} to spare\n"
         f"test images, {budget['test_engine']}: {points(-budget['test_drop'])} points\n"
     )
 
