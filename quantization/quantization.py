@@ -90,8 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--bits-per-weight",
         type=number(0.1, 8.0, "a number of bits from 0.1 to 8"),
         metavar="B",
-        help="write the network coded, about so small: each weight to the INT8 level that costs "
-        "least in error and bits",
+        help="write the network coded, in a file of about so many bits for each weight: each "
+        "weight becomes the INT8 level that costs least in error and bits",
     )
     coding.add_argument(
         "--coding-curve",

@@ -168,7 +168,12 @@ def test_the_study_measures_what_is_read_back(
     cheap, dear = coding["curve"]
     assert dear["file_bytes"] < cheap["file_bytes"]
     assert coding["levels_bytes"].keys() == {"coded", "entropy", "mask-lzma", "lzma", "gzip"}
+    weights = sum(layer.weight.numel() for layer in prunable_layers(tiny_model).values())
+    assert coding["bits_per_weight"] == 8 * path.stat().st_size / weights
+    assert coding["bits_wanted"] == 4.0
     text = study.format_coding(coding)
+    assert "asked for" not in text
+    assert "(0.5 asked for)" in study.format_coding(coding | {"bits_wanted": 0.5})
     assert max(map(len, text.splitlines())) <= 80
     assert f"{coding['size_ratio']:.1f}×" in text
 

@@ -22,13 +22,11 @@ from common.network.resnet import fold_batch_norm
 from common.report.results import format_change, format_table, megabytes, percent
 from quantization.coding.encoder import encode
 from quantization.coding.kernels import assemble
+from quantization.coding.target import Coding, code_to_bits, misses
 from quantization.files.artifact import load_int8
 from quantization.settings import Settings
 
 CODED_NAME = "resnet18_cifar10_coded.safetensors"
-# Where the search for a price begins: a network of BITS; twice the bits take a quarter of it.
-PRICE, BITS = 0.0235, 0.605
-TOLERANCE = 0.05  # of the bits asked for; what is further off is coded again
 CURVE_PRICES = (0.005, 0.01, 0.015, 0.025, 0.04, 0.07)
 
 
@@ -58,32 +56,38 @@ class CodingBench:
         layers = encode(folded, self.images, price, self.inputs.seed)
         return assemble(layers, self.inputs.calibration, self.settings, self.batch_size)
 
-    def code_to(self, bits_per_weight: float) -> CodedNetwork:
-        """Code the network so that a weight takes about so many bits; at most twice."""
-        price = PRICE * (BITS / bits_per_weight) ** 2
+    def write_coded(self, price: float, path: Path) -> Coding:
+        """Code the network at a price, and write its file."""
         network = self.code(price)
-        levels = [layer.matrix() for layer in network.layers.values()]
-        excess = 8 * len(entropy.encode(levels)) / sum(x.size for x in levels) / bits_per_weight
-        if abs(excess - 1) > TOLERANCE:
-            network = self.code(price * excess**2)
-        return network
+        return Coding(price, bits_per_weight(network, save_coded(network, path)), network)
 
     def measure(self, network: CodedNetwork, path: Path) -> dict:
         """Write a network, read it back, and evaluate that; return results.json's entry."""
         file_bytes, test = save_coded(network, path), self.inputs.test
         predictions = predict(load_int8(path), test, self.batch_size, "evaluate coded")
-        weights = sum(layer.weight.numel() for layer in network.layers.values())
         return {
             "file_bytes": file_bytes,
             "size_ratio": self.fp32_bytes / file_bytes,
-            "bits_per_weight": 8 * file_bytes / weights,
+            "bits_per_weight": bits_per_weight(network, file_bytes),
             **Paired.of(self.fp32 == test.labels, predictions == test.labels).as_dict(),
         }
 
 
-def study_coding(bench: CodingBench, bits_per_weight: float, with_curve: bool, path: Path) -> dict:
-    """Return results.json's ``coding``: a file of the wanted size, and the curve if asked for."""
-    network = bench.code_to(bits_per_weight)
+def bits_per_weight(network: CodedNetwork, file_bytes: int) -> float:
+    """Return how many bits of its whole file a network has for each weight."""
+    return 8 * file_bytes / sum(layer.weight.numel() for layer in network.layers.values())
+
+
+def study_coding(bench: CodingBench, bits_wanted: float, with_curve: bool, path: Path) -> dict:
+    """Return results.json's ``coding``: a file of the wanted size, and the curve if asked for.
+
+    Args:
+        bench: The network and images.
+        bits_wanted: Bits of the whole file for each weight.
+        with_curve: Whether to measure the curve too.
+        path: File to write.
+    """
+    network = code_to_bits(lambda price: bench.write_coded(price, path), bits_wanted).network
     point = bench.measure(network, path)
     log.info("%s: %.1f times smaller than FP32", path.name, point["size_ratio"])
     prices = CURVE_PRICES if with_curve else ()
@@ -93,6 +97,7 @@ def study_coding(bench: CodingBench, bits_per_weight: float, with_curve: bool, p
     return {
         "images": len(bench.images),
         "file": path.name,
+        "bits_wanted": bits_wanted,
         **point,
         "levels_bytes": compare_coders(network),
         "curve": curve,
@@ -128,11 +133,13 @@ def format_coding(coding: dict) -> str:
     coded = others.pop("coded")
     ratios = ", ".join(f"{name} {size / coded:.2f}×" for name, size in others.items())
     accuracy, change = percent(coding["accuracy"]["value"]), format_change(coding["comparison"])
+    missed = misses(coding["bits_per_weight"], coding["bits_wanted"])
+    asked = f" ({coding['bits_wanted']:g} asked for)" if missed else ""
     curve = "\n" + _format_curve(coding["curve"]) if coding["curve"] else ""
     return (
         f"the smallest file: {coding['file']}\n"
         f"  size      {megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
-        f"FP32; {coding['bits_per_weight']:.2f} bits a weight\n"
+        f"FP32; {coding['bits_per_weight']:.2f} bits a weight{asked}\n"
         f"  accuracy  {accuracy}, {change.points} points, 95 % interval {change.low} to "
         f"{change.high}\n"
         f"  its levels otherwise: {ratios}\n" + curve
