@@ -16,7 +16,6 @@ import torch
 from common.command import cli
 from common.images.data import Cifar10, batches
 from common.inputs import Inputs
-from common.machine.device import bf16_pays
 from common.measure.budget import Budget, Verdict, doubling_looks
 from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
@@ -159,7 +158,8 @@ class Workshop:
     def _finetune(self, slim: ResNet18) -> ResNet18:
         device = self.training.images.images.device
         trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.inputs.model))
-        distill(trained, dense, self.training, self.inputs.seed)
+        precision = self.store.precision(device)
+        distill(trained, dense, self.training, self.inputs.seed, precision=precision)
         return trained.cpu()
 
     @property
@@ -172,6 +172,7 @@ class Workshop:
 
     @functools.cached_property
     def _slimmer(self) -> Slimmer:
-        dtype = torch.bfloat16 if bf16_pays() else torch.float32
         inputs = self.inputs
+        device = inputs.calibration.images.device
+        dtype = torch.bfloat16 if self.store.precision(device) == "bf16" else torch.float32
         return Slimmer(inputs.model, inputs.calibration.images, inputs.seed, dtype)

@@ -17,7 +17,7 @@ from common.machine.fresh_process import start_fresh
 from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
 from common.network.coded import load_coded
-from pipeline.answers import Answer
+from pipeline.answers import Found
 from pipeline.candidates import Workshop
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe
@@ -45,14 +45,11 @@ def identify(
     }
 
 
-def write_files(
-    workshop: Workshop, answers: Mapping[str, Answer], folder: OutputFolder, name: str
-) -> dict[str, Path]:
+def write_files(found: Found, folder: OutputFolder, name: str) -> dict[str, Path]:
     """Write every answer's file, and the slim network of the fastest one as a checkpoint.
 
     Args:
-        workshop: That made them.
-        answers: By goal.
+        found: The answers.
         folder: Of the results.
         name: Of a file, with a place for the goal.
 
@@ -60,18 +57,18 @@ def write_files(
         The coded files by goal.
     """
     files = {}
-    for goal, answer in answers.items():
+    for goal, best in found.best.items():
         files[goal] = folder.file(name.format(goal))
-        shutil.copyfile(answer.best.path, files[goal])
-    slim = answers.get("speed") or answers.get("both")
+        shutil.copyfile(best.path, files[goal])
+    slim = found.best.get("speed") or found.best.get("both")
     if slim is not None:
-        shutil.copyfile(slim.best.slim_path, folder.file(SLIM_NAME))
+        shutil.copyfile(slim.slim_path, folder.file(SLIM_NAME))
     return files
 
 
 def measure(
     workshop: Workshop,
-    answers: Mapping[str, Answer],
+    found: Found,
     files: Mapping[str, Path],
     confirming: Cifar10,
     batch_sizes: Sequence[int],
@@ -81,8 +78,8 @@ def measure(
 
     Args:
         workshop: That made the answers.
-        answers: By goal.
-        files: Theirs.
+        found: The answers, and what was tried.
+        files: The answers' files by goal.
         confirming: Images that chose nothing.
         batch_sizes: To time, in images.
         seconds: To spend on each.
@@ -93,9 +90,7 @@ def measure(
     _, int8 = store.coded("dense-int8", lambda: workshop.quantize(dense))
     # A coded network runs as fast as the same one uncoded, so of those tried these are timed.
     tried = {
-        c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors"
-        for answer in answers.values()
-        for c in answer.tried
+        c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors" for c in found.tried
     }
     with start_fresh(
         measure_files, fp32, {INT8: int8} | dict(files) | tried, confirming, workshop.batch_size,
@@ -103,7 +98,7 @@ def measure(
     ) as wait:  # fmt: skip
         measured = wait()
     paths = {FP32: fp32, INT8: int8} | dict(files)
-    return describe(workshop, list(answers.values()), measured, paths)
+    return describe(workshop, found, measured, paths)
 
 
 def export_answers_to_onnx(

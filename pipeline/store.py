@@ -7,17 +7,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from common.command.cli import UserError
+from common.files.unfinished import Unfinished
 from common.network.checkpoint import load_model, save_checkpoint
 from common.network.coded import CodedNetwork, load_coded, save_coded
 from common.network.resnet import ResNet18
+from training.loop.fit import choose_precision
+
+PRECISION = "precision"  # name of what is recorded: the precision of each device's networks
 
 
 @dataclass(frozen=True)
 class Store:
-    """Networks by name, in the ``folder`` of what an unfinished run leaves."""
+    """Networks by name, in what an unfinished run leaves."""
 
-    folder: Path
+    unfinished: Unfinished
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the networks."""
+        return self.unfinished.folder
+
+    def precision(self, device: torch.device) -> str:
+        """Return the precision to make networks in on a device: ``bf16`` or ``fp32``.
+
+        It is chosen once and kept: a run that is resumed may measure another one to be faster, and
+        would mix networks of both.
+
+        Raises:
+            UserError: Networks are there, but not the precision that they were made in.
+        """
+        recorded = self.unfinished.get(PRECISION, {})
+        if not recorded and any(self.folder.glob("*.pth")):
+            raise UserError(f"{self.folder}: damaged; start anew with --overwrite instead")
+        if device.type not in recorded:
+            recorded = recorded | {device.type: choose_precision(device)}
+            self.unfinished[PRECISION] = recorded
+        return recorded[device.type]
 
     def slim(self, key: str, make: Callable[[], ResNet18]) -> tuple[ResNet18, Path]:
         """Return the FP32 network of this name, made only if it is not there, and its file."""

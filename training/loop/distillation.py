@@ -65,6 +65,7 @@ def distill(
     training: Training,
     seed: int,
     learning_rate: float = RECIPE.learning_rate,
+    precision: str | None = None,
 ) -> None:
     """Train ``student`` (changed in place, left in eval mode) to do as the teacher does.
 
@@ -76,8 +77,8 @@ def distill(
         teacher: In eval mode, on the device of the images.
         training: What to learn from.
         seed: Of order and augmentation.
-        learning_rate: The highest; all else is the recipe's, and the precision what the device is
-            fast in.
+        learning_rate: The highest; all else is the recipe's.
+        precision: ``bf16`` or ``fp32``; by default what the device is fast in.
 
     Raises:
         UserError: The loss is no longer finite.
@@ -88,7 +89,7 @@ def distill(
         epochs=training.epochs,
         learning_rate=learning_rate,
         batch_size=min(RECIPE.batch_size, len(train)),
-        precision=choose_precision(device),
+        precision=precision or choose_precision(device),
     )
     state = TrainingState.start(student, recipe, device)
     with imitation_loss(student, teacher) as loss:
