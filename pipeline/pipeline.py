@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, place)
         identity = steps.identify(inputs, settings, args.batch_size, training)
-        store = Store(folder.keep_unfinished(identity, args.resume).folder)
+        store = Store(folder.keep_unfinished(identity, args.resume))
         bench = Bench(inputs.calibration, choosing, args.batch_size)
         dense = predict_fp32(inputs.model, bench, place)
         budget = Budget(args.max_drop, choosing, dense == choosing.labels)
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
             "pipeline", args, Workers(place), inputs.describe_images(), inputs.weights
         )
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
-        files = steps.write_files(workshop, found, folder, FILE_NAME)
+        files = steps.write_files(found, folder, FILE_NAME)
         results |= steps.measure(
             workshop, found, files, confirming, args.batch_sizes, args.timing_seconds
         )

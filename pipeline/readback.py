@@ -9,8 +9,9 @@ from common.images.data import ImageSet
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
 from common.network.checkpoint import load_model
+from common.network.tracing import trace_network
 from quantization.files.artifact import load_int8
-from quantization.int8 import deploy
+from quantization.int8.engines import fp32_runner
 
 FP32 = "fp32"
 
@@ -40,7 +41,7 @@ def measure_files(
     Raises:
         UserError: A file is not what was written.
     """
-    models = {FP32: deploy.deploy_fp32(load_model(fp32))}
+    models = {FP32: fp32_runner(trace_network(load_model(fp32), images.shape))}
     models |= {name: load_int8(path) for name, path in int8.items()}
     correct = {
         name: predict(model, images, batch_size, f"read back {name}") == images.labels

@@ -12,6 +12,7 @@ from torch import nn
 from common.images.data import normalize
 from common.network.resnet import BLOCKS
 from common.network.tracing import trace
+from training.loop import distillation
 from training.loop.distillation import (
     TEMPERATURE,
     Training,
@@ -79,6 +80,18 @@ def test_batch_norm_statistics_are_held(tiny_model, random_images):
     for name, tensor in tiny_model.state_dict().items():
         if "running" in name:
             assert torch.equal(student.state_dict()[name], tensor), name
+
+
+def test_it_trains_in_the_precision_asked_for(tiny_model, random_images, monkeypatch):
+    recipes = []
+    monkeypatch.setattr(
+        distillation, "fit", lambda state, train, recipe, *_: recipes.append(recipe)
+    )
+    monkeypatch.setattr(distillation, "choose_precision", lambda device: "bf16")
+    training = Training(random_images(8), epochs=1)
+    for precision in ("fp32", None):
+        distill(copy.deepcopy(tiny_model), tiny_model, training, 0, precision=precision)
+    assert [recipe.precision for recipe in recipes] == ["fp32", "bf16"]
 
 
 def test_a_damaged_student_comes_closer_and_keeps_its_zeros(tiny_model, random_images):

@@ -22,7 +22,6 @@ import torch
 from common.command import cli
 from common.command.cli import UserError
 from common.images.data import ImageSet
-from common.network.coded import CodedLayer
 from common.network.execution import Layer, Network
 from common.network.graph import Graph, Operation
 from common.network.regression import (
@@ -38,6 +37,7 @@ from common.network.regression import (
 )
 from common.network.walk import Walk, peak_bytes_per_image
 from quantization.coding.levels import MAX_LEVEL, choose_levels
+from quantization.int8.network import Int8Layer
 
 BATCH_SIZE = 50
 POSITIONS = 8  # random positions of each image's outputs that a layer is coded on
@@ -74,7 +74,7 @@ def encode(
     price: float,
     seed: int = 0,
     original: Original | None = None,
-) -> dict[str, CodedLayer]:
+) -> dict[str, Int8Layer]:
     """Code a network's weights; return its layers by name, in execution order.
 
     Args:
@@ -125,10 +125,10 @@ class _Encoder:
         self._generator = torch.Generator().manual_seed(seed)
         self._fine = layers_on_the_image(network.graph)
 
-    def encode(self) -> dict[str, CodedLayer]:
+    def encode(self) -> dict[str, Int8Layer]:
         """Code every layer."""
         graph = self._network.graph
-        layers: dict[str, CodedLayer] = {}
+        layers: dict[str, Int8Layer] = {}
         progress = iter(cli.progress(graph.layers, "code"))
         for operation in graph.operations[1:]:
             self._dense.step(operation.name)
@@ -144,7 +144,7 @@ class _Encoder:
         next(progress, None)
         return layers
 
-    def _code(self, operation: Operation) -> CodedLayer:
+    def _code(self, operation: Operation) -> Int8Layer:
         """Code one layer; a layer that reads very much, some of its inputs at a time."""
         layer = self._network.layers[operation.name]
         kernel = layer.weight[0, 0].numel()
@@ -162,7 +162,7 @@ class _Encoder:
         bias = bias.half().float()
         if not bias.isfinite().all():
             raise UserError(TOO_LARGE)
-        return CodedLayer(levels.view_as(layer.weight), steps, bias)
+        return Int8Layer(levels.view_as(layer.weight), steps, bias)
 
     def _measure(self, operation: Operation, layer: Layer, part: slice) -> Moments:
         """Return moments of ``part`` of a layer's inputs, and of what the whole layer lacks."""

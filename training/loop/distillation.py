@@ -66,6 +66,7 @@ def distill(
     training: Training,
     seed: int,
     learning_rate: float = RECIPE.learning_rate,
+    precision: str | None = None,
 ) -> None:
     """Train ``student`` (changed in place, left in eval mode) to answer as the teacher does.
 
@@ -77,8 +78,8 @@ def distill(
         teacher: In eval mode, on the images' device.
         training: Images to learn from.
         seed: Seed of order and augmentation.
-        learning_rate: Highest learning rate. The other settings are the recipe's, and the precision
-            is one that the device is fast in.
+        learning_rate: Highest learning rate; the other settings are the recipe's.
+        precision: ``bf16`` or ``fp32``; by default the one that the device is fast in.
 
     Raises:
         UserError: The loss is no longer finite.
@@ -89,7 +90,7 @@ def distill(
         epochs=training.epochs,
         learning_rate=learning_rate,
         batch_size=min(RECIPE.batch_size, len(train)),
-        precision=choose_precision(device),
+        precision=precision or choose_precision(device),
     )
     traced = trace(teacher, train.shape)
     state = TrainingState.start(student, recipe, device)
