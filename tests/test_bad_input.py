@@ -29,7 +29,7 @@ from common.images.cifar10 import CLASSES
 from common.images.download import BATCHES_FOLDER
 from common.network import resnet
 from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
-from common.network.resnet import ResNet18, Widths
+from common.network.resnet import ResNet, resnet18_shape
 from pipeline import pipeline
 from pruning import pruning
 from quantization import quantization
@@ -109,7 +109,7 @@ def npz(path: Path, state: State) -> None:
 
 def sized(path: Path, state: State) -> None:
     with path.open("wb") as file:
-        file.truncate((1 << 30) + 1)  # a hole: takes no space
+        file.truncate((1 << 32) + 1)  # a hole: takes no space
 
 
 def saved(change: Callable[[State], object]) -> Callable[[Path, State], None]:
@@ -141,7 +141,7 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "a folder": lambda path, state: path.mkdir(),
     "a named pipe": lambda path, state: os.mkfifo(path),
     "a file without read permission": lambda path, state: (path.write_bytes(b"?"), path.chmod(0)),
-    "a file of more than 1 GiB": sized,
+    "a file of more than 4 GiB": sized,
     "an HTML page saved as `.pth`": lambda path, state: path.write_text("\n<!doctype html>"),
     "a Git LFS pointer": lambda path, state: path.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 44776525\n"
@@ -152,7 +152,7 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "cut off half-way, safetensors": cut_safetensors,
     "one bit flipped": flip_bit,
     "a pickle that runs code": hostile,
-    "a whole model, from `torch.save(model)`": saved(lambda state: ResNet18(Widths((4, 4, 4, 4)))),
+    "a whole model, from `torch.save(model)`": saved(lambda state: ResNet(resnet18_shape(10))),
     "a TorchScript archive": torchscript,
     "a NumPy `.npz`": npz,
     "a zip bomb": zip_bomb,
@@ -163,7 +163,8 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "an INT8 model": with_tensor("conv1.weight", quantized_stem()),
     "a sparse tensor": with_tensor("conv1.weight", STEM.to_sparse()),
     "a tensor on the meta device": with_tensor("conv1.weight", STEM.to("meta")),
-    "one tensor under two names": with_tensor("module.conv1.weight", STEM),
+    "one tensor under two names": with_tensor("_orig_mod.conv1.weight", STEM),
+    "a prefix before some names only": with_tensor("module.conv1.weight", STEM),
     "integer weights": with_tensor("conv1.weight", STEM.int()),
     "NaN weights": with_tensor("conv1.weight", STEM + float("nan")),
     "infinite weights": with_tensor("conv1.weight", STEM + float("inf")),
@@ -172,13 +173,23 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "finite weights whose products are not": with_tensor("conv1.weight", STEM + 1e38),
     "a missing tensor": saved(lambda s: {k: v for k, v in s.items() if k != "linear.bias"}),
     "an extra tensor": with_tensor("linear2.bias", torch.zeros(10)),
-    "a wrong shape": with_tensor("conv1.weight", torch.zeros(32, 3, 3, 3)),
+    "a wrong shape": with_tensor("bn1.weight", torch.zeros(32)),
     "a shape of more numbers than any memory holds": with_tensor(
         "conv1.weight", torch.zeros(()).expand(10**5, 10**5, 10**5)
     ),
-    "100 classes": with_tensor("linear.weight", torch.zeros(100, 512)),
-    "torchvision's `resnet18` (7×7 stem)": of_torchvision("resnet18", num_classes=10),
-    "torchvision's `mobilenet_v2`": of_torchvision("mobilenet_v2", num_classes=10),
+    "as many classes as the images do not have": of_torchvision("resnet18", num_classes=100),
+    "quantization-aware training behind it": with_tensor(
+        "conv1.weight_fake_quant.scale", torch.ones(1)
+    ),
+    "dynamic quantization behind it": saved(
+        lambda state: state | {"linear._packed_params._packed_params": (STEM, None)}
+    ),
+    "several state dicts, none of the usual names": saved(
+        lambda state: {"a": state, "b": {**state}}
+    ),
+    "torchvision's `mobilenet_v2`, without `--model`": of_torchvision(
+        "mobilenet_v2", num_classes=10
+    ),
 }
 
 
