@@ -16,11 +16,12 @@ from common.command.cli import REPOSITORY, UserError, log
 from common.files.atomic import replace_file
 from common.files.untrusted import MAX_UNPACKED_BYTES, read_untrusted, serialize
 from common.images.sources import ASSETS
-from common.network.coded import is_coded, load_coded
 from common.network.layouts import StateDict, Statistics, read_layout, shorten
 from common.network.models import build_model, expected_names
 from common.network.renaming import canonical_names
-from common.network.resnet import ResNet, ResNetShape, build_resnet
+from common.network.resnet import ResNet, ResNetShape
+from common.network.tracing import trace
+from quantization.files.int8_file import is_int8_file, read_int8
 
 WEIGHTS_NAME = "resnet18_cifar10.pth"
 BUNDLED_WEIGHTS = ASSETS / "resnet18_cifar10_fp16.pth"
@@ -110,8 +111,8 @@ def load_network(
         UserError: The file is missing, no checkpoint, unsafe, damaged, or of another network.
     """
     path = file.path
-    if is_coded(path):
-        return Loaded(build_resnet(load_coded(path).state_dict()), "resnet18-cifar")
+    if is_int8_file(path):
+        return _load_int8(path, model, max_pool)
     content = read_untrusted(path)
     layout = read_layout(path, content, file.key, expected_names(model) if model else ())
     tensors = layout.tensors
@@ -125,6 +126,28 @@ def load_network(
         log.info("%s: %s", _name(path), note)
     expected.load_state_dict(state, assign=True)
     return Loaded(expected.eval(), family, layout.statistics)
+
+
+def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
+    """Return the FP32 network of an INT8 file; its batch norms do nothing but add the biases."""
+    network = read_int8(path)
+    state = {f"{name}.weight": layer.dense() for name, layer in network.layers.items()}
+    if model is None:
+        state, built, family = _fit_resnet(path, state, max_pool)
+    else:
+        built, family = build_model(model, state), model
+    traced = trace(built, network.graph.operations[0].attributes["shape"])
+    if set(traced.network.graph.layers) != set(network.layers) or network.affine:
+        raise UserError(f"{path}: its layers are not those of {family}")
+    for name, layer in network.layers.items():
+        state[f"{traced.norms.get(name, name)}.bias"] = layer.bias
+        if (norm := traced.norms.get(name)) is not None:
+            ones = torch.ones_like(layer.bias)
+            epsilon = built.get_submodule(norm).eps
+            state |= {f"{norm}.weight": ones, f"{norm}.running_var": ones - epsilon}
+            state[f"{norm}.running_mean"] = torch.zeros_like(layer.bias)
+    built.load_state_dict(_fit(path, state, built.state_dict(), family), assign=True)
+    return Loaded(built.eval(), family, (network.mean, network.std))
 
 
 def read_checkpoint(path: Path) -> StateDict:
