@@ -98,7 +98,7 @@ class Devices(TorchDispatchMode):
 @pytest.fixture
 def imagined() -> Iterator[tuple[ResNet18, ImageSet]]:
     """A network and 64 images on a GPU that fails where a number is asked for, as waiting does."""
-    data._mean_and_std.cache_clear()
+    data._on_device.cache_clear()
     with FakeTensorMode():
         with torch.device("cuda"):
             model = ResNet18(Widths((4, 8, 8, 8))).eval()
@@ -107,7 +107,7 @@ def imagined() -> Iterator[tuple[ResNet18, ImageSet]]:
         normalize(images)  # whose constants go to the GPU once
         with torch.inference_mode():
             yield model, ImageSet(images, labels)
-    data._mean_and_std.cache_clear()
+    data._on_device.cache_clear()
 
 
 def test_the_scan_neither_waits_nor_leaves_the_gpu(imagined):
@@ -116,6 +116,7 @@ def test_the_scan_neither_waits_nor_leaves_the_gpu(imagined):
     layers = ["conv1", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0", "linear"]
     variants = PrunedVariants({n: network.layers[n] for n in layers}, None, 0.9, {})
     walk = Walk(Cascade.of(network, fast=False), layers, network.graph["linear"].inputs[0])
+    assert network.shapes  # learned once
     with Devices() as devices:
         chunk = walk.run(images, [variants], 16, lambda count: None)
     assert chunk.correct.shape == (5, 64)

@@ -34,7 +34,9 @@ def test_the_sparsest_model_that_was_kept_is_found(search, random_images):
     assert found.sparsity == max((step.sparsity for step in found.steps if step.kept), default=0.0)
     weights = [layer.weight for layer in prunable_layers(found.model).values()]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
-    assert zeros == round(found.sparsity * sum(weight.numel() for weight in weights))
+    # Each layer's curve ends on a whole weight, so a few less may go than asked for.
+    asked = round(found.sparsity * sum(weight.numel() for weight in weights))
+    assert asked - len(weights) < zeros <= asked
     correct = search.classifier(found.model).find_correct(search.held_out.images)
     assert int(correct.sum()) == found.measured.accuracy.correct
 

@@ -118,7 +118,7 @@ def test_search_reports_all_that_it_did():
     torch.manual_seed(0)
     head, model = head_of(nn.Conv2d(3, 2, 5, 2), nn.Flatten(), nn.Linear(8, 10))
     found, _, _ = search(head, model, 2, 0.05)
-    assert (head.features, head.layers) == ("_1", ("2",))
+    assert (head.features, head.layers) == ("1", ("2",))
     assert (found.weights, found.images, found.required) == (80, 200, 190)
     assert found.counts.tolist() == list(range(81))
     assert found.correct[0] == 200

@@ -9,7 +9,8 @@ others stay as they are. The branching walk does that for all layers at once.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 
 from common.command import cli
 from common.images.data import ImageSet
-from common.network.branching import branch_logits, start_values
+from common.network.branching import Variant, branch_logits, start_values
+from common.network.execution import Network
 from common.network.tracing import trace_network
 from pruning.alone.walk import PrunedVariants
 from pruning.masks import pruned_count
@@ -28,7 +30,6 @@ AMOUNTS = (0.0, *(1 - 0.5**halvings for halvings in range(1, 7)))
 BATCH_SIZE = 20
 
 
-@torch.inference_mode()
 def measure_damage(
     model: nn.Module,
     context: nn.Module,
@@ -60,21 +61,30 @@ def measure_damage(
     parts = [variant.fast if fast else variant.exact for variant in variants]
     if fast:
         dense, around = dense.to(torch.bfloat16), around.to(torch.bfloat16)
-    graph = around.graph
-    wanted = start_values(graph, weights)
-    changed = torch.zeros(len(AMOUNTS), len(weights), device=images.images.device)
-    count = -(-len(images) // BATCH_SIZE)
-    for inputs, _ in cli.progress(images.batches(BATCH_SIZE), "sensitivities", count):
-        expected = dense(inputs).argmax(dim=1)
-        values = around.run({graph.input: inputs}, wanted)
-        for amount, part in enumerate(parts):
-            found = branch_logits(around, values, part).argmax(dim=1)
-            changed[amount] += (found.view(len(weights), -1) != expected).sum(dim=1)
+    changed = _count_changed(dense, around, parts, images)
     damage = (changed / len(images)).cpu().double().numpy()
     return {
         name: _curve(weight.numel(), damage[:, index], len(images))
         for index, (name, weight) in enumerate(weights.items())
     }
+
+
+@torch.inference_mode()
+def _count_changed(
+    dense: Network, around: Network, variants: Sequence[Mapping[str, Variant]], images: ImageSet
+) -> torch.Tensor:
+    """Return how many predictions of ``dense`` change: shape (amounts, layers)."""
+    layers, graph = list(variants[0]), around.graph
+    wanted = start_values(graph, layers)
+    changed = torch.zeros(len(variants), len(layers), device=images.images.device)
+    count = math.ceil(len(images) / BATCH_SIZE)
+    for inputs, _ in cli.progress(images.batches(BATCH_SIZE), "sensitivities", count):
+        expected = dense(inputs).argmax(dim=1)
+        values = around.run({graph.input: inputs}, wanted)
+        for amount, part in enumerate(variants):
+            found = branch_logits(around, values, part).argmax(dim=1)
+            changed[amount] += (found.view(len(layers), -1) != expected).sum(dim=1)
+    return changed
 
 
 def _curve(weights: int, damage: np.ndarray, images: int) -> DamageCurve:
