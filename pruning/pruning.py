@@ -177,7 +177,14 @@ def main(argv: list[str] | None = None) -> int:
         if not crew.is_first:  # the rest is short, or cannot be shared
             return cli.EXIT_DONE
 
-        results = common_results("pruning", args, crew, inputs.describe_images(), inputs.weights)
+        results = common_results(
+            "pruning",
+            args,
+            crew,
+            inputs.describe_images(),
+            inputs.weights,
+            inputs.describe_network(),
+        )
         results |= describe_scan(scanned, inputs.model, amounts)
         linear_name = LINEAR_NAME if args.scope else PRUNED_NAME
         model_name = SLIM_NAME if args.scope == "channels" else PRUNED_NAME

@@ -168,7 +168,12 @@ def main(argv: list[str] | None = None) -> int:
 
         files = steps.save_models(quantized, folder.file)
         found = common_results(
-            "quantization", args, Workers(place), inputs.describe_images(), inputs.weights
+            "quantization",
+            args,
+            Workers(place),
+            inputs.describe_images(),
+            inputs.weights,
+            inputs.describe_network(),
         )
         found |= results.describe_models(model, fp32, quantized, files, onnx, test, timings)
         fp32_bytes = found["models"][0]["size_bytes"]
