@@ -111,7 +111,12 @@ def main(argv: list[str] | None = None) -> int:
         workshop = Workshop(inputs, settings, budget, store, args.batch_size, training)
         found = find_answers(workshop, args.goals)
         results = common_results(
-            "pipeline", args, Workers(place), inputs.describe_images(), inputs.weights
+            "pipeline",
+            args,
+            Workers(place),
+            inputs.describe_images(),
+            inputs.weights,
+            inputs.describe_network(),
         )
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
         files = steps.write_files(found, folder, FILE_NAME)

@@ -171,7 +171,10 @@ def main(argv: list[str] | None = None) -> int:
         if not workers.is_first:  # the rest is short, or cannot be shared
             return cli.EXIT_DONE
 
-        results = common_results("pruning", args, workers, inputs.describe_images(), inputs.weights)
+        results = common_results(
+            "pruning", args, workers, inputs.describe_images(), inputs.weights,
+            inputs.describe_network(),
+        )  # fmt: skip
         results |= describe_scan(scan, scanned)
         linear_name = LINEAR_NAME if args.scope else PRUNED_NAME
         model_name = SLIM_NAME if args.scope == "channels" else PRUNED_NAME

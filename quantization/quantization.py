@@ -168,8 +168,9 @@ def main(argv: list[str] | None = None) -> int:
 
         files = steps.save_models(quantized, folder.file)
         found = common_results(
-            "quantization", args, Workers(device), inputs.describe_images(), inputs.weights
-        )
+            "quantization", args, Workers(device), inputs.describe_images(), inputs.weights,
+            inputs.describe_network(),
+        )  # fmt: skip
         found |= results.describe_models(model, fp32, quantized, files, onnx, test, timings)
         if plan is not None:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)

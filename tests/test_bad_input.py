@@ -25,7 +25,6 @@ from torchvision.datasets import CIFAR10
 from common.command import cli
 from common.files.output import OutputFolder
 from common.files.unfinished import Unfinished
-from common.images.cifar10 import CLASSES
 from common.images.download import BATCHES_FOLDER
 from common.network import resnet
 from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
@@ -193,6 +192,19 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
 }
 
 
+# --- networks: each writes a file with a function ------------------------------------------------
+
+MODELS = {
+    "`--model resnet18`": None,
+    "`--model torchvision:resnet17`": None,
+    "`--model FILE:net`, and no such file": None,
+    "`--model FILE:net`, and no such function": "nets = 1",
+    "`--model FILE:net`, which returns no network": "def net(): return 1",
+    "`--model FILE:net`, which fails": "def net(): return 1 / 0",
+    "`--model torchvision:vgg11_bn`, and weights of another network": None,
+}
+
+
 # --- data folders: each changes a folder with one image in each class ----------------------------
 
 
@@ -203,7 +215,36 @@ def bare(root: Path) -> None:
 
 
 def remove_split(root: Path) -> None:
-    (root / "test").rename(root / "validation")
+    (root / "test").rename(root / "testing")
+
+
+def rename_splits(root: Path) -> None:
+    (root / "test").rename(root / "Test")
+    (root / "train").rename(root / "Train")
+
+
+def not_unpacked(root: Path) -> None:
+    root.rename(root.parent / "aside")
+    root.mkdir()
+    (root / "images.zip").touch()
+
+
+def only_one_split(root: Path) -> None:
+    root.rename(root.parent / "aside")
+    (root.parent / "aside" / "test").rename(root)
+
+
+def eleven_classes(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "zebra").mkdir()
+        SQUARE.save(root / split / "zebra" / "0.png")
+
+
+def one_of_another_size(root: Path) -> None:
+    """As the last of more images than those whose size is looked at."""
+    for index in range(201):
+        SQUARE.save(root / "test" / "cat" / f"{index}.png")
+    SQUARE.resize((64, 64)).save(root / "test" / "cat" / "0.png")
 
 
 def empty_class(root: Path) -> None:
@@ -250,23 +291,27 @@ def empty_png(width: int, height: int) -> bytes:
 SQUARE = Image.new("RGB", (32, 32))
 DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
     "`test/` without class folders": bare,
-    "no `test/`": remove_split,
+    "no `test/`, `val/`, `validation/` or `valid/`": remove_split,
+    "splits of other names (`Test/`, `Train/`)": rename_splits,
+    "an archive that was not unpacked": not_unpacked,
+    "the folder of one split": only_one_split,
+    "an empty folder, and no network": lambda root: (
+        root.rename(root.parent / "aside"),
+        root.mkdir(),
+    ),
     "a class without images": empty_class,
-    "a class missing": lambda root: (root / "test" / "cat").rename(root / "test" / ".cat"),
-    "an eleventh class": lambda root: (root / "test" / "zebra").mkdir(),
-    "folders `0` to `8` only": lambda root: [
-        (root / "test" / name).rename(root / "test" / str(label))
-        if label < 9
-        else (root / "test" / name).rename(root / name)
-        for label, name in enumerate(CLASSES)
-    ],
+    "a class missing in one split": lambda root: (root / "test" / "cat").rename(
+        root / "test" / ".cat"
+    ),
+    "an eleventh class in one split": lambda root: (root / "test" / "zebra").mkdir(),
+    "eleven classes, and a network of ten": eleven_classes,
     "a class folder without permission": lambda root: (root / "test" / "cat").chmod(0),
     "a file that is no image": raw_picture(b"GIF? no."),
     "an empty image file": raw_picture(b""),
     "a JPEG cut off half-way": cut_jpeg,
     "another format (GIF, TIFF, EPS) named `.png`": picture(SQUARE, format="GIF"),
     "a 16-bit PNG": picture(Image.fromarray(np.zeros((32, 32), dtype=np.uint16))),
-    "a 64×64 image": picture(SQUARE.resize((64, 64))),
+    "a 64×64 image among many of 32×32": one_of_another_size,
     "a PNG of 60000×60000 pixels": raw_picture(empty_png(60_000, 60_000)),
     "fewer images than `--test-images`": lambda root: None,
     "`cifar-10-batches-py/` with a wrong checksum": batches(lambda folder: None),
@@ -308,6 +353,7 @@ FLAGS = {
     for row, _ in ROWS
     if row.startswith(("`--", *(f"`{name} --" for name in SCRIPTS)))
     and row not in DATA_FOLDERS
+    and row not in MODELS
     and row not in OUTPUT_FOLDERS
     and row not in DEVICES
 }
@@ -343,7 +389,7 @@ def by_turns(rows: Iterable[str]) -> pytest.MarkDecorator:
 
 def test_every_row_is_tested():
     assert len(dict(ROWS)) == len(ROWS)
-    tables = (CHECKPOINTS, DATA_FOLDERS, OUTPUT_FOLDERS, UNFINISHED, DEVICES, FLAGS)
+    tables = (CHECKPOINTS, MODELS, DATA_FOLDERS, OUTPUT_FOLDERS, UNFINISHED, DEVICES, FLAGS)
     assert set().union(*tables) == dict(ROWS).keys()
 
 
@@ -364,6 +410,17 @@ def test_the_hostile_pickle_would_run(folder, blank_state):
     assert (folder / "code-has-run").exists()
 
 
+@by_turns(MODELS)
+def test_model(row, script, folder):
+    path = folder / "mine.py"
+    if MODELS[row] is not None:
+        path.write_text(MODELS[row])
+    name = row.split("`")[1].removeprefix("--model ").replace("FILE", str(path))
+    argv = ["--bundled", "--output-dir", folder / "results", "--model", name]
+    file = BUNDLED_WEIGHTS if "weights of" in row else path
+    check(script, [*argv, "--weights", BUNDLED_WEIGHTS], expected_line(row, FILE=file), folder)
+
+
 @by_turns(DATA_FOLDERS)
 def test_data_folder(row, script, folder, image_folders, without_privileges, monkeypatch):
     root = image_folders(folder / "data")
@@ -373,7 +430,10 @@ def test_data_folder(row, script, folder, image_folders, without_privileges, mon
     count = 100 if "fewer" in row else 10
     argv = ["--data-dir", root, "--no-bundled", "--weights", BUNDLED_WEIGHTS]
     argv += ["--test-images", count, "--output-dir", folder / "results"]
+    if "64×64" in row:
+        argv[argv.index("--test-images") + 1] = "all"
     image = next((root / "test" / "cat").glob("0.*"), root) if "permission" not in row else root
+    image = BUNDLED_WEIGHTS if "network of" in row else image
     with without_privileges() if "permission" in row else contextlib.nullcontext():
         check(script, argv, expected_line(row, FILE=image, DIR=root), folder)
 

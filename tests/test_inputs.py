@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from common.command.cli import UserError, set_up_messages
+from common.images.cifar10 import CLASSES, MEAN, STD
 from common.images.data import load_images
-from common.images.sources import folder_source
+from common.images.folders import folder_source
 from common.inputs import load_inputs
 from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import WEIGHTS_NAME
@@ -42,8 +43,14 @@ def test_both_splits_are_the_seeds(load, tmp_path):
         assert torch.equal(found.images, expected.images)
         assert torch.equal(found.labels, expected.labels)
     assert not inputs.model.training
+    described = {
+        "classes": list(CLASSES), "image_size": [32, 32], "mean": list(MEAN), "std": list(STD),
+    }  # fmt: skip
     assert inputs.describe_images() == {
-        "source": "folder", "test_images": 20, "calibration_images": 10,
+        "source": "folder", "test_images": 20, "calibration_images": 10, **described,
+    }  # fmt: skip
+    assert inputs.describe_network() == {
+        "family": "resnet18-cifar", "layers": 21, "macs": 555_422_720, "parameters": 11_173_962,
     }  # fmt: skip
     assert inputs.weights["source"] == f"{WEIGHTS_NAME} in the working directory"
 
@@ -51,7 +58,8 @@ def test_both_splits_are_the_seeds(load, tmp_path):
 def test_calibration_images_are_loaded_only_where_asked_for(load):
     inputs = load(test_images=None)
     assert inputs.calibration is None
-    assert inputs.describe_images() == {"source": "folder", "test_images": 40}
+    assert inputs.describe_images()["test_images"] == 40
+    assert "calibration_images" not in inputs.describe_images()
 
 
 def test_other_training_images_are_none_of_the_calibration_images(load):

@@ -39,7 +39,10 @@ def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
         return _build_torchvision(model.removeprefix(TORCHVISION), state).eval()
     file, _, function = model.rpartition(":")
     if not file.endswith(".py") or not function:
-        raise UserError(f"--model {model}: neither torchvision:NAME nor FILE.py:FUNCTION")
+        raise UserError(
+            f"--model {model}: neither torchvision:NAME nor a file and its function, such as "
+            "mine.py:build"
+        )
     # The user's code may draw random numbers; the run's own stay as they are.
     with torch.random.fork_rng(devices=[]):
         return _run_function(Path(file), function).eval()

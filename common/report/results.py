@@ -30,7 +30,12 @@ PURPLE, GREY = "#CC79A7", "#999999"
 
 
 def common_results(
-    script: str, arguments: argparse.Namespace, workers: Workers, data: dict, weights: dict
+    script: str,
+    arguments: argparse.Namespace,
+    workers: Workers,
+    data: dict,
+    weights: dict,
+    network: dict | None = None,
 ) -> dict:
     """Return the part of results.json that all scripts share, but for what is known at the end.
 
@@ -38,8 +43,9 @@ def common_results(
         script: Its name, such as ``quantization``.
         arguments: As parsed.
         workers: The processes that shared the run, and where FP32 ran.
-        data: The source's name, and how many images were used for what.
-        weights: From :meth:`common.network.checkpoint.WeightsFile.describe`.
+        data: The source's name, how many images were used for what, and what they are.
+        weights: Result of :meth:`common.network.checkpoint.WeightsFile.describe`.
+        network: Result of :meth:`common.inputs.Inputs.describe_network`, if there is one.
     """
     device = workers.device.type
     return {
@@ -61,6 +67,7 @@ def common_results(
         "processes": workers.count,
         "data": data,
         "weights": weights,
+        **({} if network is None else {"network": network}),
     }
 
 
