@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantization.coding.kernels import from_int8
 
 from common.images.data import batches
 from pipeline.store import Store
-from quantization.coding.kernels import from_int8
 from quantization.int8 import conversion
 from quantization.int8.engines import candidate_engines
 from quantization.settings import Settings
