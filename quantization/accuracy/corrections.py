@@ -13,7 +13,6 @@ from common.network.execution import Layer, Network
 from common.network.graph import (
     ADAPTIVE_POOL,
     AVERAGE_POOL,
-    CONVOLUTION,
     FLATTEN,
     GLOBAL_POOL,
     MAX_POOL,
@@ -62,7 +61,7 @@ def equalizable_pairs(network: Network) -> list[tuple[str, str]]:
         reader = graph.sole_user(name)
         while reader is not None and reader.kind in HOMOGENEOUS:
             reader = graph.sole_user(reader.name)
-        if reader is not None and reader.is_layer and graph[name].kind == CONVOLUTION:
+        if reader is not None and reader.is_layer:
             pairs.append((name, reader.name))
     return pairs
 
