@@ -32,6 +32,7 @@ from common.network.graph import (
     Operation,
     evaluate,
 )
+from common.network.shapes import infer_shapes
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,7 @@ class Network:
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each operation's value for one image, without the batch dimension."""
-        meta = Network(self.graph, {name: layer.to("meta") for name, layer in self.layers.items()})
-        source = self.graph.operations[0]
-        names = [operation.name for operation in self.graph.operations]
-        image = torch.empty(1, *source.attributes["shape"], device="meta")
-        return {n: tuple(v.shape[1:]) for n, v in meta.run({source.name: image}, names).items()}
+        return infer_shapes(self.graph, {name: x.weight.shape for name, x in self.layers.items()})
 
     @functools.cached_property
     def macs(self) -> Mapping[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,8 +11,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from common.network.execution import Layer, Network
+from common.network.execution import Layer
 from common.network.graph import AFFINE, Graph
+from common.network.shapes import infer_shapes
 from quantization.files.dense_levels import is_dense
 from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network
 from quantization.settings import parse_settings
@@ -125,8 +127,9 @@ def _blank(fields: Mapping) -> Int8Network:
     classes, mean, std = (tuple(fields[name]) for name in ("classes", "mean", "std"))
     if not all(isinstance(name, str) for name in classes):
         raise ValueError("class names that are no text")
-    if len(mean) != len(std) or not all(isinstance(value, float) for value in (*mean, *std)):
-        raise ValueError("mean and std are no numbers")
+    numbers = all(isinstance(value, float) and math.isfinite(value) for value in (*mean, *std))
+    if len(mean) != len(std) or not numbers or not all(value > 0 for value in std):
+        raise ValueError("mean and std are no numbers that images can have")
     if not set(settings.fp32_layers) <= set(graph.layers):
         raise ValueError("FP32 layers that the network does not have")
     layers, affine = {}, {}
@@ -141,13 +144,13 @@ def _blank(fields: Mapping) -> Int8Network:
 
 
 def _check_that_it_runs(blank: Int8Network) -> None:
-    """Run a network without values; check that an image gives a logit for each class."""
+    """Check that all weights fit, and that an image gives a logit for each class."""
     shape = [_count(size) for size in blank.graph.operations[0].attributes["shape"]]
     if len(shape) != 3 or shape[0] != len(blank.mean):
         raise ValueError("images of another number of channels than mean and std have")
-    layers = {name: Layer(layer.weight.float(), layer.bias) for name, layer in blank.layers.items()}
-    shapes = Network(blank.graph, {**layers, **blank.affine}).shapes
-    if sum(torch.Size(shape).numel() for shape in shapes.values()) > MAX_VALUES:
+    weighted = {**blank.layers, **blank.affine}
+    shapes = infer_shapes(blank.graph, {name: x.weight.shape for name, x in weighted.items()})
+    if sum(math.prod(shape) for shape in shapes.values()) > MAX_VALUES:
         raise ValueError("values too large")
     if shapes[blank.graph.output] != (len(blank.classes),):
         raise ValueError("another number of logits than of classes")

@@ -45,7 +45,7 @@ HALVES = (torch.float16, torch.float32)
 MIN_BITS = 0.01  # of a stream for each weight; a hostile one could say that fewer are enough
 DAMAGE = (
     SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError,
-    OverflowError, RuntimeError, zlib.error,
+    ArithmeticError, RuntimeError, zlib.error,
 )  # fmt: skip
 
 Tensors = Mapping[str, torch.Tensor]
