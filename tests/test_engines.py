@@ -22,11 +22,11 @@ from common.network.execution import Layer
 from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
-from quantization.int8.engines import base, choice, kernels, switch
+from quantization.int8.engines import base, calls, choice, switch
 from quantization.int8.reference import CLIPS, ReferenceRunner
 from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
-TORCH_HERE = kernels.torch_engines()
+TORCH_HERE = switch.torch_engines()
 HERE = choice.available_engines()
 
 
@@ -146,10 +146,10 @@ def stored(network, name, value):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_kernel_gives_the_references_levels(observations, images, name, engine, reduce_range):
     network = convert(observations[name], Settings(reduce_range=reduce_range))
-    builder = kernels._Builder(network, engine)
-    calls, steps = builder.build(), builder._steps
+    builder = calls._Builder(network, engine)
+    steps = builder._steps
     values = exact_values(network, steps, images)
-    for call, step in zip(calls[1:], steps[1:], strict=True):
+    for call, step in zip(builder.build()[1:], steps[1:], strict=True):
         with switch.using(engine), torch.no_grad():
             got = call.function(*[stored(network, n, values[n]) for n in call.inputs])
         kept = network.ranges.get(call.name)
@@ -176,9 +176,9 @@ def test_engines_answer_like_the_reference(observations, images, name, engine):
 
 @pytest.mark.skipif("onednn" not in TORCH_HERE, reason="no onednn engine on this CPU")
 def test_onednn_fuses_the_additions_of_one_shape(residual):
-    names = [step.name for step in kernels._Builder(residual, "onednn")._steps if step.added]
+    names = [step.name for step in calls._Builder(residual, "onednn")._steps if step.added]
     assert len(names) == 6
-    assert not any(s.added for s in kernels._Builder(residual, "fbgemm")._steps)
+    assert not any(s.added for s in calls._Builder(residual, "fbgemm")._steps)
 
 
 @pytest.mark.parametrize("engine", HERE)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from common.command.cli import UserError
-from common.network.execution import Layer, Network
+from common.network.shapes import infer_shapes
 from quantization.int8.network import Int8Network
 
 # Sizes that a runner prepares for, where the kernels are made for a batch size. Each holds a copy
@@ -108,11 +108,5 @@ class PreparedSizes:
 
 def value_shapes(network: Int8Network) -> Mapping[str, tuple[int, ...]]:
     """Return the shape of each operation's value for one image."""
-    layers = {
-        name: Layer(
-            torch.empty(layer.weight.shape, device="meta"),
-            torch.empty(layer.bias.shape, device="meta"),
-        )
-        for name, layer in {**network.layers, **network.affine}.items()
-    }
-    return Network(network.graph, layers).shapes
+    weights = {name: x.weight.shape for name, x in {**network.layers, **network.affine}.items()}
+    return infer_shapes(network.graph, weights)

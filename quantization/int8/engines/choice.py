@@ -14,8 +14,8 @@ from common.command import cli
 from common.command.cli import UserError
 from common.measure.latency import Contender, Timing, time_interleaved
 from quantization.int8.engines.base import Run, Runner
-from quantization.int8.engines.kernels import torch_engines
 from quantization.int8.engines.saturation import adds_exactly
+from quantization.int8.engines.switch import torch_engines
 from quantization.int8.engines.torch_engine import TorchRunner
 from quantization.int8.network import Int8Network
 from quantization.int8.reference import ReferenceRunner

@@ -9,6 +9,11 @@ from collections.abc import Iterator
 import torch
 
 
+def torch_engines() -> list[str]:
+    """Return the names of the engines that this torch has on this CPU."""
+    return [name for name in torch.backends.quantized.supported_engines if name != "none"]
+
+
 class EngineSwitch:
     """Sets ``torch.backends.quantized.engine`` while kernels run, and then what it was before.
 

@@ -1,7 +1,7 @@
 """Runs INT8 networks in torch's quantized kernels.
 
-This module and the two that it calls, ``kernels`` and ``switch``, are all that knows torch's
-quantized tensors and TorchScript.
+Only this module and those that it calls, ``calls``, ``kernels`` and ``switch``, know torch's
+quantized tensors. TorchScript is known here alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import warnings
 import torch
 
 from quantization.int8.engines.base import PreparedSizes, Run, Runner
-from quantization.int8.engines.kernels import fp32_activations, list_calls
+from quantization.int8.engines.calls import list_calls
+from quantization.int8.engines.kernels import fp32_activations
 from quantization.int8.engines.program import Program
 from quantization.int8.engines.switch import SWITCH, using
 from quantization.int8.network import Int8Network
