@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common.command.cli import log
-from common.images.data import Cifar10, checksum, load_images
+from common.images.data import Cifar10, check_disjoint, checksum, load_images
 from common.images.sources import Source, open_source
 from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import find_weights, load_model
@@ -52,8 +52,16 @@ class Inputs:
         }
 
     def load_training(self, count: int | None, skip: int = 0) -> Cifar10:
-        """Load other training images; arguments as of :func:`common.images.data.load_images`."""
-        return load_images(self.source, "train", count, self.seed, skip)
+        """Load training images; arguments as of :func:`common.images.data.load_images`.
+
+        Warns if some of them are test images.
+
+        Raises:
+            UserError: They cannot be had, or nearly all of them are test images.
+        """
+        training = load_images(self.source, "train", count, self.seed, skip)
+        check_disjoint(training, self.test, self.source.description)
+        return training
 
     def to(self, device: torch.device) -> Inputs:
         """Move the model to a device; return the inputs with it and the test images there."""
@@ -70,20 +78,21 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
         workers: All load the same; one a machine downloads.
 
     Raises:
-        UserError: The checkpoint or the images cannot be had, or the workers found different ones.
+        UserError: The checkpoint or the images cannot be had, the workers found different ones, or
+            the training images are the test images.
     """
     file = find_weights(args.weights, script_dir)
     log.info("weights: %s", file.found)
     model, described = load_model(file.path), file.describe()
     with workers.one_a_machine_first():
         source = open_source(args.data_dir, args.bundled, not args.no_bundled)
-    test, calibration = load_images(source, "test", args.test_images, args.seed), None
+    test = load_images(source, "test", args.test_images, args.seed)
+    inputs = Inputs(described, model, source, args.seed, test, calibration=None)
     counts = f"{len(test)} for testing"
     if "calibration_images" in args:
-        calibration = load_images(source, "train", args.calibration_images, args.seed)
-        counts += f", {len(calibration)} for calibration"
+        inputs = replace(inputs, calibration=inputs.load_training(args.calibration_images))
+        counts += f", {len(inputs.calibration)} for calibration"
     log.info("images: %s, from %s", counts, source.description)
-    inputs = Inputs(described, model, source, args.seed, test, calibration)
     if workers.count > 1:
         workers.require_same(inputs.identify())
     return inputs

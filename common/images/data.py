@@ -15,9 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.command.cli import UserError
+from common.command.cli import UserError, log
 from common.images.cifar10 import MEAN, STD
 from common.images.sources import Source
+
+# Splits are refused if this share of the smaller one is in the other as well.
+MAX_SHARED = 0.9
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,33 @@ def load_images(source: Source, split: str, count: int | None, seed: int, skip: 
     indices = balanced_subset(available.labels, count, seed, skip)
     pixels = available.read(indices)
     return Cifar10(torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]))
+
+
+def check_disjoint(training: Cifar10, test: Cifar10, place: str) -> None:
+    """Warn if some training images are test images as well, pixel for pixel.
+
+    Args:
+        training: Images that the run compresses or trains on.
+        test: Images that it measures accuracy on.
+        place: Description of where both come from, for the message.
+
+    Raises:
+        UserError: Nearly all of them are.
+    """
+    shared = len(_digests(training) & _digests(test))
+    told = (
+        f"{place}: {shared:,} of {len(training):,} training images are among the {len(test):,} "
+        "test images"
+    )
+    if shared > MAX_SHARED * min(len(training), len(test)):
+        raise UserError(f"{told}; train and test must hold different images")
+    if shared:
+        log.warning("%s: accuracies on them are too high", told)
+
+
+def _digests(dataset: Cifar10) -> set[bytes]:
+    images = dataset.images.cpu().contiguous()
+    return {hashlib.sha256(image.data).digest() for image in images.numpy()}
 
 
 def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) -> np.ndarray:
