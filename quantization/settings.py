@@ -34,18 +34,22 @@ def parse_settings(fields: object) -> Settings:
         ValueError: They are not settings that a model could have been made with.
     """
     # torch takes seconds to import, and --help, which names the engines, has no need of it.
+    import torch
+
     from common.network.resnet import ResNet18, prunable_layers
 
     known = {"engine", "observer", "reduce_range", "fp32_layers"}
     if not isinstance(fields, dict) or fields.keys() != known:
         raise ValueError("settings are incomplete or unknown")
     layers = fields["fp32_layers"]
+    with torch.device("meta"):  # only the names are needed
+        names = {*prunable_layers(ResNet18())}
     if not (
         fields["engine"] in ENGINES
         and fields["observer"] in OBSERVERS
         and isinstance(fields["reduce_range"], bool)
         and isinstance(layers, list | tuple)
-        and {*map(str, layers)} <= {*prunable_layers(ResNet18())}
+        and {*map(str, layers)} <= names
     ):
         raise ValueError("settings that no INT8 model is made with")
     return Settings(**fields | {"fp32_layers": tuple(layers)})

@@ -11,6 +11,8 @@ from common.command.cli import UserError
 from common.files.untrusted import read_sealed, write_sealed
 from common.images.data import normalize
 from common.machine import device
+from common.network.coded import SUFFIX, save_coded
+from quantization.coding import kernels
 from quantization.files import artifact
 from quantization.int8 import deploy, engines
 from quantization.settings import Settings
@@ -148,6 +150,40 @@ def test_values_that_no_model_has_are_refused_in_one_line(convert, tmp_path, nam
     with pytest.raises(UserError, match=r"forged\.pth: damaged or no INT8 model") as caught:
         artifact.load_int8(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_small_file_of_a_wide_network_is_refused_before_it_is_built(convert, tmp_path):
+    settings, path = Settings(ENGINES[0]), tmp_path / "wide.pth"
+    artifact.save_int8(convert(settings), settings, path)
+    with engines.quiet_torch():
+        content = read_sealed(path, artifact.FORMAT)
+        for name in content["state_dict"]:
+            if name.endswith(("conv1.weight", "conv2.weight")):
+                content["state_dict"][name] = torch.zeros(1, dtype=torch.int8).expand(1024, 1, 1, 1)
+        write_sealed(content, artifact.FORMAT, path)
+    with pytest.raises(UserError, match="fewer bytes than weights"):
+        artifact.load_int8(path)
+
+
+@pytest.mark.parametrize("coded_file", [False, True])
+@torch.inference_mode()
+def test_loading_draws_no_random_numbers_and_nan_stays_nan(convert, images, tmp_path, coded_file):
+    settings = Settings(ENGINES[0])
+    converted, path = convert(settings), tmp_path / "model.pth"
+    if coded_file:
+        path = path.with_suffix(SUFFIX)
+        save_coded(kernels.from_int8(converted, settings), path)
+    else:
+        artifact.save_int8(converted, settings, path)
+    before = torch.get_rng_state()
+    model = artifact.load_int8(path)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = model(images)
+    images[2, 0, 5, 5], images[4, 2, 0, 0] = float("nan"), float("-inf")
+    found = model(images=images)
+    assert found[[2, 4]].isnan().all()
+    found[[2, 4]] = expected[[2, 4]]
+    assert torch.equal(found, expected)
 
 
 def rescaled(weight, factor):

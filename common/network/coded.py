@@ -31,11 +31,12 @@ from safetensors.torch import save
 from common.files import entropy
 from common.files.atomic import replace_file
 from common.files.untrusted import check_file, damage_told
-from common.network.resnet import ResNet18, Widths, batch_norm_after, prunable_layers
+from common.network.resnet import ResNet18, Widths, batch_norm_after, count_weights, prunable_layers
 
 MARK, VERSION = "resnet18-cifar10-coded", "1"
 SUFFIX = ".safetensors"
 FP32_WEIGHTS = "fp32_weights"
+MIN_BITS_PER_WEIGHT = 0.05  # below what a network that still classifies can take
 JSON_FIELDS = ("widths", "fp32_layers", "settings")
 NORM_EPSILON = 1e-5  # torch's; a variance of one less of it divides by exactly 1
 
@@ -173,8 +174,10 @@ def _decode(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, object]) -
         ValueError, TypeError: It is none.
     """
     stages, inner = fields["widths"]
+    widths = Widths(tuple(stages), tuple(inner))
+    _check_weight_count(widths, tensors["levels"].numel())
     with torch.device("meta"):
-        layers = prunable_layers(ResNet18(Widths(tuple(stages), tuple(inner))))
+        layers = prunable_layers(ResNet18(widths))
     shapes = {name: layer.weight.shape for name, layer in layers.items()}
     kept = fields["fp32_layers"]
     if not isinstance(kept, list) or not set(kept) <= shapes.keys():
@@ -202,6 +205,16 @@ def _decode(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, object]) -
     return CodedNetwork(layers, tensors["activation_scales"], zero_points, fields["settings"])
 
 
+def _check_weight_count(widths: Widths, stream_bytes: int) -> None:
+    """Check that a stream is long enough for a network of these widths.
+
+    Decoding takes memory and time by the number of weights, and a stream of zeros is very short.
+    """
+    weights = count_weights(widths)
+    if weights > max(count_weights(Widths()), 8 * stream_bytes / MIN_BITS_PER_WEIGHT):
+        raise ValueError(f"{stream_bytes:,} bytes are too few for {weights:,} weights")
+
+
 def _check_tensors(
     tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], kept: list[str]
 ) -> None:
@@ -209,14 +222,14 @@ def _check_tensors(
     channels = sum(shape[0] for shape in shapes.values())
     runs = tensors["scale_runs"]
     # How many activations there are is the INT8 model's to check.
-    activations = tensors["activation_scales"].shape
+    activations = tensors["activation_scales"].flatten().shape
     halves = (torch.float16, torch.float32)
     expected = {
         "levels": (tensors["levels"].flatten().shape, (torch.uint8,)),
-        "scales": (runs.shape[:1], halves),
-        "scale_runs": (runs.shape, (torch.int32,)),
+        "scales": (runs.flatten().shape, halves),
+        "scale_runs": (runs.flatten().shape, (torch.int32,)),
         "biases": ((channels,), halves),
-        "activation_scales": (activations[:1], (torch.float32,)),
+        "activation_scales": (activations, (torch.float32,)),
         "activation_zero_points": (activations, (torch.uint8,)),
     }
     if kept:

@@ -141,6 +141,12 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     }
 
 
+def count_weights(widths: Widths) -> int:
+    """Return the number of weights in the convolution and linear layers of a network."""
+    with torch.device("meta"):
+        return sum(layer.weight.numel() for layer in prunable_layers(ResNet18(widths)).values())
+
+
 @contextlib.contextmanager
 def hooked(layers: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
     """Have ``hook`` called with name, layer, inputs and output whenever a layer has run."""

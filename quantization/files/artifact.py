@@ -32,7 +32,7 @@ from common.files.untrusted import damage_told, read_sealed, write_sealed
 from common.images.data import Cifar10, normalize
 from common.machine.fresh_process import start_fresh
 from common.network import coded
-from common.network.resnet import Widths
+from common.network.resnet import Widths, count_weights
 from quantization.coding import kernels
 from quantization.coding.reference import ReferenceNetwork
 from quantization.int8 import conversion, deploy, engines
@@ -66,6 +66,8 @@ def load_int8(path: str | Path) -> nn.Module:
 
     Images are normalised, (N, 3, 32, 32); logits (N, 10).
 
+    An image that holds NaN or infinite values gets logits of NaN, as in FP32.
+
     Warns when the CPU at hand lacks what the model was made for. A call of the model sets its
     engine in ``torch.backends.quantized``, where it stays.
 
@@ -77,7 +79,7 @@ def load_int8(path: str | Path) -> nn.Module:
         network = coded.load_coded(path)
         here = engines.candidate_engines()
         if not here:
-            return ReferenceNetwork(network)
+            return _with_nan_kept(ReferenceNetwork(network))
         supported = torch.backends.quantized.supported_engines
         elsewhere = [engine for engine in ENGINES if engine not in supported]
         if network.settings.get("engine") in elsewhere:  # made on another machine
@@ -92,7 +94,18 @@ def load_int8(path: str | Path) -> nn.Module:
             "lost: quantize it again here",
             path,
         )
-    return deploy.Deployed(model, settings.engine)
+    return _with_nan_kept(deploy.Deployed(model, settings.engine))
+
+
+def _with_nan_kept(model: nn.Module) -> nn.Module:
+    """Have a model return NaN for images that are not finite, of which INT8 would make levels."""
+
+    def add_nan(_: nn.Module, images: tuple, named: dict, logits: torch.Tensor) -> torch.Tensor:
+        (pixels,) = (*images, *named.values())
+        return logits + 0 * pixels.sum((1, 2, 3))[:, None]  # 0 times NaN or infinity is NaN
+
+    model.register_forward_hook(add_nan, with_kwargs=True)
+    return model
 
 
 def _load_plain(path: Path) -> tuple[GraphModule, Settings]:
@@ -103,7 +116,10 @@ def _load_plain(path: Path) -> tuple[GraphModule, Settings]:
             raise ValueError("no state dict")
         # A convolution kept in FP32 is fused with the ReLU after it, and is the first of the two.
         weights = {name.replace("conv1.0.", "conv1."): value for name, value in state.items()}
-        model = conversion.build_skeleton(settings, Widths.of(weights))
+        widths = Widths.of(weights)
+        if count_weights(widths) > path.stat().st_size:  # a weight takes a byte at least
+            raise ValueError("fewer bytes than weights")
+        model = conversion.build_skeleton(settings, widths)
         template = model.state_dict()  # carries the versions that torch's modules ask for
         _check_state(state, template)
         with engines.quiet_torch(settings.engine):

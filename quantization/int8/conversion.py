@@ -128,7 +128,8 @@ def build_skeleton(settings: Settings, widths: Widths) -> GraphModule:
         UserError: torch has no such engine on this CPU.
     """
     require_engine(settings.engine)
-    with quiet_torch(settings.engine), _frugal():
+    # The caller's random numbers stay as they are; torch.ao builds modules that draw some as well.
+    with quiet_torch(settings.engine), _frugal(), torch.random.fork_rng(devices=[]):
         return convert_fx(_prepare(ResNet18(widths).eval(), settings))
 
 
