@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.report.results import format_change, format_cost, format_table
+from common.report.results import format_change, format_ending, format_table
 
 LABELS = {
     "fp32": "dense FP32",
@@ -28,7 +28,7 @@ def format_results(results: dict, output_dir: Path) -> str:
         f"{data['test_images'] - confirming:,} images, measured on the other {confirming:,}:\n\n"
         f"{format_table(*answer_table(results))}\n\n"
         + "".join(f"{sentence}\n" for sentence in advice(results))
-        + f"\n{format_cost(results)}\nwritten to the folder {output_dir}\n"
+        + f"\n{format_ending(results, output_dir)}"
     )
 
 

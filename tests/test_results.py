@@ -86,9 +86,10 @@ def test_a_budget_is_met_only_if_both_sets_of_images_say_so(held_out_drop, test_
 
 
 def test_accuracy_by_class_counts():
-    labels = torch.tensor([0, 0, 1, 1])
-    rows = accuracy_by_class(labels, torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 0, 1]))
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    fp32, int8 = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 0, 1])
+    rows = accuracy_by_class(labels, fp32, int8)
     assert rows == [
-        {"class": "airplane", "images": 2, "fp32": 0.5, "int8": 1.0},
+        {"class": "airplane", "images": 3, "fp32": 2 / 3, "int8": 1.0},
         {"class": "automobile", "images": 2, "fp32": 1.0, "int8": 0.5},
     ]

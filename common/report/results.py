@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from common.command.cli import visible
 from common.machine.device import cpu_name, has_vnni
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def format_cost(results: dict) -> str:
     if results["peak_memory_bytes"] is not None:
         text += f" and at most {megabytes(results['peak_memory_bytes'], 0)} of memory"
     return text
+
+
+def format_ending(results: dict, output_dir: Path) -> str:
+    """Say what the run took, and where its files are."""
+    return f"{format_cost(results)}\nwritten to {visible(output_dir)}\n"
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.report.results import (
     format_change,
-    format_cost,
+    format_ending,
     format_table,
     megabytes,
     p_value,
@@ -97,8 +97,8 @@ def format_results(results: dict, output_dir: Path) -> str:
         lines += ["", format_slim(results["slim"])]
     if "verification" in results:
         lines += ["", *_verification_lines(results)]
-    lines += ["", format_cost(results), f"written to {output_dir}"]
-    return "\n".join(lines) + "\n"
+    lines += ["", format_ending(results, output_dir)]
+    return "\n".join(lines)
 
 
 def _search_lines(results: dict) -> list[str]:

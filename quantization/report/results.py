@@ -153,7 +153,7 @@ def accuracy_by_class(labels: torch.Tensor, fp32: torch.Tensor, int8: torch.Tens
         of_class = labels == index
         if not of_class.any():
             continue
-        before, after = ((p[of_class] == index).float().mean().item() for p in (fp32, int8))
+        before, after = ((p[of_class] == index).double().mean().item() for p in (fp32, int8))
         rows.append({"class": name, "images": int(of_class.sum()), "fp32": before, "int8": after})
     return rows
 

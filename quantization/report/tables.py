@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.report.results import (
     format_change,
-    format_cost,
+    format_ending,
     format_table,
     megabytes,
     p_value,
@@ -32,7 +32,7 @@ def format_results(results: dict, output_dir: Path) -> str:
         *(format_agreement(model) for model in results["models"] if "agreement" in model),
         format_classes(results["per_class"]),
         *(tell(results[name]) for name, tell in SECTIONS.items() if name in results),
-        f"{format_cost(results)}\nwritten to {output_dir}\n",
+        format_ending(results, output_dir),
     ]
     return "\n".join(parts)
 
