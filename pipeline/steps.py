@@ -98,7 +98,7 @@ def measure(
         for c in answer.tried
     }
     with start_fresh(
-        measure_files, fp32, {INT8: int8} | dict(files) | tried, confirming, workshop.batch_size,
+        measure_files, fp32, {INT8: int8} | dict(files), tried, confirming, workshop.batch_size,
         batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()

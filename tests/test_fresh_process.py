@@ -14,6 +14,7 @@ from processes import Copy, foreground_signals
 
 from common.command import interruptions
 from common.command.cli import UserError
+from common.machine import device
 from common.machine.fresh_process import start_fresh
 
 # What is called is looked up by name in this module, which the new process imports.
@@ -69,6 +70,10 @@ def is_running(process: int) -> bool:
     return state not in "ZX"
 
 
+def hold_memory() -> int:
+    return len(torch.ones(100_000_000))
+
+
 def exhaust():
     torch.empty(1 << 60)
 
@@ -110,6 +115,15 @@ def test_it_keeps_freed_memory_so_that_it_times_fairly():
 def test_what_ends_it_is_told(function, error, told):
     with pytest.raises(error, match=told):
         call_fresh(function)
+
+
+@pytest.mark.skipif(device.peak_memory_bytes() is None, reason="the system does not say")
+def test_its_memory_counts_beside_what_this_one_holds():
+    """The total is this process's memory and the other's, which imports torch and holds 400 MB."""
+    before = device.peak_memory_bytes()
+    held = torch.ones(50_000_000)
+    call_fresh(hold_memory)
+    assert device.peak_memory_bytes() > max(before, held.nbytes) + 400e6
 
 
 def test_this_one_goes_on_meanwhile(tmp_path):

@@ -17,7 +17,7 @@ import torch
 
 from common.command import cli
 from common.command.cli import UserError
-from common.machine.device import set_up_cpu
+from common.machine.device import count_memory_of_other, peak_memory_bytes, set_up_cpu
 
 Value = TypeVar("Value")
 
@@ -72,7 +72,8 @@ def _answer_of(process: subprocess.Popen) -> object:
         )
     if process.returncode:
         raise RuntimeError("a process of this run failed, as told above")
-    value = pickle.loads(answered)
+    value, peak_bytes = pickle.loads(answered)
+    count_memory_of_other(peak_bytes)
     if isinstance(value, UserError):
         raise value
     return value
@@ -93,7 +94,7 @@ def answer() -> None:
             if (message := cli.tell(error)) is None:
                 raise
             value = UserError(message)
-        pickle.dump(value, pipe)
+        pickle.dump((value, peak_memory_bytes()), pipe)
 
 
 def _end_with_reader(pipe: int) -> None:
