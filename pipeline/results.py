@@ -31,12 +31,14 @@ def describe(
         measured: From :func:`pipeline.readback.measure_files`, by goal and by slim network.
         paths: Of the dense networks' files, under ``FP32`` and ``INT8``, and of the answers'.
     """
+    given_bytes = workshop.inputs.weights["size_bytes"]
     dense_macs, dense_bytes = count_macs(workshop.inputs.model), paths[FP32].stat().st_size
 
     def describe_candidate(candidate: Candidate) -> dict:
         return {
             "file_bytes": candidate.file_bytes,
             "size_ratio": dense_bytes / candidate.file_bytes,
+            "size_ratio_given": given_bytes / candidate.file_bytes,
             "macs_kept": candidate.macs / dense_macs,
             "trained": candidate.trained,
         }

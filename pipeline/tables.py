@@ -39,12 +39,15 @@ def answer_table(results: dict) -> tuple[list[str], list[list[str]]]:
     header = ["", "MB", "×", "top-1", "points", "95 %"]
     for size in batch_sizes:
         header += [f"ms b{size}", "×"]
-    rows = []
+    given = results["weights"]
+    ratio = fp32["size_bytes"] / given["size_bytes"]
+    size = f"{given['size_bytes'] / 1e6:.2f}"
+    rows = [["given file", size, f"{ratio:.1f}", *[""] * (len(header) - 3)]]
     for entry in [*results["models"], *results["answers"]]:
         size_bytes = entry.get("file_bytes", entry.get("size_bytes"))
         change, rough = (format_change(entry["comparison"], digits) for digits in (2, 1))
         row = [
-            LABELS[entry["name"]],
+            label(entry["name"], given["coded"]),
             f"{size_bytes / 1e6:.2f}",
             f"{fp32['size_bytes'] / size_bytes:.1f}",
             f"{100 * entry['accuracy']['value']:.2f}",
@@ -55,6 +58,11 @@ def answer_table(results: dict) -> tuple[list[str], list[list[str]]]:
             row += [f"{own['median_ms']:.1f}", f"{dense['median_ms'] / own['median_ms']:.1f}"]
         rows.append(row)
     return header, rows
+
+
+def label(name: str, coded: bool) -> str:
+    """Name a row; a network that was read from a coded file is not called dense."""
+    return LABELS[name].removeprefix("dense ") if coded else LABELS[name]
 
 
 def advice(results: dict) -> Sequence[str]:
@@ -68,10 +76,12 @@ def advice(results: dict) -> Sequence[str]:
     ]
     if within:
         best = next((a for a in within if a["name"] == "both"), within[0])
+        int8 = label("int8", results["weights"]["coded"])
         over = max(best["speedup"], key=lambda entry: entry["over_int8"])
         lines.append(f"ship {best['file']}: {best['size_ratio']:.1f}× smaller than FP32,")
+        lines.append(f"     {best['size_ratio_given']:.1f}× smaller than the given file,")
         lines.append(
-            f"     {over['over_int8']:.2f}× as fast as dense INT8 at batch {over['batch_size']}"
+            f"     {over['over_int8']:.2f}× as fast as {int8} at batch {over['batch_size']}"
         )
         lines.append("load it, in this repository: from quantization import load_int8")
         lines.append(f'     model = load_int8(folder / "{best["file"]}")')

@@ -170,7 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         found = common_results(
             "quantization", args, Workers(place), inputs.describe_images(), inputs.weights
         )
-        found |= results.describe_models(model, fp32, quantized, files, onnx, test, timings)
+        given_bytes = inputs.weights["size_bytes"]
+        found |= results.describe_models(
+            model, fp32, quantized, files, onnx, test, timings, given_bytes
+        )
         fp32_bytes = found["models"][0]["size_bytes"]
         if plan is not None:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)
@@ -181,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         zeros = sparsity.count_zeros(model, first.model)
         if zeros["zeros_before"] >= sparsity.MIN_SPARSITY * zeros["weights"]:
             packed = folder.file(sparsity.PACKED_NAME)
-            found["sparsity"] = zeros | sparsity.pack(first, fp32_bytes, packed)
+            found["sparsity"] = zeros | sparsity.pack(first, fp32_bytes, given_bytes, packed)
             saved[packed] = first.deployed
         if args.bits_per_weight is not None:
             all_int8 = replace(first.settings, fp32_layers=())

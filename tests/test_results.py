@@ -40,7 +40,7 @@ def test_models_are_compared_on_the_same_images(tiny_model, random_images, tmp_p
     }
     found = describe_models(
         tiny_model, fp32, [candidate], {ENGINE: paths[:2]}, OnnxModel(paths[2], None, onnx, 0.9),
-        test, timings,
+        test, timings, 400,
     )  # fmt: skip
     models = found["models"]
     assert found["comparison"] == models[2]["comparison"]
@@ -49,6 +49,7 @@ def test_models_are_compared_on_the_same_images(tiny_model, random_images, tmp_p
     _, best, ours, exported = models
     assert (ours["file"], ours["frozen"], ours["size_bytes"]) == ("a.pth", "a.torchscript.pt", 100)
     assert ours["comparison"]["size_ratio"] == 100 / best["size_bytes"]
+    assert ours["comparison"]["size_ratio_given"] == 100 / 400
     assert ours["comparison"]["speedup"] == [{"batch_size": 1, "value": 4.0}]
     assert ours["speedup_over_nchw"] == [{"batch_size": 1, "value": 8.0}]
     accuracy = ours["comparison"]["accuracy"]

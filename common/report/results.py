@@ -73,6 +73,16 @@ def format_cost(results: dict) -> str:
     return text
 
 
+def format_given(weights: dict) -> str:
+    """Say how large the file is that the user handed in.
+
+    Args:
+        weights: results.json's ``weights``.
+    """
+    kind = ", a coded network" if weights["coded"] else ""
+    return f"given file: {megabytes(weights['size_bytes'])}{kind}"
+
+
 def format_ending(results: dict, output_dir: Path) -> str:
     """Say what the run took, and where its files are."""
     return f"{format_cost(results)}\nwritten to {visible(output_dir)}\n"

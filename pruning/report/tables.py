@@ -9,6 +9,7 @@ from pathlib import Path
 from common.report.results import (
     format_change,
     format_ending,
+    format_given,
     format_table,
     megabytes,
     p_value,
@@ -136,7 +137,8 @@ def _saving_lines(results: dict) -> list[str]:
     return [
         "What that saves: next to nothing, for the linear layer is "
         f"{percent(savings['linear_share'], 3)} of the weights",
-        f"  dense file   {megabytes(savings['dense_bytes'])}, "
+        f"  {format_given(results['weights'])}",
+        f"  unpruned     {megabytes(savings['dense_bytes'])}, "
         f"compressed {megabytes(savings['dense_compressed_bytes'])}",
         f"  pruned file  {megabytes(savings['pruned_bytes'])}, "
         f"compressed {megabytes(savings['pruned_compressed_bytes'])}",

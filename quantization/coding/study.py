@@ -76,6 +76,7 @@ class CodingBench:
         return {
             "file_bytes": file_bytes,
             "size_ratio": self.fp32_bytes / file_bytes,
+            "size_ratio_given": self.inputs.weights["size_bytes"] / file_bytes,
             "bits_per_weight": 8 * file_bytes / weights,
             **Paired.of(self.fp32 == test.labels, predictions == test.labels).as_dict(),
         }
@@ -132,7 +133,8 @@ def format_coding(coding: dict) -> str:
     return (
         f"the smallest file: {coding['file']}\n"
         f"  size      {megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
-        f"FP32; {coding['bits_per_weight']:.2f} bits a weight\n"
+        f"FP32, {coding['size_ratio_given']:.1f}×\n"
+        f"            than the given file; {coding['bits_per_weight']:.2f} bits a weight\n"
         f"  accuracy  {accuracy}, {change.points} points, 95 % interval {change.low} to "
         f"{change.high}\n"
         f"  its levels otherwise: {ratios}\n" + curve

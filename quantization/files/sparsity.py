@@ -44,10 +44,14 @@ def count_zeros(model: ResNet18, converted: GraphModule) -> dict:
     return {"weights": weights, "zeros_before": before, "zeros_after": after}
 
 
-def pack(quantized: Quantized, fp32_bytes: int, path: Path) -> dict:
+def pack(quantized: Quantized, fp32_bytes: int, given_bytes: int, path: Path) -> dict:
     """Write an INT8 model packed; return its part of results.json's ``sparsity``.
 
-    It is compared with the ``fp32_bytes`` of the FP32 one.
+    Args:
+        quantized: The INT8 model.
+        fp32_bytes: Size of the FP32 checkpoint.
+        given_bytes: Size of the file that the weights were read from.
+        path: The file to write.
     """
     size_bytes = save_coded(from_int8(quantized.model, quantized.settings), path)
     return {
@@ -55,5 +59,6 @@ def pack(quantized: Quantized, fp32_bytes: int, path: Path) -> dict:
             "file": path.name,
             "size_bytes": size_bytes,
             "size_ratio": size_bytes / fp32_bytes,
+            "size_ratio_given": size_bytes / given_bytes,
         }
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from common.report.results import (
     format_change,
     format_ending,
+    format_given,
     format_table,
     megabytes,
     p_value,
@@ -28,6 +29,7 @@ def format_results(results: dict, output_dir: Path) -> str:
         f"({results['data']['source']}), {threads} thread{'s' * (threads != 1)}\n"
         f"{environment['cpu']}\n",
         format_table(*model_table(results["models"])) + "\n",
+        format_given(results["weights"]) + "\n",
         *(format_comparison(model) for model in int8_entries(results)),
         *(format_agreement(model) for model in results["models"] if "agreement" in model),
         format_classes(results["per_class"]),
@@ -80,7 +82,8 @@ def format_comparison(model: dict) -> str:
     return (
         f"{label(model)} against FP32 on the same images\n"
         f"  size      {percent(1 - comparison['size_ratio'], 1)} smaller "
-        f"({1 / comparison['size_ratio']:.2f}×)\n"
+        f"({1 / comparison['size_ratio']:.2f}×); {1 / comparison['size_ratio_given']:.2f}× smaller "
+        "than the given file\n"
         f"  accuracy  {change.points} points, 95 % interval {change.low} to {change.high}\n"
         f"            {accuracy['only_a_correct']} images lost, {accuracy['only_b_correct']} "
         f"gained (McNemar p = {p_value(accuracy['mcnemar_p'], 2)})\n"
@@ -135,7 +138,8 @@ def format_sparsity(sparsity: dict) -> str:
         f"a pruned network: {percent(before / weights)} of the weights are zero\n"
         f"  in INT8   every one of them still is; rounding adds {after - before:,}\n"
         f"  packed    {megabytes(packed['size_bytes'])}, {1 / packed['size_ratio']:.1f}× smaller "
-        f"than FP32: {packed['file']}\n"
+        f"than FP32, {1 / packed['size_ratio_given']:.1f}×\n"
+        f"            than the given file: {packed['file']}\n"
     )
 
 
