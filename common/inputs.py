@@ -13,7 +13,7 @@ from torch import nn
 from common.command.arguments import DEFAULT_DATA_DIR
 from common.command.cli import UserError, log
 from common.images.check import CHECK_IMAGES, Subject, best_normalisation, find_mismatches
-from common.images.data import ImageSet, checksum, load_images
+from common.images.data import ImageSet, check_disjoint, checksum, load_images
 from common.images.normalisation import AUTO, NORMALISATIONS
 from common.images.source import SizeRequest, Source
 from common.images.sources import open_source
@@ -76,8 +76,16 @@ class Inputs:
         }
 
     def load_training(self, count: int | None, skip: int = 0, flag: str | None = None) -> ImageSet:
-        """Load other training images; arguments as of :func:`common.images.data.load_images`."""
-        return load_images(self.source, "train", count, self.seed, skip, flag)
+        """Load training images; arguments as of :func:`common.images.data.load_images`.
+
+        Warns if some of them are test images.
+
+        Raises:
+            UserError: They cannot be had, or nearly all of them are test images.
+        """
+        training = load_images(self.source, "train", count, self.seed, skip, flag)
+        check_disjoint(training, self.test, self.source.description)
+        return training
 
     def to(self, device: torch.device) -> Inputs:
         """Move the model to a device; return the inputs with it and the test images there."""
@@ -95,8 +103,8 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
         workers: Processes that all load the same; one a machine downloads.
 
     Raises:
-        UserError: The checkpoint or the images cannot be had or do not fit, or the workers found
-            different ones.
+        UserError: The checkpoint or the images cannot be had or do not fit, the workers found
+            different ones, or the training images are the test images.
     """
     file = find_weights(args.weights, script_dir)
     log.info("weights: %s", file.found)
@@ -111,14 +119,13 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
         )  # fmt: skip
     source = _prepare(source, args, loaded)
     test = load_images(source, "test", args.test_images, args.seed, flag="--test-images")
-    calibration, counts = None, f"{len(test)} for testing"
+    inputs = Inputs(described, loaded.model, source, args.seed, test, None, loaded.family)
+    counts = f"{len(test)} for testing"
     if "calibration_images" in args:
-        calibration = load_images(
-            source, "train", args.calibration_images, args.seed, flag="--calibration-images"
-        )
+        calibration = inputs.load_training(args.calibration_images, flag="--calibration-images")
+        inputs = replace(inputs, calibration=calibration)
         counts += f", {len(calibration)} for calibration"
     log.info("images: %s, from %s", counts, source.description)
-    inputs = Inputs(described, loaded.model, source, args.seed, test, calibration, loaded.family)
     _check_logits(file.path, inputs)
     inputs = _check_images(inputs, chosen("normalize") == AUTO)
     if workers.count > 1:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.report.results import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
-from pipeline.tables import LABELS
+from pipeline.tables import label
 
 COLORS = {"int8": GREY, "size": BLUE, "speed": ORANGE, "both": GREEN}
 
@@ -29,7 +29,7 @@ def plot_frontier(results: dict, path: Path) -> None:
     axes[0].set_xticks([], minor=True)
     axes[1].set(title="How fast", xlabel=f"images a second at batch {batch_size}")
     axes[1].set_xlim(left=0)
-    axes[0].set_ylabel("points against dense FP32")
+    axes[0].set_ylabel("points against FP32")
     axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
     save_figure(figure, path)
 
@@ -40,8 +40,9 @@ def _bytes(entry: dict) -> int:
 
 def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> None:
     max_drop, fp32 = results["budget"]["max_drop"], results["models"][0]
+    coded = results["weights"]["coded"]
     axis.axhline(-100 * max_drop, color=RED, lw=1, ls="--", label="the budget")
-    axis.plot(position(fp32), 0, "D", color="black", ms=7, label=LABELS["fp32"])
+    axis.plot(position(fp32), 0, "D", color="black", ms=7, label=label("fp32", coded))
     _plot_tried(axis, results["tried"], position, max_drop)
     for entry in [results["models"][1], *results["answers"]]:
         comparison = entry["comparison"]
@@ -49,7 +50,7 @@ def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> Non
         axis.errorbar(
             position(entry), change,
             yerr=[[100 * high + change], [-100 * low - change]], fmt="o", ms=8, capsize=4, lw=1.6,
-            color=COLORS[entry["name"]], label=LABELS[entry["name"]],
+            color=COLORS[entry["name"]], label=label(entry["name"], coded),
         )  # fmt: skip
 
 

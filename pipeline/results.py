@@ -30,6 +30,7 @@ def describe(
         measured: From :func:`pipeline.readback.measure_files`, by goal and by slim network.
         paths: Of the dense networks' files, under ``FP32`` and ``INT8``, and of the answers'.
     """
+    given_bytes = workshop.inputs.weights["size_bytes"]
     dense_macs = sum(workshop.inputs.traced.network.macs.values())
     dense_bytes = paths[FP32].stat().st_size
 
@@ -37,6 +38,7 @@ def describe(
         return {
             "file_bytes": candidate.file_bytes,
             "size_ratio": dense_bytes / candidate.file_bytes,
+            "size_ratio_given": given_bytes / candidate.file_bytes,
             "macs_kept": candidate.macs / dense_macs,
             "trained": candidate.trained,
         }

@@ -92,7 +92,7 @@ def measure(
         c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors" for c in found.tried
     }
     with start_fresh(
-        measure_files, fp32, {INT8: int8} | dict(files) | tried, confirming, workshop.batch_size,
+        measure_files, fp32, {INT8: int8} | dict(files), tried, confirming, workshop.batch_size,
         batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()

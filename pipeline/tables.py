@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.report.results import format_change, format_cost, format_table
+from common.report.results import format_change, format_ending, format_table
 
 LABELS = {
     "fp32": "dense FP32",
@@ -28,7 +28,7 @@ def format_results(results: dict, output_dir: Path) -> str:
         f"{data['test_images'] - confirming:,} images, measured on the other {confirming:,}:\n\n"
         f"{format_table(*answer_table(results))}\n\n"
         + "".join(f"{sentence}\n" for sentence in advice(results))
-        + f"\n{format_cost(results)}\nwritten to the folder {output_dir}\n"
+        + f"\n{format_ending(results, output_dir)}"
     )
 
 
@@ -39,12 +39,15 @@ def answer_table(results: dict) -> tuple[list[str], list[list[str]]]:
     header = ["", "MB", "×", "top-1", "points", "95 %"]
     for size in batch_sizes:
         header += [f"ms b{size}", "×"]
-    rows = []
+    given = results["weights"]
+    ratio = fp32["size_bytes"] / given["size_bytes"]
+    size = f"{given['size_bytes'] / 1e6:.2f}"
+    rows = [["given file", size, f"{ratio:.1f}", *[""] * (len(header) - 3)]]
     for entry in [*results["models"], *results["answers"]]:
         size_bytes = entry.get("file_bytes", entry.get("size_bytes"))
         change, rough = (format_change(entry["comparison"], digits) for digits in (2, 1))
         row = [
-            LABELS[entry["name"]],
+            label(entry["name"], given["coded"]),
             f"{size_bytes / 1e6:.2f}",
             f"{fp32['size_bytes'] / size_bytes:.1f}",
             f"{100 * entry['accuracy']['value']:.2f}",
@@ -55,6 +58,11 @@ def answer_table(results: dict) -> tuple[list[str], list[list[str]]]:
             row += [f"{own['median_ms']:.1f}", f"{dense['median_ms'] / own['median_ms']:.1f}"]
         rows.append(row)
     return header, rows
+
+
+def label(name: str, coded: bool) -> str:
+    """Name a row; a network that was read from a coded file is not called dense."""
+    return LABELS[name].removeprefix("dense ") if coded else LABELS[name]
 
 
 def advice(results: dict) -> Sequence[str]:
@@ -68,11 +76,13 @@ def advice(results: dict) -> Sequence[str]:
     ]
     if within:
         best = next((a for a in within if a["name"] == "both"), within[0])
+        int8 = label("int8", results["weights"]["coded"])
         faster = ", ".join(
             f"{entry['over_int8']:.2f}× at batch {entry['batch_size']}" for entry in best["speedup"]
         )
         lines.append(f"ship {best['file']}: {best['size_ratio']:.1f}× smaller than FP32,")
-        lines.append(f"     as fast as dense INT8: {faster}")
+        lines.append(f"     {best['size_ratio_given']:.1f}× smaller than the given file,")
+        lines.append(f"     as fast as {int8}: {faster}")
         lines.append("load it, in this repository: from quantization import load_int8")
         lines.append(f'     model = load_int8(folder / "{best["file"]}")')
     lines += [

@@ -171,7 +171,10 @@ def main(argv: list[str] | None = None) -> int:
             "quantization", args, Workers(device), inputs.describe_images(), inputs.weights,
             inputs.describe_network(),
         )  # fmt: skip
-        found |= results.describe_models(model, fp32, quantized, files, onnx, test, timings)
+        given_bytes = inputs.weights["size_bytes"]
+        found |= results.describe_models(
+            model, fp32, quantized, files, onnx, test, timings, given_bytes
+        )
         if plan is not None:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)
         if args.diagnose:

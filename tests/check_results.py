@@ -86,7 +86,9 @@ def check_quantization(results: dict, folder: Path) -> None:
     assert {"fp32", "int8"} <= {model["name"] for model in results["models"]}
     comparison = results["comparison"]
     sizes = {model["name"]: model["size_bytes"] for model in reversed(results["models"])}
+    given = results["weights"]["size_bytes"]
     assert comparison["size_ratio"] == sizes["int8"] / sizes["fp32"]
+    assert comparison["size_ratio_given"] == sizes["int8"] / given
     check_comparison(comparison["accuracy"], total)
     if "sparsity" in results:
         sparsity, fp32 = results["sparsity"], results["models"][0]["size_bytes"]
@@ -94,10 +96,12 @@ def check_quantization(results: dict, folder: Path) -> None:
         packed = sparsity["packed"]
         assert (folder / packed["file"]).stat().st_size == packed["size_bytes"]
         assert packed["size_ratio"] == packed["size_bytes"] / fp32
+        assert packed["size_ratio_given"] == packed["size_bytes"] / given
     if "coding" in results:
         coding = results["coding"]
         assert (folder / coding["file"]).stat().st_size == coding["file_bytes"]
         assert coding["size_ratio"] == results["models"][0]["size_bytes"] / coding["file_bytes"]
+        assert coding["size_ratio_given"] == given / coding["file_bytes"]
         for point in (coding, *coding["curve"]):
             check_accuracy(point["accuracy"], total)
             check_comparison(point["comparison"], total)
@@ -185,6 +189,7 @@ def check_pipeline(results: dict, folder: Path) -> None:
     for answer in results["answers"]:
         assert answer["file_bytes"] == (folder / answer["file"]).stat().st_size
         assert answer["size_ratio"] == fp32["size_bytes"] / answer["file_bytes"]
+        assert answer["size_ratio_given"] == results["weights"]["size_bytes"] / answer["file_bytes"]
         for speedup, *timings in zip(
             answer["speedup"], fp32["latency"], int8["latency"], answer["latency"], strict=True
         ):

@@ -141,6 +141,7 @@ def test_sha256(tmp_path):
     path.write_bytes(b"weights")
     described = find_weights(path, tmp_path).describe()
     assert described["sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert (described["size_bytes"], described["coded"]) == (len(b"weights"), False)
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -281,12 +281,16 @@ def test_the_study_measures_what_is_read_back(
     monkeypatch.setattr(study, "CURVE_PRICES", (0.03, 3.0))
     images, test = random_images(32), random_images(40, seed=1)
     fp32 = predict(tiny_model, test)
-    inputs, settings = Inputs({}, tiny_model, None, 0, test, images), Settings(observer="minmax")
+    inputs, settings = (
+        Inputs({"size_bytes": 2 * 10**6}, tiny_model, None, 0, test, images),
+        Settings(observer="minmax"),
+    )
     bench = study.CodingBench(inputs, images, fp32, settings, 16, 10**6)
     path = tmp_path / study.CODED_NAME
     coding = study.study_coding(bench, 4.0, True, path)
     assert coding["file_bytes"] == path.stat().st_size
     assert coding["size_ratio"] == pytest.approx(10**6 / path.stat().st_size)
+    assert coding["size_ratio_given"] == pytest.approx(2 * coding["size_ratio"])
     reloaded = predict(study.load_int8(path), test)
     assert coding["accuracy"]["correct"] == int((reloaded == test.labels).sum())
     assert coding["comparison"]["drop"] == pytest.approx(
@@ -303,6 +307,7 @@ def test_the_study_measures_what_is_read_back(
     assert "(0.5 asked for)" in study.format_coding(coding | {"bits_wanted": 0.5})
     assert max(map(len, text.splitlines())) <= 80
     assert f"{coding['size_ratio']:.1f}×" in text
+    assert f"{coding['size_ratio_given']:.1f}×\n" in text
 
 
 def test_the_entropy_is_that_of_the_levels():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,26 @@ def test_other_training_images_are_none_of_the_calibration_images(load):
     others = inputs.load_training(20, skip=20)
     seen = {image.numpy().tobytes() for image in inputs.calibration.images}
     assert not seen & {image.numpy().tobytes() for image in others.images}
+
+
+def test_a_test_split_that_is_the_train_split_is_refused(load, tmp_path):
+    shutil.rmtree(tmp_path / "data" / "train")
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "data" / "test")
+    with pytest.raises(UserError, match="20 of 30 training images are among the 20 test images"):
+        load(calibration_images=30)
+    inputs = load()
+    with pytest.raises(UserError, match="train and test must hold different images"):
+        inputs.load_training(None)
+
+
+def test_some_test_images_in_the_train_split_are_counted(load, tmp_path, capsys):
+    set_up_messages(quiet=True)
+    for name in ("cat", "dog", "ship"):
+        copied = tmp_path / "data" / "train" / "frog" / f"{name}.png"
+        shutil.copy(tmp_path / "data" / "test" / name / "1.png", copied)
+    load(test_images=None).load_training(None)
+    told = capsys.readouterr().err
+    assert "3 of 43 training images are among the 40 test images: accuracies on them" in told
 
 
 def test_what_was_found_is_said(load, tmp_path, capsys):

@@ -28,7 +28,9 @@ COMMON = {
         "sparsity": 0.75, "engine": "x86",
     },
     "environment": {"torch": "2", "vnni": True},
-    "weights": {"source": "bundled", "sha256": "ab12"},
+    "weights": {
+        "source": "bundled", "sha256": "ab12", "size_bytes": 22_440_000, "coded": False,
+    },
     "data": {"source": "folder", "test_images": 10000, "calibration_images": 512},
     "wall_seconds": 61.7,
     "peak_memory_bytes": None,
@@ -40,7 +42,7 @@ INT8 = {
     "latency": LATENCY, "int8_operations": [{"name": "conv1"}],
     "fp32_operations": [{"name": "layer1.0.conv1"}],
     "comparison": {
-        "size_ratio": 0.25, "accuracy": COMPARISON,
+        "size_ratio": 0.25, "size_ratio_given": 0.5, "accuracy": COMPARISON,
         "speedup": [{"batch_size": 1, "value": 1.5}, {"batch_size": 32, "value": 2.75}],
     },
 }  # fmt: skip
@@ -88,6 +90,7 @@ PIPELINE = COMMON | {
 ALWAYS = (
     "--seed", "--quiet", "no", "--test-images", "all", "–", "fbgemm, qnnpack", "yes", "ab12",
     "10,000 test images (folder)", "took 62 s", "-3.12 points", "-7.00 to +1.10",
+    "The given file takes 22.44 MB",
 )  # fmt: skip
 
 
@@ -110,6 +113,14 @@ def test_everything_told_is_on_the_page(results, told):
     for piece in (*ALWAYS, *told, "A quarter of the bytes"):
         assert piece in page.text
     assert page.images == [PNG + b"1"]
+
+
+def test_a_coded_file_is_not_called_dense():
+    weights = PIPELINE["weights"] | {"coded": True, "size_bytes": 27_600}
+    page = check_page(render(PIPELINE | {"weights": weights}, {}))
+    assert "0.03 MB (a coded network)" in page.text
+    assert "dense FP32 on" in page.text  # the explanation of the column
+    assert page.text.count("dense") == 1
 
 
 def test_arguments_that_are_none_mean_all_images_or_nothing():

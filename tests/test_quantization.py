@@ -214,7 +214,7 @@ def test_every_number_in_the_tables_is_that_of_results_json(finished):
     comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
     ratio, (low, high) = comparison["size_ratio"], accuracy["ci95"]
     expected = [
-        [100 * (1 - ratio), 1 / ratio],
+        [100 * (1 - ratio), 1 / ratio, 1 / comparison["size_ratio_given"]],
         [-100 * accuracy["drop"], 95, -100 * high, -100 * low],
         [accuracy["only_a_correct"], accuracy["only_b_correct"], accuracy["mcnemar_p"]],
         [number for e in comparison["speedup"] for number in (e["value"], e["batch_size"])],

@@ -50,7 +50,7 @@ def test_models_are_compared_on_the_same_images(tiny_model, convert, random_imag
     }
     found = describe_models(
         tiny_model, fp32, [candidate], {ENGINE: paths[0]}, OnnxModel(paths[1], None, onnx, 0.9),
-        test, timings,
+        test, timings, 400,
     )  # fmt: skip
     models = found["models"]
     assert found["comparison"] == models[2]["comparison"]
@@ -59,6 +59,7 @@ def test_models_are_compared_on_the_same_images(tiny_model, convert, random_imag
     _, best, ours, exported = models
     assert (ours["file"], ours["size_bytes"]) == ("a.safetensors", 100)
     assert ours["comparison"]["size_ratio"] == 100 / best["size_bytes"]
+    assert ours["comparison"]["size_ratio_given"] == 100 / 400
     assert ours["comparison"]["speedup"] == [{"batch_size": 1, "value": 4.0}]
     assert ours["speedup_over_nchw"] == [{"batch_size": 1, "value": 8.0}]
     accuracy = ours["comparison"]["accuracy"]

@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         train, held_out = measure.split_held_out(images, args.held_out_images)
         # Not used before the end, but what is amiss with them must not cost the training.
         test = data.load_images(source, "test", args.test_images, args.seed)
+        data.check_disjoint(images, test, source.description)
         cli.log.info("images: %d to train on, %d held out, from %s",
                      len(train), len(held_out), source.description)  # fmt: skip
 

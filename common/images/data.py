@@ -24,6 +24,9 @@ from common.images.storage import MAX_BYTES_IN_MEMORY, allocate
 
 UNBALANCED = 1.5  # the largest class has so many times the images of the smallest
 
+# Splits are refused if this share of the smaller one is in the other as well.
+MAX_SHARED = 0.9
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -171,6 +174,33 @@ def _tell_of_imbalance(labels: np.ndarray, classes: tuple[str, ...], split: str)
             "the classes have from %d (%s) to %d (%s) %s images; subsets keep their proportions",
             counts.min(), classes[counts.argmin()], counts.max(), classes[counts.argmax()], split,
         )  # fmt: skip
+
+
+def check_disjoint(training: ImageSet, test: ImageSet, place: str) -> None:
+    """Warn if some training images are test images as well, pixel for pixel.
+
+    Args:
+        training: Images that the run compresses or trains on.
+        test: Images that it measures accuracy on.
+        place: Description of where both come from, for the message.
+
+    Raises:
+        UserError: Nearly all of them are.
+    """
+    shared = len(_digests(training) & _digests(test))
+    told = (
+        f"{place}: {shared:,} of {len(training):,} training images are among the {len(test):,} "
+        "test images"
+    )
+    if shared > MAX_SHARED * min(len(training), len(test)):
+        raise UserError(f"{told}; train and test must hold different images")
+    if shared:
+        log.warning("%s: accuracies on them are too high", told)
+
+
+def _digests(dataset: ImageSet) -> set[bytes]:
+    images = dataset.images.cpu().contiguous()
+    return {hashlib.sha256(image.data).digest() for image in images.numpy()}
 
 
 def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) -> np.ndarray:

@@ -43,9 +43,14 @@ class WeightsFile:
     key: str | None = None
 
     def describe(self) -> dict:
-        """Return results.json's ``weights``: where the file was found, the SHA-256 of its bytes."""
-        digest = hashlib.sha256(self.path.read_bytes())
-        return {"source": self.found, "sha256": digest.hexdigest()}
+        """Return results.json's ``weights``: where the file was found, its bytes and SHA-256."""
+        content = self.path.read_bytes()
+        return {
+            "source": self.found,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "size_bytes": len(content),
+            "coded": is_int8_file(self.path),
+        }
 
 
 def find_weights(chosen: Path | None, script_dir: Path) -> WeightsFile:

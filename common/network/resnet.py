@@ -320,6 +320,12 @@ class ResNet18(ResNet):
 ResNet.widths = property(lambda self: Widths.of(self.state_dict()))
 
 
+def count_weights(widths: Widths) -> int:
+    """Return the number of weights in the convolution and linear layers of a network."""
+    with torch.device("meta"):
+        return sum(layer.weight.numel() for layer in prunable_layers(ResNet18(widths)).values())
+
+
 @contextlib.contextmanager
 def hooked(layers: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
     """Have ``hook`` called with name, layer, inputs and output whenever a layer has run."""

@@ -11,6 +11,7 @@ import base64
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.command.cli import visible
 from common.files.atomic import replace_file
 from common.files.output import OutputFolder
 from common.report.results import format_change, format_cost, megabytes, p_value, percent, points
@@ -57,5 +58,4 @@ def _as_text(value: object) -> object:
         return value
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
-    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return visible(", ".join(map(str, value)) if isinstance(value, list | tuple) else value)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from common.command.cli import visible
 from common.machine.device import cpu_name, has_vnni
 
 if TYPE_CHECKING:
@@ -77,6 +78,21 @@ def format_cost(results: dict) -> str:
     if results["peak_memory_bytes"] is not None:
         text += f" and at most {megabytes(results['peak_memory_bytes'], 0)} of memory"
     return text
+
+
+def format_given(weights: dict) -> str:
+    """Say how large the file is that the user handed in.
+
+    Args:
+        weights: results.json's ``weights``.
+    """
+    kind = ", a coded network" if weights["coded"] else ""
+    return f"given file: {megabytes(weights['size_bytes'])}{kind}"
+
+
+def format_ending(results: dict, output_dir: Path) -> str:
+    """Say what the run took, and where its files are."""
+    return f"{format_cost(results)}\nwritten to {visible(output_dir)}\n"
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
     amounts = [ranking["amount"] for ranking in results["ranking"]]
     for amount in amounts:
         rows = [row for row in results["sensitivity"] if row["amount"] == amount]
-        suffix = f"_{100 * amount:g}" if len(amounts) > 1 else ""
+        percentage = (100 * Decimal(repr(amount))).normalize()  # exact: no two share a name
+        suffix = f"_{percentage:f}" if len(amounts) > 1 else ""
         for by_drop, order in ((False, ""), (True, "_sorted")):
             path = file(f"sensitivity{suffix}{order}.png")
             plot_sensitivity(rows, tolerance, amount, by_drop, path)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from common.report.results import (
     format_change,
-    format_cost,
+    format_ending,
+    format_given,
     format_table,
     megabytes,
     p_value,
@@ -102,8 +103,8 @@ def format_results(results: dict, output_dir: Path) -> str:
         lines += ["", format_slim(results["slim"])]
     if "verification" in results:
         lines += ["", *_verification_lines(results)]
-    lines += ["", format_cost(results), f"written to {output_dir}"]
-    return "\n".join(lines) + "\n"
+    lines += ["", format_ending(results, output_dir)]
+    return "\n".join(lines)
 
 
 def _search_lines(results: dict) -> list[str]:
@@ -143,7 +144,8 @@ def _saving_lines(results: dict) -> list[str]:
         f"What that saves, where {linear_layers(results['linear_search'])} hold"
         f"{'s' * (len(results['linear_search']['layers']) == 1)} "
         f"{percent(savings['linear_share'], 3)} of the weights",
-        f"  dense file   {megabytes(savings['dense_bytes'])}, "
+        f"  {format_given(results['weights'])}",
+        f"  unpruned     {megabytes(savings['dense_bytes'])}, "
         f"compressed {megabytes(savings['dense_compressed_bytes'])}",
         f"  pruned file  {megabytes(savings['pruned_bytes'])}, "
         f"compressed {megabytes(savings['pruned_compressed_bytes'])}",

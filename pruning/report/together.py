@@ -112,6 +112,7 @@ def format_model_search(results: dict) -> str:
     entries, saved = results["model_search"], results["model_saved"]
     first = entries[0]
     dense, sparse = saved["latency"]
+    given_bytes = results["weights"]["size_bytes"]
     tolerance = 100 * results["arguments"]["tolerance"]
     summary = (
         f"Chosen on {first['chosen_on_images']:,} images with one standard error to spare, "
@@ -133,7 +134,9 @@ def format_model_search(results: dict) -> str:
         f"compressed {megabytes(saved['pruned_compressed_bytes'])}",
         f"  written as   {results['artifacts']['model']}",
         f"  that is      {saved['dense_compressed_bytes'] / saved['pruned_compressed_bytes']:.1f} "
-        "times smaller than dense, compressed as well",
+        "times smaller than dense, compressed as well,",
+        f"               {given_bytes / saved['pruned_compressed_bytes']:.1f} times smaller than "
+        "the given file",
         f"  in theory    {percent(1 - saved['macs_kept'], 0)} of the multiply-adds are saved"
         + ("" if first["scope"] == SCOPE else "; dense kernels do them all:"),
         f"  measured     {sparse['median_ms']:.0f} ms for {dense['batch_size']} images, "

@@ -58,6 +58,7 @@ class CodingSetup:
         return {
             "file_bytes": file_bytes,
             "size_ratio": self.fp32_bytes / file_bytes,
+            "size_ratio_given": self.inputs.weights["size_bytes"] / file_bytes,
             "bits_per_weight": bits_per_weight(network, file_bytes),
             **Paired.of(self.fp32 == test.labels, predictions == test.labels).as_dict(),
         }
@@ -95,7 +96,8 @@ def format_coding(coding: dict) -> str:
     return (
         f"the smallest file: {coding['file']}\n"
         f"  size      {megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
-        f"FP32; {coding['bits_per_weight']:.2f} bits a weight{asked}\n"
+        f"FP32;\n            {coding['size_ratio_given']:.1f}× smaller than the given file; "
+        f"{coding['bits_per_weight']:.2f} bits a weight{asked}\n"
         f"  accuracy  {accuracy}, {change.points} points, 95 % interval {change.low} to "
         f"{change.high}\n"
     )

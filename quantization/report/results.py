@@ -33,6 +33,7 @@ def describe_models(
     onnx: OnnxModel | None,
     test: ImageSet,
     timings: dict[str, list[Timing]],
+    given_bytes: int,
 ) -> dict:
     """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.
 
@@ -46,6 +47,7 @@ def describe_models(
         onnx: The exported model, if any.
         test: The images.
         timings: From :func:`quantization.steps.time_models`.
+        given_bytes: Size of the file that the FP32 weights were read from.
     """
     dense = predictions == test.labels
     size_bytes = saved_size_bytes(model.state_dict())
@@ -61,6 +63,7 @@ def describe_models(
         return entry | {
             "comparison": {
                 "size_ratio": entry["size_bytes"] / best["size_bytes"],
+                "size_ratio_given": entry["size_bytes"] / given_bytes,
                 "accuracy": evaluate.compare(dense, correct).as_dict(),
                 "speedup": _speedups(best, entry),
             },

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from common.report.results import (
     format_change,
-    format_cost,
+    format_ending,
+    format_given,
     format_table,
     megabytes,
     p_value,
@@ -28,11 +29,12 @@ def format_results(results: dict, output_dir: Path) -> str:
         f"({results['data']['source']}), {threads} thread{'s' * (threads != 1)}\n"
         f"{environment['cpu']}\n",
         format_table(*model_table(results["models"])) + "\n",
+        format_given(results["weights"]) + "\n",
         *(format_comparison(model) for model in int8_entries(results)),
         *(format_agreement(model) for model in results["models"] if "agreement" in model),
         format_classes(results["per_class"]),
         *(tell(results[name]) for name, tell in SECTIONS.items() if name in results),
-        f"{format_cost(results)}\nwritten to {output_dir}\n",
+        format_ending(results, output_dir),
     ]
     return "\n".join(parts)
 
@@ -80,7 +82,8 @@ def format_comparison(model: dict) -> str:
     return (
         f"{label(model)} against FP32 on the same images\n"
         f"  size      {percent(1 - comparison['size_ratio'], 1)} smaller "
-        f"({1 / comparison['size_ratio']:.2f}×)\n"
+        f"({1 / comparison['size_ratio']:.2f}×); {1 / comparison['size_ratio_given']:.2f}× smaller "
+        "than the given file\n"
         f"  accuracy  {change.points} points, 95 % interval {change.low} to {change.high}\n"
         f"            {accuracy['only_a_correct']} images lost, {accuracy['only_b_correct']} "
         f"gained (McNemar p = {p_value(accuracy['mcnemar_p'], 2)})\n"

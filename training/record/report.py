@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from common.command.cli import visible
 from common.files.output import OutputFolder
 from common.network.checkpoint import WEIGHTS_NAME
 from common.report import results as report
@@ -62,5 +63,5 @@ def format_results(results: dict, output_dir: Path) -> str:
         f"{table}\n\n"
         f"test, by class: from {percent(classes[worst], 1)} ({worst}) to "
         f"{percent(classes[best], 1)} ({best})\n"
-        f"written: {output_dir / results['artifacts']['model']}\n"
+        f"written: {visible(output_dir / results['artifacts']['model'])}\n"
     )
