@@ -1,7 +1,7 @@
 """How each runtime comes to its model of the same weights, from the same calibration images.
 
-Every function returns a :class:`Runtime`: what maps normalised images to logits, at as many threads as
-torch has, and how many bytes the model takes on disk.
+Every function returns a :class:`Runtime`: what maps normalised images to logits, at as many threads
+as torch has, and how many bytes the model takes on disk.
 """
 
 from __future__ import annotations
