@@ -3,7 +3,9 @@
 from quantization.int8.engines.choice import (
     candidate_engines,
     choose_settings,
+    choose_fastest,
     default_engines,
+    fastest_by_batch_size,
     fastest_engine,
     require_engine,
     runner,
@@ -14,7 +16,9 @@ from quantization.int8.engines.fp32 import fp32_runner
 __all__ = [
     "candidate_engines",
     "choose_settings",
+    "choose_fastest",
     "default_engines",
+    "fastest_by_batch_size",
     "fastest_engine",
     "fp32_runner",
     "require_engine",
