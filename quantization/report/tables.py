@@ -31,6 +31,7 @@ def format_results(results: dict, output_dir: Path) -> str:
         format_table(*model_table(results["models"])) + "\n",
         format_given(results["weights"]) + "\n",
         *(format_comparison(model) for model in int8_entries(results)),
+        *([format_fastest(results["fastest"])] if len(int8_entries(results)) > 1 else []),
         *(format_agreement(model) for model in results["models"] if "agreement" in model),
         format_classes(results["per_class"]),
         *(tell(results[name]) for name, tell in SECTIONS.items() if name in results),
@@ -91,6 +92,12 @@ def format_comparison(model: dict) -> str:
         f"            (against FP32 as usually written: {over_nchw})\n"
         f"  coverage  {coverage}\n"
     )
+
+
+def format_fastest(fastest: Sequence[dict]) -> str:
+    """Name the fastest engine for each batch size."""
+    engines = [f"{entry['engine']} at batch {entry['batch_size']}" for entry in fastest]
+    return f"fastest: {', '.join(engines)}\n"
 
 
 def format_agreement(model: dict) -> str:
