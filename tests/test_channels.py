@@ -10,10 +10,13 @@ import torch.nn.functional as F
 
 from common.images.data import normalize
 from common.network.branching import FoldedNetwork
-from common.network.resnet import BLOCKS, ResNet18, Widths
+from common.network.checkpoint import load_model
+from common.network.coded import save_coded
+from common.network.resnet import BLOCKS, ResNet18, Widths, fold_batch_norm, prunable_layers
 from pruning.channels import repair as repair_module
 from pruning.channels.allocation import choose_widths, measure_curves, width_grid
 from pruning.channels.repair import measure_dense, repair
+from pruning.channels.slimmer import Slimmer
 from pruning.channels.slimming import slim_by_norm
 from pruning.channels.surgeon import (
     DAMPING,
@@ -25,6 +28,10 @@ from pruning.channels.surgeon import (
     windows,
     without,
 )
+from quantization.coding.encoder import Original, encode
+from quantization.coding.kernels import assemble
+from quantization.int8.engines import candidate_engines
+from quantization.settings import Settings
 
 FULL = Widths((4, 8, 8, 8))
 
@@ -224,3 +231,72 @@ def test_a_first_convolution_makes_up_for_the_blocks_before_it(model, random_ima
     refitted = error()
     monkeypatch.setattr(repair_module, "INNER_DAMPING", 1e9)  # as it was
     assert refitted < 0.95 * error()
+
+
+def without_first_weights(block):
+    block.conv1.weight.zero_()
+
+
+def without_second_weights(block):
+    block.conv2.weight.zero_()
+
+
+def without_first_gammas(block):
+    block.bn1.weight.zero_()
+    block.bn1.bias.uniform_(0.1, 5.0)
+
+
+def without_second_gammas(block):
+    block.bn2.weight.zero_()
+
+
+def never_firing(block):
+    without_first_gammas(block)
+    block.bn1.bias.neg_()
+
+
+def with_tiny_gammas(block):
+    block.bn1.weight.mul_(1e-30)
+    block.bn2.weight.mul_(1e-30)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "empty",
+    [
+        without_first_weights, without_second_weights, without_first_gammas, without_second_gammas,
+        never_firing, with_tiny_gammas,
+    ],
+)  # fmt: skip
+def test_channels_of_layers_that_are_zero_go_for_nothing(model, random_images, empty, dtype):
+    """They made slim networks NaN, or ended in a traceback of the Cholesky factorisation."""
+    torch.manual_seed(0)
+    for name in BLOCKS:
+        empty(model.get_submodule(name))
+    images = random_images(64).images
+    slim = Slimmer(model, images, 0, dtype).slim(0.5)
+    assert sum(slim.widths.inner) < sum(model.widths.inner)
+    expected, found = (network(normalize(images)) for network in (model, slim))
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    again = Slimmer(slim, images, 0, dtype)  # its batch norms are those of any network
+    assert again.slim(again.least_share())(normalize(images)).isfinite().all()
+
+
+def test_a_coded_network_of_zeros_can_be_made_slim(model, random_images, tmp_path):
+    images = random_images(64)
+    layers = encode(fold_batch_norm(model), images, price=1e6)
+    settings = Settings(candidate_engines()[-1], observer="minmax")
+    path = tmp_path / "coded.safetensors"
+    save_coded(assemble(layers, images, settings, 32), path)
+    empty = load_model(path)
+    zero = [name for name, layer in prunable_layers(empty).items() if not layer.weight.any()]
+    assert len(zero) > 5
+    slim = Slimmer(empty, images.images, 0, torch.float32).slim(0.5)
+    with torch.no_grad():
+        expected, found = (network(normalize(images.images)) for network in (empty, slim))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    layers = encode(fold_batch_norm(slim), images, 0.02, original=Original(
+        fold_batch_norm(empty), Slimmer(empty, images.images, 0, torch.float32).channels_of(slim)
+    ))  # fmt: skip
+    assert all(layer.dense().isfinite().all() for layer in layers.values())

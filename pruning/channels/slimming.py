@@ -11,6 +11,8 @@ from common.network.branching import Block, Convolution, FoldedNetwork
 from common.network.resnet import BLOCKS, ResNet18, Widths, batch_norm_after
 from pruning.channels.surgeon import Kept
 
+LARGEST_SCALE = 1e6
+
 
 def flat_weight(convolution: Convolution) -> torch.Tensor:
     """Return a folded convolution's weight: (O, 9·C + 1), the bias last."""
@@ -45,7 +47,8 @@ def slim_model(
     """Return a network that computes what its fitted convolutions do, in eval mode.
 
     Its batch norms say what the new weights give, so that training can go on from there: a layer's
-    weights are scaled to the size of the dense ones, which its batch norm takes back.
+    weights are scaled to the size of the dense ones, which its batch norm takes back. That size may
+    be zero, of the weights or through the batch norm; such a layer is not scaled.
 
     Args:
         model: Dense, in eval mode; not changed.
@@ -56,7 +59,7 @@ def slim_model(
     folded = FoldedNetwork.of(model).convolutions()
     for conv, (new, mean, variance) in fitted.items():
         bn = batch_norm_after(conv)
-        scale = float(state[f"{conv}.weight"].norm() / folded[conv].weight.norm())
+        scale = _size_ratio(state[f"{conv}.weight"], folded[conv].weight)
         variance = variance * scale**2
         state[f"{conv}.weight"] = scale * new.weight
         state[f"{bn}.running_mean"] = scale * mean
@@ -64,6 +67,12 @@ def slim_model(
         state[f"{bn}.weight"] = (variance + model.get_submodule(bn).eps).sqrt() / scale
         state[f"{bn}.bias"] = new.bias + mean
     return _load(model, state)
+
+
+def _size_ratio(weight: torch.Tensor, folded: torch.Tensor) -> float:
+    """Return the ratio of two weights' norms, within what FP32 can square; 1 if one is zero."""
+    norms = float(weight.norm()), float(folded.norm())
+    return min(max(norms[0] / norms[1], 1 / LARGEST_SCALE), LARGEST_SCALE) if all(norms) else 1.0
 
 
 @torch.no_grad()

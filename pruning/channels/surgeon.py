@@ -18,6 +18,8 @@ import torch.nn.functional as F
 WINDOW = 9  # weights of a channel, in a 3×3 convolution
 # Of H's mean diagonal, added to its diagonal: few images leave some directions unknown.
 DAMPING = 0.01
+# The least mean diagonal that damping is a share of: all inputs of a layer may be zero.
+SMALLEST_SQUARE = 1e-12
 # The channels of which one removal takes one: what is cheap together changes slowly.
 GROUP = 32
 
@@ -152,7 +154,8 @@ def without(
 def _damping(gram: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
     """Return what is added to a Gram matrix's diagonal: nothing to the constant's."""
     diagonal = gram.diagonal()
-    return F.pad((share * diagonal[:-1].mean()).expand(len(diagonal) - 1), (0, 1))
+    mean = diagonal[:-1].mean().clamp_min(SMALLEST_SQUARE)
+    return F.pad((share * mean).expand(len(diagonal) - 1), (0, 1))
 
 
 def _divide(cross: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -181,6 +181,9 @@ def _take_moments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Return moments of a layer's inputs, and of what its outputs lack of those wanted.
 
+    Inputs and outputs are taken less the mean of the first samples: behind layers of zeros they
+    hardly vary, and the difference of two equal moments would be nothing but rounding errors.
+
     Args:
         layer: With a weight of (outputs, columns).
         samples: Inputs (n, columns) and the outputs that are wanted of them (n, outputs).
@@ -193,8 +196,11 @@ def _take_moments(
     outputs, columns = weight.shape
     inner, cross, count = torch.zeros(columns, columns), torch.zeros(outputs, columns), 0
     sums = [torch.zeros(size) for size in (columns, outputs, outputs, outputs)]
+    origins = None
     for rows, wanted in samples:
         lacking = wanted - torch.addmm(layer.bias, rows, weight.T)
+        origins = origins or (rows.mean(0), wanted.mean(0))
+        rows, wanted = rows - origins[0], wanted - origins[1]
         inner.addmm_(rows.T, rows)
         cross.addmm_(lacking.T, rows)
         for total, part in zip(sums, (rows, lacking, wanted, wanted.square()), strict=True):
@@ -203,7 +209,8 @@ def _take_moments(
     mean, lacking, wanted, square = (total / count for total in sums)
     covariance = (inner / count).sub_(torch.outer(mean, mean))
     cross = cross / count - torch.outer(lacking, mean)
-    return covariance, mean, cross, lacking, float((square - wanted.square()).sum())
+    variance = max(float((square - wanted.square()).sum()), 0.0)
+    return covariance, origins[0] + mean, cross, lacking, variance
 
 
 def _code_layer(
