@@ -27,6 +27,7 @@ from training.loop.state import TrainingState
 from training.recipe import Recipe
 
 TEMPERATURE = 3.0
+SMALLEST_SQUARE = 1e-6  # that a block's error is a share of: a block may give zeros alone
 # A student starts close to its teacher: it is to mend, not to learn anew. A higher rate first
 # undoes what reconstruction has repaired, and so do batch norms that follow each batch.
 RECIPE = Recipe(
@@ -141,7 +142,8 @@ def block_error(
 ) -> torch.Tensor:
     """Return the squared error of the blocks' outputs in shares of their squares, their mean."""
     errors = [
-        F.mse_loss(given[name].float(), output.float()) / output.float().square().mean()
+        F.mse_loss(given[name].float(), output.float())
+        / output.float().square().mean().clamp_min(SMALLEST_SQUARE)
         for name, output in wanted.items()
     ]
     return torch.stack(errors).mean()
