@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 
 from common.command.cli import UserError
 from common.images.data import normalize
-from common.inputs import Inputs
-from common.measure.evaluate import predict
 from common.network.coded import CodedNetwork
 from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm, prunable_layers
 from pruning.channels.slimming import slim_by_norm
-from quantization.coding import encoder, study
+from quantization.coding import encoder
 from quantization.coding.encoder import Original, encode
 from quantization.coding.levels import choose_levels
-from quantization.settings import Settings
 
 
 @pytest.fixture
@@ -146,41 +142,6 @@ def test_a_trained_network_is_coded_towards_the_one_that_it_was_made_from(
     assert error(None, trained) < 0.05
     own = {name: torch.arange(c) for name, c in zip(BLOCKS, dense.widths.inner, strict=True)}
     assert error(Original(dense, own), dense) > 2 * error(Original(dense, None), dense)
-
-
-def test_the_study_measures_what_is_read_back(
-    tiny_model, random_images, few_positions, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(study, "CURVE_PRICES", (0.03, 3.0))
-    images, test = random_images(32), random_images(40, seed=1)
-    fp32 = predict(tiny_model, test)
-    inputs, settings = Inputs({}, tiny_model, None, 0, test, images), Settings(observer="minmax")
-    bench = study.CodingBench(inputs, images, fp32, settings, 16, 10**6)
-    path = tmp_path / study.CODED_NAME
-    coding = study.study_coding(bench, 4.0, True, path)
-    assert coding["file_bytes"] == path.stat().st_size
-    assert coding["size_ratio"] == pytest.approx(10**6 / path.stat().st_size)
-    reloaded = predict(study.load_int8(path), test)
-    assert coding["accuracy"]["correct"] == int((reloaded == test.labels).sum())
-    assert coding["comparison"]["drop"] == pytest.approx(
-        float((fp32 == test.labels).float().mean() - (reloaded == test.labels).float().mean())
-    )
-    cheap, dear = coding["curve"]
-    assert dear["file_bytes"] < cheap["file_bytes"]
-    assert coding["levels_bytes"].keys() == {"coded", "entropy", "mask-lzma", "lzma", "gzip"}
-    weights = sum(layer.weight.numel() for layer in prunable_layers(tiny_model).values())
-    assert coding["bits_per_weight"] == 8 * path.stat().st_size / weights
-    assert coding["bits_wanted"] == 4.0
-    text = study.format_coding(coding)
-    assert "asked for" not in text
-    assert "(0.5 asked for)" in study.format_coding(coding | {"bits_wanted": 0.5})
-    assert max(map(len, text.splitlines())) <= 80
-    assert f"{coding['size_ratio']:.1f}×" in text
-
-
-def test_the_entropy_is_that_of_the_levels():
-    levels = np.array([[[0], [0], [1], [-1]]], np.int8)
-    assert study._entropy_bytes(levels) == pytest.approx(1.5 * 4 / 8)
 
 
 def test_activations_beyond_fp16_are_told(tiny_model, random_images):
