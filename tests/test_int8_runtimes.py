@@ -11,6 +11,7 @@ import torch
 from benchmarks import int8_runtimes, runtimes, runtimes_report
 from common.images.data import normalize
 from common.network.resnet import ResNet18, Widths, prunable_layers
+from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.settings import TORCH_ENGINES
 from tests.check_results import SCHEMA
@@ -72,7 +73,8 @@ def test_a_slim_network_has_a_row_beside_the_dense_ones(finished):
 def test_onnx_runtime_computes_fp32_too(tiny_model, random_images, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    runner = runtimes.onnxruntime_fp32(tiny_model, tmp_path)
+    network = trace_network(tiny_model, (3, 32, 32))
+    runner = runtimes.onnxruntime_fp32(network, tmp_path)
     images = normalize(random_images(5).images).contiguous()
     torch.testing.assert_close(runner.run(images), tiny_model(images), rtol=1e-4, atol=1e-4)
     assert runtimes_report.label("onnxruntime-fp32") == "ONNX Runtime FP32"
