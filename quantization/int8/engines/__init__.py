@@ -2,8 +2,8 @@
 
 from quantization.int8.engines.choice import (
     candidate_engines,
-    choose_settings,
     choose_fastest,
+    choose_settings,
     default_engines,
     fastest_by_batch_size,
     fastest_engine,
@@ -15,8 +15,8 @@ from quantization.int8.engines.fp32 import fp32_runner
 
 __all__ = [
     "candidate_engines",
-    "choose_settings",
     "choose_fastest",
+    "choose_settings",
     "default_engines",
     "fastest_by_batch_size",
     "fastest_engine",
