@@ -52,7 +52,7 @@ class Runner(ABC):
         if not len(images):
             return images.new_empty(0, *self._output_shape)
         logits = self._run(images)
-        if math.isnan(images.sum()):
+        if math.isnan(images.sum().item()):
             # The sum is NaN too where infinities of both signs meet.
             has_nan = images.isnan().flatten(1).any(dim=1)
             logits = logits.masked_fill(has_nan[:, None], math.nan)

@@ -21,14 +21,15 @@ class EngineSwitch:
     """
 
     def __init__(self):
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._is_free = threading.Condition(self._lock)
         self._engine, self._users, self._before = "", 0, ""
 
     def acquire(self, engine: str) -> None:
         """Set an engine; until it is released no block of the same thread may need another."""
-        with self._changed:
+        with self._lock:
             while self._users and self._engine != engine:
-                self._changed.wait()
+                self._is_free.wait()
             if not self._users:
                 self._engine, self._before = engine, torch.backends.quantized.engine
                 if engine != self._before:
@@ -37,12 +38,12 @@ class EngineSwitch:
 
     def release(self) -> None:
         """End the use of the engine that was acquired."""
-        with self._changed:
+        with self._lock:
             self._users -= 1
             if not self._users:
                 if self._engine != self._before:
                     torch.backends.quantized.engine = self._before
-                self._changed.notify_all()
+                self._is_free.notify_all()
 
     @contextlib.contextmanager
     def using(self, engine: str) -> Iterator[None]:
