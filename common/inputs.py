@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.command.arguments import DEFAULT_DATA_DIR
 from common.command.cli import UserError, log
 from common.images.check import (
     AUTO_IMAGES,
@@ -21,10 +20,11 @@ from common.images.check import (
 )
 from common.images.data import ImageSet, check_disjoint, checksum, load_images
 from common.images.normalisation import AUTO, NORMALISATIONS
-from common.images.source import SizeRequest, Source
-from common.images.sources import open_source
+from common.images.source import Source
+from common.images.sources import open_chosen_source
 from common.machine.workers import ALONE, Workers
-from common.network.checkpoint import Loaded, find_weights, load_network
+from common.network.checkpoint import find_weights, load_network
+from common.network.layouts import Statistics
 from common.network.tracing import Traced, trace
 
 
@@ -118,12 +118,9 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
     max_pool = {"on": True, "off": False}.get(chosen("max_pool"))
     loaded, described = load_network(file, chosen("model"), max_pool), file.describe()
     with workers.one_a_machine_first():
-        source = open_source(
-            args.data_dir, args.bundled, not args.no_bundled,
-            SizeRequest(chosen("image_size"), chosen("resize")),
-            is_given=args.data_dir != DEFAULT_DATA_DIR,
-        )  # fmt: skip
-    source = _prepare(source, args, loaded)
+        source = open_chosen_source(args)
+    if loaded.statistics is not None:
+        source = _use_statistics(source, args, loaded.statistics)
     test = load_images(source, "test", args.test_images, args.seed, flag="--test-images")
     inputs = Inputs(described, loaded.model, source, args.seed, test, None, loaded.family)
     counts = f"{len(test)} for testing"
@@ -139,18 +136,14 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
     return inputs
 
 
-def _prepare(source: Source, args: argparse.Namespace, loaded: Loaded) -> Source:
-    """Return the source with the mean, std and order of channels that the network expects."""
+def _use_statistics(source: Source, args: argparse.Namespace, found: Statistics) -> Source:
+    """Return the source with mean and std as the checkpoint has them, where no flag says so."""
     chosen = vars(args).get
-    name = chosen("normalize")
-    mean, std = source.mean, source.std
-    if name in NORMALISATIONS:
-        mean, std = NORMALISATIONS[name]
-    elif loaded.statistics is not None and name != AUTO:
-        mean, std = loaded.statistics
-        log.info("normalisation: mean %s and std %s, from the checkpoint", mean, std)
-    mean, std = chosen("mean") or mean, chosen("std") or std
-    return replace(source, mean=mean, std=std, channel_order=chosen("channel_order") or "rgb")
+    if chosen("normalize") is not None:
+        return source
+    mean, std = chosen("mean") or found[0], chosen("std") or found[1]
+    log.info("normalisation: mean %s and std %s; the checkpoint holds them", mean, std)
+    return replace(source, mean=mean, std=std)
 
 
 @torch.inference_mode()

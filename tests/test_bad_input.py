@@ -464,7 +464,7 @@ def test_unfinished(row, script, folder, tiny_weights, monkeypatch):
         (folder / "unfinished" / "piece.json").touch()
     for name, content in UNFINISHED[row].items():
         (folder / name).write_bytes(content)
-    monkeypatch.setattr(resnet, "ResNet18", lambda: load_model(tiny_weights))  # training's
+    monkeypatch.setattr(resnet, "ResNet", lambda shape: load_model(tiny_weights))  # training's
     argv = ["--bundled", "--test-images", 120, "--output-dir", folder]
     argv += ["--train-images", 30, "--batch-size", 10] if script is training else []
     argv += ["--held-out-images", 10] if script is training else ["--weights", tiny_weights]

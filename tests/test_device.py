@@ -137,10 +137,10 @@ def test_classifying_leaves_the_gpu_once_at_the_end(imagined):
 def test_batches_to_train_on_are_made_on_the_gpu(imagined):
     _, images = imagined
     recipe = Recipe(epochs=1, batch_size=16, learning_rate=0.1, cutmix=0.5, jitter=0.5)
-    plan = plan_epoch(64, recipe, 0, 0, images.images.device)
+    plan = plan_epoch(64, 32, recipe, 0, 0, images.images.device)
     pixels = images.images.permute(0, 2, 3, 1)
     with Devices() as devices:
-        batch, _ = make_batch(pixels, images.labels, plan, slice(16))
+        batch, _ = make_batch(images, pixels, plan, slice(16))
     assert batch.is_cuda
     assert devices.crossings == 0
 

@@ -41,7 +41,7 @@ def images():
     return load_images(bundled_source(), "train", 600, seed=0)
 
 
-def tiny_network():
+def tiny_network(shape: object = None):
     return ResNet18(Widths(TINY))
 
 
@@ -260,7 +260,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet, "ResNet18", tiny_network)
+        patch.setattr(resnet, "ResNet", tiny_network)
         assert main([*QUICK, "--output-dir", str(folder), "--quiet"]) == 0
     torch.set_num_threads(threads)
     return folder, json.loads((folder / "results.json").read_text())
@@ -301,7 +301,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(finished, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     command = [*QUICK, "--output-dir", str(tmp_path)]
-    monkeypatch.setattr(resnet, "ResNet18", tiny_network)
+    monkeypatch.setattr(resnet, "ResNet", tiny_network)
     with monkeypatch.context() as patch:
         patch.setattr(EpochRecorder, "__call__", take_in_then_stop)
         assert main(command) == 130
@@ -320,7 +320,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(finished, tmp_path, monkeyp
 def test_two_processes_train_the_network_of_one(tmp_path, monkeypatch):
     # Without batch norm, whose statistics are of each process's images, all is the same but sums.
     layers = (nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
-    monkeypatch.setattr(resnet, "ResNet18", lambda: nn.Sequential(*layers))
+    monkeypatch.setattr(resnet, "ResNet", lambda shape: nn.Sequential(*layers))
     # CutMix takes the next image of a process's share, so it depends on their number.
     arguments = [*QUICK, "--cutmix", 0, "--learning-rate", 0.01, "--output-dir"]
     done, second = run_together(main, *arguments, tmp_path / "2", output=tmp_path / "told")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.images.data import normalize
+from common.images.data import ImageSet, normalize
 from training.loop.augment import make_batch, plan_epoch
 from training.recipe import BUNDLED_RECIPE, Recipe
 
@@ -25,8 +25,8 @@ def images():
 
 def batch_of(images, recipe, rows=slice(0, 40), seed=0, epoch=0):
     labels = torch.arange(40) % 10
-    plan = plan_epoch(40, recipe, seed, epoch, CPU)
-    return plan, *make_batch(images.permute(0, 2, 3, 1), labels, plan, rows)
+    plan = plan_epoch(40, 32, recipe, seed, epoch, CPU)
+    return plan, *make_batch(ImageSet(images, labels), images.permute(0, 2, 3, 1), plan, rows)
 
 
 def test_without_augmentation_a_batch_is_the_normalized_images(images):
@@ -66,7 +66,7 @@ def test_cutmix_shares_out_the_probability_by_area(images):
 
 
 def test_cutmix_covers_the_fraction_of_images_asked_for():
-    plan = plan_epoch(10_000, replace(PLAIN, cutmix=0.3), 0, 0, CPU)
+    plan = plan_epoch(10_000, 32, replace(PLAIN, cutmix=0.3), 0, 0, CPU)
     covered = (plan.patch_size > 0).float().mean()
     assert abs(covered - 0.3) < 0.03
 
@@ -82,11 +82,13 @@ def test_jitter_changes_only_its_share_of_images(images):
 
 @given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
 def test_a_plan_is_a_function_of_seed_and_epoch(seed, epoch):
-    first, second = (plan_epoch(20, BUNDLED_RECIPE, seed, epoch, CPU) for _ in range(2))
+    first, second = (plan_epoch(20, 32, BUNDLED_RECIPE, seed, epoch, CPU) for _ in range(2))
     for name in ("order", "shift", "flip", "patch", "patch_size", "affine", "colour"):
         assert torch.equal(getattr(first, name), getattr(second, name))
     assert sorted(first.order.tolist()) == list(range(20))
-    assert not torch.equal(first.order, plan_epoch(20, BUNDLED_RECIPE, seed, epoch + 1, CPU).order)
+    assert not torch.equal(
+        first.order, plan_epoch(20, 32, BUNDLED_RECIPE, seed, epoch + 1, CPU).order
+    )
 
 
 def test_batches_of_an_epoch_are_the_epoch_in_parts(images):

@@ -71,7 +71,7 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Train, measure once on the test images, write."""
-    args = build_parser().parse_args(argv)
+    args = arguments.parse_arguments(build_parser(), argv, {})
     cli.set_up_messages(args.quiet)
     started = time.perf_counter()
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from common.images import data, sources
     from common.machine import device
-    from common.network.resnet import ResNet18
+    from common.network.resnet import ResNet, resnet18_shape
     from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
     from training.loop.fit import choose_precision, fit
@@ -97,17 +97,19 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
         with crew.one_a_machine_first():
-            source = sources.open_source(args.data_dir, args.bundled, not args.no_bundled)
-        images = data.load_images(source, "train", args.train_images, args.seed).to(crew.device)
+            source = sources.open_chosen_source(args)
+        images = data.load_images(
+            source, "train", args.train_images, args.seed, flag="--train-images"
+        ).to(crew.device)
         train, held_out = measure.split_held_out(images, args.held_out_images)
         # Not used before the end, but what is amiss with them must not cost the training.
-        test = data.load_images(source, "test", args.test_images, args.seed)
+        test = data.load_images(source, "test", args.test_images, args.seed, flag="--test-images")
         data.check_disjoint(images, test, source.description)
         cli.log.info("images: %d to train on, %d held out, from %s",
                      len(train), len(held_out), source.description)  # fmt: skip
 
         torch.manual_seed(args.seed)
-        state = TrainingState.start(ResNet18(), recipe, crew.device)
+        state = TrainingState.start(ResNet(resnet18_shape(len(train.classes))), recipe, crew.device)
         identity = epochs.identify(recipe, args.seed, crew.count, train)
         crew.require_same(identity)
         kept = folder.keep_unfinished(identity, args.resume).folder if crew.is_first else None
@@ -123,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
 
         weights = save_weights(state.model, folder)
         described = {"source": source.name, "train_images": len(train),
-                     "held_out_images": len(held_out), "test_images": len(test)}  # fmt: skip
+                     "held_out_images": len(held_out), "test_images": len(test),
+                     **test.describe()}  # fmt: skip
         results = common_results("training", args, crew, described, weights)
         results["recipe"] = dataclasses.asdict(recipe)
         results["parameters"] = sum(p.numel() for p in state.model.parameters())

@@ -6,19 +6,23 @@ pixels that are asked for: 512 calibration images of a folder cost 512 JPEGs, no
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import io
 import lzma
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from common.command.arguments import DEFAULT_DATA_DIR
 from common.command.cli import UserError, log
 from common.images.cifar10 import CLASSES, IMAGE_SIZE
 from common.images.decoding import decode_images, resize_pixels
 from common.images.download import BATCHES_FOLDER, CIFAR100_FOLDER, download_cifar10
 from common.images.folders import folder_source, has_image_folders
+from common.images.normalisation import NORMALISATIONS
 from common.images.source import OWN_SIZE, SizeRequest, Source, Split
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -72,6 +76,23 @@ def open_source(
         log.warning("%s: going on with the bundled JPEG images", " ".join(reason.split()))
         return bundled_source(size)
     return batches_source(data_dir, BATCHES_FOLDER, size)
+
+
+def open_chosen_source(args: argparse.Namespace) -> Source:
+    """Open the source that the flags ask for, see :func:`open_source`.
+
+    ``--normalize`` and, before it, ``--mean`` and ``--std`` take the place of the source's own
+    constants; ``auto`` leaves them.
+    """
+    chosen = vars(args).get
+    source = open_source(
+        args.data_dir, args.bundled, not args.no_bundled,
+        SizeRequest(chosen("image_size"), chosen("resize")),
+        is_given=args.data_dir != DEFAULT_DATA_DIR,
+    )  # fmt: skip
+    mean, std = NORMALISATIONS.get(chosen("normalize"), (source.mean, source.std))
+    mean, std = chosen("mean") or mean, chosen("std") or std
+    return replace(source, mean=mean, std=std, channel_order=chosen("channel_order") or "rgb")
 
 
 def _refuse_other_content(data_dir: Path) -> None:

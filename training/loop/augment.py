@@ -12,9 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.images.cifar10 import IMAGE_SIZE
-from common.images.data import normalize
-from common.network.resnet import CLASS_COUNT
+from common.images.data import ImageSet
 from training.recipe import Recipe
 
 # Half-widths of what jitter draws: turn (radians), log zoom, two shears; saturation, log contrast,
@@ -48,12 +46,13 @@ class EpochPlan:
 
 
 def plan_epoch(
-    count: int, recipe: Recipe, seed: int, epoch: int, device: torch.device
+    count: int, size: int, recipe: Recipe, seed: int, epoch: int, device: torch.device
 ) -> EpochPlan:
     """Draw an epoch's random choices.
 
     Args:
         count: Number of images, N.
+        size: Side of an image in pixels.
         recipe: Says how far to shift, whether to flip, how much to cover and to change.
         seed: Of the run.
         epoch: From 0.
@@ -68,10 +67,10 @@ def plan_epoch(
     shift = rng.integers(-recipe.crop_padding, recipe.crop_padding, (count, 2), endpoint=True)
     flip = rng.random(count) < (0.5 if recipe.flip else 0.0)
     # CutMix draws the covered area uniformly, so its side is the root of a uniform number.
-    patch_size = np.rint(IMAGE_SIZE * np.sqrt(rng.random(count))).astype(np.int64)
+    patch_size = np.rint(size * np.sqrt(rng.random(count))).astype(np.int64)
     patch_size *= rng.random(count) < recipe.cutmix
     # Centred anywhere, so that part of the square may lie outside, as published.
-    patch = rng.integers(0, IMAGE_SIZE, (count, 2)) - patch_size[:, None] // 2
+    patch = rng.integers(0, size, (count, 2)) - patch_size[:, None] // 2
     affine = colour = None
     if recipe.jitter:
         affine, colour = (place(values) for values in _draw_jitter(rng, count, recipe.jitter))
@@ -97,7 +96,7 @@ def _draw_jitter(
 
 
 def make_batch(
-    pixels: torch.Tensor, labels: torch.Tensor, plan: EpochPlan, rows: slice
+    train: ImageSet, pixels: torch.Tensor, plan: EpochPlan, rows: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a batch of augmented, normalised images and their class probabilities.
 
@@ -106,23 +105,24 @@ def make_batch(
     part of the probability.
 
     Args:
-        pixels: All images, uint8, shape (N, 32, 32, 3).
-        labels: int64, shape (N,).
+        train: All images, which are square.
+        pixels: The same images as gathers want them, uint8, shape (N, size, size, 3).
         plan: The epoch's random choices.
         rows: The part of the plan that makes up this batch.
 
     Returns:
-        Images float32, shape (n, 3, 32, 32), channels_last; probabilities float32, shape
+        Images float32, shape (n, 3, size, size), channels_last; probabilities float32, shape
         (n, classes).
     """
-    line = torch.arange(IMAGE_SIZE, device=pixels.device)
-    mirrored = torch.where(plan.flip[rows, None], IMAGE_SIZE - 1 - line, line)
-    y = _reflect(line + plan.shift[rows, 0, None])
-    x = _reflect(mirrored + plan.shift[rows, 1, None])
+    last = pixels.shape[1] - 1
+    line = torch.arange(last + 1, device=pixels.device)
+    mirrored = torch.where(plan.flip[rows, None], last - line, line)
+    y = _reflect(line + plan.shift[rows, 0, None], last)
+    x = _reflect(mirrored + plan.shift[rows, 1, None], last)
     index = plan.order[rows]
     batch = pixels[index[:, None, None], y[:, :, None], x[:, None, :]]
-    batch = normalize(batch.permute(0, 3, 1, 2))
-    targets = F.one_hot(labels[index], CLASS_COUNT).float()
+    batch = train.normalize(batch.permute(0, 3, 1, 2))
+    targets = F.one_hot(train.labels[index], len(train.classes)).float()
     if plan.affine is not None:
         batch = _change_positions(batch, plan.affine[rows])
         batch = _change_colours(batch, plan.colour[rows])
@@ -155,7 +155,6 @@ def _squares(line: torch.Tensor, start: torch.Tensor, side: torch.Tensor) -> tor
     return inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
 
 
-def _reflect(position: torch.Tensor) -> torch.Tensor:
+def _reflect(position: torch.Tensor, last: int) -> torch.Tensor:
     """Mirror positions outside an image at its border, without repeating the edge."""
-    last = IMAGE_SIZE - 1
     return last - (last - position.abs()).abs()

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.command import cli
 from common.command.cli import UserError
 from common.images.data import ImageSet
+from common.images.storage import MAX_BYTES_IN_MEMORY
 from common.machine.device import bf16_pays
 from common.machine.workers import Workers
 from training.loop.augment import make_batch, plan_epoch
@@ -90,11 +91,15 @@ def fit(
     # Gradients are averaged over the processes; batch-norm statistics are those of the first, each
     # normalises its own images.
     network = DistributedDataParallel(state.model) if workers.count > 1 else state.model
-    pixels = train.images.permute(0, 2, 3, 1).contiguous()  # for gathers
+    if train.shape[1] != train.shape[2]:
+        raise UserError("training needs square images: --image-size cuts them")
+    pixels = train.images.permute(0, 2, 3, 1)
+    if pixels.numel() <= MAX_BYTES_IN_MEMORY:
+        pixels = pixels.contiguous()  # for gathers
     steps = len(train) // recipe.batch_size  # what is left over waits for the next shuffle
     while state.epochs_done < recipe.epochs:
         started, epoch = time.perf_counter(), state.epochs_done
-        plan = plan_epoch(len(train), recipe, seed, epoch, pixels.device)
+        plan = plan_epoch(len(train), pixels.shape[1], recipe, seed, epoch, pixels.device)
         totals = torch.zeros(2, device=pixels.device)  # loss, correct: read once, at the end
         _set_training(network, recipe)
         for step in cli.progress(range(steps), f"epoch {epoch + 1}/{recipe.epochs}"):
@@ -103,7 +108,7 @@ def fit(
                 group["lr"] = rate
             first = step * recipe.batch_size
             rows = workers.share_of(first, first + recipe.batch_size)
-            images, targets = make_batch(pixels, train.labels, plan, rows)
+            images, targets = make_batch(train, pixels, plan, rows)
             is_bf16 = recipe.precision == "bf16"
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=is_bf16):
                 logits = network(images)

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from common.command.cli import UserError
-from common.images.cifar10 import CLASSES
 from common.images.data import ImageSet, balanced_subset
 from common.measure import evaluate
 
@@ -32,7 +31,7 @@ def describe_accuracy(model: nn.Module, held_out: ImageSet, test: ImageSet) -> d
     correct, labels = find_correct(model, test), test.labels.cpu()
     by_class = {
         name: evaluate.measure_accuracy(correct[labels == label]).as_dict()
-        for label, name in enumerate(CLASSES)
+        for label, name in enumerate(test.classes)
         if (labels == label).any()
     }
     return {
