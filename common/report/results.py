@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from common.machine.device import cpu_name, has_vnni
+from common.report.story import Column
 
 if TYPE_CHECKING:
     import argparse
@@ -72,14 +73,6 @@ def format_cost(results: dict) -> str:
     return text
 
 
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write rows of equal keys as CSV, with a header."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def to_json(results: dict) -> str:
     """Format results as the text of results.json: ASCII, so that any file name can be in it.
 
@@ -88,26 +81,30 @@ def to_json(results: dict) -> str:
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
-# --- console -------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table in columns: the first to the left, the others to the right."""
-    table = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+def describe_setting(results: dict) -> str:
+    """Say on which images and which machine the numbers were measured."""
+    data, environment = results["data"], results["environment"]
+    threads = environment["threads"]
+    setting = (
+        f"{data['test_images']:,} test images ({data['source']}), {threads} "
+        f"thread{'s' * (threads != 1)}, {environment['cpu']}"
+    )
+    if environment["device"] != "cpu":
+        setting += f", FP32 on {environment['device_name']}"
+    return setting
 
 
 def percent(value: float, digits: int = 2) -> str:
     """Format a fraction as a percentage."""
     return f"{100 * value:.{digits}f} %"
+
+
+def floor_percent(value: float, digits: int = 2) -> str:
+    """Format a largest fraction as a percentage, rounded down: more would be too much."""
+    return f"{math.floor(100 * value * 10**digits + 1e-9) / 10**digits:.{digits}f} %"
 
 
 def p_value(value: float, digits: int = 2) -> str:
@@ -137,6 +134,50 @@ def format_change(comparison: Mapping[str, Any], digits: int = 2) -> Change:
 def megabytes(size_bytes: float, digits: int = 2) -> str:
     """Format bytes as megabytes (10^6 bytes)."""
     return f"{size_bytes / 1e6:,.{digits}f} MB"
+
+
+# --- columns that several tables have -------------------------------------------------------------
+
+
+def accuracy_columns(with_counts: bool = False) -> list[Column]:
+    """Return the column of top-1 accuracies, and those of the counts behind it."""
+    counts = [
+        Column("correct", lambda row: row["accuracy"]["correct"]),
+        Column("total", lambda row: row["accuracy"]["total"]),
+    ]
+    shown = Column("accuracy", lambda row: row["accuracy"]["value"], percent)
+    return [*(counts if with_counts else []), shown]
+
+
+def change_columns(digits: int = 2) -> list[Column]:
+    """Return the columns of the change against dense, in points, and of its 95 % interval.
+
+    Nothing is shown for the network that the others are compared with.
+    """
+
+    def part(name: str) -> Callable[[dict], str | None]:
+        def value(row: dict) -> str | None:
+            comparison = row.get("comparison")
+            if not comparison or "mcnemar_p" not in comparison:
+                return None
+            change = format_change(comparison, digits)
+            return change.points if name == "points" else f"{change.low} … {change.high}"
+
+        return value
+
+    return [Column("points", part("points")), Column("95 % interval", part("interval"))]
+
+
+def rate_columns(latency: Sequence[dict]) -> list[Column]:
+    """Return a column of images a second for each batch size of ``latency``."""
+
+    def at(index: int) -> Callable[[dict], float]:
+        return lambda row: row["latency"][index]["images_per_second"]
+
+    return [
+        Column(f"batch {timing['batch_size']}", at(index), "{:,.0f}".format)
+        for index, timing in enumerate(latency)
+    ]
 
 
 # --- plots ---------------------------------------------------------------------------------------
