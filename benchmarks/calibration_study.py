@@ -87,6 +87,7 @@ def run_study(inputs, calibration: list, fp32, engine: str, batch_size: int) -> 
         results.json's ``rows``; ``agreements`` are shares of images that get FP32's answer.
     """
     from quantization.bench import Bench
+
     from quantization.int8 import conversion, engines
 
     rows, cells = [], list(itertools.product(OBSERVERS, STUDY_SIZES))

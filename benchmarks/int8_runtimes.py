@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    from quantization.bench import Bench
+
     from benchmarks import runtimes, runtimes_report
     from common.files import output
     from common.images import data
@@ -55,10 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     from common.machine import device
     from common.machine.workers import ALONE
     from common.measure import latency
-    from common.network import checkpoint, size
+    from common.network import checkpoint, size, tracing
     from common.report import results as report
     from common.run import finish_run, print_results
-    from quantization.bench import Bench
 
     device.set_up_cpu(args.threads)
     with output.OutputFolder(args.output_dir, args.overwrite) as folder:
@@ -81,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
             name: float((classes == test.labels).double().mean())
             for name, classes in predictions.items()
         }
-        macs = {name: size.count_macs(network) for name, network in networks.items()}
+        macs = {
+            name: size.count_macs(tracing.trace_network(network, test.shape))
+            for name, network in networks.items()
+        }
         gemm_rate = runtimes.measure_gemm_rate()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 
@@ -106,6 +110,12 @@ def make_runners(networks: dict, bench, folder: Path) -> dict:
 
     model, calibration = networks["dense"], bench.calibration
     runners = {"torch-fp32": runtimes.torch_fp32(model)}
+    has_onnx = runtimes.has_package("onnx", "all rows of ONNX Runtime and OpenVINO")
+    has_onnxruntime = has_onnx and runtimes.has_package(
+        "onnxruntime", "onnxruntime-fp32, onnxruntime-int8-ours, onnxruntime-int8"
+    )
+    if has_onnxruntime:
+        runners["onnxruntime-fp32"] = runtimes.onnxruntime_fp32(model, folder)
     if runtimes.has_compiler("torch-bf16"):
         runners["torch-bf16"] = runtimes.torch_bf16(model)
     settings = [engines.choose_settings(engine) for engine in engines.candidate_engines()]
@@ -122,11 +132,10 @@ def make_runners(networks: dict, bench, folder: Path) -> dict:
     if runtimes.has_package("torchao", pt2e) and runtimes.has_compiler(pt2e):
         runners[pt2e] = runtimes.torch_pt2e(model, calibration, folder)
     path = folder / "ours.onnx"
-    has_onnx = runtimes.has_package("onnx", "all rows of ONNX Runtime and OpenVINO")
     if has_onnx:
         onnx_export.export_onnx(quantized[0].model, path)
-    if has_onnx and runtimes.has_package("onnxruntime", "onnxruntime-int8-ours, onnxruntime-int8"):
-        runners["onnxruntime-int8-ours"] = runtimes.onnxruntime_ours(path)
+    if has_onnxruntime:
+        runners["onnxruntime-int8-ours"] = runtimes.onnxruntime_file(path)
         runners["onnxruntime-int8"] = runtimes.onnxruntime_own(model, calibration, folder)
     if has_onnx and runtimes.has_package("openvino", "openvino-int8-ours, openvino-int8"):
         runners["openvino-int8-ours"] = runtimes.openvino_ours(path)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from quantization.int8.deploy import Quantized
 from torch import nn
 
 from common.command.cli import log
@@ -30,7 +31,6 @@ from common.network.resnet import ResNet18, fold_batch_norm
 from common.network.size import saved_size_bytes
 from quantization.files import artifact, onnx_export
 from quantization.int8 import deploy, engines
-from quantization.int8.deploy import Quantized
 
 CALIBRATION_BATCH = 64
 GEMM_SIZES = (512, 1024, 2048)
@@ -184,8 +184,15 @@ def _openvino_runner(model: object, size_bytes: int) -> Runner:
     return Runner(for_each_batch_size(prepare), size_bytes, torch.contiguous_format)
 
 
-def onnxruntime_ours(path: Path) -> Runner:
-    """Our Q/DQ file in ONNX Runtime."""
+def onnxruntime_fp32(model: ResNet18, folder: Path) -> Runner:
+    """FP32 in ONNX Runtime."""
+    path = folder / "fp32.onnx"
+    _export_fp32(model, path)
+    return onnxruntime_file(path)
+
+
+def onnxruntime_file(path: Path) -> Runner:
+    """An ONNX file in ONNX Runtime."""
     run = onnx_export.load_onnx(path)
     return Runner(run, path.stat().st_size, torch.contiguous_format)
 
@@ -221,7 +228,7 @@ def onnxruntime_own(model: ResNet18, calibration: ImageSet, folder: Path) -> Run
             activation_type=ort.QuantType.QUInt8,
             weight_type=ort.QuantType.QInt8,
         )
-    return onnxruntime_ours(path)
+    return onnxruntime_file(path)
 
 
 def openvino_own(model: ResNet18, calibration: ImageSet, folder: Path) -> Runner:

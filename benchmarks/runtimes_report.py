@@ -16,6 +16,7 @@ BEST = "torch-int8-best"
 DEPLOYED, SLIM = "-deployed", "-slim"
 LABELS = {
     "torch-fp32": "torch FP32 at its best",
+    "onnxruntime-fp32": "ONNX Runtime FP32",
     "torch-bf16": "torch bf16, compiled",
     BEST: "ours: torch INT8, best",
     "torch-int8-pt2e": "torch PT2E, AOTInductor",
@@ -112,10 +113,12 @@ def plot(results: dict, path: Path) -> None:
     """Plot images a second by batch size: ours in colour, the others in grey."""
     everything = by_runtime(results["rows"])
     plain = "torch-int8-fbgemm"
-    shown = [name for name in ("torch-fp32", "torch-bf16", plain) if name in everything]
+    first = ("torch-fp32", "onnxruntime-fp32", "torch-bf16", plain)
+    shown = [name for name in first if name in everything]
     shown += [name for name in LABELS if name in everything and name not in shown]
     shown += [name for name in everything if name.endswith(SLIM)]
-    shades = {"torch-fp32": "#D0D0D0", "torch-bf16": "#B0B0B0", plain: "#8C8C8C",
+    shades = {"torch-fp32": "#D0D0D0", "onnxruntime-fp32": "#F2CC8C",
+              "torch-bf16": "#B0B0B0", plain: "#8C8C8C",
               BEST: report.BLUE, "torch-int8-pt2e": "#9B7FB8", "onnxruntime-int8-ours": "#5AA9DC",
               "openvino-int8-ours": "#A5CFEB", "onnxruntime-int8": report.ORANGE,
               "openvino-int8": report.GREEN}  # fmt: skip

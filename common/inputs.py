@@ -1,4 +1,4 @@
-"""What a script that compresses works on: a checkpoint, and images to measure it with."""
+"""What a script that compresses works on: a network with weights, and images to measure it with."""
 
 from __future__ import annotations
 
@@ -8,35 +8,42 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from common.command.cli import log
-from common.images.data import ImageSet, checksum, load_images
-from common.images.sources import Source, open_source
+from common.command.arguments import DEFAULT_DATA_DIR
+from common.command.cli import UserError, log
+from common.images.check import CHECK_IMAGES, Subject, best_normalisation, find_mismatches
+from common.images.data import ImageSet, check_disjoint, checksum, load_images
+from common.images.normalisation import AUTO, NORMALISATIONS
+from common.images.source import SizeRequest, Source
+from common.images.sources import open_source
 from common.machine.workers import ALONE, Workers
-from common.network.checkpoint import find_weights, load_model
-from common.network.resnet import ResNet18
+from common.network.checkpoint import Loaded, find_weights, load_network
 from common.network.tracing import Traced, trace
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A checkpoint and images, loaded.
+    """A network and images, loaded.
 
     Attributes:
         weights: results.json's ``weights``: where the checkpoint was found, and its SHA-256.
-        model: The network with these weights, FP32, in eval mode.
+        model: The network with these weights, FP32, in eval mode; its modules bear the names that
+            the checkpoint uses.
         source: Where images come from.
-        seed: Of their choice.
+        seed: Seed of their choice.
         test: Images to measure on.
         calibration: Training images to calibrate on; none, where the script asks for none.
+        family: Name of the network's architecture.
     """
 
     weights: dict
-    model: ResNet18
+    model: nn.Module
     source: Source
     seed: int
     test: ImageSet
     calibration: ImageSet | None
+    family: str = "resnet18-cifar"
 
     @functools.cached_property
     def traced(self) -> Traced:
@@ -48,7 +55,17 @@ class Inputs:
         counts = {"source": self.source.name, "test_images": len(self.test)}
         if self.calibration is not None:
             counts["calibration_images"] = len(self.calibration)
-        return counts
+        return counts | self.test.describe()
+
+    def describe_network(self) -> dict:
+        """Return results.json's ``network``."""
+        network = self.traced.network
+        return {
+            "family": self.family,
+            "layers": len(network.graph.layers),
+            "macs": sum(network.macs.values()),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
 
     def identify(self) -> dict[str, str]:
         """Return checksums, named for the user."""
@@ -58,9 +75,17 @@ class Inputs:
             "the images": checksum(t for split in splits for t in (split.images, split.labels)),
         }
 
-    def load_training(self, count: int | None, skip: int = 0) -> ImageSet:
-        """Load other training images; arguments as of :func:`common.images.data.load_images`."""
-        return load_images(self.source, "train", count, self.seed, skip)
+    def load_training(self, count: int | None, skip: int = 0, flag: str | None = None) -> ImageSet:
+        """Load training images; arguments as of :func:`common.images.data.load_images`.
+
+        Warns if some of them are test images.
+
+        Raises:
+            UserError: They cannot be had, or nearly all of them are test images.
+        """
+        training = load_images(self.source, "train", count, self.seed, skip, flag)
+        check_disjoint(training, self.test, self.source.description)
+        return training
 
     def to(self, device: torch.device) -> Inputs:
         """Move the model to a device; return the inputs with it and the test images there."""
@@ -68,29 +93,107 @@ class Inputs:
 
 
 def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = ALONE) -> Inputs:
-    """Load the checkpoint, then the images, and say which they are.
+    """Load the checkpoint, then the images; say which they are, and check that they fit.
 
     Args:
-        args: With the flags that the scripts share, and perhaps the number of calibration images.
-        script_dir: Where the checkpoint may lie, see
+        args: Arguments with the flags that the scripts share, and perhaps the number of
+            calibration images.
+        script_dir: Folder where the checkpoint may lie, see
             :func:`common.network.checkpoint.find_weights`.
-        workers: All load the same; one a machine downloads.
+        workers: Processes that all load the same; one a machine downloads.
 
     Raises:
-        UserError: The checkpoint or the images cannot be had, or the workers found different ones.
+        UserError: The checkpoint or the images cannot be had or do not fit, the workers found
+            different ones, or the training images are the test images.
     """
     file = find_weights(args.weights, script_dir)
     log.info("weights: %s", file.found)
-    model, described = load_model(file.path), file.describe()
+    chosen = vars(args).get
+    max_pool = {"on": True, "off": False}.get(chosen("max_pool"))
+    loaded, described = load_network(file, chosen("model"), max_pool), file.describe()
     with workers.one_a_machine_first():
-        source = open_source(args.data_dir, args.bundled, not args.no_bundled)
-    test, calibration = load_images(source, "test", args.test_images, args.seed), None
+        source = open_source(
+            args.data_dir, args.bundled, not args.no_bundled,
+            SizeRequest(chosen("image_size"), chosen("resize")),
+            is_given=args.data_dir != DEFAULT_DATA_DIR,
+        )  # fmt: skip
+    source = _prepare(source, args, loaded)
+    test = load_images(source, "test", args.test_images, args.seed, flag="--test-images")
+    inputs = Inputs(described, loaded.model, source, args.seed, test, None, loaded.family)
     counts = f"{len(test)} for testing"
     if "calibration_images" in args:
-        calibration = load_images(source, "train", args.calibration_images, args.seed)
+        calibration = inputs.load_training(args.calibration_images, flag="--calibration-images")
+        inputs = replace(inputs, calibration=calibration)
         counts += f", {len(calibration)} for calibration"
     log.info("images: %s, from %s", counts, source.description)
-    inputs = Inputs(described, model, source, args.seed, test, calibration)
+    _check_logits(file.path, inputs)
+    inputs = _check_images(inputs, chosen("normalize") == AUTO)
     if workers.count > 1:
         workers.require_same(inputs.identify())
     return inputs
+
+
+def _prepare(source: Source, args: argparse.Namespace, loaded: Loaded) -> Source:
+    """Return the source with the mean, std and order of channels that the network expects."""
+    chosen = vars(args).get
+    name = chosen("normalize")
+    mean, std = source.mean, source.std
+    if name in NORMALISATIONS:
+        mean, std = NORMALISATIONS[name]
+    elif loaded.statistics is not None and name != AUTO:
+        mean, std = loaded.statistics
+        log.info("normalisation: mean %s and std %s, from the checkpoint", mean, std)
+    mean, std = chosen("mean") or mean, chosen("std") or std
+    return replace(source, mean=mean, std=std, channel_order=chosen("channel_order") or "rgb")
+
+
+@torch.inference_mode()
+def _check_logits(path: Path, inputs: Inputs) -> None:
+    """Run a black, a white and a noisy image: weights may be finite and what they give not."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, inputs.test.shape, generator=generator, dtype=torch.uint8)
+    images = torch.stack([torch.zeros_like(noise), torch.full_like(noise, 255), noise])
+    # Folding would hide an infinite product with a scale of zero.
+    logits = inputs.model(inputs.test.normalize(images))
+    class_count = len(inputs.test.classes)
+    if logits.shape[1] != class_count:
+        raise UserError(
+            f"{path}: a network of {logits.shape[1]} classes; {inputs.source.description} have "
+            f"{class_count}"
+        )
+    if not torch.isfinite(logits).all():
+        raise UserError(f"{path}: weights so large that the network's logits are NaN or infinite")
+
+
+def _check_images(inputs: Inputs, chooses: bool) -> Inputs:
+    """Warn if training images do not fit the network; choose their normalisation if asked to."""
+    train = inputs.calibration
+    if train is None or len(train) < CHECK_IMAGES:
+        labels = _training_labels(inputs.source)
+        if labels == 0 and chooses:
+            raise UserError(f"--normalize auto needs training images; {inputs.source.description} "
+                            "have none")  # fmt: skip
+        if labels == 0:
+            log.info("no training images: not checked whether the images fit the network")
+            return inputs
+        train = inputs.load_training(min(CHECK_IMAGES, labels))
+    subject = Subject(inputs.model, inputs.traced, train.rows(slice(CHECK_IMAGES)))
+    if chooses:
+        name = best_normalisation(subject)
+        log.info("normalisation: %s fits the network best", name)
+        mean, std = NORMALISATIONS[name]
+        subject = replace(subject, train=replace(subject.train, mean=mean, std=std))
+        splits = [inputs.test, inputs.calibration]
+        test, calibration = (s and replace(s, mean=mean, std=std) for s in splits)
+        source = replace(inputs.source, mean=mean, std=std)
+        inputs = replace(inputs, source=source, test=test, calibration=calibration)
+    for mismatch in find_mismatches(subject):
+        log.warning("%s", mismatch)
+    return inputs
+
+
+def _training_labels(source: Source) -> int:
+    try:
+        return len(source.open_split("train").labels)
+    except UserError:
+        return 0

@@ -8,14 +8,14 @@ that take the most multiply-adds for speed; what is left is coded with the rest 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.command import cli
 from pipeline import GOALS
 from pipeline.candidates import Candidate, Workshop
 from pipeline.search import Range, Spare, nearest, of_budget, run_trials, strongest
-from pruning.channels.slimmer import MACS, WEIGHTS
+from pruning.channels.costs import MACS, WEIGHTS
 
 # In 1 / price of a bit; of the bundled weights one point allows about as much of each goal.
 FIRST_KEPT = {"size": 1 / 0.028, "both": 1 / 0.018}
@@ -33,41 +33,48 @@ TRAINED_STRIDES = (1.08, 1.04)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The best candidate of a goal, and all that were tried for it.
+class Found:
+    """The answers, and all that was tried for them.
 
     Attributes:
-        goal: One of ``GOALS``.
-        best: Of those within the budget; where there is none, the one least over it.
-        tried: In the order in which they were made.
+        best: By goal the best candidate within the budget; where there is none, the one least over
+            it. In the order of ``GOALS``.
+        tried: Every candidate that was made, for goals that were not asked for as well.
     """
 
-    goal: str
-    best: Candidate
+    best: Mapping[str, Candidate]
     tried: Sequence[Candidate]
 
 
-def find_answers(workshop: Workshop, goals: Sequence[str]) -> dict[str, Answer]:
-    """Search for every goal; return the answers by goal, in the order of ``GOALS``."""
+def find_answers(workshop: Workshop, goals: Sequence[str]) -> Found:
+    """Search for every goal."""
     tried: dict[str, list[Candidate]] = {}
     for goal in GOALS:
         if goal in goals:
             _SEARCHES[goal](workshop, tried)
     if workshop.training and "size" in goals and "both" not in goals:
         _find_both(workshop, tried)  # trained networks, coded
-        tried["size"] += tried.pop("both")
-    return {goal: Answer(goal, _best(goal, tried), tried[goal]) for goal in GOALS if goal in goals}
+    best = {goal: choose_best(goal, tried) for goal in GOALS if goal in goals}
+    return Found(best, [candidate for goal in GOALS for candidate in tried.get(goal, [])])
 
 
-def _best(goal: str, tried: dict[str, list[Candidate]]) -> Candidate:
-    """Return the best candidate of a goal: it may have been made for another one."""
+def choose_best(goal: str, tried: Mapping[str, Sequence[Candidate]]) -> Candidate:
+    """Return the best candidate of a goal: it may have been made for another one.
+
+    Of equally fast, or equally small, ones it is the one that loses least.
+    """
     candidates = tried[goal]
     if goal == "size":
         candidates = [*candidates, *tried.get("both", [])]
     passing = [candidate for candidate in candidates if candidate.verdict.passes]
     if not passing:
-        return nearest(tried[goal])
-    return min(passing, key=lambda c: c.macs if goal == "speed" else c.file_bytes)
+        return nearest(candidates)
+
+    def cost(candidate: Candidate) -> tuple[int, float]:
+        amount = candidate.macs if goal == "speed" else candidate.file_bytes
+        return amount, candidate.verdict.comparison.drop
+
+    return min(passing, key=cost)
 
 
 def _find_size(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
@@ -100,6 +107,7 @@ def _find_both(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
     if base is None:  # one that is wider than any so far
         widest = max(candidate.kept for candidate in tried["speed"])
         base = workshop.try_slim("speed", (widest + 1) / 2)
+        tried["speed"].append(base)
     tried["both"] = _search_coded(workshop, "both", base)
 
 

@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.command import cli
-from common.images.data import ImageSet, batches
+from common.images.data import ImageSet
 from common.inputs import Inputs
-from common.machine.device import bf16_pays
 from common.measure.budget import Budget, Verdict, doubling_looks
 from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
-from common.network.coded import CodedNetwork
-from common.network.resnet import ResNet18, fold_batch_norm
-from common.network.size import count_macs
+from common.network.tracing import trace_network
 from pipeline.store import Store
-from pruning.channels.slimmer import MACS, Slimmer
+from pruning.channels.costs import MACS
+from pruning.channels.slimmer import Slimmer
 from quantization.coding.encoder import Original, encode
-from quantization.coding.kernels import assemble, from_int8, to_int8
-from quantization.int8 import conversion, deploy
+from quantization.files.artifact import Int8Model
+from quantization.int8.conversion import convert, convert_coded, observe
+from quantization.int8.network import Int8Network
 from quantization.settings import Settings
 from training.loop.distillation import Training, distill
 
@@ -92,11 +92,13 @@ class Workshop:
     batch_size: int
     training: Training | None = None
 
-    def quantize(self, model: ResNet18) -> CodedNetwork:
-        """Return a network in INT8 as quantization.py makes it, in the form of a coded file."""
-        loader = batches(self._range_images, self.batch_size)
-        observed = conversion.calibrate(model, loader, self.settings)
-        return from_int8(conversion.convert(observed, self.settings), self.settings)
+    def quantize(self, model: nn.Module) -> Int8Network:
+        """Return a network in INT8, with all its bits, as quantization.py makes it."""
+        images = self._range_images
+        network = trace_network(model, images.shape)
+        return convert(
+            observe(network, images, self.settings.observer, self.batch_size), self.settings
+        )
 
     def try_slim(
         self, goal: str, share: float, unit: str = MACS, trained: bool = False
@@ -106,47 +108,46 @@ class Workshop:
         If ``trained``, the network then learns to answer as the dense one does.
         """
         key = f"{unit}-{share:.4f}"
-        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share, unit))
+        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share, unit).model)
         if trained:
             key += TRAINED
             slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
-        coded, coded_path = self.store.coded(f"{key}-int8", lambda: self.quantize(slim))
-        return self._judge(goal, share, coded, coded_path, path, trained)
+        coded, coded_path = self.store.int8(f"{key}-int8", lambda: self.quantize(slim))
+        macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
+        return self._judge(goal, share, coded, coded_path, path, macs, trained)
 
     def try_coded(self, goal: str, kept: float, base: Candidate) -> Candidate:
         """Code the slim network of a candidate at a price of a bit of 1 / ``kept``."""
 
-        def code() -> CodedNetwork:
-            slim = load_model(base.slim_path)
-            channels = None if base.trained else self._slimmer.channels_of(slim)
-            original = Original(fold_batch_norm(self.inputs.model), channels)
-            layers = encode(
-                fold_batch_norm(slim), self.inputs.calibration, 1 / kept, self.inputs.seed,
-                original,
-            )  # fmt: skip
-            return assemble(layers, self._range_images, self.settings, self.batch_size)
+        def code() -> Int8Network:
+            slim = trace_network(load_model(base.slim_path), self.inputs.calibration.shape)
+            channels = self._slimmer.channels_of(slim)
+            if base.trained:  # its channels are others by now
+                channels = dict.fromkeys(channels)
+            original = Original(self.inputs.traced.network, channels)
+            layers = encode(slim, self.inputs.calibration, 1 / kept, self.inputs.seed, original)
+            return convert_coded(slim, layers, self._range_images, self.settings, self.batch_size)
 
-        coded, path = self.store.coded(f"{base.slim_path.stem}-coded-{kept:.5f}", code)
-        return self._judge(goal, kept, coded, path, base.slim_path, base.trained)
+        coded, path = self.store.int8(f"{base.slim_path.stem}-coded-{kept:.5f}", code)
+        return self._judge(goal, kept, coded, path, base.slim_path, base.macs, base.trained)
 
     def _judge(
         self,
         goal: str,
         kept: float,
-        coded: CodedNetwork,
+        coded: Int8Network,
         path: Path,
         slim_path: Path,
+        macs: int,
         trained: bool,
     ) -> Candidate:
-        converted, settings = to_int8(coded)
-        model = deploy.Deployed(converted, settings.engine)
+        model = Int8Model(coded, self.settings.engine)
 
         def find_correct(images: ImageSet) -> torch.Tensor:
             return predict(model, images, self.batch_size, "judge") == images.labels
 
         looks = doubling_looks(len(self.budget.images))
         verdict = self.budget.judge(find_correct, looks, CLEARLY_OUT)
-        macs = count_macs(ResNet18(coded.widths))
         candidate = Candidate(goal, kept, verdict, path, slim_path, macs, trained)
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
@@ -156,10 +157,11 @@ class Workshop:
         )  # fmt: skip
         return candidate
 
-    def _finetune(self, slim: ResNet18) -> ResNet18:
+    def _finetune(self, slim: nn.Module) -> nn.Module:
         device = self.training.images.images.device
         trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.inputs.model))
-        distill(trained, dense, self.training, self.inputs.seed)
+        precision = self.store.precision(device)
+        distill(trained, dense, self.training, self.inputs.seed, precision=precision)
         return trained.cpu()
 
     @property
@@ -168,10 +170,11 @@ class Workshop:
 
     def least_share(self, unit: str) -> float:
         """Return the smallest share of the ``unit`` that can be left."""
-        return self._slimmer.least_share(unit)
+        return self._slimmer.costs.least_share(unit)
 
     @functools.cached_property
     def _slimmer(self) -> Slimmer:
-        dtype = torch.bfloat16 if bf16_pays() else torch.float32
         inputs = self.inputs
-        return Slimmer(inputs.model, inputs.calibration.images, inputs.seed, dtype)
+        device = inputs.calibration.images.device
+        dtype = torch.bfloat16 if self.store.precision(device) == "bf16" else torch.float32
+        return Slimmer(inputs.model, inputs.traced, inputs.calibration, inputs.seed, dtype)

@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    from quantization.bench import Bench
+
     from common.files.output import OutputFolder
     from common.inputs import load_inputs
     from common.machine import device
@@ -80,11 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     from common.measure.budget import Budget, why_too_strict
     from common.report.results import common_results
     from common.run import finish_run, print_results
-    from pipeline import plots, steps, tables
+    from pipeline import plots, steps, story
     from pipeline.answers import find_answers
     from pipeline.candidates import Workshop
     from pipeline.store import Store
-    from quantization.bench import Bench
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
     from quantization.steps import predict_fp32
@@ -103,17 +104,22 @@ def main(argv: list[str] | None = None) -> int:
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, place)
         identity = steps.identify(inputs, settings, args.batch_size, training)
-        store = Store(folder.keep_unfinished(identity, args.resume).folder)
+        store = Store(folder.keep_unfinished(identity, args.resume))
         bench = Bench(inputs.calibration, choosing, args.batch_size)
         dense = predict_fp32(inputs.model, bench, place)
         budget = Budget(args.max_drop, choosing, dense == choosing.labels)
         workshop = Workshop(inputs, settings, budget, store, args.batch_size, training)
         found = find_answers(workshop, args.goals)
         results = common_results(
-            "pipeline", args, Workers(place), inputs.describe_images(), inputs.weights
+            "pipeline",
+            args,
+            Workers(place),
+            inputs.describe_images(),
+            inputs.weights,
+            inputs.describe_network(),
         )
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
-        files = steps.write_files(workshop, found, folder, FILE_NAME)
+        files = steps.write_files(found, folder, FILE_NAME)
         results |= steps.measure(
             workshop, found, files, confirming, args.batch_sizes, args.timing_seconds
         )
@@ -126,8 +132,8 @@ def main(argv: list[str] | None = None) -> int:
                        *folder.names(".onnx")],
             "plots": [PLOT],
         }  # fmt: skip
-        finish_run(results, folder, started, args.report)
-    print_results(results, tables.format_results(results, args.output_dir), args.json)
+        told = finish_run(results, folder, started, story.tell, args.report)
+    print_results(results, told, args.output_dir, args.json)
     within = all(answer["within_budget"] for answer in results["answers"])
     return cli.EXIT_DONE if within else cli.EXIT_OVER_BUDGET
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.report.results import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
-from pipeline.tables import LABELS
+from pipeline.story import label, size_of
 
 COLORS = {"int8": GREY, "size": BLUE, "speed": ORANGE, "both": GREEN}
 
@@ -21,7 +21,7 @@ def plot_frontier(results: dict, path: Path) -> None:
     figure, axes = new_figure(11, 4.6, columns=2, sharey=True)
     batch_size = results["models"][0]["latency"][-1]["batch_size"]
     fp32_bytes = results["models"][0]["size_bytes"]
-    _plot(axes[0], results, lambda entry: fp32_bytes / _bytes(entry))
+    _plot(axes[0], results, lambda entry: fp32_bytes / size_of(entry))
     _plot(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"])
     axes[0].set(xscale="log", title="How small", xlabel="times smaller than the FP32 file")
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -29,19 +29,16 @@ def plot_frontier(results: dict, path: Path) -> None:
     axes[0].set_xticks([], minor=True)
     axes[1].set(title="How fast", xlabel=f"images a second at batch {batch_size}")
     axes[1].set_xlim(left=0)
-    axes[0].set_ylabel("points against dense FP32")
+    axes[0].set_ylabel("points against FP32")
     axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
     save_figure(figure, path)
 
 
-def _bytes(entry: dict) -> int:
-    return entry["file_bytes"] if "file_bytes" in entry else entry["size_bytes"]
-
-
 def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> None:
     max_drop, fp32 = results["budget"]["max_drop"], results["models"][0]
+    coded = results["weights"]["coded"]
     axis.axhline(-100 * max_drop, color=RED, lw=1, ls="--", label="the budget")
-    axis.plot(position(fp32), 0, "D", color="black", ms=7, label=LABELS["fp32"])
+    axis.plot(position(fp32), 0, "D", color="black", ms=7, label=label("fp32", coded))
     _plot_tried(axis, results["tried"], position, max_drop)
     for entry in [results["models"][1], *results["answers"]]:
         comparison = entry["comparison"]
@@ -49,7 +46,7 @@ def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> Non
         axis.errorbar(
             position(entry), change,
             yerr=[[100 * high + change], [-100 * low - change]], fmt="o", ms=8, capsize=4, lw=1.6,
-            color=COLORS[entry["name"]], label=LABELS[entry["name"]],
+            color=COLORS[entry["name"]], label=label(entry["name"], coded),
         )  # fmt: skip
 
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from common.images.data import ImageSet, normalize
+from common.images.data import ImageSet
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
 from common.network.checkpoint import load_model
+from common.network.tracing import trace_network
 from quantization.files.artifact import load_int8
-from quantization.int8 import deploy
+from quantization.int8.engines import fp32_runner
 
 FP32 = "fp32"
 
 
 def measure_files(
     fp32: Path,
-    int8: Mapping[str, Path],
+    int8: dict[str, Path],
+    only_timed: dict[str, Path],
     images: ImageSet,
     batch_size: int,
     timed: Sequence[int],
     seconds: float,
 ) -> dict[str, dict]:
-    """Read a checkpoint and INT8 files; evaluate each, time all in turns.
+    """Read a checkpoint and INT8 files; evaluate one after the other, then time all in turns.
 
     Args:
         fp32: The dense checkpoint; FP32 at its best is what the others are compared with.
         int8: Files by name.
+        only_timed: Files by name that are not evaluated.
         images: To evaluate and to time on.
         batch_size: Of the evaluation, in images.
         timed: Batch sizes to time.
@@ -35,21 +39,23 @@ def measure_files(
 
     Returns:
         By name, the checkpoint's under ``FP32``: ``accuracy``, ``comparison`` and ``latency`` as
-        results.json has them.
+        results.json has them; only ``latency`` of those that are only timed.
 
     Raises:
         UserError: A file is not what was written.
     """
-    models = {FP32: deploy.deploy_fp32(load_model(fp32))}
-    models |= {name: load_int8(path) for name, path in int8.items()}
-    correct = {
-        name: predict(model, images, batch_size, f"read back {name}") == images.labels
-        for name, model in models.items()
+    readers = {FP32: lambda: fp32_runner(trace_network(load_model(fp32), images.shape))}
+    readers |= {name: partial(load_int8, path) for name, path in (int8 | only_timed).items()}
+    correct = {  # a network at a time: none is held while another is evaluated
+        name: predict(readers[name](), images, batch_size, f"read back {name}") == images.labels
+        for name in (FP32, *int8)
     }
-    contenders = [Contender(name, model) for name, model in models.items()]
-    timings = time_interleaved(contenders, normalize(images.images[: max(timed)]), timed, seconds)
-    return {
-        name: Paired.of(correct[FP32], own).as_dict()
-        | {"latency": [timing.as_dict() for timing in timings[name]]}
-        for name, own in correct.items()
+    contenders = [Contender(name, read()) for name, read in readers.items()]
+    pixels = images.normalize(images.images[: max(timed)])
+    timings = time_interleaved(contenders, pixels, timed, seconds)
+    measured = {
+        name: {"latency": [timing.as_dict() for timing in own]} for name, own in timings.items()
     }
+    for name, own in correct.items():
+        measured[name] |= Paired.of(correct[FP32], own).as_dict()
+    return measured

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from common.network.size import count_macs
-from pipeline.answers import Answer
+from pipeline.answers import Found
 from pipeline.candidates import Candidate, Workshop
 from pipeline.readback import FP32
 
@@ -15,7 +14,7 @@ INT8 = "int8"
 
 def describe(
     workshop: Workshop,
-    answers: Sequence[Answer],
+    found: Found,
     measured: Mapping[str, dict],
     paths: Mapping[str, Path],
 ) -> dict:
@@ -27,16 +26,19 @@ def describe(
 
     Args:
         workshop: That made them.
-        answers: Found.
+        found: The answers, and what was tried.
         measured: From :func:`pipeline.readback.measure_files`, by goal and by slim network.
         paths: Of the dense networks' files, under ``FP32`` and ``INT8``, and of the answers'.
     """
-    dense_macs, dense_bytes = count_macs(workshop.inputs.model), paths[FP32].stat().st_size
+    given_bytes = workshop.inputs.weights["size_bytes"]
+    dense_macs = sum(workshop.inputs.traced.network.macs.values())
+    dense_bytes = paths[FP32].stat().st_size
 
     def describe_candidate(candidate: Candidate) -> dict:
         return {
             "file_bytes": candidate.file_bytes,
             "size_ratio": dense_bytes / candidate.file_bytes,
+            "size_ratio_given": given_bytes / candidate.file_bytes,
             "macs_kept": candidate.macs / dense_macs,
             "trained": candidate.trained,
         }
@@ -53,15 +55,15 @@ def describe(
         ],
         "answers": [
             {
-                "name": answer.goal,
-                "file": paths[answer.goal].name,
-                **describe_candidate(answer.best),
-                "within_budget": answer.best.verdict.passes
-                and measured[answer.goal]["comparison"]["drop"] <= workshop.budget.max_drop,
-                **measured[answer.goal],
-                "speedup": _speedups(measured, answer.goal),
+                "name": goal,
+                "file": paths[goal].name,
+                **describe_candidate(best),
+                "within_budget": best.verdict.passes
+                and measured[goal]["comparison"]["drop"] <= workshop.budget.max_drop,
+                **measured[goal],
+                "speedup": _speedups(measured, goal),
             }
-            for answer in answers
+            for goal, best in found.best.items()
         ],
         "tried": [
             {
@@ -72,8 +74,7 @@ def describe(
                 "comparison": candidate.verdict.comparison.as_dict(),
                 "latency": measured[candidate.slim_path.stem]["latency"],
             }
-            for answer in answers
-            for candidate in answer.tried
+            for candidate in found.tried
         ],
     }
 

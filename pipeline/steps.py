@@ -16,13 +16,12 @@ from common.inputs import Inputs
 from common.machine.fresh_process import start_fresh
 from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
-from common.network.coded import load_coded
-from pipeline.answers import Answer
+from pipeline.answers import Found
 from pipeline.candidates import Workshop
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe
 from pruning.files.saved import SLIM_NAME
-from quantization.coding.kernels import to_int8
+from quantization.files.artifact import load_int8
 from quantization.files.onnx_export import export_onnx, load_onnx
 from quantization.settings import Settings
 from training.loop.distillation import Training
@@ -45,14 +44,11 @@ def identify(
     }
 
 
-def write_files(
-    workshop: Workshop, answers: Mapping[str, Answer], folder: OutputFolder, name: str
-) -> dict[str, Path]:
+def write_files(found: Found, folder: OutputFolder, name: str) -> dict[str, Path]:
     """Write every answer's file, and the slim network of the fastest one as a checkpoint.
 
     Args:
-        workshop: That made them.
-        answers: By goal.
+        found: The answers.
         folder: Of the results.
         name: Of a file, with a place for the goal.
 
@@ -60,18 +56,18 @@ def write_files(
         The coded files by goal.
     """
     files = {}
-    for goal, answer in answers.items():
+    for goal, best in found.best.items():
         files[goal] = folder.file(name.format(goal))
-        shutil.copyfile(answer.best.path, files[goal])
-    slim = answers.get("speed") or answers.get("both")
+        shutil.copyfile(best.path, files[goal])
+    slim = found.best.get("speed") or found.best.get("both")
     if slim is not None:
-        shutil.copyfile(slim.best.slim_path, folder.file(SLIM_NAME))
+        shutil.copyfile(slim.slim_path, folder.file(SLIM_NAME))
     return files
 
 
 def measure(
     workshop: Workshop,
-    answers: Mapping[str, Answer],
+    found: Found,
     files: Mapping[str, Path],
     confirming: ImageSet,
     batch_sizes: Sequence[int],
@@ -81,8 +77,8 @@ def measure(
 
     Args:
         workshop: That made the answers.
-        answers: By goal.
-        files: Theirs.
+        found: The answers, and what was tried.
+        files: The answers' files by goal.
         confirming: Images that chose nothing.
         batch_sizes: To time, in images.
         seconds: To spend on each.
@@ -90,20 +86,18 @@ def measure(
     store, dense = workshop.store, workshop.inputs.model
     fp32 = store.folder / "dense.pth"
     save_checkpoint(dense.state_dict(), fp32)
-    _, int8 = store.coded("dense-int8", lambda: workshop.quantize(dense))
+    _, int8 = store.int8("dense-int8", lambda: workshop.quantize(dense))
     # A coded network runs as fast as the same one uncoded, so of those tried these are timed.
     tried = {
-        c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors"
-        for answer in answers.values()
-        for c in answer.tried
+        c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors" for c in found.tried
     }
     with start_fresh(
-        measure_files, fp32, {INT8: int8} | dict(files) | tried, confirming, workshop.batch_size,
+        measure_files, fp32, {INT8: int8} | dict(files), tried, confirming, workshop.batch_size,
         batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()
     paths = {FP32: fp32, INT8: int8} | dict(files)
-    return describe(workshop, list(answers.values()), measured, paths)
+    return describe(workshop, found, measured, paths)
 
 
 def export_answers_to_onnx(
@@ -117,15 +111,12 @@ def export_answers_to_onnx(
         confirming: Images to compare on.
         batch_size: In images.
     """
-    from quantization.files.artifact import load_int8
-
     for answer in answers:
-        coded = files[answer["name"]]
-        path = coded.with_suffix(".onnx")
-        converted, _ = to_int8(load_coded(coded))
-        export_onnx(converted, path)
+        model = load_int8(files[answer["name"]])
+        path = files[answer["name"]].with_suffix(".onnx")
+        export_onnx(model.network, path)
         run = load_onnx(path)
-        ours = predict(load_int8(coded), confirming, batch_size, "INT8")
+        ours = predict(model, confirming, batch_size, "INT8")
         theirs = predict(run, confirming, batch_size, "ONNX Runtime")
         agreement = float((ours == theirs).double().mean())
         answer["onnx"] = {"file": path.name, "agreement": agreement}

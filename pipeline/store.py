@@ -7,19 +7,48 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from common.command.cli import UserError
+from common.files.unfinished import Unfinished
 from common.network.checkpoint import load_model, save_checkpoint
-from common.network.coded import CodedNetwork, load_coded, save_coded
-from common.network.resnet import ResNet18
+from quantization.files.int8_file import SUFFIX, read_int8, save_int8
+from quantization.int8.network import Int8Network
+from training.loop.fit import choose_precision
+
+PRECISION = "precision"  # name of what is recorded: the precision of each device's networks
 
 
 @dataclass(frozen=True)
 class Store:
-    """Networks by name, in the ``folder`` of what an unfinished run leaves."""
+    """Networks by name, in what an unfinished run leaves."""
 
-    folder: Path
+    unfinished: Unfinished
 
-    def slim(self, key: str, make: Callable[[], ResNet18]) -> tuple[ResNet18, Path]:
+    @property
+    def folder(self) -> Path:
+        """The folder of the networks."""
+        return self.unfinished.folder
+
+    def precision(self, device: torch.device) -> str:
+        """Return the precision to make networks in on a device: ``bf16`` or ``fp32``.
+
+        It is chosen once and kept: a run that is resumed may measure another one to be faster, and
+        would mix networks of both.
+
+        Raises:
+            UserError: Networks are there, but not the precision that they were made in.
+        """
+        recorded = self.unfinished.get(PRECISION, {})
+        if not recorded and any(self.folder.glob("*.pth")):
+            raise UserError(f"{self.folder}: damaged; start anew with --overwrite instead")
+        if device.type not in recorded:
+            recorded = recorded | {device.type: choose_precision(device)}
+            self.unfinished[PRECISION] = recorded
+        return recorded[device.type]
+
+    def slim(self, key: str, make: Callable[[], nn.Module]) -> tuple[nn.Module, Path]:
         """Return the FP32 network of this name, made only if it is not there, and its file."""
         path = self.folder / f"{key}.pth"
         with contextlib.suppress(UserError):  # missing, or damaged
@@ -27,10 +56,10 @@ class Store:
         save_checkpoint(make().state_dict(), path)
         return load_model(path), path
 
-    def coded(self, key: str, make: Callable[[], CodedNetwork]) -> tuple[CodedNetwork, Path]:
-        """Return the coded network of this name, made only if it is not there, and its file."""
-        path = self.folder / f"{key}.safetensors"
+    def int8(self, key: str, make: Callable[[], Int8Network]) -> tuple[Int8Network, Path]:
+        """Return the INT8 network of this name, made only if it is not there, and its file."""
+        path = self.folder / f"{key}{SUFFIX}"
         with contextlib.suppress(UserError):  # missing, or damaged
-            return load_coded(path), path
-        save_coded(make(), path)
-        return load_coded(path), path
+            return read_int8(path), path
+        save_int8(make(), path)
+        return read_int8(path), path

@@ -1,17 +1,22 @@
-"""What pipeline.py tells: the answers in one table, and what to ship in words."""
+"""What pipeline.py tells: the answers, and what to ship in words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from common.report.results import (
     accuracy_columns,
+    at_batch_sizes,
     change_columns,
+    counted,
+    describe_given,
     describe_setting,
     format_change,
     format_cost,
+    network_name,
+    percent,
 )
-from common.report.story import Column, Headline, Story, Table
+from common.report.story import Column, Facts, Headline, Story, Table
 
 LABELS = {
     "fp32": "dense FP32",
@@ -30,12 +35,17 @@ def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     budget, confirming = results["budget"], results["models"][0]["accuracy"]["total"]
     return Story(
-        f"{results['network']['name']}, as small and as fast as a budget allows",
-        f"{describe_setting(results)}. At most {100 * budget['max_drop']:g} points may be lost. "
-        f"{budget['choosing_images']:,} of the images choose, the other {confirming:,} measure the "
-        "files, read back.",
+        f"{network_name(results)}, as small and as fast as a budget allows",
+        f"{describe_setting(results)} At most {counted(100 * budget['max_drop'], 'point')} lost, "
+        f"chosen on {counted(budget['choosing_images'], 'image')}; every figure is of a file that "
+        f"was read back, on the other {confirming:,}.",
         [_headline(answer) for answer in results["answers"]],
-        [answer_table(results), *advise(results)],
+        [
+            describe_given(results["weights"]),
+            size_table(results),
+            speed_table(results),
+            *advise(results),
+        ],
         CAPTIONS,
         format_cost(results),
     )
@@ -43,74 +53,99 @@ def tell(results: dict) -> Story:
 
 def _headline(answer: dict) -> Headline:
     change = format_change(answer["comparison"])
-    first = answer["speedup"][0]
     return Headline(
         f"{answer['size_ratio']:.1f}× smaller",
-        f"{LABELS[answer['name']]}: {first['over_fp32']:.1f}× faster than FP32 at its best at "
-        f"batch {first['batch_size']}; {change.points} points, 95 % interval {change.low} to "
-        f"{change.high}" + ("" if answer["within_budget"] else "; not within the budget"),
-    )
+        f"{LABELS[answer['name']]}; as fast as FP32 at its best: "
+        f"{at_batch_sizes(answer['speedup'], 'over_fp32')}; {change.points} points, 95 % interval "
+        f"{change.low} to {change.high}" + ("" if answer["within_budget"] else "; not within the "
+        "budget"),
+    )  # fmt: skip
+
+
+def label(name: str, coded: bool) -> str:
+    """Name a row; a network that was read from a coded file is not called dense."""
+    return LABELS[name].removeprefix("dense ") if coded else LABELS[name]
+
+
+def _label_column(results: dict, heading: str) -> Column:
+    coded = results["weights"]["coded"]
+    return Column(heading, lambda entry: label(entry["name"], coded))
 
 
 def size_of(entry: dict) -> int:
     """Return the bytes of a model's or an answer's file."""
-    return entry["file_bytes"] if "file_bytes" in entry else entry["size_bytes"]
+    return entry.get("file_bytes", entry.get("size_bytes"))
 
 
-def answer_table(results: dict) -> Table:
-    """Return bytes, ratio, accuracy against dense, milliseconds and factors of every file."""
-    fp32 = results["models"][0]
+def size_table(results: dict) -> Table:
+    """Return bytes, ratios, accuracy and multiply-adds of every file."""
+    (fp32, int8), given = results["models"], results["weights"]["size_bytes"]
     columns = [
-        Column("", lambda entry: LABELS[entry["name"]], name="network"),
-        Column("MB", size_of, lambda size_bytes: f"{size_bytes / 1e6:.2f}", name="size_bytes"),
-        Column("×", lambda entry: fp32["size_bytes"] / size_of(entry), "{:.1f}".format),
+        _label_column(results, ""),
+        Column("MB", size_of, lambda size_bytes: f"{size_bytes / 1e6:.2f}"),
+        Column("smaller", lambda entry: fp32["size_bytes"] / size_of(entry), "{:.1f}×".format),
+        Column("than given", lambda entry: given / size_of(entry), "{:.1f}×".format),
         *accuracy_columns(),
-        *change_columns(digits=1),
+        *change_columns(),
+        Column("MACs", lambda entry: entry.get("macs_kept", 1), lambda share: percent(share, 0)),
     ]
+    note = (
+        f"Smaller: than the file of {label('fp32', results['weights']['coded'])}, and than the "
+        "given file. Points are against FP32 on the same images. MACs: multiply-adds that are left."
+    )
+    rows = [fp32 | {"comparison": None}, int8, *results["answers"]]
+    return Table("The answers", columns, rows, note)
+
+
+def speed_table(results: dict) -> Table:
+    """Return every file's milliseconds and speed at each batch size."""
+    fp32 = results["models"][0]
+    columns = [_label_column(results, "ms at")]
     for index, timing in enumerate(fp32["latency"]):
         columns += [
-            Column(f"ms b{timing['batch_size']}", _median(index), "{:.1f}".format),
-            Column("×", _speedup(fp32, index), "{:.1f}".format),
+            Column(f"batch {timing['batch_size']}", _median(index), "{:.1f}".format),
+            Column("as fast", _speedup(fp32, index), "{:.1f}×".format),
         ]
-    note = (
-        "Points are against dense FP32 on the same images; ms b1: milliseconds for a batch of one; "
-        "each × is a factor over dense FP32 at its best."
-    )
-    return Table("", columns, [*results["models"], *results["answers"]], note)
+    note = "Medians of one call on a batch; as fast: as FP32 at its best. Models took turns."
+    return Table("How fast", columns, [*results["models"], *results["answers"]], note)
 
 
-def _median(index: int):
+def _median(index: int) -> Callable[[dict], float]:
     return lambda entry: entry["latency"][index]["median_ms"]
 
 
-def _speedup(fp32: dict, index: int):
-    return lambda entry: fp32["latency"][index]["median_ms"] / entry["latency"][index]["median_ms"]
+def _speedup(fp32: dict, index: int) -> Callable[[dict], float]:
+    return lambda entry: _median(index)(fp32) / _median(index)(entry)
 
 
-def advise(results: dict) -> Sequence[str]:
+def advise(results: dict) -> list[Facts | str]:
     """Say which file to ship, how to load it, and what is not within the budget."""
     answers = results["answers"]
     within = [answer for answer in answers if answer["within_budget"]]
-    lines = [
+    parts = [
         f"{LABELS[answer['name']]}: not within the budget; {answer['file']} is the nearest found."
         for answer in answers
         if not answer["within_budget"]
     ]
     if within:
         best = next((a for a in within if a["name"] == "both"), within[0])
-        factors = ", ".join(
-            f"{entry['over_int8']:.2f}× at batch {entry['batch_size']}" for entry in best["speedup"]
-        )
-        lines += [
-            f"Ship {best['file']}: {best['size_ratio']:.1f}× smaller than FP32; as fast as dense "
-            f"INT8 {factors}.",
-            "Load it: from quantization import load_int8\n"
-            f'         model = load_int8(folder / "{best["file"]}")',
+        parts += [
+            f"Ship {best['file']}: {best['size_ratio']:.1f}× smaller than FP32, "
+            f"{best['size_ratio_given']:.1f}× smaller than the given file; as fast as "
+            f"{label('int8', results['weights']['coded'])}: "
+            f"{at_batch_sizes(best['speedup'], 'over_int8')}.",
+            Facts(
+                "Load it, in this repository",
+                {
+                    "import": "from quantization import load_int8",
+                    "load": f'model = load_int8(folder / "{best["file"]}")',
+                },
+            ),
         ]
-    lines += [
+    parts += [
         f"{answer['onnx']['file']} in ONNX Runtime: the same class on "
-        f"{100 * answer['onnx']['agreement']:.2f} % of the images."
+        f"{percent(answer['onnx']['agreement'])} of the images."
         for answer in answers
         if "onnx" in answer
     ]
-    return lines
+    return parts

@@ -1,17 +1,17 @@
-"""Find out which layers of a ResNet18 for CIFAR-10 can lose their weights, and how many.
+"""Find out which layers of an image classifier can lose their weights, and how many.
 
     python pruning.py                           # bundled weights or your resnet18_cifar10.pth
     python pruning.py --weights my.pth --data-dir ~/cifar10 --amounts 0.5,0.7,0.9
     python pruning.py --scope all --recalibrate-bn     # how far can the whole network go?
     python pruning.py --scope channels                 # how fast can it get?
 
-Describes the structure; prunes each layer alone (L1, unstructured) and measures what that costs on
-the same images; searches how far the linear layer can go within a tolerance, and proves the answer
-against every possible amount; with --scope, how far all layers together. Writes the pruned model,
-results.json and plots.
+Describes the structure. Prunes each layer alone (L1, unstructured) and measures the accuracy on the
+same images. Searches how far the linear layers can be pruned within a tolerance, and checks the
+answer against every amount. With --scope, searches how far all layers can be pruned together.
+Writes the pruned model, results.json and plots.
 
-The scan goes through the images once, for all layers and amounts together. Its unit of progress is
-sixteen batches of images: killed at any moment, ``--resume`` repeats at most that much.
+The scan goes through the images once, for all layers and amounts together. It saves its progress
+every sixteen batches: if it is killed, ``--resume`` repeats at most that much.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import fraction, image_count, list_of, name, one_of, positive_int
+from common.command.argument_types import fraction, image_count, list_of, name, positive_int
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
-# Images in a batch. On a CPU small ones, which keep the activations of all branches in the cache.
+# Images in a batch. Small batches keep the activations of all variants in a CPU's cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
-ALLOCATIONS = ("uniform", "global", "sensitivity")
 NEEDED_FLAGS = {
-    "--allocation": "--scope",
     "--recalibrate-bn": "--scope",
     "--finetune-epochs": "--scope",
     "--finetune-images": "--finetune-epochs",
@@ -44,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python pruning.py\n"
         "  python pruning.py --amounts 0.5,0.7,0.9 --layers 'layer4.*,linear'\n\n"
-        f"A batch is {CPU_BATCH_SIZE} images on a CPU, where the activations of all branches then\n"
+        f"A batch is {CPU_BATCH_SIZE} images on a CPU, where the activations of all variants then\n"
         f"stay in the cache, and {GPU_BATCH_SIZE} on a GPU, unless --batch-size says otherwise.",
     )
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
@@ -65,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     scanning.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="bf16: on a CPU, branches run in it and close cases again in FP32; auto: where it is "
-        "faster",
+        help="bf16: on a CPU, run variants in it and close cases again in FP32; auto: where bf16 "
+        "is faster",
     )  # fmt: skip
     scanning.add_argument(
         "--resume", action="store_true",
@@ -77,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="scan and search by brute force too (slow); fail if more than 1 in 1,000 predictions "
         "differ",
     )  # fmt: skip
-    searching = parser.add_argument_group("search over the linear layer")
+    searching = parser.add_argument_group("search over the linear layers")
     searching.add_argument(
         "--tolerance", type=fraction, metavar="T", default=0.02,
         help="accuracy that may be lost, as a fraction",
@@ -98,13 +96,8 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
         help="with --scope channels: do not search, remove this fraction of the multiply-adds",
     )  # fmt: skip
     group.add_argument(
-        "--allocation", type=list_of(one_of(*ALLOCATIONS)), metavar="NAME,...",
-        default=list(ALLOCATIONS),
-        help=f"how the total is shared out among the layers: {', '.join(ALLOCATIONS)}",
-    )  # fmt: skip
-    group.add_argument(
         "--recalibrate-bn", action="store_true",
-        help="adds rows with batch-norm statistics re-estimated on training images after pruning",
+        help="adds a row with batch-norm statistics re-estimated on training images after pruning",
     )  # fmt: skip
     group.add_argument(
         "--finetune-epochs", type=positive_int, metavar="N",
@@ -118,14 +111,12 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line; a flag that its scope has no use for is wrong usage."""
+    """Parse the command line; a flag that its scope does not use is wrong usage."""
     parser = build_parser()
     args = arguments.parse_arguments(parser, argv, NEEDED_FLAGS)
     channels = args.scope == "channels"
     if args.remove_macs is not None and not channels:
         parser.error("argument --remove-macs: does nothing without --scope channels")
-    if channels and args.allocation != list(ALLOCATIONS):
-        parser.error("argument --allocation: does nothing with --scope channels")
     if channels and args.recalibrate_bn:
         parser.error("argument --recalibrate-bn: does nothing with --scope channels")
     return args
@@ -142,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.inputs import load_inputs
     from common.machine import device
     from common.measure.budget import why_too_strict
+    from common.network.tracing import weight_layers
     from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
     from pruning import steps
@@ -149,48 +141,55 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.alone.scan import Scan, choose_layers, run_scan
     from pruning.channels.search import ChannelSearch, require_possible
     from pruning.files.saved import LINEAR_NAME, PRUNED_NAME, SLIM_NAME
-    from pruning.report import plots, tables
+    from pruning.report import plots, story
     from pruning.report.results import describe_scan
     from pruning.together.recalibration import adopt_statistics
     from pruning.together.search import ModelSearch
     from training.loop.distillation import Training
 
     device.set_up_cpu(args.threads)
-    place = device.choose_device(args.device)
+    chosen_device = device.choose_device(args.device)
     amounts = args.amounts or [args.amount]
-    batch_size = args.batch_size or (CPU_BATCH_SIZE if place.type == "cpu" else GPU_BATCH_SIZE)
-    with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
-        inputs = load_inputs(args, Path(__file__).parent, crew).to(crew.device)
+    on_cpu = chosen_device.type == "cpu"
+    batch_size = args.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
+    with start_run(chosen_device, args.output_dir, args.overwrite) as (workers, folder):
+        inputs = load_inputs(args, Path(__file__).parent, workers).to(workers.device)
         fast = args.precision == "bf16" or (args.precision == "auto" and device.bf16_pays())
-        fast = crew.broadcast(fast and place.type == "cpu")  # a measured answer: the first's counts
-        layers = choose_layers(inputs.model, args.layers)
+        fast = workers.broadcast(fast and on_cpu)  # a timing, so the first worker's counts
+        names = list(weight_layers(inputs.model, inputs.traced.network))
+        layers = choose_layers(names, args.layers)
         if args.scope == "channels":
-            require_possible(inputs.model, args.remove_macs)
+            require_possible(inputs.traced.network, args.remove_macs)
         searches = args.scope and args.remove_macs is None
         if searches and (reason := why_too_strict(len(inputs.test), args.tolerance)):
             raise cli.UserError(f"--scope: {reason}")
         calibration = steps.read_calibration(inputs, args.scope, args.recalibrate_bn)
-        training = Training.read(inputs, args.finetune_epochs, args.finetune_images, crew.device)
-        scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, crew)
+        training = Training.read(inputs, args.finetune_epochs, args.finetune_images, workers.device)
+        scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, workers)
         scanned, scan_seconds = run_scan(scan, folder, args.resume)
         verification = verify(scan, scanned, args.tolerance) if args.verify else None
-        if not crew.is_first:  # the rest is short, or cannot be shared
+        if not workers.is_first:  # the rest is short, or cannot be shared
             return cli.EXIT_DONE
 
-        results = common_results("pruning", args, crew, inputs.describe_images(), inputs.weights)
-        results |= describe_scan(scanned, inputs.model, amounts)
+        results = common_results(
+            "pruning", args, workers, inputs.describe_images(), inputs.weights,
+            inputs.describe_network(),
+        )  # fmt: skip
+        results |= describe_scan(scan, scanned)
         linear_name = LINEAR_NAME if args.scope else PRUNED_NAME
         model_name = SLIM_NAME if args.scope == "channels" else PRUNED_NAME
-        results |= steps.prune_linear(
-            scan, scanned, args.tolerance, args.seed, folder.file(linear_name)
-        )
+        if scan.head is not None:
+            results |= steps.prune_linear(
+                scan, scanned, scan.head, args.tolerance, args.seed, folder.file(linear_name)
+            )
         if verification is not None:
-            seconds = scan_seconds and scan_seconds + results["linear_search"]["seconds"]
+            searched = results["linear_search"]["seconds"] if scan.head else 0.0
+            seconds = scan_seconds and scan_seconds + searched
             speedup = seconds and verification["brute_force_seconds"] / seconds
             results["verification"] = verification | {"seconds": seconds, "speedup": speedup}
         if args.scope:
             if learned_from := calibration or (training and training.images):
-                adopt_statistics(inputs.model, learned_from.images)
+                adopt_statistics(inputs.model, learned_from)
             question = (scan, scanned.dense_correct, args.scope, args.tolerance, args.seed)
             if args.scope == "channels":
                 search = ChannelSearch.prepare(
@@ -198,19 +197,17 @@ def main(argv: list[str] | None = None) -> int:
                 )
             else:
                 search = ModelSearch.prepare(*question, calibration)
-            results |= steps.prune_together(
-                search, args.allocation, training, folder.file(model_name)
-            )
-        tables.write_csv_files(results, folder.file)
+            results |= steps.prune_together(search, training, folder.file(model_name))
+        story.write_csv_files(results, folder.file)
         plots.draw_all(results, folder.file)
         results["artifacts"] = {
-            "model": model_name,
-            **({"linear_model": linear_name} if args.scope else {}),
+            **({"model": model_name} if args.scope or scan.head else {}),
+            **({"linear_model": linear_name} if args.scope and scan.head else {}),
             "csv": folder.names(".csv"),
             "plots": folder.names(".png"),
         }
-        finish_run(results, folder, started, args.report)
-    print_results(results, tables.format_results(results, args.output_dir), args.json)
+        told = finish_run(results, folder, started, story.tell, args.report)
+    print_results(results, told, args.output_dir, args.json)
     return cli.EXIT_DONE
 
 

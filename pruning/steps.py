@@ -1,4 +1,4 @@
-"""The steps of pruning.py after the scan: each prunes, writes, reads back, and tells what it found.
+"""The steps of pruning.py after the scan: each prunes, writes a file, reads it back, measures it.
 
 They return their part of results.json.
 """
@@ -6,7 +6,6 @@ They return their part of results.json.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,16 +14,17 @@ import torch
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
-from common.network.resnet import prunable_layers
-from pruning.alone.linear import search_linear
+from common.network.execution import Network
+from common.network.tracing import trace_network
+from pruning.alone.linear import Head, search_linear
 from pruning.alone.scan import Scan, ScanResult
 from pruning.channels import search as channels
 from pruning.channels.speed import measure_models
 from pruning.files import saved
-from pruning.masks import copy_without, l1_mask
+from pruning.masks import copy_without
 from pruning.report import results, search_results
 from pruning.together.found import best_of, search_all, search_finetuned
-from pruning.together.recalibration import RECALIBRATION_IMAGES
+from pruning.together.recalibration import RECALIBRATION_IMAGES, require_batch_norm
 from pruning.together.search import ModelSearch
 from training.loop.distillation import Training
 
@@ -33,63 +33,69 @@ def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> I
     """Read the training images that the search over many layers needs, to the network's device.
 
     Returns:
-        Those for batch-norm statistics or, of whole channels, to make up for those that go; None
-        where neither is done.
+        The images to re-estimate batch norms or to repair a network without channels; None where
+        neither is done.
 
     Raises:
-        UserError: There are too few: better found before the scan than after it.
+        UserError: There are too few images, or no batch norms.
     """
     if scope == channels.SCOPE:
         count = channels.CALIBRATION_IMAGES
     elif recalibrated:
+        require_batch_norm(inputs.model)
         count = RECALIBRATION_IMAGES
     else:
         return None
     return inputs.load_training(count).to(inputs.test.images.device)
 
 
-def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, path: Path) -> dict:
-    """Search how far the linear layer can go, write that model, and confirm what was written.
+def prune_linear(
+    scan: Scan, scanned: ScanResult, head: Head, tolerance: float, seed: int, path: Path
+) -> dict:
+    """Search how far the linear layers can go, write that model, and confirm the file.
 
     Raises:
         UserError: The reloaded model is not the one that the search measured.
     """
     model, images, labels = scan.model, scan.images, scan.images.labels.cpu()
     started = time.perf_counter()
-    search = search_linear(model.linear, scanned.features, labels, tolerance, seed)
+    search = search_linear(head, scanned.features, labels, tolerance, seed)
     seconds = time.perf_counter() - started
-    kept = l1_mask(model.linear.weight.cpu(), search.found)
-    reloaded, sizes = saved.save_pruned(model, copy_without(model, {"linear": kept}), path)
-    logits = scanned.features @ reloaded.linear.weight.detach().T + reloaded.linear.bias.detach()
-    expected = logits.argmax(dim=1) == labels
+    reloaded, sizes = saved.save_pruned(
+        model, copy_without(model, head.masks_at(search.found)), path
+    )
+    expected = _classes_from_features(trace_network(reloaded, images.shape), head, scanned.features)
     predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
-    confirmed = saved.confirm(scanned.dense_correct, expected, predictions == labels)
+    confirmed = saved.confirm(scanned.dense_correct, expected == labels, predictions == labels)
     sparse = f"{100 * saved.TIMED_AMOUNT:g} % zeros everywhere"
-    kept_last = {  # whichever weights go: kernels take the same time
-        name: torch.arange(layer.weight.numel()).view_as(layer.weight)
-        >= saved.TIMED_AMOUNT * layer.weight.numel()
-        for name, layer in prunable_layers(model).items()
+    kept_last = {  # kernels take the same time whichever weights are zero
+        name: torch.arange(weight.numel()).view_as(weight) >= saved.TIMED_AMOUNT * weight.numel()
+        for name, weight in scan.weights.items()
     }
     models = {"dense": model, sparse: copy_without(model, kept_last)}
-    timings = saved.time_zeros(models, images.images)
+    timings = saved.time_zeros(models, images)
+    share = head.total / sum(weight.numel() for weight in scan.weights.values())
     return {
         "linear_search": results.describe_linear(search, seconds, confirmed),
-        "savings": results.describe_savings(sizes, model, timings),
+        "savings": {**sizes, "linear_share": share, "latency": timings},
     }
 
 
-def prune_together(
-    search: ModelSearch, allocations: Sequence[str], training: Training | None, path: Path
-) -> dict:
-    """Search how far many layers can go together, write the sparsest model, and confirm it.
+def _classes_from_features(network: Network, head: Head, features: torch.Tensor) -> torch.Tensor:
+    output = network.graph.output
+    return network.run({head.features: features}, [output])[output].argmax(dim=1)
 
-    One without channels is timed beside the dense one.
+
+def prune_together(search: ModelSearch, training: Training | None, path: Path) -> dict:
+    """Search how far many layers can go together, write the sparsest model, and confirm the file.
+
+    A network without some channels is timed beside the dense one.
 
     Raises:
         UserError: The reloaded model is not the one that the search measured.
     """
     started = time.perf_counter()
-    found = search_all(search, allocations)
+    found = search_all(search)
     best = best_of(search, found)
     if training is not None:
         found.append(search_finetuned(search, best, training))
@@ -110,7 +116,7 @@ def prune_together(
             "sparsity": row["max_sparsity"],
             **saved.confirm(dense_correct, expected, predictions == images.labels.cpu()),
             **sizes,
-            "latency": saved.time_zeros({"dense": search.model, "pruned": reloaded}, images.images),
+            "latency": saved.time_zeros({"dense": search.model, "pruned": reloaded}, images),
         },
     }
     if search.scope == channels.SCOPE:

@@ -1,4 +1,4 @@
-"""Quantize a ResNet18 for CIFAR-10 to INT8 and measure what that gains and costs.
+"""Quantize an image classifier to INT8 and measure what that gains and costs.
 
     python quantization.py                      # bundled weights or your resnet18_cifar10.pth
     python quantization.py --weights my.pth --data-dir ~/cifar10 --test-images all
@@ -27,7 +27,6 @@ ONNX_NAME = "resnet18_cifar10_int8.onnx"
 RANGES_PLOT, DIAGNOSIS_CSV = "ranges.png", "diagnosis.csv"
 NEEDED = {  # flags that do nothing without others
     "--held-out-images": "--max-drop",
-    "--coding-curve": "--bits-per-weight",
     "--coding-images": "--bits-per-weight",
 }
 
@@ -56,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--reduce-range",
         choices=("auto", "on", "off"),
         default="auto",
-        help="7-bit activations, which x86 CPUs without VNNI need",
+        help="7-bit activations; auto: where sums of 8-bit products saturate (x86 without VNNI)",
     )
     quantizing.add_argument(
         "--export-onnx",
@@ -69,8 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-drop",
         type=fraction,
         metavar="F",
-        help="accuracy that INT8 may lose, such as 0.001: corrects what costs no time, then "
-        "returns layers to FP32, worst first; exit code 3 where the budget cannot be met",
+        help="accuracy that INT8 may lose, such as 0.005, with a standard error to spare: corrects "
+        "what costs no time, then returns layers to FP32, worst first; exit code 3 where the "
+        "budget cannot be met",
     )
     budget.add_argument(
         "--held-out-images",
@@ -89,13 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--bits-per-weight",
         type=number(0.1, 8.0, "a number of bits from 0.1 to 8"),
         metavar="B",
-        help="write the network coded, about so small: each weight to the INT8 level that costs "
-        "least in error and bits",
-    )
-    coding.add_argument(
-        "--coding-curve",
-        action="store_true",
-        help="measure size and accuracy of the coded network at six prices of a bit too",
+        help="write the network coded, in a file of about so many bits for each weight: each "
+        "weight becomes the INT8 level that costs least in error and bits",
     )
     coding.add_argument(
         "--coding-images",
@@ -118,22 +113,23 @@ def main(argv: list[str] | None = None) -> int:
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from common.files.output import OutputFolder
     from common.inputs import load_inputs
-    from common.machine import device
+    from common.machine.device import choose_device, set_up_cpu
     from common.machine.workers import Workers, require_one_process
-    from common.report.results import common_results, write_csv
+    from common.measure.budget import why_too_strict
+    from common.report.results import common_results
     from common.run import finish_run, print_results
     from quantization import steps
-    from quantization.accuracy.budget import Trial, meet_budget
+    from quantization.accuracy.budget import HeldOutEvaluator, meet_budget
     from quantization.accuracy.diagnosis import diagnose
-    from quantization.bench import Bench
-    from quantization.coding import study
-    from quantization.files import artifact, onnx_export, sparsity
+    from quantization.calibration import CalibrationSetup
+    from quantization.coding import smallest
+    from quantization.files import artifact, onnx_export
     from quantization.int8 import engines
-    from quantization.report import plots, ranges, results, tables
+    from quantization.report import plots, ranges, results, story
 
     require_one_process()
-    device.set_up_cpu(args.threads)
-    place = device.choose_device(args.device)
+    set_up_cpu(args.threads)
+    device = choose_device(args.device)
     args.engines = args.engines or engines.default_engines()
     pick_fastest = "auto" in args.engines
     if pick_fastest:
@@ -145,22 +141,26 @@ def main(argv: list[str] | None = None) -> int:
         onnx_export.require_packages()
     with OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(args, Path(__file__).parent)
-        model, test = inputs.model, inputs.test
-        bench, source, plan = Bench(inputs.calibration, test, args.batch_size), model, None
+        model, dense, test = inputs.model, inputs.traced.network, inputs.test
+        setup = CalibrationSetup(inputs.calibration, test, args.batch_size)
+        source, plan = dense, None
         if args.max_drop is not None:
             held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
+            if reason := why_too_strict(len(held_out), args.max_drop, held_out=True):
+                cli.log.warning("--max-drop: %s: only a model that gains can pass", reason)
         if args.bits_per_weight is not None:
             coding_images = inputs.load_training(args.coding_images)
-        fp32 = steps.predict_fp32(model, bench, place)
+        fp32 = steps.predict_fp32(model, setup, device)
         if args.max_drop is not None:
-            trial = Trial(model, replace(bench, images=held_out))
-            plan = meet_budget(trial, model, settings[0], args.max_drop)
-            source, settings = plan.model, [steps.apply_plan(plan, s) for s in settings]
-        quantized, onnx = steps.quantize(source, bench, settings), None
+            held_out_setup = replace(setup, images=held_out)
+            evaluator = HeldOutEvaluator(dense, held_out_setup, args.max_drop)
+            plan = meet_budget(evaluator, dense, settings[0])
+            source, settings = plan.network, [steps.apply_plan(plan, s) for s in settings]
+        quantized, onnx = steps.quantize(source, setup, settings), None
         if args.export_onnx:
-            onnx = steps.export_onnx(quantized[0], folder.file(ONNX_NAME), bench)
+            onnx = steps.export_onnx(quantized[0], folder.file(ONNX_NAME), setup)
         timings = steps.time_models(
-            model, quantized, onnx, test, args.batch_sizes, args.timing_seconds
+            model, dense, quantized, onnx, test, args.batch_sizes, args.timing_seconds
         )
         if pick_fastest:
             quantized = steps.fastest_first(quantized, timings)
@@ -168,38 +168,39 @@ def main(argv: list[str] | None = None) -> int:
 
         files = steps.save_models(quantized, folder.file)
         found = common_results(
-            "quantization", args, Workers(place), inputs.describe_images(), inputs.weights
+            "quantization", args, Workers(device), inputs.describe_images(), inputs.weights,
+            inputs.describe_network(),
+        )  # fmt: skip
+        given_bytes = inputs.weights["size_bytes"]
+        found |= results.describe_models(
+            model, fp32, quantized, files, onnx, test, timings, given_bytes
         )
-        found |= results.describe_models(model, fp32, quantized, files, onnx, test, timings)
-        fp32_bytes = found["models"][0]["size_bytes"]
         if plan is not None:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)
         if args.diagnose:
-            found |= diagnose(source, first.observed, first.settings, bench)
-            write_csv(folder.file(DIAGNOSIS_CSV), found["diagnosis"])
-        saved = {path: q.deployed for q in quantized for path in files[q.settings.engine]}
-        zeros = sparsity.count_zeros(model, first.model)
-        if zeros["zeros_before"] >= sparsity.MIN_SPARSITY * zeros["weights"]:
-            packed = folder.file(sparsity.PACKED_NAME)
-            found["sparsity"] = zeros | sparsity.pack(first, fp32_bytes, packed)
-            saved[packed] = first.deployed
+            found |= diagnose(first.observation, first.settings, test, args.batch_size)
+            story.diagnosis_table(found["diagnosis"]).write_csv(folder.file(DIAGNOSIS_CSV))
+        found |= results.describe_sparsity(dense, first.network)
         if args.bits_per_weight is not None:
             all_int8 = replace(first.settings, fp32_layers=())
-            coding = study.CodingBench(
+            fp32_bytes = found["models"][0]["size_bytes"]
+            coding = smallest.CodingSetup(
                 inputs, coding_images, fp32, all_int8, args.batch_size, fp32_bytes
             )
-            found["coding"] = study.study_coding(
-                coding, args.bits_per_weight, args.coding_curve, folder.file(study.CODED_NAME)
-            )
+            path = folder.file(smallest.CODED_NAME)
+            found["coding"] = smallest.write_smallest(coding, args.bits_per_weight, path)
+        saved = steps.models_by_file(quantized, files)
         with artifact.verifying_reloaded(saved, test):
             plots.plot_overview(found["models"], folder.file("overview.png"))
             plots.plot_flips(test, fp32, first.predictions, folder.file("flips.png"))
             if args.diagnose:
                 plots.plot_diagnosis(found["diagnosis"], folder.file("diagnosis.png"))
-            ranges.plot_ranges(source, first.observed, folder.file(RANGES_PLOT))
-        found["artifacts"] = results.list_artifacts(folder, first)
-        finish_run(found, folder, started, args.report)
-    print_results(found, tables.format_results(found, args.output_dir), args.json)
+            ranges.plot_ranges(
+                first.observation, first.settings.reduce_range, folder.file(RANGES_PLOT)
+            )
+        found["artifacts"] = results.list_artifacts(folder, files[first.settings.engine])
+        told = finish_run(found, folder, started, story.tell, args.report)
+    print_results(found, told, args.output_dir, args.json)
     return cli.EXIT_DONE if plan is None or found["budget"]["met"] else cli.EXIT_OVER_BUDGET
 
 

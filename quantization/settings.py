@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# From the slowest on x86 to the fastest; qnnpack is made for Arm.
-ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
+# torch's, from the slowest on x86 to the fastest; qnnpack is made for Arm.
+TORCH_ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
+ENGINES = (*TORCH_ENGINES, "onnxruntime", "openvino", "reference")
 OBSERVERS = ("histogram", "minmax", "moving-average", "percentile")
 
 
@@ -15,8 +16,8 @@ class Settings:
 
     Attributes:
         engine: One of ``ENGINES``.
-        reduce_range: Use 7 of the 8 bits of activations, which x86 CPUs without VNNI need: there
-            the sum of two full products does not fit the 16 bits that it is added in.
+        reduce_range: Use 7 of the 8 bits of activations. x86 kernels without VNNI need this: the
+            sum of two full products does not fit the 16 bits in which they add it.
         observer: How activations' ranges follow from what was seen, one of ``OBSERVERS``.
         fp32_layers: Convolution and linear layers that stay in FP32.
     """
@@ -33,9 +34,6 @@ def parse_settings(fields: object) -> Settings:
     Raises:
         ValueError: They are not settings that a model could have been made with.
     """
-    # torch takes seconds to import, and --help, which names the engines, has no need of it.
-    from common.network.resnet import ResNet18, prunable_layers
-
     known = {"engine", "observer", "reduce_range", "fp32_layers"}
     if not isinstance(fields, dict) or fields.keys() != known:
         raise ValueError("settings are incomplete or unknown")
@@ -45,7 +43,7 @@ def parse_settings(fields: object) -> Settings:
         and fields["observer"] in OBSERVERS
         and isinstance(fields["reduce_range"], bool)
         and isinstance(layers, list | tuple)
-        and {*map(str, layers)} <= {*prunable_layers(ResNet18())}
+        and all(isinstance(name, str) for name in layers)
     ):
         raise ValueError("settings that no INT8 model is made with")
     return Settings(**fields | {"fp32_layers": tuple(layers)})

@@ -1,32 +1,55 @@
-"""The steps of quantization.py: from a loaded model to INT8 models that are saved and timed."""
+"""The steps of quantization.py: from a loaded network to INT8 models that are saved and timed."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.command import cli
-from common.images.cifar10 import CLASSES
-from common.images.data import ImageSet, normalize
+from common.images.data import ImageSet
 from common.measure import evaluate
 from common.measure.latency import Contender, Timing, time_interleaved
-from common.network.resnet import ResNet18
+from common.network.execution import Network
 from quantization.accuracy.budget import Plan
-from quantization.bench import Bench
-from quantization.files import artifact, onnx_export
-from quantization.int8 import conversion, deploy
-from quantization.int8.deploy import Quantized
+from quantization.calibration import CalibrationSetup
+from quantization.files import onnx_export
+from quantization.files.artifact import Int8Model
+from quantization.files.int8_file import SUFFIX, save_int8
+from quantization.int8 import engines
+from quantization.int8.conversion import Observation, convert
+from quantization.int8.network import Int8Network
 from quantization.settings import Settings
 
 FP32, FP32_NCHW, ONNX = "fp32", "fp32-nchw", "int8-onnx"
+MODEL_STEM = "resnet18_cifar10_int8"
 SANITY_IMAGES = 100
 CHANCE_MARGIN = 0.1  # accuracy this close above chance is no training worth the name
 OVERCONFIDENCE = 0.25  # a trained network on its own kind of images stays far below this
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An INT8 model and what was measured of it.
+
+    Attributes:
+        settings: How it was made.
+        observation: The FP32 network that it was made from, observed.
+        network: The INT8 network, which models on other engines may share.
+        model: The network on its engine, which is what is evaluated and timed.
+        predictions: Predictions on the images to measure on (int64, shape (N,)).
+    """
+
+    settings: Settings
+    observation: Observation
+    network: Int8Network
+    model: Int8Model
+    predictions: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -34,9 +57,9 @@ class OnnxModel:
     """The INT8 model as ONNX, run by ONNX Runtime.
 
     Attributes:
-        path: Of the file.
+        path: Path of the file.
         run: Maps normalised images to logits.
-        predictions: On the test images (int64, shape (N,)).
+        predictions: Predictions on the test images (int64, shape (N,)).
         agreement: Fraction of them that the model it was exported from answers alike.
     """
 
@@ -46,17 +69,17 @@ class OnnxModel:
     agreement: float
 
 
-def predict_fp32(model: ResNet18, bench: Bench, device: torch.device) -> torch.Tensor:
+def predict_fp32(model: nn.Module, setup: CalibrationSetup, device: torch.device) -> torch.Tensor:
     """Return FP32's predictions (int64, shape (N,)), made on ``device``; warns of odd ones."""
     moved = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
-    images = bench.images.to(device)
-    predictions = evaluate.predict(moved, images, bench.batch_size, "evaluate FP32")
-    warn_of_insane_fp32(model, bench.images, predictions)
+    images = setup.images.to(device)
+    predictions = evaluate.predict(moved, images, setup.batch_size, "evaluate FP32")
+    warn_of_insane_fp32(model, setup.images, predictions)
     return predictions
 
 
 @torch.inference_mode()
-def warn_of_insane_fp32(model: ResNet18, test: ImageSet, predictions: torch.Tensor) -> None:
+def warn_of_insane_fp32(model: nn.Module, test: ImageSet, predictions: torch.Tensor) -> None:
     """Warn where FP32 accuracy is near chance, or far below what the model's confidence claims.
 
     Args:
@@ -65,13 +88,13 @@ def warn_of_insane_fp32(model: ResNet18, test: ImageSet, predictions: torch.Tens
         predictions: int64, shape (N,).
     """
     accuracy = evaluate.measure_accuracy(predictions == test.labels).value
-    logits = model(normalize(test.images[:SANITY_IMAGES]))
+    logits = model(test.normalize(test.images[:SANITY_IMAGES]))
     confidence = float(logits.softmax(dim=1).amax(dim=1).mean())
     causes = (
         "likely causes: images normalised otherwise than in training, classes in another order, or "
         "a checkpoint of another data set or layout"
     )
-    if accuracy < 1 / len(CLASSES) + CHANCE_MARGIN:
+    if accuracy < 1 / len(test.classes) + CHANCE_MARGIN:
         cli.log.warning("FP32 accuracy is %.1f %%, near chance; %s", 100 * accuracy, causes)
     elif confidence - accuracy > OVERCONFIDENCE:
         cli.log.warning(
@@ -80,18 +103,26 @@ def warn_of_insane_fp32(model: ResNet18, test: ImageSet, predictions: torch.Tens
         )  # fmt: skip
 
 
-def quantize(model: ResNet18, bench: Bench, settings: Sequence[Settings]) -> list[Quantized]:
-    """Calibrate, convert and evaluate on the CPU; engines that see the same ranges share them."""
-    calibrated, quantized = {}, []
+def quantize(
+    network: Network, setup: CalibrationSetup, settings: Sequence[Settings]
+) -> list[Quantized]:
+    """Observe, convert and evaluate on the CPU.
+
+    Engines share an observation if the observer is the same, and the INT8 network if all settings
+    are.
+    """
+    observations: dict[str, Observation] = {}
+    networks: dict[Settings, Int8Network] = {}
+    quantized = []
     for choice in settings:
-        ranges = replace(choice, engine="")
-        if ranges not in calibrated:
-            calibrated[ranges] = bench.calibrate(model, choice)
-        observed = calibrated[ranges]
-        converted = conversion.convert(observed, choice)
-        deployed = deploy.Deployed(converted, choice.engine)
-        predictions = bench.predict(deployed, f"evaluate INT8 {choice.engine}")
-        quantized.append(Quantized(choice, observed, converted, deployed, predictions))
+        if choice.observer not in observations:
+            observations[choice.observer] = setup.observe(network, choice)
+        observation, shared = observations[choice.observer], replace(choice, engine="")
+        if shared not in networks:
+            networks[shared] = convert(observation, choice)
+        model = Int8Model(networks[shared], choice.engine)
+        predictions = setup.predict(model, f"evaluate INT8 {choice.engine}")
+        quantized.append(Quantized(choice, observation, networks[shared], model, predictions))
     return quantized
 
 
@@ -100,38 +131,44 @@ def apply_plan(plan: Plan, settings: Settings) -> Settings:
     return replace(plan.settings, engine=settings.engine, reduce_range=settings.reduce_range)
 
 
-def save_models(
-    quantized: Sequence[Quantized], file: Callable[[str], Path]
-) -> dict[str, list[Path]]:
-    """Write every INT8 model.
+def save_models(quantized: Sequence[Quantized], file: Callable[[str], Path]) -> dict[str, Path]:
+    """Write every INT8 network once; return the path of each engine's.
 
-    Returns:
-        By engine the path with the state dict and, where TorchScript is supported, the frozen
-        model's.
+    There are several where engines differ in the bits of activations; the file of the first engine
+    has the plain name.
     """
-    paths = {}
+    paths: dict[int, Path] = {}
     for candidate in quantized:
-        engine = candidate.settings.engine
-        path = file(artifact.file_name(engine))
-        artifact.save_int8(candidate.model, candidate.settings, path)
-        paths[engine] = [path]
-        if deploy.CAN_FREEZE:
-            paths[engine].append(path.with_suffix(artifact.FROZEN_SUFFIX))
-            artifact.save_frozen(candidate.model, engine, paths[engine][1])
-    return paths
+        network = candidate.network
+        if id(network) not in paths:
+            ending = f"_{7 if network.settings.reduce_range else 8}bit" if paths else ""
+            paths[id(network)] = file(f"{MODEL_STEM}{ending}{SUFFIX}")
+            save_int8(network, paths[id(network)])
+    return {candidate.settings.engine: paths[id(candidate.network)] for candidate in quantized}
 
 
-def export_onnx(quantized: Quantized, path: Path, bench: Bench) -> OnnxModel:
+def models_by_file(
+    quantized: Sequence[Quantized], paths: Mapping[str, Path]
+) -> dict[Path, list[Int8Model]]:
+    """Return for each file the models that run its network."""
+    models: dict[Path, list[Int8Model]] = {}
+    for candidate in quantized:
+        models.setdefault(paths[candidate.settings.engine], []).append(candidate.model)
+    return models
+
+
+def export_onnx(quantized: Quantized, path: Path, setup: CalibrationSetup) -> OnnxModel:
     """Write the INT8 model as ONNX and evaluate the file in ONNX Runtime, at equal threads."""
-    onnx_export.export_onnx(quantized.model, path)
+    onnx_export.export_onnx(quantized.network, path)
     run = onnx_export.load_onnx(path)
-    predictions = bench.predict(run, "evaluate ONNX")
+    predictions = setup.predict(run, "evaluate ONNX")
     agreeing = predictions == quantized.predictions
     return OnnxModel(path, run, predictions, float(agreeing.double().mean()))
 
 
 def time_models(
-    model: ResNet18,
+    model: nn.Module,
+    network: Network,
     quantized: Sequence[Quantized],
     onnx: OnnxModel | None,
     test: ImageSet,
@@ -142,17 +179,26 @@ def time_models(
 
     ``seconds`` are spent on each batch size.
 
+    Args:
+        model: FP32 as usually written.
+        network: The same network, traced.
+        quantized: INT8 models.
+        onnx: The exported model, if any.
+        test: Images to run.
+        batch_sizes: Batch sizes to time.
+        seconds: Time to spend on each batch size.
+
     Returns:
         Timings by ``fp32-nchw``, ``fp32``, each engine's name and ``int8-onnx``.
     """
     contenders = [
         Contender(FP32_NCHW, model, torch.contiguous_format),
-        Contender(FP32, deploy.deploy_fp32(model)),
-        *(Contender(candidate.settings.engine, candidate.deployed) for candidate in quantized),
+        Contender(FP32, engines.fp32_runner(network)),
+        *(Contender(candidate.settings.engine, candidate.model) for candidate in quantized),
     ]
     if onnx is not None:
         contenders.append(Contender(ONNX, onnx.run, torch.contiguous_format))
-    images = normalize(test.images[: max(batch_sizes)])
+    images = test.normalize(test.images[: max(batch_sizes)])
     return time_interleaved(contenders, images, batch_sizes, seconds)
 
 

@@ -14,18 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # which torch.ao imports at its first network; copies of this process have it
 from hypothesis import settings
 from PIL import Image
 from processes import undisturbed
-from torch.fx import GraphModule
 from torch.nn.utils import prune
 
 from common.images.cifar10 import CLASSES
-from common.images.data import ImageSet, batches, normalize
+from common.images.data import ImageSet, normalize
 from common.network.checkpoint import save_checkpoint
+from common.network.execution import Network
 from common.network.resnet import ResNet18, Widths, prunable_layers
+from common.network.tracing import trace_network
 from quantization.int8 import conversion, engines
+from quantization.int8.conversion import Observation
+from quantization.int8.network import Int8Network
 from quantization.settings import Settings
 
 TINY = Widths((4, 8, 8, 8), (4, 3, 5, 8, 8, 6, 8, 7))  # of no two kinds of layers alike
@@ -49,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; xdist hands files out in this order."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
-    if engines.saturates("fbgemm"):
+    if any(map(engines.saturates, engines.candidate_engines())):
         for item in items:
             if item.get_closest_marker("exact_sums"):
                 item.add_marker(pytest.mark.skip(reason="this CPU's sums of products saturate"))
@@ -127,17 +129,23 @@ def pruned_model(tiny_model) -> ResNet18:
 
 
 @pytest.fixture
-def calibrate(tiny_model, random_images) -> Callable[[Settings], GraphModule]:
-    """Calibrate the narrow network as settings say."""
-    return lambda settings: conversion.calibrate(
-        tiny_model, batches(random_images(32), 16), settings
+def tiny_network(tiny_model) -> Network:
+    """The narrow network as a graph."""
+    return trace_network(tiny_model, (3, 32, 32))
+
+
+@pytest.fixture
+def observe(tiny_network, random_images) -> Callable[[Settings], Observation]:
+    """Observe the narrow network's values as settings say."""
+    return lambda settings: conversion.observe(
+        tiny_network, random_images(32), settings.observer, 16
     )
 
 
 @pytest.fixture
-def convert(calibrate) -> Callable[[Settings], GraphModule]:
-    """Make the narrow network's INT8 model as settings say."""
-    return lambda settings: conversion.convert(calibrate(settings), settings)
+def convert(observe) -> Callable[[Settings], Int8Network]:
+    """Make the narrow network's INT8 network as settings say."""
+    return lambda settings: conversion.convert(observe(settings), settings)
 
 
 @pytest.fixture

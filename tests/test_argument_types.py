@@ -40,7 +40,7 @@ from common.command.argument_types import (
         (image_count, "10000", 10_000),
         (list_of(fraction), "0.5, 0.9,0.5", [0.5, 0.9]),
         (list_of(name), "b, a", ["b", "a"]),
-        (path, "~/a b", Path("~/a b")),
+        (path, "~/a b", Path.home() / "a b"),
     ],
 )
 def test_values(parse, text, value):

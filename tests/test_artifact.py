@@ -1,171 +1,128 @@
-"""INT8 models as files: whole, checked, and loaded for the engine that they were made for."""
+"""load_int8: a model from a file alone, that leaves no trace in the caller's process."""
 
 from __future__ import annotations
 
+import copy
+import logging
+import pickle
+
 import pytest
 import torch
+from every_kind import make_every_kind, make_images
+from processes import run_fresh
 
 import quantization
 from common.command import cli
 from common.command.cli import UserError
-from common.files.untrusted import read_sealed, write_sealed
-from common.images.data import normalize
-from common.machine import device
+from common.network.tracing import trace_network
 from quantization.files import artifact
-from quantization.int8 import deploy, engines
+from quantization.files.artifact import load_int8
+from quantization.files.int8_file import save_int8
+from quantization.int8 import engines
+from quantization.int8.conversion import convert, observe
+from quantization.int8.reference import ReferenceRunner
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()
-ALL_ENGINES = sorted({*torch.backends.quantized.supported_engines} - {"none"})
 
 
-@pytest.fixture
-def images(random_images):
-    return normalize(random_images(8, seed=1).images)
+@pytest.fixture(scope="module")
+def observation():
+    return observe(trace_network(make_every_kind(), (3, 12, 12)), make_images(32), "minmax", 16)
 
 
-@pytest.mark.parametrize("engine", ALL_ENGINES)
-@pytest.mark.parametrize(
-    "fp32_layers", [(), ("layer1.0.conv2", "linear"), ("conv1", "layer2.0.conv1")]
-)
-@torch.inference_mode()
-def test_a_reloaded_model_computes_bit_for_bit_the_same(
-    convert, images, tmp_path, engine, fp32_layers
-):
-    settings = Settings(engine, observer="minmax", fp32_layers=fp32_layers)
-    converted = convert(settings)
-    path = tmp_path / "model.pth"
-    assert artifact.save_int8(converted, settings, path) == path.stat().st_size
-    expected = deploy.Deployed(converted, engine)(images)
-    assert torch.equal(artifact.load_int8(path)(images), expected)
+@pytest.fixture(scope="module")
+def saved(observation, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model.safetensors"
+    save_int8(convert(observation, Settings()), path)
+    return path
 
 
-@pytest.mark.skipif(not deploy.CAN_FREEZE, reason="this Python has no TorchScript")
-@pytest.mark.parametrize("engine", ALL_ENGINES)
-@torch.inference_mode()
-def test_a_frozen_model_brings_its_engine(convert, images, tmp_path, engine):
-    converted = convert(Settings(engine))
-    expected = deploy.Deployed(converted, engine)(images)
-    path = tmp_path / f"model{artifact.FROZEN_SUFFIX}"
-    assert artifact.save_frozen(converted, engine, path) == path.stat().st_size
-    others = {*torch.backends.quantized.supported_engines} - {engine, "none"}
-    torch.backends.quantized.engine = min(others, default=engine)
-    assert torch.equal(artifact.load_frozen(path)(images), expected)
-    assert torch.backends.quantized.engine == engine
+@pytest.fixture(scope="module")
+def images():
+    images = make_images(6, seed=1)
+    return images.normalize(images.images)
 
 
-@pytest.mark.parametrize("load", [artifact.load_int8, artifact.load_frozen])
-@pytest.mark.parametrize(
-    "content", [None, b"", b"PK\x03\x04 nothing", b"<!DOCTYPE html>", b"\x80\x02}q\x00."]
-)
-def test_bad_files_are_refused_by_name(tmp_path, load, content):
-    path = tmp_path / "bad.pth"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=r"bad\.pth: "):
-        load(path)
+@pytest.mark.exact_sums
+@pytest.mark.parametrize("engine", [*ENGINES, None])
+def test_a_loaded_model_answers_like_the_reference(saved, observation, images, engine):
+    model = load_int8(saved, engine)
+    found, expected = model(images), ReferenceRunner(convert(observation, Settings()))(images)
+    # Sums close to a half are rounded either way, which this network's small layers make much of.
+    assert (found - expected).square().mean() < 0.002 * expected.var()
+    assert model.network.classes == make_images(1).classes
 
 
-def test_a_plain_checkpoint_is_refused(tmp_path, tiny_model):
-    path = tmp_path / "fp32.pth"
-    torch.save(tiny_model.state_dict(), path)
-    with pytest.raises(UserError, match="not a file of the kind resnet18-cifar10-int8"):
-        artifact.load_int8(path)
-    with pytest.raises(UserError, match="no frozen INT8 model"):
-        artifact.load_frozen(path)
-
-
-def test_a_truncated_file_is_refused(convert, tmp_path):
-    settings = Settings(ENGINES[0])
-    path = tmp_path / "model.pth"
-    artifact.save_int8(convert(settings), settings, path)
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"model\.pth: .*damaged"):
-        artifact.load_int8(path)
-
-
-@pytest.mark.skipif("fbgemm" not in ENGINES, reason="no fbgemm engine on this CPU")
-@pytest.mark.parametrize(("vnni", "reduce_range"), [(False, False), (False, True), (True, False)])
-def test_full_range_without_vnni_is_warned_of(
-    convert, tmp_path, monkeypatch, capsys, vnni, reduce_range
-):
-    settings = Settings("fbgemm", reduce_range)
-    path = tmp_path / "model.pth"
-    artifact.save_int8(convert(settings), settings, path)
-    monkeypatch.setattr(device, "has_vnni", lambda: vnni)
-    cli.set_up_messages(quiet=True)
-    artifact.load_int8(path)
-    warned = "no VNNI" in capsys.readouterr().err
-    assert warned == (not vnni and not reduce_range)
-
-
-@pytest.mark.parametrize(
-    "forged",
-    [
-        {"settings": {"engine": "abacus"}},
-        {"settings": None},
-        {"settings": {"colour": "red"}},
-        {"state_dict": None},
-        {"state_dict": {"conv1.weight": 3}},
-    ],
-)
-def test_forged_content_is_refused_in_one_line(convert, tmp_path, forged):
-    settings, path = Settings(ENGINES[0]), tmp_path / "forged.pth"
-    artifact.save_int8(convert(settings), settings, path)
-    with engines.quiet_torch():
-        write_sealed(read_sealed(path, artifact.FORMAT) | forged, artifact.FORMAT, path)
-    with pytest.raises(UserError, match=r"forged\.pth: damaged or no INT8 model") as caught:
-        artifact.load_int8(path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "forge"),
-    [
-        ("conv1.scale", lambda t: t * float("nan")),
-        ("conv1.scale", torch.zeros_like),
-        ("layer1_0_relu2_scale_0", lambda t: -t),
-        ("conv1.zero_point", lambda t: t + 300),
-        ("conv1.bias", lambda t: t * float("inf")),
-        ("conv1.bias", lambda t: t[:-1]),
-        ("conv1.bias", lambda t: t.long()),
-        ("layer1.0.conv2.weight", lambda t: t[:, :-1]),
-        ("layer1.0.conv2.weight", torch.Tensor.dequantize),
-        ("layer1.0.conv2.weight", lambda t: rescaled(t, -1.0)),
-        ("layer1.0.conv2.weight", lambda t: rescaled(t, float("nan"))),
-        ("linear._packed_params._packed_params", lambda pair: (rescaled(pair[0], 0.0), pair[1])),
-        ("linear._packed_params._packed_params", lambda pair: pair[:1]),
-        ("linear._packed_params._packed_params", lambda pair: 3),
-    ],
-)  # fmt: skip
-def test_values_that_no_model_has_are_refused_in_one_line(convert, tmp_path, name, forge):
-    settings, path = Settings(ENGINES[0]), tmp_path / "forged.pth"
-    artifact.save_int8(convert(settings), settings, path)
-    with engines.quiet_torch():
-        content = read_sealed(path, artifact.FORMAT)
-        content["state_dict"][name] = forge(content["state_dict"][name])
-        write_sealed(content, artifact.FORMAT, path)
-    with pytest.raises(UserError, match=r"forged\.pth: damaged or no INT8 model") as caught:
-        artifact.load_int8(path)
-    assert "\n" not in str(caught.value)
-
-
-def rescaled(weight, factor):
-    return torch._make_per_channel_quantized_tensor(
-        weight.int_repr(), weight.q_per_channel_scales() * factor,
-        weight.q_per_channel_zero_points(), axis=0,
+def test_nothing_of_the_callers_process_changes(saved, images):
+    before = (
+        torch.random.get_rng_state(),
+        torch.backends.quantized.engine,
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+    )
+    model = load_int8(saved)
+    logits = model(images)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert before[1:] == (
+        torch.backends.quantized.engine, torch.get_num_threads(), torch.is_grad_enabled(),
     )  # fmt: skip
+    assert not logits.is_inference()
 
 
-def test_flipped_bytes_are_found(convert, tmp_path):
-    settings, path = Settings(ENGINES[0]), tmp_path / "model.pth"
-    artifact.save_int8(convert(settings), settings, path)
-    content = bytearray(path.read_bytes())
-    for at in range(len(content) // 3, len(content) // 2, 97):
-        content[at] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.pth: .*damaged"):
-        artifact.load_int8(path)
+def test_copies_compute_the_same(saved, images):
+    model = load_int8(saved)
+    expected = model(images)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(images), expected)
+
+
+def test_any_batch_in_any_layout(saved, images):
+    model = load_int8(saved)
+    expected = model(images)
+    assert model(images[:0]).shape == (0, 5)
+    assert torch.equal(model(images.contiguous()), expected)
+    assert torch.equal(model(images.repeat(2, 1, 1, 1)[::2]), expected[[0, 2, 4, 0, 2, 4]])
+    for count in (1, 2, 3, 5):
+        assert torch.equal(model(images[:count]), expected[:count])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.double(), lambda x: x.byte(), lambda x: x[0], lambda x: x[..., :8],
+     lambda x: x[:, :1]],
+)  # fmt: skip
+def test_other_types_and_shapes_are_told_in_one_line(saved, images, change):
+    with pytest.raises(UserError, match=r"\Athe network takes float32 images[^\n]*\Z"):
+        load_int8(saved)(change(images))
+
+
+def test_nan_in_gives_nan_out(saved, images):
+    spoilt = images.clone()
+    spoilt[2, 0, 3, 3] = float("nan")
+    model = load_int8(saved)
+    found = model(spoilt)
+    assert found[2].isnan().all()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(found[others], model(images)[others])
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+@pytest.mark.parametrize("reduce_range", [False, True])
+def test_full_range_where_sums_saturate_is_warned_of(
+    observation, tmp_path, monkeypatch, caplog, saturates, reduce_range
+):
+    path = tmp_path / "model.safetensors"
+    save_int8(convert(observation, Settings(reduce_range=reduce_range)), path)
+    monkeypatch.setattr(artifact.engines, "saturates", lambda engine: saturates)
+    with caplog.at_level(logging.WARNING, logger=cli.log.name):
+        load_int8(path)
+    assert ("sums of products saturate" in caplog.text) == (saturates and not reduce_range)
+
+
+def test_an_engine_that_is_not_here_is_told(saved):
+    with pytest.raises(UserError, match="no abacus engine"):
+        load_int8(saved, "abacus")
 
 
 def test_the_package_hands_on_its_reader():
@@ -175,6 +132,24 @@ def test_the_package_hands_on_its_reader():
 
 
 def test_from_python_a_refusal_is_a_value_error_of_one_line(tmp_path):
-    for name in ("nothing.pth", "nothing.safetensors"):
-        with pytest.raises(ValueError, match=r"\A[^\n]*no such file\Z"):
-            quantization.load_int8(tmp_path / name)
+    with pytest.raises(ValueError, match=r"\A[^\n]*no such file\Z"):
+        quantization.load_int8(tmp_path / "nothing.safetensors")
+
+
+def test_a_plain_checkpoint_is_refused(tmp_path, tiny_model):
+    path = tmp_path / "fp32.pth"
+    torch.save(tiny_model.state_dict(), path)
+    with pytest.raises(UserError, match="no INT8 network"):
+        load_int8(path)
+
+
+def test_torchs_compiler_is_not_imported(saved):
+    """It would take a second of every process that reads an INT8 model."""
+    program = (
+        "import sys, torch\n"
+        "from quantization import load_int8\n"
+        f"load_int8({str(saved)!r})(torch.zeros(1, 3, 12, 12))\n"
+        "print({'sympy', 'torch._inductor', 'torch._dynamo'} & set(sys.modules))\n"
+    )
+    process = run_fresh("-c", program)
+    assert process.stdout.strip() == "set()", process.stderr

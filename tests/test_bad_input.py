@@ -25,11 +25,10 @@ from torchvision.datasets import CIFAR10
 from common.command import cli
 from common.files.output import OutputFolder
 from common.files.unfinished import Unfinished
-from common.images.cifar10 import CLASSES
 from common.images.download import BATCHES_FOLDER
 from common.network import resnet
 from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
-from common.network.resnet import ResNet18, Widths
+from common.network.resnet import ResNet, resnet18_shape
 from pipeline import pipeline
 from pruning import pruning
 from quantization import quantization
@@ -109,7 +108,7 @@ def npz(path: Path, state: State) -> None:
 
 def sized(path: Path, state: State) -> None:
     with path.open("wb") as file:
-        file.truncate((1 << 30) + 1)  # a hole: takes no space
+        file.truncate((1 << 32) + 1)  # a hole: takes no space
 
 
 def saved(change: Callable[[State], object]) -> Callable[[Path, State], None]:
@@ -141,7 +140,7 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "a folder": lambda path, state: path.mkdir(),
     "a named pipe": lambda path, state: os.mkfifo(path),
     "a file without read permission": lambda path, state: (path.write_bytes(b"?"), path.chmod(0)),
-    "a file of more than 1 GiB": sized,
+    "a file of more than 4 GiB": sized,
     "an HTML page saved as `.pth`": lambda path, state: path.write_text("\n<!doctype html>"),
     "a Git LFS pointer": lambda path, state: path.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 44776525\n"
@@ -152,7 +151,7 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "cut off half-way, safetensors": cut_safetensors,
     "one bit flipped": flip_bit,
     "a pickle that runs code": hostile,
-    "a whole model, from `torch.save(model)`": saved(lambda state: ResNet18(Widths((4, 4, 4, 4)))),
+    "a whole model, from `torch.save(model)`": saved(lambda state: ResNet(resnet18_shape(10))),
     "a TorchScript archive": torchscript,
     "a NumPy `.npz`": npz,
     "a zip bomb": zip_bomb,
@@ -163,7 +162,8 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "an INT8 model": with_tensor("conv1.weight", quantized_stem()),
     "a sparse tensor": with_tensor("conv1.weight", STEM.to_sparse()),
     "a tensor on the meta device": with_tensor("conv1.weight", STEM.to("meta")),
-    "one tensor under two names": with_tensor("module.conv1.weight", STEM),
+    "one tensor under two names": with_tensor("_orig_mod.conv1.weight", STEM),
+    "a prefix before some names only": with_tensor("module.conv1.weight", STEM),
     "integer weights": with_tensor("conv1.weight", STEM.int()),
     "NaN weights": with_tensor("conv1.weight", STEM + float("nan")),
     "infinite weights": with_tensor("conv1.weight", STEM + float("inf")),
@@ -172,13 +172,36 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "finite weights whose products are not": with_tensor("conv1.weight", STEM + 1e38),
     "a missing tensor": saved(lambda s: {k: v for k, v in s.items() if k != "linear.bias"}),
     "an extra tensor": with_tensor("linear2.bias", torch.zeros(10)),
-    "a wrong shape": with_tensor("conv1.weight", torch.zeros(32, 3, 3, 3)),
+    "a wrong shape": with_tensor("bn1.weight", torch.zeros(32)),
     "a shape of more numbers than any memory holds": with_tensor(
         "conv1.weight", torch.zeros(()).expand(10**5, 10**5, 10**5)
     ),
-    "100 classes": with_tensor("linear.weight", torch.zeros(100, 512)),
-    "torchvision's `resnet18` (7×7 stem)": of_torchvision("resnet18", num_classes=10),
-    "torchvision's `mobilenet_v2`": of_torchvision("mobilenet_v2", num_classes=10),
+    "as many classes as the images do not have": of_torchvision("resnet18", num_classes=100),
+    "quantization-aware training behind it": with_tensor(
+        "conv1.weight_fake_quant.scale", torch.ones(1)
+    ),
+    "dynamic quantization behind it": saved(
+        lambda state: state | {"linear._packed_params._packed_params": (STEM, None)}
+    ),
+    "several state dicts, none of the usual names": saved(
+        lambda state: {"a": state, "b": {**state}}
+    ),
+    "torchvision's `mobilenet_v2`, without `--model`": of_torchvision(
+        "mobilenet_v2", num_classes=10
+    ),
+}
+
+
+# --- networks: each writes a file with a function ------------------------------------------------
+
+MODELS = {
+    "`--model resnet18`": None,
+    "`--model torchvision:resnet17`": None,
+    "`--model FILE:net`, and no such file": None,
+    "`--model FILE:net`, and no such function": "nets = 1",
+    "`--model FILE:net`, which returns no network": "def net(): return 1",
+    "`--model FILE:net`, which fails": "def net(): return 1 / 0",
+    "`--model torchvision:vgg11_bn`, and weights of another network": None,
 }
 
 
@@ -192,7 +215,36 @@ def bare(root: Path) -> None:
 
 
 def remove_split(root: Path) -> None:
-    (root / "test").rename(root / "validation")
+    (root / "test").rename(root / "testing")
+
+
+def rename_splits(root: Path) -> None:
+    (root / "test").rename(root / "Test")
+    (root / "train").rename(root / "Train")
+
+
+def not_unpacked(root: Path) -> None:
+    root.rename(root.parent / "aside")
+    root.mkdir()
+    (root / "images.zip").touch()
+
+
+def only_one_split(root: Path) -> None:
+    root.rename(root.parent / "aside")
+    (root.parent / "aside" / "test").rename(root)
+
+
+def eleven_classes(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "zebra").mkdir()
+        SQUARE.save(root / split / "zebra" / "0.png")
+
+
+def one_of_another_size(root: Path) -> None:
+    """As the last of more images than those whose size is looked at."""
+    for index in range(201):
+        SQUARE.save(root / "test" / "cat" / f"{index}.png")
+    SQUARE.resize((64, 64)).save(root / "test" / "cat" / "0.png")
 
 
 def empty_class(root: Path) -> None:
@@ -239,23 +291,27 @@ def empty_png(width: int, height: int) -> bytes:
 SQUARE = Image.new("RGB", (32, 32))
 DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
     "`test/` without class folders": bare,
-    "no `test/`": remove_split,
+    "no `test/`, `val/`, `validation/` or `valid/`": remove_split,
+    "splits of other names (`Test/`, `Train/`)": rename_splits,
+    "an archive that was not unpacked": not_unpacked,
+    "the folder of one split": only_one_split,
+    "an empty folder, and no network": lambda root: (
+        root.rename(root.parent / "aside"),
+        root.mkdir(),
+    ),
     "a class without images": empty_class,
-    "a class missing": lambda root: (root / "test" / "cat").rename(root / "test" / ".cat"),
-    "an eleventh class": lambda root: (root / "test" / "zebra").mkdir(),
-    "folders `0` to `8` only": lambda root: [
-        (root / "test" / name).rename(root / "test" / str(label))
-        if label < 9
-        else (root / "test" / name).rename(root / name)
-        for label, name in enumerate(CLASSES)
-    ],
+    "a class missing in one split": lambda root: (root / "test" / "cat").rename(
+        root / "test" / ".cat"
+    ),
+    "an eleventh class in one split": lambda root: (root / "test" / "zebra").mkdir(),
+    "eleven classes, and a network of ten": eleven_classes,
     "a class folder without permission": lambda root: (root / "test" / "cat").chmod(0),
     "a file that is no image": raw_picture(b"GIF? no."),
     "an empty image file": raw_picture(b""),
     "a JPEG cut off half-way": cut_jpeg,
     "another format (GIF, TIFF, EPS) named `.png`": picture(SQUARE, format="GIF"),
     "a 16-bit PNG": picture(Image.fromarray(np.zeros((32, 32), dtype=np.uint16))),
-    "a 64×64 image": picture(SQUARE.resize((64, 64))),
+    "a 64×64 image among many of 32×32": one_of_another_size,
     "a PNG of 60000×60000 pixels": raw_picture(empty_png(60_000, 60_000)),
     "fewer images than `--test-images`": lambda root: None,
     "`cifar-10-batches-py/` with a wrong checksum": batches(lambda folder: None),
@@ -297,6 +353,7 @@ FLAGS = {
     for row, _ in ROWS
     if row.startswith(("`--", *(f"`{name} --" for name in SCRIPTS)))
     and row not in DATA_FOLDERS
+    and row not in MODELS
     and row not in OUTPUT_FOLDERS
     and row not in DEVICES
 }
@@ -332,7 +389,7 @@ def by_turns(rows: Iterable[str]) -> pytest.MarkDecorator:
 
 def test_every_row_is_tested():
     assert len(dict(ROWS)) == len(ROWS)
-    tables = (CHECKPOINTS, DATA_FOLDERS, OUTPUT_FOLDERS, UNFINISHED, DEVICES, FLAGS)
+    tables = (CHECKPOINTS, MODELS, DATA_FOLDERS, OUTPUT_FOLDERS, UNFINISHED, DEVICES, FLAGS)
     assert set().union(*tables) == dict(ROWS).keys()
 
 
@@ -353,6 +410,17 @@ def test_the_hostile_pickle_would_run(folder, blank_state):
     assert (folder / "code-has-run").exists()
 
 
+@by_turns(MODELS)
+def test_model(row, script, folder):
+    path = folder / "mine.py"
+    if MODELS[row] is not None:
+        path.write_text(MODELS[row])
+    name = row.split("`")[1].removeprefix("--model ").replace("FILE", str(path))
+    argv = ["--bundled", "--output-dir", folder / "results", "--model", name]
+    file = BUNDLED_WEIGHTS if "weights of" in row else path
+    check(script, [*argv, "--weights", BUNDLED_WEIGHTS], expected_line(row, FILE=file), folder)
+
+
 @by_turns(DATA_FOLDERS)
 def test_data_folder(row, script, folder, image_folders, without_privileges, monkeypatch):
     root = image_folders(folder / "data")
@@ -362,7 +430,10 @@ def test_data_folder(row, script, folder, image_folders, without_privileges, mon
     count = 100 if "fewer" in row else 10
     argv = ["--data-dir", root, "--no-bundled", "--weights", BUNDLED_WEIGHTS]
     argv += ["--test-images", count, "--output-dir", folder / "results"]
+    if "64×64" in row:
+        argv[argv.index("--test-images") + 1] = "all"
     image = next((root / "test" / "cat").glob("0.*"), root) if "permission" not in row else root
+    image = BUNDLED_WEIGHTS if "network of" in row else image
     with without_privileges() if "permission" in row else contextlib.nullcontext():
         check(script, argv, expected_line(row, FILE=image, DIR=root), folder)
 

@@ -9,28 +9,29 @@ import pytest
 import torch
 
 from common.measure.evaluate import predict
-from common.network.cascade import BATCH_SIZE, Classifier, Recomputation
+from common.network.cascade import BATCH_SIZE, Classifier, Fp32Recheck
+from common.network.tracing import trace_network
 
 COUNT = 2 * BATCH_SIZE + 7
 
 
-def test_recomputation_adds_up():
-    total = Recomputation(10, 3, 1, 0.2)
-    total.add(Recomputation(5, 1, 1, 0.1))
-    assert total == Recomputation(15, 4, 2, 0.2)
+def test_rechecks_add_up():
+    total = Fp32Recheck(10, 3, 1, 0.2)
+    total.add(Fp32Recheck(5, 1, 1, 0.1))
+    assert total == Fp32Recheck(15, 4, 2, 0.2)
 
 
 @pytest.mark.parametrize(("largest", "warns"), [(0.0, False), (0.6, False), (0.7, True)])
 def test_a_change_near_the_bound_is_warned_of(largest, warns, caplog):
-    Recomputation(10, 3, 1, largest).warn_if_near()
+    Fp32Recheck(10, 3, 1, largest).warn_if_near()
     assert ("some beyond may be wrong" in caplog.text) == warns
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_it_classifies_as_plain_fp32_does(tiny_model, random_images, fast):
-    test, record = random_images(COUNT), Recomputation()
+    test, record = random_images(COUNT), Fp32Recheck()
     expected = predict(tiny_model, test, 16) == test.labels
-    found = Classifier(tiny_model, test.images, fast, record).find_correct(test)
+    found = Classifier(trace_network(tiny_model, test.shape), test, fast, record).find_correct(test)
     assert found.dtype == torch.bool
     assert torch.equal(found, expected)
     assert 0 < int(found.sum()) < COUNT  # else all agree by chance
@@ -39,11 +40,12 @@ def test_it_classifies_as_plain_fp32_does(tiny_model, random_images, fast):
 
 def test_close_cases_are_those_within_the_bound(tiny_model, random_images):
     """Where bf16 always says 9, other classes come from FP32 alone, and the record says so."""
-    test, record = random_images(COUNT), Recomputation()
+    test, record = random_images(COUNT), Fp32Recheck()
     test.labels[:] = predict(tiny_model, test, 16)
-    classifier = Classifier(tiny_model, test.images, True, record)
-    always_nine = classifier._fast.linear_bias + torch.arange(10) * 100.0
-    classifier._fast = replace(classifier._fast, linear_bias=always_nine)
+    classifier = Classifier(trace_network(tiny_model, test.shape), test, True, record)
+    linear = classifier._fast.layers["linear"]
+    always_nine = replace(linear, bias=linear.bias + torch.arange(10) * 100.0)
+    classifier._fast = classifier._fast.with_layers({"linear": always_nine})
     correct_by_bound = []
     for bound in (1e-9, 99.0, 1e4):
         classifier._bounds = torch.tensor([bound])

@@ -21,6 +21,7 @@ from common.network.checkpoint import (
     load_model,
     read_checkpoint,
 )
+from common.network.layouts import NESTING_KEYS
 
 
 def to_torchvision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -61,21 +62,26 @@ def test_layouts(layout, legacy, tiny_state, tmp_path, capsys):
     path = tmp_path / "weights.pth"
     torch.save(LAYOUTS[layout](tiny_state), path, _use_new_zipfile_serialization=not legacy)
     state = read_checkpoint(path)
-    assert list(state) == list(tiny_state)
+    own = tiny_state if layout not in ("torchvision", "model") else to_torchvision(tiny_state)
+    assert list(state) == list(own)
     for name, value in state.items():
         if layout == "without counters" and name.endswith("num_batches_tracked"):
             assert value == 0
         else:
-            assert torch.equal(value, tiny_state[name])
+            assert torch.equal(value, own[name])
         assert not value.requires_grad
-    assert capsys.readouterr() == ("", "")
+    told = capsys.readouterr().err
+    assert (f"{path}: its entry {layout} is taken\n" in told) == (layout in NESTING_KEYS)
+    assert ("the prefix module. of all names" in told) == ("Parallel" in layout or layout == "net")
+    assert ("_orig_mod taken out of the names" in told) == ("compiled" in layout)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".SafeTensors"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".SafeTensors", ".bin"])
 def test_safetensors(suffix, tiny_state, tmp_path):
     save_file(to_torchvision(tiny_state), tmp_path / f"weights{suffix}")
     state = read_checkpoint(tmp_path / f"weights{suffix}")
-    assert all(torch.equal(state[name], value) for name, value in tiny_state.items())
+    own = to_torchvision(tiny_state)
+    assert all(torch.equal(state[name], value) for name, value in own.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -135,6 +141,7 @@ def test_sha256(tmp_path):
     path.write_bytes(b"weights")
     described = find_weights(path, tmp_path).describe()
     assert described["sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert (described["size_bytes"], described["coded"]) == (len(b"weights"), False)
 
 
 # --- writing -------------------------------------------------------------------------------------

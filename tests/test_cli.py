@@ -221,8 +221,9 @@ def test_messages_go_to_stderr(quiet, capsys):
     cli.set_up_messages(quiet)
     cli.set_up_messages(quiet)  # setting up twice must not double them
     cli.log.info("a note on %s", "café")
-    cli.log.warning("a %s", "risk")
-    expected = "warning: a risk\n" if quiet else "a note on café\nwarning: a risk\n"
+    cli.log.warning("a %s", "risk\x1b[2J")
+    warned = "warning: a risk\\x1b[2J\n"
+    expected = warned if quiet else f"a note on café\n{warned}"
     assert capsys.readouterr() == ("", expected)
 
 

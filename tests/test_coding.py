@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-
-import numpy as np
 import pytest
 import torch
+from networks import NETWORKS, build
 
-from common.command.cli import UserError
-from common.images.data import normalize
 from common.inputs import Inputs
 from common.measure.evaluate import predict
-from common.network.coded import CodedNetwork
-from common.network.resnet import BLOCKS, ResNet18, fold_batch_norm, prunable_layers
-from pruning.channels.slimming import slim_by_norm
-from quantization.coding import encoder, study
-from quantization.coding.encoder import Original, encode
+from common.network.execution import Layer
+from common.network.graph import ADD
+from common.network.tracing import trace_network
+from pruning.channels.groups import find_groups
+from pruning.channels.slimming import channels_given, slim_network
+from pruning.channels.surgeon import ChannelChoice, columns_of
+from quantization.coding import encoder, smallest
+from quantization.coding.encoder import Original, encode, layers_on_the_image
 from quantization.coding.levels import choose_levels
+from quantization.files.artifact import load_int8
 from quantization.settings import Settings
 
 
@@ -39,7 +39,7 @@ def output_error(weight, moment, values):
 def test_carrying_errors_on_beats_rounding(layer):
     weight, moment = layer
     steps = torch.full((8,), 0.5)
-    levels = choose_levels(weight, moment, steps, price=0.0, positions=9)
+    levels = choose_levels(weight, moment[None], steps, price=0.0, positions=9)
     assert levels.dtype == torch.int8
     rounded = (weight / 0.5).round() * 0.5
     assert output_error(weight, moment, levels * 0.5) < 0.7 * output_error(weight, moment, rounded)
@@ -47,14 +47,15 @@ def test_carrying_errors_on_beats_rounding(layer):
 
 def test_a_column_alone_is_rounded_to_the_nearest(layer):
     weight = layer[0]
-    levels = choose_levels(weight, torch.eye(36), torch.full((8,), 0.3), price=0.0, positions=9)
+    steps = torch.full((8,), 0.3)
+    levels = choose_levels(weight, torch.eye(36)[None], steps, price=0.0, positions=9)
     assert torch.equal(levels.float(), (weight / 0.3).round())
 
 
 def test_a_higher_price_makes_more_zeros_and_a_larger_error(layer):
     weight, moment = layer
     steps = torch.full((8,), 0.3)
-    found = [choose_levels(weight, moment, steps, p, positions=9) for p in (0.0, 1.0, 30.0)]
+    found = [choose_levels(weight, moment[None], steps, p, positions=9) for p in (0.0, 1.0, 30.0)]
     zeros = [int((levels == 0).sum()) for levels in found]
     errors = [output_error(weight, moment, levels * 0.3) for levels in found]
     assert zeros == sorted(set(zeros))
@@ -66,34 +67,44 @@ def few_positions(monkeypatch):
     monkeypatch.setattr(encoder, "POSITIONS", 4)
 
 
-def coded(model, layers):
-    network = ResNet18(model.widths).eval()
-    network.load_state_dict(CodedNetwork(layers, torch.empty(0), torch.empty(0), {}).state_dict())
-    return network
+def coded(network, layers):
+    return network.with_layers({n: Layer(c.dense(), c.bias) for n, c in layers.items()})
+
+
+@pytest.fixture(params=["resnet", *NETWORKS])
+def network(request, tiny_model, random_images):
+    images = random_images(64)
+    model = tiny_model if request.param == "resnet" else build(request.param, images)
+    return trace_network(model, images.shape)
+
+
+def error_of(network, layers, images, wanted=None):
+    """Return the error of the coded network's logits, as a share of those that are wanted."""
+    pixels = images.normalize(images.images)
+    expected = (wanted or network)(pixels)
+    return float((coded(network, layers)(pixels) - expected).norm() / expected.norm())
 
 
 @torch.inference_mode()
-def test_at_no_price_the_network_stays_what_it_is(tiny_model, random_images, few_positions):
+def test_at_no_price_the_network_stays_what_it_is(network, random_images, few_positions):
     images = random_images(32)
-    layers = encode(fold_batch_norm(tiny_model), images, price=1e-6)
-    assert list(layers) == list(prunable_layers(tiny_model))
-    expected, logits = (
-        m(normalize(images.images)) for m in (tiny_model, coded(tiny_model, layers))
-    )
-    assert (logits - expected).norm() < 0.05 * expected.norm()
+    layers = encode(network, images, price=1e-6)
+    assert tuple(layers) == network.graph.layers
+    assert error_of(network, layers, images) < 0.05
+    for name, layer in layers.items():
+        assert layer.weight.shape == network.layers[name].weight.shape
+        assert torch.equal(layer.bias, layer.bias.half().float())
+        assert torch.equal(layer.scales, layer.scales.half().float())
 
 
 @torch.inference_mode()
 def test_layers_make_up_for_what_those_before_lost(
-    tiny_model, random_images, few_positions, monkeypatch
+    network, random_images, few_positions, monkeypatch
 ):
     images = random_images(64)
-    normalized = normalize(images.images)
-    expected = tiny_model(normalized)
 
     def error():
-        layers = encode(fold_batch_norm(tiny_model), images, price=3.0)
-        return float((coded(tiny_model, layers)(normalized) - expected).norm())
+        return error_of(network, encode(network, images, price=3.0), images)
 
     repaired = error()
     monkeypatch.setattr(encoder, "REPAIR_RIDGE", 1e3)  # no repair
@@ -101,23 +112,125 @@ def test_layers_make_up_for_what_those_before_lost(
 
 
 @torch.inference_mode()
-def test_channels_that_are_gone_are_made_up_for(tiny_model, random_images, few_positions):
+def test_the_last_operand_of_a_sum_makes_up_for_the_others(random_images, few_positions):
+    """The sum after a shortcut of one bit a weight is nearer than it would be."""
     images = random_images(64)
-    widths = {name: width - 1 for name, width in zip(BLOCKS, tiny_model.widths.inner, strict=True)}
-    slim = fold_batch_norm(slim_by_norm(tiny_model, widths))
-    dense = fold_batch_norm(tiny_model)
-    channels = {}
-    for name in BLOCKS:
-        of_slim, of_dense = (n.get_submodule(name).conv1.weight for n in (slim, dense))
-        same = (of_slim[:, None] == of_dense).flatten(2).all(2)
-        channels[name] = same.int().argmax(1)
-    normalized = normalize(images.images)
+    network = trace_network(build(NETWORKS[2], images), images.shape)
+    (addition,) = (o for o in network.graph.operations if o.kind == ADD)
+    pixels = images.normalize(images.images)
+
+    def error():
+        found = coded(network, encode(network, images, price=3.0))
+        values = (
+            one.run({network.graph.input: pixels}, [addition.name])[addition.name]
+            for one in (network, found)
+        )
+        return float(torch.sub(*values).norm())
+
+    made_up = error()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "completed_sum", lambda network, name: None)
+        assert made_up < error()
+
+
+def test_grouped_convolutions_are_coded_as_so_many_layers():
+    """At no price, where the estimate of bits, which is all that groups share, does not count."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 18, generator=generator)
+    inputs = torch.randn(3, 200, 18, generator=generator)
+    inputs = inputs @ torch.randn(3, 18, 18, generator=generator)
+    moments = inputs.transpose(1, 2) @ inputs / 200
+    steps = torch.full((12,), 0.4)
+    found = choose_levels(weight, moments, steps, price=0.0, positions=9)
+    for group, rows in enumerate(torch.arange(12).split(4)):
+        alone = choose_levels(weight[rows], moments[group][None], steps[rows], 0.0, positions=9)
+        assert torch.equal(found[rows], alone)
+
+
+def test_each_channel_of_a_depthwise_convolution_has_a_step_of_its_own(random_images):
+    images = random_images(32)
+    network = trace_network(build(NETWORKS[0], images), images.shape)
+    layers = encode(network, images, price=0.1)
+    assert len(layers["blocks.0.filter.0"].scales.unique()) > 6
+    assert len(layers["blocks.0.project.0"].scales.unique()) == 1
+
+
+@torch.inference_mode()
+def test_a_layer_of_very_many_inputs_is_coded_in_parts(random_images, few_positions, monkeypatch):
+    images = random_images(64)
+    network = trace_network(build(NETWORKS[1], images), images.shape)
+    whole = encode(network, images, price=1.0)
+    monkeypatch.setattr(encoder, "MAX_COLUMNS", 30)  # of 48, 72 and 147
+    parts = encode(network, images, price=1.0)
+    assert error_of(network, parts, images) < 1.5 * error_of(network, whole, images)
+    assert error_of(network, encode(network, images, price=1e-6), images) < 0.05
+
+
+def test_fewer_images_are_used_where_memory_is_short(random_images, few_positions, monkeypatch):
+    images = random_images(32)
+    network = trace_network(build(NETWORKS[0], images), images.shape)
+    used = []
+    walk = encoder.Walk
+    monkeypatch.setattr(
+        encoder,
+        "Walk",
+        lambda n, batches, *a: used.append(sum(map(len, batches))) or walk(n, batches, *a),
+    )
+    encode(network, images, price=0.1)
+    monkeypatch.setattr(encoder, "MEMORY_BYTES", 20 * 2 * encoder.peak_bytes_per_image(network, 2))
+    layers = encode(network, images, price=0.1)
+    assert used == [64, 64, 20, 20]
+    assert error_of(network, layers, images) < 0.5
+
+
+def test_layers_that_read_the_image_directly_have_8_bits(network, random_images, few_positions):
+    layers = encode(network, random_images(16), price=10.0)
+    first, *others = layers.values()
+    assert layers_on_the_image(network.graph) == {next(iter(layers))}
+    assert (first.weight.flatten(1).abs().amax(1) >= 126).all()
+    assert any((layer.weight == 0).any() for layer in others)
+
+
+class Parallel(torch.nn.Module):
+    """Two convolutions that read the image, one of them after a pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1)
+        self.c = torch.nn.Conv2d(8, 10, 1)
+
+    def forward(self, x):
+        x = torch.nn.functional.avg_pool2d(x, 2)
+        return self.c(torch.cat([self.a(x), self.b(x)], 1)).mean((2, 3))
+
+
+def test_several_layers_may_read_the_image():
+    network = trace_network(Parallel().eval(), (3, 8, 8))
+    assert layers_on_the_image(network.graph) == {"a", "b"}
+
+
+@torch.inference_mode()
+def test_channels_that_are_gone_are_made_up_for(network, random_images, few_positions):
+    """A network without the last channel of each group, which nothing made up for."""
+    images = random_images(64)
+    groups, choices = find_groups(network), {}
+    for name, group in groups.items():
+        channels = torch.arange(group.width - 1)
+        layers = {
+            reader: Layer(
+                network.layers[reader].weight[:, columns_of(channels, spread)],
+                network.layers[reader].bias,
+            )
+            for reader, spread in group.readers.items()
+        }
+        choices[name] = ChannelChoice(channels, layers)
+    slim = slim_network(network, groups, choices)
 
     def error(original):
         layers = encode(slim, images, price=1e-6, original=original)
-        return float((coded(slim, layers)(normalized) - tiny_model(normalized)).norm())
+        return error_of(slim, layers, images, network)
 
-    assert error(Original(dense, channels)) < 0.8 * error(None)
+    assert error(Original(network, channels_given(groups, choices))) < 0.8 * error(None)
 
 
 @torch.inference_mode()
@@ -125,60 +238,68 @@ def test_a_trained_network_is_coded_towards_the_one_that_it_was_made_from(
     tiny_model, random_images, few_positions
 ):
     images = random_images(64)
-    pixels = normalize(images.images)
-    dense = fold_batch_norm(tiny_model)
-    trained = copy.deepcopy(dense)
+    dense = trace_network(tiny_model, images.shape)
+    layers = dict(dense.layers)
     torch.manual_seed(0)
-    for name in BLOCKS:
-        block = trained.get_submodule(name)
-        order = torch.randperm(block.conv1.out_channels)  # the same function of other channels
-        block.conv1.weight.copy_(block.conv1.weight[order])
-        block.conv1.bias.copy_(block.conv1.bias[order])
-        block.conv2.weight.copy_(block.conv2.weight[:, order])
-    trained.linear.bias[0] += 1.0  # and it answers otherwise
+    for name, group in find_groups(dense).items():
+        order = torch.randperm(group.width)  # the same function of other channels
+        layers[name] = Layer(layers[name].weight[order], layers[name].bias[order])
+        for reader in group.readers:
+            layers[reader] = Layer(layers[reader].weight[:, order], layers[reader].bias)
+    layers["linear"] = Layer(layers["linear"].weight, layers["linear"].bias + torch.eye(10)[0])
+    trained = dense.with_layers(layers)  # and it answers otherwise
 
     def error(original, wanted):
-        layers = encode(trained, images, price=1e-6, original=original)
-        logits = coded(trained, layers)(pixels)
-        return float((logits - wanted(pixels)).norm() / wanted(pixels).norm())
+        return error_of(trained, encode(trained, images, 1e-6, original=original), images, wanted)
 
-    assert error(Original(dense, None), dense) < 0.05
+    inner = find_groups(dense)
+    unknown = Original(dense, dict.fromkeys(inner))
+    assert error(unknown, dense) < 0.05
     assert error(None, trained) < 0.05
-    own = {name: torch.arange(c) for name, c in zip(BLOCKS, dense.widths.inner, strict=True)}
-    assert error(Original(dense, own), dense) > 2 * error(Original(dense, None), dense)
+    own = {name: torch.arange(group.width) for name, group in inner.items()}
+    assert error(Original(dense, own), dense) > 2 * error(unknown, dense)
 
 
-def test_the_study_measures_what_is_read_back(
-    tiny_model, random_images, few_positions, tmp_path, monkeypatch
+@torch.inference_mode()
+def test_layers_of_zeros_and_dead_channels_are_coded(tiny_model, random_images, few_positions):
+    tiny_model.layer1[0].bn2.weight.zero_()
+    tiny_model.layer2[0].bn1.weight.zero_()
+    tiny_model.layer2[0].bn1.bias.fill_(-1.0)
+    tiny_model.layer3[1].conv1.weight.zero_()
+    images = random_images(32)
+    network = trace_network(tiny_model, images.shape)
+    for price in (1e-6, 0.1):
+        layers = encode(network, images, price)
+        assert not layers["layer3.1.conv1"].weight.any()
+        assert error_of(network, layers, images) < 0.2
+
+
+def test_the_coded_file_is_measured_as_it_is_read_back(
+    tiny_model, random_images, few_positions, tmp_path
 ):
-    monkeypatch.setattr(study, "CURVE_PRICES", (0.03, 3.0))
     images, test = random_images(32), random_images(40, seed=1)
     fp32 = predict(tiny_model, test)
-    inputs, settings = Inputs({}, tiny_model, None, 0, test, images), Settings(observer="minmax")
-    bench = study.CodingBench(inputs, images, fp32, settings, 16, 10**6)
-    path = tmp_path / study.CODED_NAME
-    coding = study.study_coding(bench, 4.0, True, path)
+    inputs, settings = (
+        Inputs({"size_bytes": 2 * 10**6}, tiny_model, None, 0, test, images),
+        Settings(observer="minmax"),
+    )
+    setup = smallest.CodingSetup(inputs, images, fp32, settings, 16, 10**6)
+    path = tmp_path / smallest.CODED_NAME
+    coding = smallest.write_smallest(setup, 4.0, path)
     assert coding["file_bytes"] == path.stat().st_size
     assert coding["size_ratio"] == pytest.approx(10**6 / path.stat().st_size)
-    reloaded = predict(study.load_int8(path), test)
+    assert coding["size_ratio_given"] == pytest.approx(2 * coding["size_ratio"])
+    reloaded = predict(load_int8(path, settings.engine), test)
     assert coding["accuracy"]["correct"] == int((reloaded == test.labels).sum())
     assert coding["comparison"]["drop"] == pytest.approx(
         float((fp32 == test.labels).float().mean() - (reloaded == test.labels).float().mean())
     )
-    cheap, dear = coding["curve"]
-    assert dear["file_bytes"] < cheap["file_bytes"]
-    assert coding["levels_bytes"].keys() == {"coded", "entropy", "mask-lzma", "lzma", "gzip"}
-    text = study.format_coding(coding)
+    weights = sum(p.numel() for p in tiny_model.parameters() if p.ndim > 1)
+    assert coding["bits_per_weight"] == 8 * path.stat().st_size / weights
+    assert coding["bits_wanted"] == 4.0
+    text = smallest.format_coding(coding)
+    assert "asked for" not in text
+    assert "(0.5 asked for)" in smallest.format_coding(coding | {"bits_wanted": 0.5})
     assert max(map(len, text.splitlines())) <= 80
     assert f"{coding['size_ratio']:.1f}×" in text
-
-
-def test_the_entropy_is_that_of_the_levels():
-    levels = np.array([[[0], [0], [1], [-1]]], np.int8)
-    assert study._entropy_bytes(levels) == pytest.approx(1.5 * 4 / 8)
-
-
-def test_activations_beyond_fp16_are_told(tiny_model, random_images):
-    tiny_model.bn1.weight.data *= 1e6
-    with pytest.raises(UserError, match="beyond 65,504"):
-        encode(fold_batch_norm(tiny_model), random_images(8), 0.02)
+    assert f"{coding['size_ratio_given']:.1f}× smaller than the given file" in text

@@ -1,142 +1,119 @@
-"""INT8 conversion, checked against integer arithmetic done by hand."""
+"""From FP32 to INT8: weights, biases and ranges, against torch.ao and arithmetic by hand."""
 
 from __future__ import annotations
 
-import copy
-import gc
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from processes import run_fresh
-from torch.fx import GraphModule
+from every_kind import make_every_kind, make_images
 
-from common.images.data import batches, normalize
-from quantization.int8 import conversion, engines
-from quantization.int8.operations import list_operations
+from common.network.execution import Layer
+from common.network.tracing import trace_network
+from quantization.int8 import conversion
+from quantization.int8.conversion import convert, convert_coded, observe, quantize_layer
+from quantization.int8.observers import MinMaxObserver
+from quantization.int8.reference import ReferenceRunner
 from quantization.settings import OBSERVERS, Settings
 
-ENGINES = engines.candidate_engines()
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def test_torch_ao_is_imported_in_one_place():
+@pytest.fixture(scope="module")
+def network():
+    return trace_network(make_every_kind(), make_images(1).shape)
+
+
+@pytest.fixture(scope="module")
+def observation(network):
+    return observe(network, make_images(32), "minmax", 16)
+
+
+def test_torch_ao_is_imported_nowhere():
     folders = ("common", "quantization", "pruning", "pipeline", "training", "benchmarks")
     sources = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
     importing = re.compile(r"^ *(from|import) torch\.(ao|quantization)\b", re.MULTILINE)
-    found = [path.name for path in sources if importing.search(path.read_text(encoding="utf-8"))]
-    assert found == ["conversion.py"]
+    assert not [p for p in sources if importing.search(p.read_text(encoding="utf-8"))]
 
 
-def test_torchs_compiler_is_not_imported():
-    """It would take a second of every process that reads an INT8 model."""
-    program = (
-        "import sys\n"
-        "from common.network.resnet import Widths\n"
-        "from quantization.int8 import conversion, engines\n"
-        "settings = engines.choose_settings(engines.fastest_engine())\n"
-        "conversion.build_skeleton(settings, Widths((4, 4, 4, 4), (4,) * 8))\n"
-        "print('torch._inductor' in sys.modules or 'torch._dynamo' in sys.modules)\n"
-    )
-    process = run_fresh("-c", program)
-    assert process.stdout.strip() == "False", process.stderr
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (8, 1, 5, 5), (5, 12)])
+def test_weights_are_those_of_torchs_per_channel_quantization(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight[0] = 0
+    layer = quantize_layer(Layer(weight, torch.zeros(shape[0])))
+    zero_points = torch.zeros(shape[0], dtype=torch.int64)
+    expected = torch.quantize_per_channel(weight, layer.scales, zero_points, 0, torch.qint8)
+    assert torch.equal(layer.weight, expected.int_repr())
+    torch.testing.assert_close(layer.scales[1:], weight.abs().flatten(1).amax(1)[1:] / 127.5)
+    assert (layer.weight[0] == 0).all()
+    assert layer.dense().sub(weight).abs().max() <= 0.51 * layer.scales.max()
 
 
-def test_every_observer_that_can_be_chosen_is_one_of_torchs():
-    assert tuple(conversion.ACTIVATION_OBSERVERS) == OBSERVERS
+def test_values_are_observed_as_fp32_has_them(network, observation):
+    images = make_images(32)
+    first = images.normalize(images.images)
+    names = [name for name, x in observation.observers.items() if type(x) is MinMaxObserver]
+    values = network.run({network.graph.input: first}, names)
+    for name in ("x", "relu6", "hardswish", "add", "classify"):
+        observer = observation.observers[name]
+        assert observer.low <= float(values[name].min()) + 1e-6, name
+        assert observer.high >= float(values[name].max()) - 1e-6, name
 
 
-@pytest.fixture
-def observed(calibrate):
-    return calibrate(Settings())
+def test_moved_values_share_the_range_of_what_was_moved(observation):
+    ranges = observation.ranges(reduce_range=False)
+    assert ranges["adaptive"] == ranges["flatten"]
+    assert ranges["max_pool2d"] == ranges["mul"]
+    assert ranges["cat"] != ranges["mul"]
 
 
-@pytest.fixture
-def images(random_images):
-    return normalize(random_images(16, seed=1).images)
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_every_observer_gives_a_network_that_answers_like_fp32(network, observer):
+    images = make_images(32, seed=1)
+    batch = images.normalize(images.images)
+    observed = observe(network, make_images(32), observer, 16)
+    found = ReferenceRunner(convert(observed, Settings(observer=observer)))(batch)
+    expected = network(batch)
+    assert (found - expected).square().mean() < 0.05 * expected.square().mean()
 
 
-@pytest.mark.exact_sums
-@torch.inference_mode()
-def test_first_convolution_is_integer_arithmetic(observed, images):
-    converted = conversion.convert(observed, Settings(ENGINES[0]))
-    layer = converted.get_submodule("conv1")
-    scale = converted.conv1_input_scale_0.item()
-    zero_point = converted.conv1_input_zero_point_0.item()
-    quantized = torch.quantize_per_tensor(images, scale, zero_point, torch.quint8)
-    weight = layer.weight()
-    steps = scale * weight.q_per_channel_scales()
-    sums = F.conv2d(
-        quantized.int_repr().double() - zero_point,
-        weight.int_repr().double(),
-        (layer.bias().double() / steps).round(),
-        padding=1,
-    )
-    exact = sums * (steps / layer.scale).view(1, -1, 1, 1) + layer.zero_point
-    wanted = exact.round().clamp(layer.zero_point, 255)  # the ReLU is fused
-    got = layer(quantized).int_repr().double()
-    is_tie = (exact - exact.floor() - 0.5).abs() < 1e-3  # FP32 may round it either way
-    assert torch.equal(got[~is_tie], wanted[~is_tie])
-    assert is_tie.double().mean() < 0.02
+def test_reduced_range_uses_seven_bits(observation):
+    full, reduced = (observation.ranges(reduce)["x"].scale for reduce in (False, True))
+    assert reduced / full == pytest.approx(255 / 127, rel=1e-3)
 
 
-@pytest.mark.exact_sums
-@pytest.mark.parametrize("engine", ENGINES)
-@torch.inference_mode()
-def test_logits_are_close_to_fp32(engine, tiny_model, observed, images):
-    expected = tiny_model(images)
-    got = conversion.convert(observed, Settings(engine))(images)
-    noise = (got - expected).square().mean() / expected.square().mean()
-    assert noise < 0.01  # 20 dB
-    assert not torch.equal(got, expected)
+def test_one_observation_serves_every_choice_of_fp32_layers(observation):
+    plain = convert(observation, Settings())
+    mixed = convert(observation, Settings(fp32_layers=("stem", "hidden")))
+    assert {name for name, layer in mixed.layers.items() if not layer.is_int8} == {"stem", "hidden"}
+    assert mixed.ranges.items() <= plain.ranges.items()
+    assert torch.equal(mixed.layers["squeeze"].weight, plain.layers["squeeze"].weight)
 
 
-def test_conversion_leaves_the_calibrated_model_as_it_is(observed):
-    before = copy.deepcopy(observed.state_dict())
-    conversion.convert(observed, Settings(ENGINES[0]))
-    after = observed.state_dict()
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        assert torch.equal(value, after[name]), name
+def test_facts_of_the_images_are_kept(observation):
+    int8, images = convert(observation, Settings()), make_images(1)
+    assert (int8.classes, int8.mean, int8.std) == (images.classes, images.mean, images.std)
 
 
-@pytest.mark.parametrize("layer", ["conv1", "layer1.0.conv2", "layer2.0.shortcut.0", "linear"])
-def test_layers_left_in_fp32_and_no_others(layer, convert):
-    converted = convert(Settings(ENGINES[0], fp32_layers=(layer,)))
-    floating = [name for name, is_int8 in list_operations(converted).items() if not is_int8]
-    assert floating == [layer]
+def test_a_bias_too_large_for_int32_widens_the_scale_of_its_channel(network):
+    layer = network.layers["squeeze"]
+    weight, bias = layer.weight.clone(), layer.bias.clone()
+    weight[1], bias[1] = 1e-9, 50.0
+    changed = network.with_layers({"squeeze": Layer(weight, bias)})
+    int8 = convert(observe(changed, make_images(16), "minmax", 16), Settings())
+    source = int8.ranges[changed.graph["squeeze"].inputs[0]].scale
+    levels = int8.layers["squeeze"].bias_levels(source)
+    assert levels.abs().max() <= conversion.MAX_BIAS_LEVEL * 1.001
+    assert levels[1] * source * int8.layers["squeeze"].scales[1] == pytest.approx(50.0, rel=1e-6)
 
 
-def test_a_layer_that_stayed_fp32_unasked_is_an_error(tiny_model, random_images):
-    settings = Settings(ENGINES[0], fp32_layers=("layer1.0.conv2",))
-    observed = conversion.calibrate(tiny_model, batches(random_images(8), 8), settings)
-    with pytest.raises(RuntimeError, match=r"layer1\.0\.conv2"):
-        conversion.convert(observed, replace(settings, fp32_layers=()))
-
-
-def test_reduced_range_uses_seven_bits(convert):
-    scales = []
-    for reduce_range in (False, True):
-        converted = convert(Settings(ENGINES[0], reduce_range, "minmax"))
-        scales.append(converted.conv1_input_scale_0.item())
-    assert scales[1] / scales[0] == pytest.approx(255 / 127, rel=1e-3)
-
-
-def test_conversions_leave_no_models_behind(tiny_model, random_images):
-    """torch.ao keeps what it meets in a cache; 21 layers' worth of that were gigabytes."""
-    settings = Settings(ENGINES[0])
-    observed = conversion.calibrate(tiny_model, batches(random_images(8), 8), settings)
-
-    def alive() -> int:
-        gc.collect()
-        return sum(issubclass(type(thing), GraphModule) for thing in gc.get_objects())
-
-    conversion.convert(observed, settings)
-    before = alive()
-    for _ in range(3):
-        exempt = replace(settings, fp32_layers=("conv1",))
-        conversion.convert(conversion.reuse_ranges(observed, tiny_model, exempt), exempt)
-    assert alive() == before
+def test_coded_layers_keep_their_levels_and_are_observed_as_coded(network):
+    coded = {name: quantize_layer(network.layers[name]) for name in network.graph.layers}
+    half = replace(coded["stem"], scales=coded["stem"].scales / 2)
+    int8 = convert_coded(network, {**coded, "stem": half}, make_images(16), Settings(), 16)
+    assert torch.equal(int8.layers["stem"].weight, coded["stem"].weight)
+    assert torch.equal(int8.layers["stem"].scales, half.scales)
+    plain = convert_coded(network, coded, make_images(16), Settings(), 16)
+    assert int8.ranges["relu6"].scale < plain.ranges["relu6"].scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchvision import transforms
 
-from common.command.cli import UserError
+from common.command.argument_types import AtMost
+from common.command.cli import UserError, set_up_messages
+from common.images import data, storage
 from common.images.cifar10 import MEAN, STD
 from common.images.data import ImageSet, balanced_subset, batches, load_images, normalize
-from common.images.sources import Source, Split
+from common.images.source import Source, Split
+from common.images.storage import allocate
 
 label_arrays = arrays(np.int64, st.integers(1, 200), elements=st.integers(0, 9))
 
@@ -37,16 +42,56 @@ def test_normalize_lays_out_channels_last():
 
 
 @given(label_arrays, st.data(), st.integers(0, 2**32 - 1))
-def test_balanced_subset(labels, data, seed):
-    count = data.draw(st.integers(0, len(labels)))
+def test_balanced_subset(labels, drawn, seed):
+    count = drawn.draw(st.integers(0, len(labels)))
     chosen = balanced_subset(labels, count, seed)
     assert len(chosen) == count
     assert len(set(chosen.tolist())) == count
     assert np.array_equal(chosen, balanced_subset(labels, count, seed))
-    available = np.bincount(labels, minlength=10)
+    shares = np.bincount(labels, minlength=10) * count / len(labels)
     taken = np.bincount(labels[chosen], minlength=10)
-    # No class gives fewer than another by more than one, unless it has no more to give.
-    assert all(taken[i] == available[i] or taken[i] >= taken.max() - 1 for i in range(10))
+    assert np.all(np.abs(taken - shares) <= len(np.unique(labels)) / 2 + 1)
+    of_equal_classes = by_class(5)
+    chosen = balanced_subset(of_equal_classes, count % 50, seed)
+    taken = np.bincount(of_equal_classes[chosen], minlength=10)
+    assert taken.max() - taken.min() <= 1
+
+
+def test_a_subset_keeps_the_proportions_of_the_classes():
+    labels = np.repeat([0, 1, 2], [600, 300, 100])
+    assert np.bincount(labels[balanced_subset(labels, 50, seed=1)]).tolist() == [30, 15, 5]
+
+
+def test_unbalanced_classes_are_told(capsys):
+    set_up_messages(quiet=False)
+    labels = np.repeat([0, 1], [30, 10])
+    read = lambda indices: np.zeros((len(indices), 3, 4, 4), np.uint8)  # noqa: E731
+    source = Source("folder", "a test", lambda split: Split(labels, read), ("cat", "dog"))
+    load_images(source, "test", 20, seed=0)
+    assert capsys.readouterr().err == (
+        "the classes have from 10 (dog) to 30 (cat) test images; subsets keep their proportions\n"
+    )
+
+
+def test_what_does_not_fit_in_memory_lies_in_a_file(monkeypatch):
+    monkeypatch.setattr(storage, "MAX_BYTES_IN_MEMORY", 1000)
+    monkeypatch.setattr(data, "MAX_BYTES_IN_MEMORY", 1000)
+    mapped = allocate((10, 3, 8, 8))
+    assert isinstance(mapped, np.memmap)
+    mapped[:] = np.arange(10, dtype=np.uint8)[:, None, None, None]
+    images = ImageSet(torch.from_numpy(mapped), torch.arange(10))
+    for rows in (torch.tensor([7, 2, 2, 9, 0, 1]), torch.arange(10) % 2 == 0):
+        chosen = images.rows(rows)
+        assert torch.equal(chosen.images[:, 0, 0, 0].long(), images.labels[rows])
+        assert torch.equal(chosen.labels, images.labels[rows])
+
+
+def test_blue_first():
+    images = ImageSet(torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8), torch.zeros(2))
+    swapped = replace(images, channel_order="bgr")
+    assert torch.equal(
+        swapped.normalize(swapped.images), images.normalize(images.images)[:, [2, 1, 0]]
+    )
 
 
 def by_class(images_a_class: int) -> np.ndarray:
@@ -131,5 +176,13 @@ def test_load_images_reads_the_whole_split():
 
 
 def test_load_images_needs_enough_of_them():
-    with pytest.raises(UserError, match="38 test images asked for, only 37 in a test"):
-        load_images(counted_source(37, []), "test", 38, seed=0)
+    with pytest.raises(UserError, match=r"^--test-images 38: only 37 test images in a test$"):
+        load_images(counted_source(37, []), "test", 38, seed=0, flag="--test-images")
+    beside = "^8 train images asked for, beside 30 for another purpose: only 37 train"
+    with pytest.raises(UserError, match=beside):
+        load_images(counted_source(37, []), "train", 8, seed=0, skip=30)
+
+
+def test_a_default_takes_what_there_is():
+    assert len(load_images(counted_source(37, []), "test", AtMost(38), seed=0)) == 37
+    assert len(load_images(counted_source(37, []), "test", AtMost(8), seed=0, skip=30)) == 7

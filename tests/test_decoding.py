@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision import transforms
 
 from common.command.cli import UserError
-from common.images.decoding import decode_images
+from common.images.decoding import Sizing, decode_images, read_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -33,6 +34,7 @@ def four_bit_bmp(levels: np.ndarray, palette: np.ndarray) -> bytes:
 
 
 COLOURS = Image.fromarray(PIXELS)
+OWN = Sizing(32, 32)
 LEVELS, SIXTEEN = PIXELS[..., 0] >> 4, PIXELS[0, :16]
 PALETTE = COLOURS.convert("P")
 IMAGE_IDS = (
@@ -59,7 +61,7 @@ IMAGE_IDS = (
     ids=IMAGE_IDS,
 )
 def test_images_become_rgb(content, expected):
-    (pixels,) = decode_images([("image", lambda: content)])
+    (pixels,) = decode_images([("image", lambda: content)], 1, OWN)
     if expected is None:  # lossy: what Pillow makes of it
         expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     assert pixels.dtype == np.uint8
@@ -81,10 +83,34 @@ def test_damaged_images_are_refused_or_read(content, changes, length):
         if position < len(damaged):
             damaged[position] = value
     try:
-        pixels = decode_images([("image", lambda: bytes(damaged[:length]))])
+        pixels = decode_images([("image", lambda: bytes(damaged[:length]))], 1, OWN)
     except UserError as error:
         message = str(error)
     else:
         message = "image: read"
         assert (pixels.shape, pixels.dtype) == ((1, 3, 32, 32), np.uint8)
     assert message.startswith("image: ")
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (33, 100), (20, 31), (40, 40)])
+@pytest.mark.parametrize(("resize", "size"), [(32, 32), (40, 32)])
+def test_scaling_and_cutting_equal_torchvision(shape, resize, size):
+    pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    reference = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size)])
+    sizing = Sizing(size, size, resize)
+    (found,) = decode_images([("image", lambda: encoded(image, "PNG"))], 1, sizing)
+    assert np.array_equal(found, np.asarray(reference(image)).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_their_exif_says(orientation):
+    image = Image.fromarray(PIXELS[:20])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(image, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    height, width = read_size("image", lambda: content)
+    assert (width, height) == expected.size
+    (found,) = decode_images([("image", lambda: content)], 1, Sizing(height, width))
+    assert np.array_equal(found, np.asarray(expected).transpose(2, 0, 1))

@@ -17,10 +17,10 @@ from common.images import data
 from common.images.data import ImageSet, normalize
 from common.machine import device
 from common.measure.evaluate import predict
-from common.network.branching import FoldedNetwork
-from common.network.cascade import Cascade, Classifier, Recomputation
+from common.network.cascade import Cascade, Classifier, Fp32Recheck
 from common.network.resnet import ResNet18, Widths
-from pruning.alone.walk import Variants, Walk
+from common.network.tracing import trace_network
+from pruning.alone.walk import PrunedVariants, Walk
 from training.loop.augment import make_batch, plan_epoch
 from training.recipe import Recipe
 
@@ -98,7 +98,7 @@ class Devices(TorchDispatchMode):
 @pytest.fixture
 def imagined() -> Iterator[tuple[ResNet18, ImageSet]]:
     """A network and 64 images on a GPU that fails where a number is asked for, as waiting does."""
-    data._mean_and_std.cache_clear()
+    data._on_device.cache_clear()
     with FakeTensorMode():
         with torch.device("cuda"):
             model = ResNet18(Widths((4, 8, 8, 8))).eval()
@@ -107,19 +107,18 @@ def imagined() -> Iterator[tuple[ResNet18, ImageSet]]:
         normalize(images)  # whose constants go to the GPU once
         with torch.inference_mode():
             yield model, ImageSet(images, labels)
-    data._mean_and_std.cache_clear()
+    data._on_device.cache_clear()
 
 
 def test_the_scan_neither_waits_nor_leaves_the_gpu(imagined):
     model, images = imagined
-    pruned = {
-        name: convolution
-        for name, convolution in FoldedNetwork.of(model).convolutions().items()
-        if name in ("conv1", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0")
-    }
-    variants = Variants(pruned | {"linear": model.linear.weight}, None, 0.9, {})
+    network = trace_network(model, images.shape)
+    layers = ["conv1", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0", "linear"]
+    variants = PrunedVariants({n: network.layers[n] for n in layers}, None, 0.9, {})
+    walk = Walk(Cascade.of(network, fast=False), layers, network.graph["linear"].inputs[0])
+    assert network.shapes  # learned once
     with Devices() as devices:
-        chunk = Walk(Cascade.of(model, fast=False)).run(images, [variants], 16, lambda count: None)
+        chunk = walk.run(images, [variants], 16, lambda count: None)
     assert chunk.correct.shape == (5, 64)
     assert chunk.correct.is_cuda
     assert devices.crossings == 0
@@ -127,8 +126,9 @@ def test_the_scan_neither_waits_nor_leaves_the_gpu(imagined):
 
 def test_classifying_leaves_the_gpu_once_at_the_end(imagined):
     model, images = imagined
+    network = trace_network(model, images.shape)
     with Devices() as devices:
-        classifier = Classifier(model, images.images, False, Recomputation())
+        classifier = Classifier(network, images, False, Fp32Recheck())
         correct = classifier.find_correct(images)
     assert not correct.is_cuda
     assert devices.crossings == 1

@@ -6,13 +6,15 @@ import ctypes
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from processes import foreground_signals
+from processes import Copy, foreground_signals
 
 from common.command import interruptions
 from common.command.cli import UserError
+from common.machine import device
 from common.machine.fresh_process import start_fresh
 
 # What is called is looked up by name in this module, which the new process imports.
@@ -53,6 +55,23 @@ def write_own_number(path: str) -> None:
     with open(path, "w") as file:
         file.write(str(os.getpid()))
     time.sleep(600)
+
+
+def start_and_wait(argv: list[str]) -> None:
+    call_fresh(write_own_number, argv[0])
+
+
+def is_running(process: int) -> bool:
+    """Whether a process has not ended; in a container nobody may clear away what has."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def hold_memory() -> int:
+    return len(torch.ones(100_000_000))
 
 
 def exhaust():
@@ -98,6 +117,15 @@ def test_what_ends_it_is_told(function, error, told):
         call_fresh(function)
 
 
+@pytest.mark.skipif(device.peak_memory_bytes() is None, reason="the system does not say")
+def test_its_memory_counts_beside_what_this_one_holds():
+    """The total is this process's memory and the other's, which imports torch and holds 400 MB."""
+    before = device.peak_memory_bytes()
+    held = torch.ones(50_000_000)
+    call_fresh(hold_memory)
+    assert device.peak_memory_bytes() > max(before, held.nbytes) + 400e6
+
+
 def test_this_one_goes_on_meanwhile(tmp_path):
     """Neither what is asked nor what is answered fits in a pipe."""
     path, argument = tmp_path / "number", b"x" * 10**6
@@ -107,6 +135,22 @@ def test_this_one_goes_on_meanwhile(tmp_path):
             time.sleep(0.01)
         assert path.exists()  # it is at work, and nobody has waited for it
         assert wait() == argument
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux who is running")
+def test_it_ends_where_this_one_is_killed(tmp_path):
+    path = tmp_path / "number"
+    with Copy(start_and_wait, path, output=tmp_path / "told") as copy:
+        while not (path.exists() and path.read_text()):
+            assert copy.wait(0.05) is None
+        other = int(path.read_text())
+        assert is_running(other)
+        copy.send(signal.SIGKILL)
+        copy.wait()
+    deadline = time.monotonic() + 30
+    while is_running(other) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(other)
 
 
 def test_it_ends_with_this_one_and_does_not_finish_first(tmp_path):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.command.cli import UserError, set_up_messages
+from common.images.cifar10 import CLASSES, MEAN, STD
 from common.images.data import load_images
-from common.images.sources import folder_source
+from common.images.folders import folder_source
 from common.inputs import load_inputs
 from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import WEIGHTS_NAME
@@ -42,8 +44,14 @@ def test_both_splits_are_the_seeds(load, tmp_path):
         assert torch.equal(found.images, expected.images)
         assert torch.equal(found.labels, expected.labels)
     assert not inputs.model.training
+    described = {
+        "classes": list(CLASSES), "image_size": [32, 32], "mean": list(MEAN), "std": list(STD),
+    }  # fmt: skip
     assert inputs.describe_images() == {
-        "source": "folder", "test_images": 20, "calibration_images": 10,
+        "source": "folder", "test_images": 20, "calibration_images": 10, **described,
+    }  # fmt: skip
+    assert inputs.describe_network() == {
+        "family": "resnet18-cifar", "layers": 21, "macs": 555_422_720, "parameters": 11_173_962,
     }  # fmt: skip
     assert inputs.weights["source"] == f"{WEIGHTS_NAME} in the working directory"
 
@@ -51,7 +59,8 @@ def test_both_splits_are_the_seeds(load, tmp_path):
 def test_calibration_images_are_loaded_only_where_asked_for(load):
     inputs = load(test_images=None)
     assert inputs.calibration is None
-    assert inputs.describe_images() == {"source": "folder", "test_images": 40}
+    assert inputs.describe_images()["test_images"] == 40
+    assert "calibration_images" not in inputs.describe_images()
 
 
 def test_other_training_images_are_none_of_the_calibration_images(load):
@@ -59,6 +68,26 @@ def test_other_training_images_are_none_of_the_calibration_images(load):
     others = inputs.load_training(20, skip=20)
     seen = {image.numpy().tobytes() for image in inputs.calibration.images}
     assert not seen & {image.numpy().tobytes() for image in others.images}
+
+
+def test_a_test_split_that_is_the_train_split_is_refused(load, tmp_path):
+    shutil.rmtree(tmp_path / "data" / "train")
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "data" / "test")
+    with pytest.raises(UserError, match="20 of 30 training images are among the 20 test images"):
+        load(calibration_images=30)
+    inputs = load()
+    with pytest.raises(UserError, match="train and test must hold different images"):
+        inputs.load_training(None)
+
+
+def test_some_test_images_in_the_train_split_are_counted(load, tmp_path, capsys):
+    set_up_messages(quiet=True)
+    for name in ("cat", "dog", "ship"):
+        copied = tmp_path / "data" / "train" / "frog" / f"{name}.png"
+        shutil.copy(tmp_path / "data" / "test" / name / "1.png", copied)
+    load(test_images=None).load_training(None)
+    told = capsys.readouterr().err
+    assert "3 of 43 training images are among the 40 test images: accuracies on them" in told
 
 
 def test_what_was_found_is_said(load, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import int8_runtimes, runtimes, runtimes_report
+from common.images.data import normalize
 from common.network.resnet import ResNet18, Widths, prunable_layers
 from quantization.int8 import engines
 from tests.check_results import SCHEMA
@@ -64,6 +65,16 @@ def test_a_slim_network_has_a_row_beside_the_dense_ones(finished):
     assert row["share_of_gemm_rate"] == pytest.approx(share)
     assert f"ours: slim + {ENGINES[-1]}" in printed
     assert met[:2] == [7, 7]  # --batch-size: 14 images
+
+
+@torch.inference_mode()
+def test_onnx_runtime_computes_fp32_too(tiny_model, random_images, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    runner = runtimes.onnxruntime_fp32(tiny_model, tmp_path)
+    images = normalize(random_images(5).images).contiguous()
+    torch.testing.assert_close(runner.run(images), tiny_model(images), rtol=1e-4, atol=1e-4)
+    assert runtimes_report.label("onnxruntime-fp32") == "ONNX Runtime FP32"
 
 
 def macs_of(model):

@@ -94,5 +94,7 @@ def test_too_few_images_for_any_network_to_pass(random_images):
         verdict = budget.judge(lambda images: torch.ones(len(images), dtype=bool), [count], 4.0)
         assert verdict.passes == passes  # of a network that loses nothing
     assert why_too_strict(99, 0.02) is None  # 50 of which choose
-    assert "takes 100 test images, not 98" in why_too_strict(98, 0.02)
+    assert "takes 100 test images, of which half choose, not 98" in why_too_strict(98, 0.02)
+    assert why_too_strict(50, 0.02, held_out=True) is None
+    assert "takes 50 held-out images, not 49" in why_too_strict(49, 0.02, held_out=True)
     assert "a budget of 0 points leaves" in why_too_strict(10_000, 0.0)

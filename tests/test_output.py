@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,14 @@ from common.files import output
 from common.files.atomic import replace_file
 from common.files.output import (
     EARLIER_NAME,
+    OUR_ENTRIES,
     RESULTS_NAME,
     STAGING_PREFIX,
     UNFINISHED_NAME,
     OutputFolder,
 )
+
+OURS = dict.fromkeys(OUR_ENTRIES, 1)
 
 
 def run(
@@ -43,7 +47,7 @@ def run(
         for name in names:
             folder.file(name).write_text(version)
         listed = {"model": names[0], "plots": list(names[1:])} if names else {}
-        results = {"artifacts": listed, "version": version}
+        results = OURS | {"artifacts": listed, "version": version}
         folder.file(RESULTS_NAME).write_text(json.dumps(results))
         folder.commit()
 
@@ -110,6 +114,18 @@ def test_earlier_results_are_set_aside(tmp_path, capsys):
     assert capsys.readouterr().err.count("earlier results moved to") == 2
 
 
+def test_earlier_results_of_one_second_find_a_free_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(output.time, "strftime", lambda *_: "now")
+    for version in "123":
+        run(tmp_path, version)
+    archives = tmp_path / EARLIER_NAME
+    shutil.rmtree(archives / "now")  # by hand
+    run(tmp_path, "4")
+    run(tmp_path, "5")
+    versions = {p.name: (p / "model.pth").read_text() for p in archives.iterdir()}
+    assert versions == {"now": "3", "now_1": "2", "now_2": "4"}
+
+
 def test_overwrite_replaces_all_of_an_earlier_run(tmp_path):
     run(tmp_path, "1", ("model.pth", "only-earlier.png"))
     run(tmp_path, "2", overwrite=True)
@@ -148,7 +164,7 @@ def test_what_is_finished_outlives_a_run_that_fails(tmp_path, overwrite):
             finished["piece"] = {"n": 3}
             if fails:
                 raise ValueError("midway")
-            folder.file(RESULTS_NAME).write_text(json.dumps({"artifacts": {}}))
+            folder.file(RESULTS_NAME).write_text(json.dumps(OURS | {"artifacts": {}}))
             folder.commit()
         return found
 
@@ -187,6 +203,25 @@ def test_a_strange_results_json_does_no_harm(tmp_path, content, overwrite):
     run(path, "1", overwrite=overwrite)
     assert (tmp_path / "precious").read_text() == "mine"
     assert json.loads((path / RESULTS_NAME).read_text())["version"] == "1"
+
+
+def test_overwrite_deletes_nothing_that_another_program_lists(tmp_path):
+    others = {
+        "thesis.tex": "mine",
+        "model.pth": "mine",
+        RESULTS_NAME: '{"artifacts": {"a": "thesis.tex"}}',
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_text(content)
+    run(tmp_path, "1", overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    (archived,) = (tmp_path / EARLIER_NAME).iterdir()
+    assert read(archived) == {n: t for n, t in others.items() if n != "thesis.tex"}
+
+
+def test_what_marks_our_results_is_what_the_schema_requires():
+    schema = json.loads((REPOSITORY / "docs" / "results.schema.json").read_text())
+    assert {*schema["required"]} == OUR_ENTRIES
 
 
 def test_files_get_the_usual_permissions(tmp_path):

@@ -25,10 +25,12 @@ COMMON = {
     "arguments": {
         "seed": 0, "quiet": False, "threads": None, "test_images": None, "finetune_images": None,
         "engines": ["fbgemm", "qnnpack"], "observer": "histogram", "tolerance": 0.02,
-        "sparsity": 0.75, "allocation": "global", "engine": "x86",
+        "sparsity": 0.75, "engine": "x86",
     },
     "environment": {"torch": "2", "vnni": True},
-    "weights": {"source": "bundled", "sha256": "ab12"},
+    "weights": {
+        "source": "bundled", "sha256": "ab12", "size_bytes": 22_440_000, "coded": False,
+    },
     "data": {"source": "folder", "test_images": 10000, "calibration_images": 512},
     "wall_seconds": 61.7,
     "peak_memory_bytes": None,
@@ -40,7 +42,7 @@ INT8 = {
     "latency": LATENCY, "int8_operations": [{"name": "conv1"}],
     "fp32_operations": [{"name": "layer1.0.conv1"}],
     "comparison": {
-        "size_ratio": 0.25, "accuracy": COMPARISON,
+        "size_ratio": 0.25, "size_ratio_given": 0.5, "accuracy": COMPARISON,
         "speedup": [{"batch_size": 1, "value": 1.5}, {"batch_size": 32, "value": 2.75}],
     },
 }  # fmt: skip
@@ -52,7 +54,7 @@ QUANTIZATION = COMMON | {
         INT8,
     ],
     "budget": {"max_drop": 0.002, "met": False,
-               "steps": [{"action": "equalize", "drop": 0.004, "kept": True}]},
+               "steps": [{"action": "equalize", "drop": 0.004, "spare": -0.0031, "kept": True}]},
     "sparsity": {"zeros_before": 80, "weights": 100},
 }  # fmt: skip
 PRUNING = COMMON | {
@@ -61,7 +63,8 @@ PRUNING = COMMON | {
     "sensitivity": [{"layer": "conv1", "amount": 0.9, "accuracy": accuracy(88),
                      "comparison": COMPARISON}],
     "ranking": [{"amount": 0.9, "layers": [{"layer": "conv1", "tied_with_next": True}]}],
-    "linear_search": {"tolerance": 0.02, "max_amount": 0.9331, "explanation": "no step lies"},
+    "linear_search": {"layers": ["linear"], "tolerance": 0.02, "max_amount": 0.9331,
+                      "explanation": "no step lies"},
     "model_search": [
         {"scope": "all", "allocation": "sensitivity", "recalibrated": True, "finetune_epochs": 0,
          "max_sparsity": 0.823, "accuracy": accuracy(89), "comparison": COMPARISON,
@@ -80,12 +83,14 @@ PIPELINE = COMMON | {
     "answers": [
         {"name": "both", "file_bytes": 900_000, "accuracy": accuracy(89), "macs_kept": 0.51,
          "comparison": COMPARISON, "latency": LATENCY, "within_budget": False,
-         "speedup": [{"batch_size": 1, "over_fp32": 7.25, "over_int8": 1.5}]},
+         "speedup": [{"batch_size": 1, "over_fp32": 7.25, "over_int8": 1.5},
+                     {"batch_size": 32, "over_fp32": 8.5, "over_int8": 1.5}]},
     ],
 }  # fmt: skip
 ALWAYS = (
     "--seed", "--quiet", "no", "--test-images", "all", "–", "fbgemm, qnnpack", "yes", "ab12",
     "10,000 test images (folder)", "took 62 s", "-3.12 points", "-7.00 to +1.10",
+    "The given file takes 22.44 MB",
 )  # fmt: skip
 
 
@@ -93,12 +98,13 @@ ALWAYS = (
     ("results", "told"),
     [
         (QUANTIZATION, ["ResNet18 for CIFAR‑10 in INT8", "4.00× smaller", "45.00 MB to 11.25 MB",
-                        "2.75× faster", "at batch 32", "7 images wrong", "1 of 2 operations",
-                        "layer1.0.conv1", "80.00 %", "2593", "0.2 points was not met", "equalize",
-                        "-0.40"]),
+                        "1.50× at batch 1, 2.75× at batch 32", "7 images wrong",
+                        "1 of 2 operations", "layer1.0.conv1", "80.00 %", "2593",
+                        "0.2 points was not met", "equalize", "-0.40", "-0.31"]),
         (PRUNING, ["pruned layer by layer", "91.00 %", "93.31 %", "conv1", "No step lies.", "≈",
                    "82.3 %", "The whole network, as far as 2 points", "sensitivity", "31 %"]),
-        (PIPELINE, ["may lose 1 points", "50.0× smaller, 7.2× faster", "not within the budget",
+        (PIPELINE, ["may lose 1 points", "50.0× smaller", "7.25× at batch 1, 8.50× at batch 32",
+                    "not within the budget",
                     "0.90 MB", "51 %", "12.3"]),
     ],
 )  # fmt: skip
@@ -107,6 +113,14 @@ def test_everything_told_is_on_the_page(results, told):
     for piece in (*ALWAYS, *told, "A quarter of the bytes"):
         assert piece in page.text
     assert page.images == [PNG + b"1"]
+
+
+def test_a_coded_file_is_not_called_dense():
+    weights = PIPELINE["weights"] | {"coded": True, "size_bytes": 27_600}
+    page = check_page(render(PIPELINE | {"weights": weights}, {}))
+    assert "0.03 MB (a coded network)" in page.text
+    assert "dense FP32 on" in page.text  # the explanation of the column
+    assert page.text.count("dense") == 1
 
 
 def test_arguments_that_are_none_mean_all_images_or_nothing():
@@ -142,7 +156,7 @@ HOSTILE = [
 @settings(max_examples=30)
 @given(st.sampled_from(HOSTILE) | st.text(min_size=1, max_size=40))
 def test_no_name_becomes_markup(name):
-    step = {"action": name, "drop": 0.0, "kept": name}
+    step = {"action": name, "drop": 0.0, "spare": 0.0, "kept": name}
     model = {"name": "int8", "engine": name, "fp32_operations": [{"name": name}]}
     results = QUANTIZATION | {
         "models": [QUANTIZATION["models"][0], INT8 | model],

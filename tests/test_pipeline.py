@@ -67,8 +67,9 @@ def test_run_keeps_the_contract(finished):
 def test_every_number_is_that_of_results_json(finished):
     process, _, results = finished
     rows = read_table(process.stdout, " " * len("dense FP32"))
-    fp32 = results["models"][0]
-    for row, entry in zip(rows, [*results["models"], *results["answers"]], strict=True):
+    fp32, given = results["models"][0], results["weights"]["size_bytes"]
+    assert shows(" ".join(rows[0][1:]), given / 1e6, fp32["size_bytes"] / given)
+    for row, entry in zip(rows[1:], [*results["models"], *results["answers"]], strict=True):
         size_bytes = entry.get("file_bytes", entry.get("size_bytes"))
         low, high = entry["comparison"]["ci95"]
         paired = [-100 * entry["comparison"]["drop"], -100 * high, -100 * low]

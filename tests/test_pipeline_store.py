@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from common.images.data import batches
-from pipeline.store import Store
 from quantization.coding.kernels import from_int8
+
+from common.command.cli import UserError
+from common.files.unfinished import Unfinished
+from common.images.data import batches
+from common.network.checkpoint import save_checkpoint
+from pipeline import store as module
+from pipeline.store import Store
 from quantization.int8 import conversion
 from quantization.int8.engines import candidate_engines
 from quantization.settings import Settings
@@ -26,7 +30,7 @@ def test_a_network_is_made_once_and_again_where_its_file_is_damaged(
         observed = conversion.calibrate(tiny_model, batches(random_images(8), 8), settings)
         return from_int8(conversion.convert(observed, settings), settings)
 
-    keep = getattr(Store(tmp_path), kind)
+    keep = getattr(Store(Unfinished(tmp_path / "unfinished", {}, resume=False)), kind)
     first, path = keep("half", make)
     again, same = keep("half", make)
     assert (made, same) == ([1], path)
@@ -40,3 +44,20 @@ def test_a_network_is_made_once_and_again_where_its_file_is_damaged(
     for state in (found, mended.state_dict()):
         for name, tensor in state.items():
             assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_run_that_is_resumed_keeps_its_precision(tmp_path, tiny_state, monkeypatch):
+    folder, cpu, meta = tmp_path / "unfinished", torch.device("cpu"), torch.device("meta")
+    monkeypatch.setattr(module, "choose_precision", lambda device: "bf16")
+    store = Store(Unfinished(folder, {}, resume=False))
+    assert store.precision(cpu) == "bf16"
+    save_checkpoint(tiny_state, folder / "half.pth")
+    monkeypatch.setattr(module, "choose_precision", lambda device: "fp32")  # a busy machine
+    assert store.precision(cpu) == "bf16"
+    resumed = Store(Unfinished(folder, {}, resume=True))
+    assert resumed.precision(cpu) == "bf16"
+    assert resumed.precision(meta) == "fp32"  # where networks were not trained before
+    assert Store(Unfinished(folder, {}, resume=True)).precision(cpu) == "bf16"
+    (folder / "precision.json").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="start anew with --overwrite"):
+        Store(Unfinished(folder, {}, resume=True)).precision(cpu)

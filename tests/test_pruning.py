@@ -16,7 +16,7 @@ from check_results import check_results, without_times
 from printed import read_table, shows
 from processes import REPOSITORY, Copy, run_fresh, run_here, run_together, start_together
 
-from common.files.output import STAGING_PREFIX, UNFINISHED_NAME
+from common.files.output import OUR_ENTRIES, STAGING_PREFIX, UNFINISHED_NAME
 from common.network.checkpoint import load_model
 from pruning.alone import scan as scan_module
 from pruning.alone.walk import Walk
@@ -44,7 +44,8 @@ def test_run_keeps_the_contract_and_tells_its_story(finished):
     assert sum(results["structure"][part] for part in parts) == 11_173_962
     verification, linear = results["verification"], results["linear_search"]
     assert verification["different"] == 0
-    assert verification["pruned_weights"] / 5120 == linear["max_amount"]
+    assert verification["pruned_weights"] == linear["pruned_weights"]
+    assert linear["pruned_weights"] / 5120 == linear["max_amount"]
     assert f"{100 * results['linear_search']['max_amount']:.2f} %" in process.stdout
     *lines, written_to = process.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -105,7 +106,10 @@ def small(tiny_weights):
     ]  # fmt: skip
 
 
-EARLIER = {"results.json": '{"artifacts": {"model": "model.pth"}}', "model.pth": "earlier"}
+EARLIER = {
+    "results.json": json.dumps(dict.fromkeys(OUR_ENTRIES, 1) | {"artifacts": {"a": "model.pth"}}),
+    "model.pth": "earlier",
+}
 
 
 def read(folder):
@@ -304,13 +308,14 @@ def test_every_number_of_the_search_is_that_of_results_json(finished):
         "  elsewhere": [splits["splits"]],
         " {13}average": [-100 * splits["drop"]["mean"], splits["within_tolerance"],
                          splits["splits"]],
-        "  dense file": [savings["dense_bytes"] / 1e6, savings["dense_compressed_bytes"] / 1e6],
+        "  given file": [results["weights"]["size_bytes"] / 1e6],
+        "  unpruned": [savings["dense_bytes"] / 1e6, savings["dense_compressed_bytes"] / 1e6],
         "  pruned file": [savings["pruned_bytes"] / 1e6, savings["pruned_compressed_bytes"] / 1e6],
         "  speed": [90, sparse["median_ms"], dense["batch_size"], dense["median_ms"]],
         "verified:": [results["verification"]["different"],
                       results["verification"]["predictions"]],
         " {10}whose search": [results["verification"]["pruned_weights"],
-                              round(5120 * linear["max_amount"])],
+                              linear["pruned_weights"]],
         " {10}and which takes": [results["verification"]["speedup"]],
         "took": [results["wall_seconds"], results["peak_memory_bytes"] / 1e6],
     }  # fmt: skip

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from common.network.resnet import ResNet18, Widths, prunable_layers
+from common.command.cli import UserError
+from common.network.tracing import trace_network
 from pruning.together import allocation
 from pruning.together.allocation import DamageCurve, greedy_counts
 
@@ -42,16 +43,6 @@ def test_global_keeps_what_torch_keeps(seed, sparsity, with_ties):
         assert torch.equal(mask, module.weight_mask.bool())
 
 
-@settings(max_examples=60)
-@given(st.integers(0, 2**31), st.floats(0.01, 0.99), st.booleans())
-def test_uniform_keeps_what_torch_keeps(seed, sparsity, with_ties):
-    weights = make_weights(seed, with_ties)
-    found = allocation.uniform_masks(weights, sparsity)
-    for mask, module in zip(found.values(), as_modules(weights), strict=True):
-        prune.l1_unstructured(module, "weight", sparsity)
-        assert torch.equal(mask, module.weight_mask.bool())
-
-
 def test_random_takes_more_of_the_same_whatever_the_weights():
     weights = make_weights(0)
     less, more = (allocation.random_masks(weights, sparsity, 3) for sparsity in (0.3, 0.8))
@@ -64,11 +55,18 @@ def test_random_takes_more_of_the_same_whatever_the_weights():
 
 
 def test_scopes_divide_the_layers():
-    model = ResNet18(Widths((4, 8, 8, 8)))
-    everything = list(prunable_layers(model))
-    assert list(allocation.weights_in_scope(model, "all")) == everything
-    assert list(allocation.weights_in_scope(model, "conv")) == everything[:-1]
-    assert list(allocation.weights_in_scope(model, "linear")) == ["linear"]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 8), nn.Linear(8, 2))
+    network = trace_network(model.eval(), (3, 8, 8))
+    weights = {name: layer.weight for name, layer in network.layers.items()}
+    scopes = {"all": ["0", "2", "3"], "conv": ["0"], "linear": ["2", "3"]}
+    for scope, names in scopes.items():
+        assert list(allocation.weights_in_scope(network, weights, scope)) == names
+
+
+def test_scope_without_a_layer_is_told():
+    network = trace_network(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).eval(), (3, 8, 8))
+    with pytest.raises(UserError, match="--scope conv: the network has no such layer"):
+        allocation.weights_in_scope(network, {"1": network.layers["1"].weight}, "conv")
 
 
 # --- by sensitivity ------------------------------------------------------------------------------

@@ -4,14 +4,15 @@ import torch
 from common.network.resnet import prunable_layers
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
-from pruning.together.allocation import uniform_masks, weights_in_scope
+from pruning.together.allocation import SENSITIVITY, random_masks
 from pruning.together.found import finetune, search_finetuned, search_with
-from pruning.together.search import Method, ModelSearch, Step
+from pruning.together.search import Method, ModelSearch, SparsityStep
 from training.loop.distillation import Training
 
 
 def test_zeros_stay_zeros_and_the_rest_learns(tiny_model, random_images):
-    pruned = copy_without(tiny_model, uniform_masks(weights_in_scope(tiny_model, "conv"), 0.8))
+    weights = {name: layer.weight.detach() for name, layer in prunable_layers(tiny_model).items()}
+    pruned = copy_without(tiny_model, random_masks(weights, 0.8, seed=0))
     before = {n: layer.weight.detach().clone() for n, layer in prunable_layers(pruned).items()}
     finetune(pruned, tiny_model, Training(random_images(40), epochs=2), seed=0)
     assert not pruned.training
@@ -27,21 +28,25 @@ def search(tiny_model, random_images):
 
 
 def test_the_sparsest_model_that_was_kept_is_found(search, random_images):
-    best = search_with(search, Method("global", False))
+    best = search_with(search, Method(SENSITIVITY, False))
     found = search_finetuned(search, best, Training(random_images(20, seed=2), 1))
     assert found.finetune_epochs == 1
     assert found.sparsity == max((step.sparsity for step in found.steps if step.kept), default=0.0)
     weights = [layer.weight for layer in prunable_layers(found.model).values()]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
-    assert zeros == round(found.sparsity * sum(weight.numel() for weight in weights))
+    # Each layer's curve ends on a whole weight, so a few less may go than asked for.
+    asked = round(found.sparsity * sum(weight.numel() for weight in weights))
+    assert asked - len(weights) < zeros <= asked
     correct = search.classifier(found.model).find_correct(search.held_out.images)
     assert int(correct.sum()) == found.measured.accuracy.correct
 
 
 def test_a_rejected_model_is_not_the_answer(search, random_images, monkeypatch):
     """Rejected at the sparsity of the best without training, it was still reported there."""
-    best = search_with(search, Method("global", False))
-    monkeypatch.setattr(search, "judge", lambda model, sparsity: Step(sparsity, 20, 0, False))
+    best = search_with(search, Method(SENSITIVITY, False))
+    monkeypatch.setattr(
+        search, "judge", lambda model, sparsity: SparsityStep(sparsity, 20, 0, False)
+    )
     found = search_finetuned(search, best, Training(random_images(20, seed=2), 1))
     assert (found.sparsity, len(found.steps)) == (0.0, 1)
     assert found.model is search.model

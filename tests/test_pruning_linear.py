@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -6,15 +8,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from common.network.resnet import ResNet18, Widths
+from common.network.tracing import trace_network, weight_layers
 from pruning.alone.linear import (
+    AMOUNTS_OF_SEVERAL,
     SPLITS,
+    Head,
     LinearSearch,
     binary_search,
     repeat_on_halves,
     required_correct,
     search_linear,
-    sweep,
+    sweep_single,
 )
 
 
@@ -43,7 +47,7 @@ def test_sweep_equals_brute_force(seed, with_ties):
         weight = (weight * 4).round() / 4
     bias = torch.randn(4, generator=generator) / 10
     labels = torch.randint(0, 4, (40,), generator=generator)
-    found = sweep(features, labels, weight, bias).sum(axis=1)
+    found = sweep_single(features, labels, weight, bias).sum(axis=1)
     assert found.tolist() == brute_force_counts(features, labels, weight, bias)
 
 
@@ -54,7 +58,7 @@ def test_binary_search_is_right_on_falling_curves(values, required):
     curve[0] = 100  # nothing pruned is within the tolerance
     found, steps = binary_search(curve.__getitem__, len(curve) - 1, required)
     assert found == max(k for k, correct in enumerate(curve) if correct >= required)
-    assert all(step.kept == (curve[step.count] >= required) for step in steps)
+    assert all(step.kept == (curve[step.level] >= required) for step in steps)
     assert len(steps) <= int(np.ceil(np.log2(len(curve)))) + 1
 
 
@@ -71,7 +75,8 @@ def test_answer_holds_on_any_curve_and_sweep_finds_the_maximum(values, required)
 
 
 def searched(curve, required, found):
-    return LinearSearch(0.1, found, [], required, 100, curve, None)
+    counts = np.arange(len(curve))
+    return LinearSearch(("fc",), counts, 0.1, found, [], required, 100, curve, None)
 
 
 def test_non_monotone_curve_is_told():
@@ -93,24 +98,78 @@ def test_required_images(dense, total, tolerance, expected):
     assert required_correct(dense, total, tolerance) == expected
 
 
-def make_head(seed=0, images=200):
-    torch.manual_seed(seed)
-    model = ResNet18(Widths((4, 8, 8, 8))).eval()
-    features = torch.rand(images, 8)
-    with torch.no_grad():
-        labels = model.linear(features).argmax(1)
-    return model, features, labels
+def head_of(*modules):
+    """The head of a network on images of 8 × 8 pixels, and its module."""
+    model = nn.Sequential(*modules).eval()
+    network = trace_network(model, (3, 8, 8))
+    weights = {name: m.weight.detach() for name, m in weight_layers(model, network).items()}
+    return Head.of(network, weights), model
 
 
-def test_search_linear_reports_all_that_it_did():
-    model, features, labels = make_head()
-    found = search_linear(model.linear, features, labels, 0.05, seed=0)
+def search(head, model, before, tolerance, images=200):
+    """Search on random images that the model classifies as labelled."""
+    x = torch.randn(images, 3, 8, 8)
+    with torch.inference_mode():
+        labels = model(x).argmax(1)
+        return search_linear(head, model[:before](x), labels, tolerance, seed=0), x, labels
+
+
+def test_search_reports_all_that_it_did():
+    torch.manual_seed(0)
+    head, model = head_of(nn.Conv2d(3, 2, 5, 2), nn.Flatten(), nn.Linear(8, 10))
+    found, _, _ = search(head, model, 2, 0.05)
+    assert (head.features, head.layers) == ("1", ("2",))
     assert (found.weights, found.images, found.required) == (80, 200, 190)
+    assert found.counts.tolist() == list(range(81))
     assert found.correct[0] == 200
     assert found.correct[found.found] >= 190
     assert found.largest >= found.found
-    assert all(step.correct == found.correct[step.count] for step in found.steps)
+    assert all(step.correct == found.correct[step.level] for step in found.steps)
     assert len(found.splits.drops) == SPLITS
+
+
+def test_several_linear_layers_are_pruned_together_by_the_same_amount():
+    """Against torch's own pruning of the whole network, at each amount."""
+    torch.manual_seed(1)
+    modules = [nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 20), nn.ReLU(), nn.Linear(20, 5)]
+    head, model = head_of(*modules)
+    found, x, labels = search(head, model, 2, 0.1)
+    assert head.layers == found.layers == ("2", "4")
+    assert (head.levels, found.weights) == (AMOUNTS_OF_SEVERAL, 72 * 20 + 20 * 5)
+    for level in (1, 37, 90, 100):
+        pruned = copy.deepcopy(model)
+        for name in ("2", "4"):
+            prune.l1_unstructured(pruned[int(name)], "weight", level / 100)
+        with torch.inference_mode():
+            correct = int((pruned(x).argmax(1) == labels).sum())
+        assert abs(found.correct[level] - correct) <= 1
+        zeros = sum(int((pruned[i].weight == 0).sum()) for i in (2, 4))
+        assert found.counts[level] == zeros
+    assert found.correct[found.found] >= found.required
+
+
+def test_head_ends_where_more_than_a_vector_is_read():
+    """The linear layers of a squeeze-and-excitation block are no part of the head."""
+
+    class Excited(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gate, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.conv(x)
+            gate = self.gate(x.mean((2, 3))).sigmoid().view(-1, 4, 1, 1)
+            return self.fc((x * gate).mean((2, 3)))
+
+    model = Excited().eval()
+    network = trace_network(model, (3, 8, 8))
+    weights = {name: layer.weight for name, layer in network.layers.items()}
+    assert Head.of(network, weights).layers == ("fc",)
+
+
+def test_network_that_ends_in_a_convolution_has_no_head():
+    head, _ = head_of(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert head is None
 
 
 # --- halves --------------------------------------------------------------------------------------
@@ -121,12 +180,12 @@ def test_each_split_is_judged_by_the_images_that_did_not_choose():
     correct = np.array([np.arange(10) >= count for count in range(11)])
     splits = repeat_on_halves(correct, tolerance=0.2, seed=3)
     rng = np.random.default_rng(3)
-    for count, drop in zip(splits.counts, splits.drops, strict=True):
+    for level, drop in zip(splits.levels, splits.drops, strict=True):
         order = rng.permutation(10)
         chooses, judges = order[:5], order[5:]
         allowed = [n for n in range(11) if (chooses < n).sum() <= 1]  # 0.2 of 5 images
-        assert count == max(allowed)
-        assert drop == pytest.approx((judges < count).sum() / 5)
+        assert level == max(allowed)
+        assert drop == pytest.approx((judges < level).sum() / 5)
     assert splits.within == sum(drop <= 0.2 + 1e-9 for drop in splits.drops)
     assert 0 < splits.within < SPLITS
 

@@ -1,17 +1,23 @@
+import pytest
 import torch
+from torch import nn
 
-from common.images.data import normalize
+from common.command.cli import UserError
 from common.network.resnet import batch_norm_after, fold_batch_norm, prunable_layers
 from pruning.together import recalibration
-from pruning.together.recalibration import adopt_statistics, recalibrate_batch_norm
+from pruning.together.recalibration import (
+    adopt_statistics,
+    recalibrate_batch_norm,
+    require_batch_norm,
+)
 
 
 def test_first_statistics_are_those_of_a_hand_computation(tiny_model, random_images, monkeypatch):
     monkeypatch.setattr(recalibration, "BATCH_SIZE", 8)
-    images = random_images(16).images
+    images = random_images(16)
     with torch.no_grad():
         prunable_layers(tiny_model)["conv1"].weight.mul_(0.5)
-        batches = [tiny_model.conv1(normalize(half)) for half in images.split(8)]
+        batches = [tiny_model.conv1(half) for half, _ in images.batches(8)]
     mean = torch.stack([batch.mean(dim=(0, 2, 3)) for batch in batches]).mean(dim=0)
     variance = torch.stack([batch.var(dim=(0, 2, 3), correction=1) for batch in batches]).mean(0)
     weights = {name: p.clone() for name, p in tiny_model.named_parameters()}
@@ -25,9 +31,9 @@ def test_first_statistics_are_those_of_a_hand_computation(tiny_model, random_ima
 def test_every_image_weighs_the_same(tiny_model, random_images, monkeypatch):
     """513 calibration images: the last one must not count a fifth."""
     monkeypatch.setattr(recalibration, "BATCH_SIZE", 8)
-    images = random_images(17).images
+    images = random_images(17)
     with torch.no_grad():
-        maps = [tiny_model.conv1(normalize(batch)) for batch in images.split(8)]
+        maps = [tiny_model.conv1(batch) for batch, _ in images.batches(8)]
     means = torch.stack([x.mean(dim=(0, 2, 3)) for x in maps])
     recalibrate_batch_norm(tiny_model, images)
     expected = (8 * means[0] + 8 * means[1] + means[2]) / 17
@@ -37,14 +43,14 @@ def test_every_image_weighs_the_same(tiny_model, random_images, monkeypatch):
 
 def test_one_batch_gives_every_layer_what_training_mode_computes(tiny_model, random_images):
     """But for the variance, which is divided by one less there: the running one is unbiased."""
-    images = random_images(32, seed=3).images
+    images = random_images(32, seed=3)
     recalibrate_batch_norm(tiny_model, images)
     outputs = {}
     norms = {n: m for n, m in tiny_model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     for name, norm in norms.items():
         norm.register_forward_hook(lambda m, x, y, name=name: outputs.update({name: (x[0], m)}))
     with torch.inference_mode():
-        tiny_model(normalize(images))
+        tiny_model(images.normalize(images.images))
     assert len(outputs) == 20
     for activations, norm in outputs.values():
         torch.testing.assert_close(
@@ -55,7 +61,7 @@ def test_one_batch_gives_every_layer_what_training_mode_computes(tiny_model, ran
 @torch.no_grad()
 def test_adopted_statistics_change_nothing_and_can_be_measured_anew(tiny_model, random_images):
     """Of a network whose batch norms were folded, as a coded file holds it."""
-    images = random_images(32, seed=3).images
+    images = random_images(32, seed=3)
     for name, layer in prunable_layers(fold_batch_norm(tiny_model)).items():
         tiny_model.get_submodule(name).weight.copy_(layer.weight)
         if name != "linear":
@@ -63,13 +69,31 @@ def test_adopted_statistics_change_nothing_and_can_be_measured_anew(tiny_model, 
             norm.reset_parameters()
             norm.running_var.fill_(1 - norm.eps)
             norm.bias.copy_(layer.bias)
-    expected = tiny_model(normalize(images))
+    expected = tiny_model(images.normalize(images.images))
     adopt_statistics(tiny_model, images)
-    torch.testing.assert_close(tiny_model(normalize(images)), expected)
+    torch.testing.assert_close(tiny_model(images.normalize(images.images)), expected)
     recalibrate_batch_norm(tiny_model, images)  # of the unpruned network: the same, nearly
-    torch.testing.assert_close(tiny_model(normalize(images)), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        tiny_model(images.normalize(images.images)), expected, rtol=0.05, atol=0.05
+    )
 
 
 def test_statistics_that_are_there_stay(tiny_model, tiny_state, random_images):
-    adopt_statistics(tiny_model, random_images(4).images)
+    adopt_statistics(tiny_model, random_images(4))
     assert all(torch.equal(value, tiny_state[n]) for n, value in tiny_model.state_dict().items())
+
+
+def test_dropout_stays_off(random_images):
+    torch.manual_seed(0)
+    layers = [nn.Dropout(0.5), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()]
+    model, images = nn.Sequential(*layers).eval(), random_images(8)
+    recalibrate_batch_norm(model, images)
+    values = model[1](images.normalize(images.images))
+    torch.testing.assert_close(model[2].running_mean, values.mean(dim=(0, 2, 3)))
+    assert not any(module.training for module in model.modules())
+
+
+def test_network_without_batch_norms_is_told(tiny_model):
+    require_batch_norm(tiny_model)
+    with pytest.raises(UserError, match="--recalibrate-bn: the network has no batch norms"):
+        require_batch_norm(nn.Sequential(nn.Linear(2, 2)))

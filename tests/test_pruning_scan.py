@@ -4,18 +4,23 @@ import contextlib
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tracing import FAMILIES, with_statistics
+from torch import nn
 
 from common.command.cli import UserError
 from common.files.output import OutputFolder
 from common.images.data import ImageSet, normalize
 from common.network import cascade
-from common.network.branching import FoldedNetwork, branch_logits, trace_dense
+from common.network.branching import branch_logits, start_values
+from common.network.execution import Layer
 from common.network.resnet import ResNet18, Widths, prunable_layers
+from common.network.tracing import trace_network, weight_layers
 from pruning.alone.brute_force import pruned_copy
 from pruning.alone.scan import Scan, run_scan, scan_images
-from pruning.alone.walk import Variants
+from pruning.alone.walk import PrunedVariants
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +53,7 @@ def make_images(count, seed=0):
 
 def plain_correct(model, dataset, layer, amount):
     with torch.inference_mode():
-        logits = pruned_copy(model, layer, amount)(normalize(dataset.images))
+        logits = pruned_copy(model, {layer: amount})(normalize(dataset.images))
     return logits.argmax(dim=1) == dataset.labels
 
 
@@ -56,6 +61,16 @@ def run(model, dataset, amounts, fast, layers=None, batch_size=4, finished=None)
     layers = layers or list(prunable_layers(model))
     scan = Scan(model, dataset, layers, amounts, batch_size, fast)
     return scan_images(scan, {} if finished is None else finished)
+
+
+def masked_layers(model, network, amounts):
+    """Folded layers without the weights that torch's own pruning removes."""
+    return {
+        name: network.layers[name].masked(
+            pruned_copy(model, {name: amount}).get_submodule(name).weight != 0
+        )
+        for name, amount in amounts.items()
+    }
 
 
 @settings(max_examples=12)
@@ -66,24 +81,84 @@ def run(model, dataset, amounts, fast, layers=None, batch_size=4, finished=None)
     data=st.data(),
 )
 def test_branches_equal_full_forward_passes(seed, channels, amount, data):
+    """Any layers, in any order, each on images of its own."""
     model = make_model(seed, channels)
-    names = list(prunable_layers(model))
-    layers = sorted(data.draw(st.sets(st.sampled_from(names), min_size=1)), key=names.index)
+    layers = data.draw(st.permutations(list(prunable_layers(model))))
+    layers = layers[: data.draw(st.integers(1, len(layers)))]
     rows = {
         layer: torch.tensor(sorted(data.draw(st.sets(st.integers(0, 3), min_size=1))))
         for layer in layers
     }
-    images = normalize(make_images(4, seed).images)
-    network, variants = FoldedNetwork.of(model), Variants.of(model, layers, amount, fast=False)
+    dataset = make_images(4, seed)
+    images, network = dataset.normalize(dataset.images), trace_network(model, dataset.shape)
     with torch.inference_mode():
-        trace = trace_dense(network, images)
-        found = branch_logits(network, trace, variants.exact, rows)
+        variants = masked_layers(model, network, dict.fromkeys(layers, amount))
+        wanted = start_values(network.graph, layers)
+        dense = network.run({network.graph.input: images}, wanted)
+        before = {name: value.clone() for name, value in dense.items()}
+        found = branch_logits(network, dense, variants, rows)
         expected = torch.cat(
-            [pruned_copy(model, layer, amount)(images)[rows[layer]] for layer in layers]
+            [pruned_copy(model, {layer: amount})(images)[rows[layer]] for layer in layers]
         )
-        dense = network.classify(trace.features)
-        torch.testing.assert_close(dense, model(images), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(value, dense[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_scanned_exactly(name):
+    """Against one pass of the module for each layer, pruned by torch."""
+    options = {"init_weights": False} if name == "googlenet" else {}
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=5, **options)
+    model, images = with_statistics(model), torch.randn(2, 3, 64, 64)
+    network = trace_network(model, (3, 64, 64))
+    weights = {n: m.weight.detach() for n, m in weight_layers(model, network).items()}
+    some = list(weights)[:: 1 + len(weights) // 12] + list(weights)[-1:]
+    with torch.inference_mode():
+        variants = PrunedVariants.of(network, weights, 0.9, fast=False).exact
+        wanted = start_values(network.graph, weights)
+        dense = network.run({network.graph.input: images}, wanted)
+        found = branch_logits(network, dense, variants).view(len(weights), 2, 5)
+        by_layer = dict(zip(weights, found, strict=True))
+        expected = torch.stack([pruned_copy(model, {layer: 0.9})(images) for layer in some])
+    found = torch.stack([by_layer[layer] for layer in some])
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-5 * scale)
+    best = expected.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 1e-4 * scale
+    assert torch.equal(found.argmax(-1)[clear], expected.argmax(-1)[clear])
+
+
+class Joins(nn.Module):
+    """Additions that may overwrite either operand or none, a product, and a concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.fc = nn.Linear(9, 5)
+
+    def forward(self, x):
+        a = self.a(x)
+        b = a + self.b(a.relu())
+        c = self.c(b).relu() + b
+        c = (c + c) * b.mean((2, 3), keepdim=True).sigmoid()
+        return self.fc(torch.cat([x, a.relu(), c], 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joins_take_the_dense_value_where_a_variant_has_none(dtype):
+    torch.manual_seed(0)
+    network = trace_network(Joins().eval(), (3, 8, 8)).to(dtype)
+    layers = ["c", "fc", "a", "b"]
+    variants = {name: Layer(-network.layers[name].weight, network.layers[name].bias)
+                for name in layers}  # fmt: skip
+    images = torch.randn(4, 3, 8, 8)
+    with torch.inference_mode():
+        dense = network.run({"x": images}, start_values(network.graph, layers))
+        found = branch_logits(network, dense, variants)
+        expected = torch.cat([network.with_layers({n: v})(images) for n, v in variants.items()])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -94,7 +169,7 @@ def test_scan_gives_the_correctness_of_full_passes(fast):
     for (amount, layer), correct in result.correct.items():
         assert torch.equal(correct, plain_correct(model, dataset, layer, amount)), layer
     assert len(result.correct) == 2 * 21
-    assert (result.recomputation is not None) == fast
+    assert (result.recheck is not None) == fast
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
@@ -103,7 +178,7 @@ def make_close_model(images):
     model = make_model(2)
     with torch.no_grad():
         model.linear.bias[:2] = 20.0
-        logits = pruned_copy(model, "conv1", 0.9)(normalize(images))
+        logits = pruned_copy(model, {"conv1": 0.9})(normalize(images))
         model.linear.bias[1] += (logits[:, 0] - logits[:, 1]).median()
     return model
 
@@ -116,12 +191,12 @@ def test_close_bf16_predictions_are_decided_in_fp32(monkeypatch, second_look):
     images = make_images(96).images
     model = make_close_model(images)
     with torch.inference_mode():
-        classes = pruned_copy(model, "conv1", 0.9)(normalize(images)).argmax(dim=1)
+        classes = pruned_copy(model, {"conv1": 0.9})(normalize(images)).argmax(dim=1)
     dataset = ImageSet(images, classes)
     result = run(model, dataset, [0.9], True, ["conv1"], batch_size=32)
     assert bool(result.correct[0.9, "conv1"].all()) == second_look
-    assert result.recomputation.predictions == 96
-    assert bool(result.recomputation.changed) == second_look
+    assert result.recheck.predictions == 96
+    assert bool(result.recheck.changed) == second_look
 
 
 def test_resumed_scan_redoes_nothing_and_ends_the_same(monkeypatch):
@@ -145,7 +220,7 @@ def test_resumed_scan_redoes_nothing_and_ends_the_same(monkeypatch):
     assert len(calls) == 20 - 16  # the first chunk of 16 batches was finished
     assert torch.equal(second.features, whole.features)
     assert torch.equal(second.dense_correct, whole.dense_correct)
-    assert second.recomputation == whole.recomputation
+    assert second.recheck == whole.recheck
     for key, correct in whole.correct.items():
         assert torch.equal(second.correct[key], correct)
 

@@ -15,14 +15,15 @@ from common.measure.evaluate import Accuracy, Paired, predict
 from common.network.checkpoint import load_model
 from common.network.resnet import prunable_layers
 from common.network.size import describe_layers
+from common.network.tracing import trace_network
 from pruning.alone.scan import Scan
-from pruning.pruning import ALLOCATIONS, main
+from pruning.pruning import main
 from pruning.report import search_results
 from pruning.report.search_results import describe_found
 from pruning.report.together import plot_model_search
 from pruning.together import found as found_module
 from pruning.together import search as model_search
-from pruning.together.allocation import RANDOM, uniform_masks, weights_in_scope
+from pruning.together.allocation import GLOBAL, RANDOM, SENSITIVITY, global_masks
 from pruning.together.found import Found, best_of, search_all, search_with
 from pruning.together.held_out import split_test
 from pruning.together.search import COARSE_LEVELS, LARGEST_LEVEL, LEVELS, Method, ModelSearch
@@ -71,8 +72,9 @@ def search(tiny_model, random_images):
 
 def test_prunes_a_copy_within_the_scope(search):
     before = {name: tensor.clone() for name, tensor in search.model.state_dict().items()}
-    pruned = search.prune(Method("uniform", False), 0.5)
-    masks = uniform_masks(weights_in_scope(search.model, "conv"), 0.5)
+    pruned = search.prune(Method(GLOBAL, False), 0.5)
+    convolutions = {n: before[f"{n}.weight"] for n in prunable_layers(pruned) if n != "linear"}
+    masks = global_masks(convolutions, 0.5)
     for name, layer in prunable_layers(pruned).items():
         dense = before[f"{name}.weight"]
         expected = dense * masks[name] if name != "linear" else dense
@@ -82,13 +84,14 @@ def test_prunes_a_copy_within_the_scope(search):
 
 def test_where_nothing_goes_it_is_the_dense_network(search):
     """Its statistics were re-estimated all the same, and nothing had judged what that costs."""
-    pruned = search.prune(Method("global", True), 0.0)
+    pruned = search.prune(Method(GLOBAL, True), 0.0)
     state = search.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in pruned.state_dict().items())
 
 
 def test_entry_is_what_plain_passes_measure(search):
-    method, layers = Method("global", True), describe_layers(search.model)
+    network = trace_network(search.model, (3, 32, 32))
+    method, layers = Method(GLOBAL, True), describe_layers(search.model, network)
     found = search_with(search, method)
     entry = describe_found(search, found)
     pruned = search.prune(method, found.sparsity)
@@ -107,7 +110,7 @@ def test_all_of_a_curve_is_on_the_same_images(search, monkeypatch):
     """Two points of it were on all held-out images, the others on the first 2,000."""
     monkeypatch.setattr(found_module, "CURVE_IMAGES", 12)
     monkeypatch.setattr(search_results, "CURVE_IMAGES", 12)
-    found = search_with(search, Method("uniform", False))
+    found = search_with(search, Method(RANDOM, False))
     entry = describe_found(search, found)
     first = search.held_out.images.rows(slice(12))
     for sparsity, accuracy in entry["curve"]:
@@ -122,11 +125,11 @@ def test_equals_are_told_apart_by_the_half_that_chooses(search):
     """The held-out half had the say, and so was none."""
     chosen = search.chosen.images
     better = search.model
-    worse = search.prune(Method("uniform", False), 0.99)
+    worse = search.prune(Method(RANDOM, False), 0.99)
 
     def made(model, right_on_held_out):
         measured = Paired(Accuracy(right_on_held_out, 20), None)
-        return Found(Method("global", False), 0, 0.5, model, measured, measured, {}, [])
+        return Found(Method(GLOBAL, False), 0, 0.5, model, measured, measured, {}, [])
 
     chosen.labels[:] = predict(better, chosen, 16)
     assert not torch.equal(predict(worse, chosen, 16), chosen.labels)
@@ -135,11 +138,10 @@ def test_equals_are_told_apart_by_the_half_that_chooses(search):
 
 
 def test_every_method_gets_its_row(search, tmp_path):
-    found = search_all(search, ALLOCATIONS)
+    found = search_all(search)
     entries = [describe_found(search, one) for one in found]
     rows = [(entry["allocation"], entry["recalibrated"]) for entry in entries]
-    expected = [(name, recalibrated) for recalibrated in (False, True) for name in ALLOCATIONS]
-    assert rows == [*expected, (RANDOM, False)]
+    assert rows == [(SENSITIVITY, False), (SENSITIVITY, True), (RANDOM, False)]
     for entry in entries:
         check_model_search(json.loads(json.dumps(entry)))
     best = best_of(search, found)
@@ -151,7 +153,7 @@ def test_every_method_gets_its_row(search, tmp_path):
 @pytest.fixture(scope="module")
 def finished(tiny_weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    arguments = ["--layers", "linear", "--scope", "all", "--allocation", "global"]
+    arguments = ["--layers", "linear", "--scope", "all"]
     arguments += ["--tolerance", "0.3", "--weights", tiny_weights]
     return run_here(main, *QUICK, *arguments, "--output-dir", folder), folder
 
@@ -161,7 +163,7 @@ def test_run_keeps_the_contract_and_saves_the_best(finished):
     assert process.returncode == 0, process.stderr
     results = json.loads((folder / "results.json").read_text())
     check_results(results, folder)
-    assert [entry["allocation"] for entry in results["model_search"]] == ["global", "random"]
+    assert [entry["allocation"] for entry in results["model_search"]] == ["sensitivity", "random"]
     *lines, _ = process.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     saved = results["model_saved"]

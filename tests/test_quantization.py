@@ -11,6 +11,8 @@ from printed import read_table, shows
 from processes import REPOSITORY, run_fresh, run_here
 from torch.nn.utils import prune
 
+from common.measure.budget import Verdict
+from common.measure.evaluate import compare, measure_accuracy
 from common.network.resnet import Widths, prunable_layers
 from quantization.accuracy.budget import Trial
 from quantization.files.artifact import load_int8
@@ -80,10 +82,12 @@ def test_auto_keeps_the_fastest_and_onnx_agrees_with_torch(tiny_weights, tmp_pat
 
 
 def test_a_budget_a_diagnosis_and_a_coded_file_in_one_run(tiny_weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trial, "measure_drop", lambda *_: 1.0)  # but with layers in FP32
+    correct = torch.arange(40) >= 39  # of the held-out images, but with layers in FP32
+    verdict = Verdict(measure_accuracy(correct), compare(torch.ones_like(correct), correct), -1.0)
+    monkeypatch.setattr(Trial, "judge", lambda *_: verdict)
     folder = tmp_path / "out"
     process = run_here(
-        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0", "--held-out-images", "40",
+        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.05", "--held-out-images", "40",
         "--diagnose", "--bits-per-weight", "2", "--coding-images", "20",
         "--output-dir", folder,
     )  # fmt: skip
@@ -94,8 +98,12 @@ def test_a_budget_a_diagnosis_and_a_coded_file_in_one_run(tiny_weights, tmp_path
     assert [row["layer"] for row in results["diagnosis"]][::20] == ["conv1", "linear"]
     coded = load_int8(folder / results["coding"]["file"])
     assert coded(torch.zeros(1, 3, 32, 32)).isfinite().all()
-    for shown in ("tried, on held-out training images", f"{restored} in FP32", "the smallest file"):
+    for shown in (
+        "tried, on held-out training images", f"{restored} in FP32", "the smallest file",
+        "on held-out images the loss and one standard error", "40 held-out training images",
+    ):  # fmt: skip
         assert shown in process.stdout
+    assert all(len(line) <= 80 for line in process.stdout.splitlines()[:-1])  # the last: a path
 
 
 def test_same_seed_same_results_from_another_folder_with_json(tiny_weights, tmp_path):
@@ -206,7 +214,7 @@ def test_every_number_in_the_tables_is_that_of_results_json(finished):
     comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
     ratio, (low, high) = comparison["size_ratio"], accuracy["ci95"]
     expected = [
-        [100 * (1 - ratio), 1 / ratio],
+        [100 * (1 - ratio), 1 / ratio, 1 / comparison["size_ratio_given"]],
         [-100 * accuracy["drop"], 95, -100 * high, -100 * low],
         [accuracy["only_a_correct"], accuracy["only_b_correct"], accuracy["mcnemar_p"]],
         [number for e in comparison["speedup"] for number in (e["value"], e["batch_size"])],

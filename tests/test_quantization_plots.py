@@ -7,9 +7,10 @@ import warnings
 import pytest
 import torch
 
-from quantization.int8 import conversion, engines
+from common.images.data import ImageSet
+from common.network.execution import Layer
+from quantization.int8.conversion import observe
 from quantization.report import plots, ranges
-from quantization.settings import Settings
 
 
 @pytest.mark.parametrize("flips", [0, 3, 40])
@@ -25,11 +26,16 @@ def test_contact_sheet_counts_every_flip(random_images, tmp_path, flips):
         assert not path.exists()
 
 
-def test_a_network_of_zeros_is_drawn_without_a_warning(tiny_model, random_images, tmp_path):
-    for parameter in tiny_model.parameters():
-        torch.nn.init.zeros_(parameter)
-    images = [(torch.zeros(2, 3, 32, 32), None)]
-    observed = conversion.calibrate(tiny_model, images, Settings(engines.candidate_engines()[0]))
+def test_a_network_of_zeros_is_drawn_without_a_warning(tiny_network, tmp_path):
+    zeros = tiny_network.with_layers(
+        {
+            name: Layer(torch.zeros_like(layer.weight), torch.zeros_like(layer.bias))
+            for name, layer in tiny_network.layers.items()
+        }
+    )
+    labels = torch.zeros(2, dtype=torch.int64)
+    images = ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), labels, mean=(0.0, 0.0, 0.0))
+    observation = observe(zeros, images, "histogram", 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ranges.plot_ranges(tiny_model, observed, tmp_path / "ranges.png")
+        ranges.plot_ranges(observation, False, tmp_path / "ranges.png")

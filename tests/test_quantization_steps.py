@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from common.images.data import ImageSet
 from common.measure import evaluate
 from common.measure.latency import Timing
 from quantization import steps
-from quantization.bench import Bench
+from quantization.calibration import CalibrationSetup
 from quantization.files import artifact
-from quantization.int8 import conversion, deploy, engines
-from quantization.int8.deploy import Quantized
+from quantization.files.int8_file import save_int8
+from quantization.int8 import conversion, engines
 from quantization.settings import Settings
+from quantization.steps import Quantized
 
 ENGINES = engines.candidate_engines()
 
@@ -31,23 +33,24 @@ def quantized_with(engine, predictions=None):
     return Quantized(Settings(engine), None, None, None, predictions)
 
 
-def test_engines_with_the_same_ranges_are_calibrated_once(tiny_model, random_images, monkeypatch):
+def test_engines_share_an_observation_and_the_integers(tiny_network, random_images, monkeypatch):
     calls = []
-    calibrate = conversion.calibrate
+    observe = conversion.observe
     monkeypatch.setattr(
-        conversion, "calibrate", lambda *arguments: calls.append(1) or calibrate(*arguments)
+        conversion, "observe", lambda *arguments: calls.append(1) or observe(*arguments)
     )
     settings = [Settings(engine) for engine in ENGINES]
     settings.append(Settings(ENGINES[0], observer="minmax"))
     test = random_images(24, seed=1)
-    bench = Bench(random_images(32), test, 16)
-    quantized = steps.quantize(tiny_model, bench, settings)
+    setup = CalibrationSetup(random_images(32), test, 16)
+    quantized = steps.quantize(tiny_network, setup, settings)
     assert len(calls) == 2
+    assert len({id(candidate.network) for candidate in quantized}) == 2
     assert [candidate.settings for candidate in quantized] == settings
     for candidate in quantized:
-        assert torch.equal(
-            candidate.predictions, evaluate.predict(candidate.deployed, test, 16, "again")
-        )
+        assert candidate.model.engine == candidate.settings.engine
+        again = evaluate.predict(candidate.model, test, 16, "again")
+        assert torch.equal(candidate.predictions, again)
 
 
 def test_the_fastest_comes_first_by_the_geometric_mean():
@@ -61,39 +64,50 @@ def test_the_fastest_comes_first_by_the_geometric_mean():
     assert order == ["quick", "steady", "bulky"]
 
 
-def test_all_files_are_verified_in_one_process_and_a_difference_is_an_error(
-    tiny_model, random_images, tmp_path, monkeypatch, caplog
+def test_all_models_are_verified_in_one_process_and_a_difference_is_an_error(
+    tiny_network, random_images, tmp_path, monkeypatch, caplog
 ):
     test, started = random_images(8), []
     settings = [Settings(engine) for engine in ENGINES]
-    quantized = steps.quantize(tiny_model, Bench(test, test, 8), settings)
+    quantized = steps.quantize(tiny_network, CalibrationSetup(test, test, 8), settings)
     monkeypatch.setattr(  # a fresh process takes seconds; the end-to-end tests start one
         artifact,
         "start_fresh",
         lambda *call: contextlib.nullcontext(lambda: started.append(1) or call[0](*call[1:])),
     )
     paths = steps.save_models(quantized, lambda name: tmp_path / name)
-    suffixes = [".pth", ".torchscript.pt"] if deploy.CAN_FREEZE else [".pth"]
     assert list(paths) == ENGINES
-    for engine, files in paths.items():
-        stem = "resnet18_cifar10_int8" + (f"_{engine}" if engine != "fbgemm" else "")
-        assert [path.name for path in files] == [stem + suffix for suffix in suffixes]
-    saved = {path: q.deployed for q in quantized for path in paths[q.settings.engine]}
-    with caplog.at_level("INFO", logger=cli.log.name), artifact.verifying_reloaded(saved, test):
+    assert {path.name for path in paths.values()} == {"resnet18_cifar10_int8.safetensors"}
+    models = steps.models_by_file(quantized, paths)
+    with caplog.at_level("INFO", logger=cli.log.name), artifact.verifying_reloaded(models, test):
         pass
     assert len(started) == 1
-    assert caplog.text.count("bit-equal") == len(saved)
+    assert caplog.text.count("bit-equal") == 1
 
-    candidate = quantized[0]
-    with engines.quiet_torch(ENGINES[0]):
-        layer = candidate.model.get_submodule("linear")
-        layer.set_weight_bias(layer.weight(), layer.bias() + 1)  # not what deployed computes
-    other = steps.save_models([candidate], lambda name: tmp_path / name)[ENGINES[0]][0]
+    (path,) = models
+    network = quantized[0].network
+    layer = network.layers["linear"]
+    changed = {**network.layers, "linear": replace(layer, bias=layer.bias + 1)}
+    save_int8(replace(network, layers=changed), path)
     with (
-        pytest.raises(UserError, match=r"int8.*\.pth: reloaded logits differ by up to"),
-        artifact.verifying_reloaded({other: candidate.deployed}, test),
+        pytest.raises(UserError, match=r"int8\.safetensors: reloaded logits differ by up to"),
+        artifact.verifying_reloaded(models, test),
     ):
         pass
+
+
+def test_engines_that_need_other_bits_have_a_file_of_their_own(
+    tiny_network, random_images, tmp_path
+):
+    test = random_images(8)
+    settings = [Settings(ENGINES[0]), Settings(ENGINES[-1], reduce_range=True)]
+    quantized = steps.quantize(tiny_network, CalibrationSetup(test, test, 8), settings)
+    paths = steps.save_models(quantized, lambda name: tmp_path / name)
+    names = [path.name for path in paths.values()]
+    assert names == ["resnet18_cifar10_int8.safetensors", "resnet18_cifar10_int8_7bit.safetensors"]
+    for candidate in quantized:
+        model = artifact.load_int8(paths[candidate.settings.engine], candidate.settings.engine)
+        assert model.network.settings.reduce_range == candidate.settings.reduce_range
 
 
 class Certain(torch.nn.Module):

@@ -22,6 +22,7 @@ from common.report.results import (
     BLUE,
     common_results,
     format_cost,
+    format_ending,
     format_table,
     megabytes,
     new_figure,
@@ -181,3 +182,5 @@ def test_the_cost_of_a_run_is_told():
     cost = {"wall_seconds": 3.4, "peak_memory_bytes": 1_234_000_000}
     assert format_cost(cost) == "took 3 s and at most 1,234 MB of memory"
     assert format_cost(cost | {"peak_memory_bytes": None}) == "took 3 s"
+    ending = format_ending(cost, Path("a\x1b[2J\nb"))
+    assert ending == f"{format_cost(cost)}\nwritten to a\\x1b[2J\\nb\n"

@@ -30,6 +30,7 @@ MODEL = {
 }  # fmt: skip
 ANSWER = {
     "name": "both", "file": "both.safetensors", "file_bytes": 1, "size_ratio": 41.2,
+    "size_ratio_given": 20.6,
     "macs_kept": 0.5, "trained": False, "within_budget": True,
     "accuracy": ACCURACY, "comparison": COMPARISON, "latency": [TIMING],
     "speedup": [{"batch_size": 1, "over_fp32": 9.0, "over_int8": 1.4}],
@@ -87,6 +88,8 @@ def test_it_takes_what_the_contract_shows(script):
         ("pipeline", lambda r: r.update(answers=[]), "answers"),
         ("int8_runtimes", lambda r: r["rows"][0].pop("runtime"), "rows"),
         ("int8_runtimes", lambda r: r["weights"].update(sha256="?"), "sha256"),
+        ("int8_runtimes", lambda r: r["weights"].update(size_bytes=0), "size_bytes"),
+        ("pipeline", lambda r: r["answers"][0].update(size_ratio_given=0), "size_ratio_given"),
         ("int8_runtimes", lambda r: r.update(schema=2), "schema"),
     ],
 )

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torchvision
+from test_tracing import FAMILIES
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.network.checkpoint import save_checkpoint
 from common.network.resnet import ResNet18
-from common.network.size import describe_layers, saved_size_bytes
+from common.network.size import count_macs, describe_layers, saved_size_bytes
+from common.network.tracing import trace_network
+
+
+def describe(model, shape=(3, 32, 32)):
+    return describe_layers(model, trace_network(model, shape))
 
 
 def test_layers_of_the_full_network():
-    layers = {layer.name: layer for layer in describe_layers(ResNet18())}
+    layers = {layer.name: layer for layer in describe(ResNet18().eval())}
     assert len(layers) == 21
     stem = layers["conv1"]
     assert (stem.kind, stem.shape, stem.weights, stem.macs) == (
@@ -26,13 +35,32 @@ def test_layers_of_the_full_network():
 
 def test_nonzeros_are_counted(tiny_model):
     tiny_model.layer1[0].conv1.weight.data[:, 0] = 0
-    layer = next(x for x in describe_layers(tiny_model) if x.name == "layer1.0.conv1")
+    layer = next(x for x in describe(tiny_model) if x.name == "layer1.0.conv1")
     assert (layer.weights, layer.nonzeros) == (4 * 4 * 9, 4 * 3 * 9)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_multiply_adds_are_those_that_torch_counts(name):
+    """Grouped and depthwise convolutions, too; torch counts two operations for each."""
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, num_classes=5, **options).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    network = trace_network(model, (3, 64, 64))
+    assert 2 * count_macs(network) == counter.get_total_flops()
+    layers = describe_layers(model, network)
+    assert sum(layer.macs for layer in layers) == count_macs(network)
+    state = [key.removesuffix(".weight") for key in model.state_dict()]
+    names = [layer.name for layer in layers]
+    assert names == [key for key in state if key in set(names)]
+    assert all(
+        layer.shape == tuple(model.get_submodule(layer.name).weight.shape) for layer in layers
+    )
 
 
 def test_describe_layers_leaves_the_model_alone(tiny_model):
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
-    describe_layers(tiny_model)
+    describe(tiny_model)
     assert not any(module._forward_hooks for module in tiny_model.modules())
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
 

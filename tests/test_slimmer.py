@@ -2,53 +2,110 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-import torch.nn.functional as F
+from networks import NETWORKS, build
 
 from common.network.resnet import BLOCKS, ResNet18, Widths
-from common.network.size import describe_layers
+from common.network.tracing import trace, trace_network
 from pruning.channels import slimmer as module
-from pruning.channels.slimmer import MACS, WEIGHTS, Slimmer
+from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts
+from pruning.channels.slimmer import Slimmer
+
+SHAPE = (3, 32, 32)
 
 
-def cost_of(model, unit):
-    return sum(getattr(layer, unit) for layer in describe_layers(model))
+def cost_of(network, unit):
+    if unit == MACS:
+        return sum(network.macs.values())
+    return sum(network.layers[name].weight.numel() for name in network.graph.layers)
 
 
-@pytest.fixture
-def slimmer(tiny_model, random_images):
-    return Slimmer(tiny_model, random_images(40).images, 0, torch.float32)
+def slimmer_of(model, images):
+    return Slimmer(model, trace(model, SHAPE), images, 0, torch.float32)
+
+
+@pytest.fixture(params=["resnet", *NETWORKS])
+def slimmer(request, tiny_model, random_images):
+    images = random_images(40)
+    model = tiny_model if request.param == "resnet" else build(request.param, images)
+    return slimmer_of(model, images)
 
 
 @pytest.mark.parametrize("unit", [MACS, WEIGHTS])
 def test_as_much_is_left_as_asked_for(slimmer, unit):
-    whole, least = cost_of(slimmer.model, unit), slimmer.least_share(unit)
-    for share in (0.9, 0.6):
-        assert cost_of(slimmer.slim(share, unit), unit) <= share * whole
-    assert cost_of(slimmer.slim(least, unit), unit) / whole == pytest.approx(least)
+    costs = slimmer.costs
+    whole, least = cost_of(slimmer.traced.network, unit), costs.least_share(unit)
+    for share in (0.9, max(0.6, least)):
+        slim = slimmer.slim(share, unit)
+        assert cost_of(slim.network, unit) <= share * whole
+        assert cost_of(trace_network(slim.model, SHAPE), unit) == cost_of(slim.network, unit)
+    narrowest = slimmer.slim(least, unit).network
+    assert cost_of(narrowest, unit) / whole == pytest.approx(least)
     with pytest.raises(ValueError, match="no widths cost as little"):
         slimmer.slim(least - 0.01, unit)
 
 
-def test_a_channel_costs_what_two_networks_differ_by(slimmer):
+def test_widths_cost_what_such_a_network_does(slimmer):
+    share = slimmer.costs.least_share() / 2 + 0.5
+    slim = slimmer.slim(share).network
+    widths = {name: len(slim.layers[name].bias) for name in slimmer.costs.groups}
     for unit in (MACS, WEIGHTS):
-        for index, name in enumerate(BLOCKS):
-            inner = list(slimmer.model.widths.inner)
-            inner[index] -= 1
-            narrower = ResNet18(Widths(slimmer.model.widths.stages, tuple(inner)))
-            difference = cost_of(slimmer.model, unit) - cost_of(narrower, unit)
-            assert slimmer.channel_costs(unit)[name] == difference
+        assert slimmer.costs.cost(widths, unit) == cost_of(slim, unit)
+        assert slimmer.costs.cost({}, unit) == cost_of(slimmer.traced.network, unit)
+
+
+def test_where_costs_multiply_the_best_widths_within_the_budget_are_nearly_found(random_images):
+    """Against all widths that there are."""
+    network = trace_network(build(NETWORKS[1], random_images(20)), SHAPE)
+    costs = ChannelCosts(network)
+    generator = torch.Generator().manual_seed(0)
+    curves = {}
+    for name, grid in costs.grid.items():
+        losses = torch.rand(len(grid), generator=generator).sort(descending=True).values
+        curves[name] = dict(zip(grid, losses.tolist(), strict=True))
+    allowed = 0.5 * costs.cost({})
+    losses = []
+    for widths in itertools.product(*costs.grid.values()):
+        chosen = dict(zip(costs.grid, widths, strict=True))
+        if costs.cost(chosen) <= allowed:
+            losses.append(sum(curves[name][width] for name, width in chosen.items()))
+    found = costs.choose(curves, 0.5, MACS)
+    assert costs.cost(found) <= allowed
+    loss = sum(curves[name][width] for name, width in found.items())
+    assert sum(other < loss for other in losses) <= 0.02 * len(losses)
+
+
+def test_tiny_groups_are_left_alone(random_images):
+    network = trace_network(build(NETWORKS[0], random_images(20)), SHAPE)
+    assert "blocks.1.excite.fc1" in ChannelCosts(network).groups
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pruning.channels.costs.SMALLEST_SHARE", 0.2)
+        assert "blocks.1.excite.fc1" not in ChannelCosts(network).groups
+
+
+def test_a_channel_costs_what_two_resnets_differ_by(tiny_model):
+    costs = ChannelCosts(trace_network(tiny_model, SHAPE))
+    for index, block in enumerate(BLOCKS):
+        inner = list(tiny_model.widths.inner)
+        inner[index] -= 1
+        narrower = ResNet18(Widths(tiny_model.widths.stages, tuple(inner))).eval()
+        for unit in (MACS, WEIGHTS):
+            expected = cost_of(trace_network(narrower, SHAPE), unit)
+            assert costs.cost({f"{block}.conv1": inner[index]}, unit) == expected
 
 
 def test_its_channels_are_those_of_the_dense_network(slimmer):
-    slim = slimmer.slim(0.7)
-    for name, channels in slimmer.channels_of(slim).items():
-        left, all_ = (
-            F.normalize(m.get_submodule(name).conv1.weight.flatten(1))
-            for m in (slim, slimmer.model)
-        )
-        assert torch.equal((left @ all_.T).argmax(1), channels)  # refitted, but much the same
+    share = slimmer.costs.least_share() / 2 + 0.5
+    slim = slimmer.slim(share)
+    found = slimmer.channels_of(slim.network)
+    assert found.keys() == slim.channels.keys()
+    assert all(torch.equal(found[name], channels) for name, channels in slim.channels.items())
+    for name, group in slimmer.costs.groups.items():
+        assert len(found[name]) == len(slim.network.layers[name].bias)
+        assert all(torch.equal(found[name], found[other]) for other in group.between)
 
 
 @pytest.mark.parametrize(("images", "fitted"), [(40, 30), (2, 2), (1, 1)])
@@ -56,18 +113,29 @@ def test_widths_are_measured_on_images_that_chose_nothing(
     tiny_model, random_images, monkeypatch, images, fitted
 ):
     calls = []
-    pixels = random_images(images).images
+    pixels = random_images(images)
     dense_of, curves_of = module.measure_dense, module.measure_curves
     monkeypatch.setattr(
-        module, "measure_dense", lambda *a: calls.append(("fitted", a[5])) or dense_of(*a)
+        module, "measure_dense", lambda *a: calls.append(("fitted", a[7])) or dense_of(*a)
     )
     monkeypatch.setattr(
-        module, "measure_curves", lambda *a: calls.append(("unseen", a[3])) or curves_of(*a)
+        module, "measure_curves", lambda *a: calls.append(("unseen", a[4])) or curves_of(*a)
     )
-    slim = Slimmer(tiny_model, pixels, 0, torch.float32).slim(0.8)
-    assert sum(slim.widths.inner) < sum(tiny_model.widths.inner)
+    slimmer = slimmer_of(tiny_model, pixels)
+    slim = slimmer.slim(0.8)
+    assert all(
+        len(channels) <= slimmer.costs.groups[n].width for n, channels in slim.channels.items()
+    )
     assert dict(calls)["fitted"] == fitted
-    measured = [seen for kind, seen in calls if kind == "unseen"]
+    measured = [seen.images for kind, seen in calls if kind == "unseen"]
     assert len(measured) == 2  # among blocks of half their width, then in a network of that kind
-    expected = pixels[fitted:] if fitted < images else pixels[-1:]
+    expected = pixels.images[fitted:] if fitted < images else pixels.images[-1:]
     assert all(torch.equal(seen, expected) for seen in measured)
+
+
+def test_a_network_without_free_channels_stays_as_it_is(random_images):
+    images = random_images(8)
+    conv, pool = torch.nn.Conv2d(3, 10, 3), torch.nn.AdaptiveAvgPool2d(1)
+    slimmer = slimmer_of(torch.nn.Sequential(conv, pool, torch.nn.Flatten()).eval(), images)
+    assert slimmer.costs.least_share() == 1
+    assert slimmer.slim(1.0).network.layers.keys() == {"0"}

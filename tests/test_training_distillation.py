@@ -7,8 +7,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from common.images.data import normalize
+from common.network.resnet import BLOCKS
+from common.network.tracing import trace
+from training.loop import distillation
 from training.loop.distillation import (
     TEMPERATURE,
     Training,
@@ -48,9 +52,29 @@ def test_only_the_teacher_s_twin_has_no_loss(tiny_model, random_images):
     with torch.no_grad():
         other.layer2[0].conv1.weight.mul_(0.5)
     for student, is_twin in ((twin, True), (other, False)):
-        with imitation_loss(student, tiny_model) as loss:
+        with imitation_loss(student, tiny_model, BLOCKS) as loss:
             found = float(loss(inputs, student(inputs), torch.tensor([])).detach())
         assert (found < 1e-9) == is_twin
+
+
+def test_imitated_blocks_of_a_resnet_are_its_residual_blocks(tiny_model):
+    assert trace(tiny_model, (3, 32, 32)).blocks == BLOCKS
+
+
+def test_network_without_joins_learns_from_logits_alone(random_images):
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 10)).eval()
+    student, images = copy.deepcopy(teacher), random_images(4)
+    with torch.no_grad():
+        student[3].weight.mul_(0.3)
+    inputs = images.normalize(images.images)
+    blocks = trace(teacher, images.shape).blocks
+    assert blocks == ()
+    with imitation_loss(student, teacher, blocks) as loss, torch.no_grad():
+        found = loss(inputs, student(inputs), torch.tensor([]))
+        assert torch.equal(found, divergence(student(inputs), teacher(inputs)))
+    distill(student, teacher, Training(images, 1), seed=0)
+    assert not student.training
 
 
 def test_batch_norm_statistics_are_held(tiny_model, random_images):
@@ -59,6 +83,18 @@ def test_batch_norm_statistics_are_held(tiny_model, random_images):
     for name, tensor in tiny_model.state_dict().items():
         if "running" in name:
             assert torch.equal(student.state_dict()[name], tensor), name
+
+
+def test_it_trains_in_the_precision_asked_for(tiny_model, random_images, monkeypatch):
+    recipes = []
+    monkeypatch.setattr(
+        distillation, "fit", lambda state, train, recipe, *_: recipes.append(recipe)
+    )
+    monkeypatch.setattr(distillation, "choose_precision", lambda device: "bf16")
+    training = Training(random_images(8), epochs=1)
+    for precision in ("fp32", None):
+        distill(copy.deepcopy(tiny_model), tiny_model, training, 0, precision=precision)
+    assert [recipe.precision for recipe in recipes] == ["fp32", "bf16"]
 
 
 def test_a_damaged_student_comes_closer_and_keeps_its_zeros(tiny_model, random_images):

@@ -18,7 +18,8 @@ from safetensors.torch import save
 
 from common.command.cli import UserError
 from common.files.untrusted import read_sealed, serialize, write_sealed
-from common.network.checkpoint import NESTING_KEYS, read_checkpoint
+from common.network.checkpoint import read_checkpoint
+from common.network.layouts import NESTING_KEYS
 
 BOUNDED = settings(
     max_examples=150,

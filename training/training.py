@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         train, held_out = measure.split_held_out(images, args.held_out_images)
         # Not used before the end, but what is amiss with them must not cost the training.
         test = data.load_images(source, "test", args.test_images, args.seed)
+        data.check_disjoint(images, test, source.description)
         cli.log.info("images: %d to train on, %d held out, from %s",
                      len(train), len(held_out), source.description)  # fmt: skip
 
@@ -128,8 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         results["parameters"] = sum(p.numel() for p in state.model.parameters())
         results |= measure.describe_accuracy(state.model.eval(), held_out, test.to(crew.device))
         results["artifacts"] = report.save_epochs(recorder.rows, folder)
-        finish_run(results, folder, started)
-    print_results(results, report.format_results(results, args.output_dir), args.json)
+        told = finish_run(results, folder, started, report.tell, args.report)
+    print_results(results, told, args.output_dir, args.json)
     return cli.EXIT_DONE
 
 

@@ -15,6 +15,10 @@ MAX_BATCH_SIZE = 4096  # peaks at 6 GB; far more, and the system kills the run
 Item = TypeVar("Item")
 
 
+class AtMost(int):
+    """A number of images that is a default: where there are fewer, all are taken."""
+
+
 def integer(low: int, high: int, what: str) -> Callable[[str], int]:
     """Make a type for an integer from ``low`` to ``high``, which is ``what``."""
 
@@ -64,7 +68,7 @@ def path(text: str) -> Path:
     if any("\ud800" <= character <= "\udfff" for character in text):
         # Of bytes that are no UTF-8; the libraries that read and write models take no such path.
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
-    return Path(text)
+    return Path(text).expanduser() if text.startswith("~/") or text == "~" else Path(text)
 
 
 def name(text: str) -> str:
@@ -92,3 +96,15 @@ def list_of(parse: Callable[[str], Item]) -> Callable[[str], list[Item]]:
         return list(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
 
     return parse_list
+
+
+def channels(parse: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    """Make a type for three comma-separated numbers, each parsed by ``parse``."""
+
+    def parse_channels(text: str) -> tuple[float, ...]:
+        values = tuple(parse(part.strip()) for part in text.split(","))
+        if len(values) != 3:
+            raise argparse.ArgumentTypeError(f"{text!r} is not three numbers: R,G,B")
+        return values
+
+    return parse_channels

@@ -12,9 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.command.argument_types import (
+    AtMost,
     batch_size,
+    channels,
     image_count,
+    integer,
     list_of,
+    name,
+    number,
     path,
     positive_float,
     positive_int,
@@ -22,6 +27,10 @@ from common.command.argument_types import (
     thread_count,
 )
 from common.command.cli import REPOSITORY
+from common.images.normalisation import AUTO, NORMALISATIONS
+
+DEFAULT_DATA_DIR = REPOSITORY / "data"
+TEST_IMAGES, CALIBRATION_IMAGES = 2000, 512
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -77,13 +86,17 @@ def parse_arguments(
     for flag, other in needed.items():
         if is_given(flag) and not is_given(other):
             parser.error(f"argument {flag}: does nothing without {other}")
+    if "image_size" in args and args.resize is not None:
+        if args.image_size is None:
+            parser.error("argument --resize: does nothing without --image-size")
+        if args.resize < args.image_size:
+            parser.error("argument --resize: smaller than --image-size")
     return args
 
 
 def add_shared_arguments(
     parser: argparse.ArgumentParser,
     output_dir: Path,
-    with_report: bool = True,
     with_device: bool = True,
 ) -> None:
     """Add the flags of the scripts that compress a checkpoint.
@@ -91,7 +104,6 @@ def add_shared_arguments(
     Args:
         parser: Changed in place.
         output_dir: The script's default for ``--output-dir``.
-        with_report: The script can write report.html.
         with_device: The script can run elsewhere than on the CPU.
     """
     inputs = parser.add_argument_group("inputs")
@@ -99,34 +111,56 @@ def add_shared_arguments(
         "--weights",
         type=path,
         metavar="FILE",
-        help="checkpoint; by default resnet18_cifar10.pth in the working directory, beside the "
-        "script or in the repository root, else the bundled weights",
+        help="checkpoint, or FILE:KEY for one of the state dicts in it; by default "
+        "resnet18_cifar10.pth in the working directory, beside the script or in the repository "
+        "root, else the bundled weights",
     )
-    add_image_arguments(inputs, test_images=2000)
+    inputs.add_argument(
+        "--model",
+        type=name,
+        metavar="NAME",
+        help="network that --weights belongs to: torchvision:NAME, such as torchvision:vgg11_bn, "
+        "or FILE.py:FUNCTION, a function of your own without arguments that returns it, which is "
+        "run; by default a ResNet, recognised from the checkpoint",
+    )
+    inputs.add_argument(
+        "--max-pool",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="a max pool after a ResNet's first convolution; auto: after one of 7×7 pixels",
+    )
+    add_image_arguments(inputs, test_images=TEST_IMAGES, with_auto=True)
+    inputs.add_argument(
+        "--channel-order",
+        choices=("rgb", "bgr"),
+        default="rgb",
+        help="bgr for networks trained on images as OpenCV reads them",
+    )
     running = parser.add_argument_group("running")
     running.add_argument(
         "--batch-size", type=batch_size, metavar="N", default=64, help="images evaluated at once"
     )
     add_machine_arguments(running, with_device)
-    outputs = parser.add_argument_group("outputs")
-    add_output_arguments(outputs, output_dir)
-    if with_report:
-        outputs.add_argument(
-            "--report",
-            action="store_true",
-            help="write report.html too: the run on one page, plots and all in a single file",
-        )
+    add_output_arguments(parser.add_argument_group("outputs"), output_dir)
 
 
-def add_image_arguments(inputs: argparse._ArgumentGroup, test_images: int | None) -> None:
-    """Add the flags that say where images come from; ``test_images`` is the default, None all."""
+def add_image_arguments(
+    inputs: argparse._ArgumentGroup, test_images: int | None, with_auto: bool = False
+) -> None:
+    """Add the flags that say where images come from, and how they are prepared.
+
+    Args:
+        inputs: Changed in place.
+        test_images: Default number of test images; None for all.
+        with_auto: The normalisation can be chosen by a network that is there already.
+    """
     inputs.add_argument(
         "--data-dir",
         type=path,
         metavar="DIR",
-        default=REPOSITORY / "data",
-        help="folder with cifar-10-batches-py/ (downloaded there when missing) or with image "
-        "folders train/<class>/* and test/<class>/*",
+        default=DEFAULT_DATA_DIR,
+        help="folder with cifar-10-batches-py/ (downloaded there when it is empty), with "
+        "cifar-100-python/, or with image folders train/<class>/* and test/<class>/* (or val)",
     )
     fallback = inputs.add_mutually_exclusive_group()
     fallback.add_argument(
@@ -141,14 +175,48 @@ def add_image_arguments(inputs: argparse._ArgumentGroup, test_images: int | None
         "--test-images",
         type=image_count,
         metavar="N|all",
-        default=test_images or "all",
-        help="test images to measure accuracy on: a class-balanced, seeded subset, or all",
+        default=AtMost(test_images) if test_images else "all",
+        help="test images to measure accuracy on: a seeded subset in the proportions of the "
+        "classes, or all",
     )
+    inputs.add_argument(
+        "--image-size",
+        type=integer(1, 1024, "a number of pixels from 1 to 1024"),
+        metavar="N",
+        help="cut the middle N×N pixels out of each image, whose short side is scaled to N first; "
+        "by default images keep their size, those of different sizes become 224×224",
+    )
+    inputs.add_argument(
+        "--resize",
+        type=integer(1, 2048, "a number of pixels from 1 to 2048"),
+        metavar="M",
+        help="scale the short side to M instead, as 256 for --image-size 224",
+    )
+    choices = [*NORMALISATIONS, *([AUTO] if with_auto else [])]
+    inputs.add_argument(
+        "--normalize",
+        choices=choices,
+        metavar="NAME",
+        help="mean and std of the channels that the network was trained with: "
+        + ", ".join(choices)
+        + ("; auto: those that fit its batch norms best" if with_auto else "")
+        + " (default: cifar10 for images of 32×32 pixels, imagenet for larger ones)",
+    )
+    for flag, what, parse in (
+        ("--mean", "mean", number(0, 1, "a mean from 0 to 1")),
+        ("--std", "standard deviation", number(1e-3, 1, "a standard deviation from 0.001 to 1")),
+    ):
+        inputs.add_argument(
+            flag,
+            type=channels(parse),
+            metavar="R,G,B",
+            help=f"{what} of the channels, for pixels from 0 to 1",
+        )
 
 
 def add_calibration_argument(
     quantizing: argparse._ActionsContainer,
-    default: int = 512,
+    default: int = CALIBRATION_IMAGES,
     purpose: str = "that set the activations' ranges",
 ) -> None:
     """Add the flag that says on how many training images INT8 is calibrated, or more is done."""
@@ -156,8 +224,8 @@ def add_calibration_argument(
         "--calibration-images",
         type=positive_int,
         metavar="N",
-        default=default,
-        help=f"training images {purpose}: class-balanced, seeded",
+        default=AtMost(default),
+        help=f"training images {purpose}: seeded, in the proportions of the classes",
     )
 
 
@@ -211,6 +279,11 @@ def add_output_arguments(outputs: argparse._ArgumentGroup, output_dir: Path) -> 
         "--overwrite",
         action="store_true",
         help="replace the results of an earlier run; by default they are moved to earlier/",
+    )
+    outputs.add_argument(
+        "--report",
+        action="store_true",
+        help="write report.html too: the run on one page, plots and all in a single file",
     )
     outputs.add_argument(
         "--json", action="store_true", help="print results.json to stdout, and nothing else"

@@ -44,7 +44,15 @@ class UserError(ValueError):
 class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+        tqdm.write(prefix + visible(record.getMessage()), file=sys.stderr)
+
+
+def visible(value: object) -> str:
+    """Return a value as text in which line breaks, escape sequences and the like are spelled out.
+
+    Names of files and tensors come from outside, and could otherwise rewrite the terminal.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 def set_up_messages(quiet: bool) -> None:
@@ -147,9 +155,7 @@ def _stop() -> int:
 
 
 def _fail(message: str) -> int:
-    # File and tensor names come from outside: no line breaks, no escape sequences.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -39,10 +39,20 @@ SURVEYED = 100_000  # weights that the evidence is weighed on
 NEWTON_STEPS = 8
 ADJACENT, APART = 3, 1  # how much a neighbour in the kernel says
 OCTAVE = 8  # steps of a logarithm
-# floor(8 log2 n), exactly; n is up to twice a channel's weights.
-LOG2 = np.array([0] + [(n**OCTAVE).bit_length() - 1 for n in range(1, 1 << 15)], np.int64)
+OCTAVES = 40  # more than a channel can have weights
 # A byte is a step on the scale of odds, from 2^-12 to 2^12; probabilities are rounded to 16 bits.
 PROBABILITIES = [round(65536 / (1 + 2 ** ((128 - step) * 12 / 128))) / 65536 for step in range(256)]
+
+
+def _least_with_log(steps: int) -> int:
+    """Return the least n with floor(8 log2 n) = ``steps``, or more where none has as many."""
+    n = max(1, int(2 ** (steps / OCTAVE)) - 1)
+    while n**OCTAVE < 1 << steps:
+        n += 1
+    return n
+
+
+LEAST_WITH_LOG = np.array([_least_with_log(k) for k in range(OCTAVES * OCTAVE)], np.int64)
 
 # Of the evidence and of which weights are not zero: each weight's context (int64, flat).
 Activity = Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
@@ -175,7 +185,7 @@ def _code(levels: np.ndarray, activity: Activity, code: Flags) -> None:
         beside, lean = np.zeros(part.shape, np.int16), np.zeros(part.shape, np.int16)
         for done, position in enumerate(order, start=1):
             rows, columns = _density(in_row, coded_in_row), _density(in_column, coded_in_column)
-            evidence = (rows[:, None], columns, LOG2[2 * beside[position] + 1], np.int64(UNIT))
+            evidence = (rows[:, None], columns, _log2(2 * beside[position] + 1), np.int64(UNIT))
             values = _code_batch(part[position], evidence, lean[position], activity, code)
             part[position] = values
             sign = np.sign(values)
@@ -207,7 +217,12 @@ def neighbours(positions: int) -> np.ndarray:
 
 def _density(nonzero: np.ndarray, coded: int) -> np.ndarray:
     """Return the logarithm, in steps, of the share of weights that are not zero in each channel."""
-    return LOG2[2 * nonzero + 2] - LOG2[2 * coded + 16]  # an eighth, as long as nothing is known
+    return _log2(2 * nonzero + 2) - _log2(2 * coded + 16)  # an eighth, while nothing is known
+
+
+def _log2(numbers: np.ndarray | int) -> np.ndarray:
+    """Return floor(8 log2 n), exactly, of numbers of at least 1 (int64)."""
+    return np.searchsorted(LEAST_WITH_LOG, numbers, side="right") - 1
 
 
 def _code_batch(

@@ -8,9 +8,9 @@ finished (:mod:`common.files.unfinished`).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -30,6 +30,10 @@ except ImportError:  # Windows: two runs in one folder are not kept apart there
 EARLIER_NAME = "earlier"
 UNFINISHED_NAME = "unfinished"
 RESULTS_NAME = "results.json"
+# Every results.json of this project has these: docs/results.schema.json requires them.
+OUR_ENTRIES = {
+    "schema", "script", "arguments", "environment", "data", "weights", "wall_seconds", "artifacts",
+}  # fmt: skip
 MIN_FREE_BYTES = 256 << 20
 
 
@@ -42,8 +46,8 @@ class OutputFolder:
 
     Args:
         path: Created when missing.
-        overwrite: Replace an earlier run's files; otherwise they are moved to ``earlier/``, and so
-            is a folder that bears a result's name. What else lies there stays where it is.
+        overwrite: Delete an earlier run's files instead of moving them to ``earlier/``. Anything
+            else that has a result's name is always moved there, and all other files stay.
     """
 
     def __init__(self, path: Path, overwrite: bool = False):
@@ -140,12 +144,12 @@ class OutputFolder:
             self._unfinished = None
 
     def _clear_away(self, names: list[str], undo: contextlib.ExitStack) -> None:
-        """Move an earlier run's files, and what bears one of ``names``, out of the way."""
+        """Move an earlier run's files, and whatever has one of ``names``, out of the way."""
         earlier = {name for name in _artifacts(self.path) if (self.path / name).is_file()}
-        earlier |= {name for name in names if os.path.lexists(self.path / name)}
+        in_the_way = earlier | {name for name in names if os.path.lexists(self.path / name)}
         # results.json first: it must not vouch for half of them.
-        in_the_way = [self.path / name for name in reversed(_results_last(earlier))]
-        replaced = [path for path in in_the_way if self._overwrite and not path.is_dir()]
+        in_the_way = [self.path / name for name in reversed(_results_last(in_the_way))]
+        replaced = [path for path in in_the_way if self._overwrite and path.name in earlier]
         kept = [path for path in in_the_way if path not in replaced]
         if replaced:
             trash = self._new_trash()
@@ -166,8 +170,8 @@ class OutputFolder:
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(written))
         archives = self.path / EARLIER_NAME
         archives.mkdir(exist_ok=True)
-        used = sum(bool(re.fullmatch(rf"{stamp}(_\d+)?", p.name)) for p in archives.iterdir())
-        archive = archives / (f"{stamp}_{used}" if used else stamp)
+        names = itertools.chain([stamp], (f"{stamp}_{number}" for number in itertools.count(1)))
+        archive = next(archives / name for name in names if not os.path.lexists(archives / name))
         archive.mkdir()
         undo.callback(archive.rmdir)
         return archive
@@ -195,13 +199,21 @@ def _move(source: Path, target: Path, undo: contextlib.ExitStack) -> None:
 
 
 def _artifacts(folder: Path) -> set[str]:
-    """Return the names of files that an earlier results.json lists under ``artifacts``."""
+    """Return the names of an earlier run's files: results.json, and those that it lists.
+
+    The set is empty if results.json is missing or was not written by this project.
+    """
     try:
-        listed = json.loads((folder / RESULTS_NAME).read_bytes())["artifacts"].values()
+        results = json.loads((folder / RESULTS_NAME).read_bytes())
+        if not (results.keys() >= OUR_ENTRIES and isinstance(results["schema"], int)):
+            return set()
+        listed = results["artifacts"].values()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return set()  # none, or not one of ours
+        return set()
     names = [name for value in listed for name in (value if isinstance(value, list) else [value])]
-    return {name for name in names if isinstance(name, str) and Path(name).name == name}
+    return {RESULTS_NAME} | {
+        name for name in names if isinstance(name, str) and Path(name).name == name
+    }
 
 
 def _results_last(names: Iterable[str]) -> list[str]:

@@ -25,26 +25,42 @@ from safetensors.torch import load_file
 
 from common.command.cli import UserError
 from common.files.atomic import replace_file
+from common.files.inert import Inert, object_refused, read_inert
 
-MAX_UNPACKED_BYTES = 1 << 30  # a ResNet18 in FP64 with its optimizer is 0.3 GB
+MAX_UNPACKED_BYTES = 1 << 32  # a VGG19 with the state of its optimizer is 1.7 GB
 NO_CHECKPOINT = "truncated, damaged or no PyTorch checkpoint"
 
 
 def read_untrusted(path: Path) -> object:
-    """Return what ``torch.save`` or safetensors put into a file: tensors and plain values alone.
+    """Return what ``torch.save`` or safetensors put into a file: tensors and plain values.
+
+    Python objects beside them become :class:`common.files.inert.Inert` objects; none is built.
 
     Raises:
-        UserError: It is missing, damaged, far too large, something else, or holds Python objects.
+        UserError: The file is missing, damaged, far too large, something else, or is one Python
+            object.
     """
     head = check_file(path)
-    if path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() == ".safetensors" or is_safetensors(head, path.stat().st_size):
         try:
             return load_file(path)
         except SafetensorError:
             raise UserError(f"{path}: truncated, damaged or no safetensors file") from None
-    if head[:4] == b"PK\x03\x04":
+    is_zip = head[:4] == b"PK\x03\x04"
+    if is_zip:
         _check_archive(path, path)
-    return _unpickle(path, path)
+    try:
+        return _unpickle(path, path)
+    except _ObjectFoundError as found:
+        content = _read_around_objects(path, is_zip)
+        if isinstance(content, Inert) and not content:
+            raise object_refused(path, found.name) from None
+        return content
+
+
+def is_safetensors(head: bytes, size_bytes: int) -> bool:
+    """Return whether a file's first bytes are those of safetensors, whatever its suffix."""
+    return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size_bytes - 8
 
 
 def serialize(content: object) -> bytes:
@@ -89,7 +105,7 @@ def read_sealed(path: Path, kind: str) -> dict:
     if (
         not isinstance(inner, torch.Tensor)
         or (inner.dtype, inner.layout, inner.device.type) != (torch.uint8, torch.strided, "cpu")
-        or inner.numel() > MAX_UNPACKED_BYTES  # a view may be larger than its file
+        or inner.numel() > path.stat().st_size  # a view that repeats its bytes
     ):
         raise UserError(f"{path}: {NO_CHECKPOINT}")
     file = io.BytesIO(inner.numpy().tobytes())
@@ -133,7 +149,7 @@ def check_file(path: Path) -> bytes:
     if size_bytes == 0:
         raise UserError(f"{path}: empty file")
     if size_bytes > MAX_UNPACKED_BYTES:
-        raise UserError(f"{path}: {size_bytes:,} bytes is too large for a ResNet18")
+        raise UserError(f"{path}: {size_bytes:,} bytes is too large for a checkpoint")
     with path.open("rb") as file:
         head = file.read(512)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
@@ -144,6 +160,23 @@ def check_file(path: Path) -> bytes:
     return head
 
 
+class _ObjectFoundError(UserError):
+    """A pickle names a class or function that is not built."""
+
+    def __init__(self, path: Path, name: str):
+        super().__init__(str(object_refused(path, name)))
+        self.name = name
+
+
+def _read_around_objects(path: Path, is_zip: bool) -> object:
+    try:
+        return read_inert(path, is_zip)
+    except UserError:
+        raise
+    except Exception:  # as below
+        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
+
+
 def _unpickle(path: Path, file: Path | IO[bytes]) -> object:
     """Read with torch, which builds nothing but tensors and plain values."""
     try:
@@ -152,10 +185,7 @@ def _unpickle(path: Path, file: Path | IO[bytes]) -> object:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path}: holds a Python object ({found[1]}), which is never loaded; save the "
-                "model's state_dict() alone"
-            ) from None
+            raise _ObjectFoundError(path, found[1]) from None
         raise UserError(f"{path}: {NO_CHECKPOINT}") from None
     except Exception:  # a hostile or cut file makes torch's reader fail in too many ways to list
         raise UserError(f"{path}: {NO_CHECKPOINT}") from None
@@ -167,7 +197,7 @@ def _check_archive(path: Path, file: Path | IO[bytes]) -> None:
         with zipfile.ZipFile(file) as archive:
             unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
             if unpacked_bytes > MAX_UNPACKED_BYTES:
-                raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a ResNet18")
+                raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a checkpoint")
             damaged = archive.testzip()
             members = {name.partition("/")[2] for name in archive.namelist()}
     except UserError:

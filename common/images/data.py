@@ -1,23 +1,31 @@
 """Images in memory: whole splits as uint8 tensors, subsets of them, and normalised batches.
 
-32×32 images belong in one tensor, not in worker processes: 10,000 of them are 31 MB. A batch is
-one slice of that tensor, normalised at once; :mod:`common.images.sources` says where the pixels
-come from.
+Images belong in one tensor, not in worker processes: 10,000 of 32×32 pixels are 31 MB, and more
+than a gigabyte lies in a file that is mapped into memory. A batch is one slice of that tensor,
+normalised at once; :mod:`common.images.sources` says where the pixels come from.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from common.command.cli import UserError
+from common.command.argument_types import AtMost
+from common.command.cli import UserError, log
 from common.images.cifar10 import CLASSES, MEAN, STD
-from common.images.sources import Source
+from common.images.source import Source
+from common.images.storage import MAX_BYTES_IN_MEMORY, allocate
+
+UNBALANCED = 1.5  # the largest class has so many times the images of the smallest
+
+# Splits are refused if this share of the smaller one is in the other as well.
+MAX_SHARED = 0.9
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class ImageSet:
         classes: Names of the classes.
         mean: Mean of each channel that the network expects to be subtracted, from 0 to 1.
         std: Standard deviation of each channel that it expects to be divided by.
+        channel_order: ``rgb``, or ``bgr`` if the network expects blue first.
     """
 
     images: torch.Tensor
@@ -37,6 +46,7 @@ class ImageSet:
     classes: tuple[str, ...] = CLASSES
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
+    channel_order: str = "rgb"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,7 +57,17 @@ class ImageSet:
 
     def rows(self, rows: slice | torch.Tensor) -> ImageSet:
         """Return some of the images: a slice of them, which shares memory, or by index or mask."""
-        return replace(self, images=self.images[rows], labels=self.labels[rows])
+        if isinstance(rows, slice):
+            return replace(self, images=self.images[rows], labels=self.labels[rows])
+        indices = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        indices = indices.to(self.images.device)
+        shape = (len(indices), *self.shape)
+        if math.prod(shape) > MAX_BYTES_IN_MEMORY and not self.images.is_cuda:
+            images = torch.from_numpy(allocate(shape))
+            torch.index_select(self.images, 0, indices, out=images)
+        else:
+            images = self.images[indices]
+        return replace(self, images=images, labels=self.labels[indices])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,7 +76,19 @@ class ImageSet:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn some of the uint8 images, (n, 3, H, W), into float32 inputs, channels_last."""
-        return normalize(pixels, self.mean, self.std)
+        images = normalize(pixels, self.mean, self.std)
+        if self.channel_order == "bgr":
+            return images.flip(1).contiguous(memory_format=torch.channels_last)
+        return images
+
+    def describe(self) -> dict:
+        """Return what results.json says of the images themselves."""
+        return {
+            "classes": list(self.classes),
+            "image_size": list(self.shape[1:]),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
     def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield normalised batches, in order: images float32 (n, 3, H, W), labels."""
@@ -92,40 +124,91 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def load_images(
-    source: Source, split: str, count: int | None, seed: int, skip: int = 0
+    source: Source,
+    split: str,
+    count: int | None,
+    seed: int,
+    skip: int = 0,
+    flag: str | None = None,
 ) -> ImageSet:
-    """Read ``count`` images of a split into memory.
+    """Read ``count`` images of a split into memory, or into a file that is mapped into it.
 
     Args:
         source: Where images come from, from :func:`common.images.sources.open_source`.
         split: ``train`` or ``test``.
-        count: Size of the class-balanced subset; None for the whole split.
+        count: Size of the subset, which keeps the proportions of the classes; None for the whole
+            split. A default (:class:`AtMost`) takes what there is, up to it.
         seed: Chooses and shuffles, see :func:`balanced_subset`; the same seed does the same.
         skip: Leave out those that the same seed would choose as a subset of this size, so that
             the two have no image in common.
+        flag: Flag that asks for the number of images, for messages.
 
     Raises:
         UserError: The split is missing, unreadable, or has too few images.
     """
     available = source.open_split(split)
-    if count is not None and skip + count > len(available.labels):
-        raise UserError(
-            f"{skip + count} {split} images asked for, only {len(available.labels)} in "
-            f"{source.description}"
-        )
+    total = len(available.labels)
+    skip = min(skip, total) if isinstance(skip, AtMost) else skip
+    if isinstance(count, AtMost) and total > skip:
+        count = min(count, total - skip)
+    if count is not None and skip + count > total:
+        asked = f"{flag} {count}" if flag else f"{count} {split} images asked for"
+        beside = f", beside {skip} for another purpose" if skip else ""
+        raise UserError(f"{asked}{beside}: only {total} {split} images in {source.description}")
     if count is None:
-        count = len(available.labels) - skip
+        count = total - skip
+    elif count < total:
+        _tell_of_imbalance(available.labels, source.classes, split)
     indices = balanced_subset(available.labels, count, seed, skip)
     pixels = available.read(indices)
-    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]))
+    return ImageSet(
+        torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]), source.classes,
+        source.mean, source.std, source.channel_order,
+    )  # fmt: skip
+
+
+def _tell_of_imbalance(labels: np.ndarray, classes: tuple[str, ...], split: str) -> None:
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.max() > UNBALANCED * counts.min():
+        log.info(
+            "the classes have from %d (%s) to %d (%s) %s images; subsets keep their proportions",
+            counts.min(), classes[counts.argmin()], counts.max(), classes[counts.argmax()], split,
+        )  # fmt: skip
+
+
+def check_disjoint(training: ImageSet, test: ImageSet, place: str) -> None:
+    """Warn if some training images are test images as well, pixel for pixel.
+
+    Args:
+        training: Images that the run compresses or trains on.
+        test: Images that it measures accuracy on.
+        place: Description of where both come from, for the message.
+
+    Raises:
+        UserError: Nearly all of them are.
+    """
+    shared = len(_digests(training) & _digests(test))
+    told = (
+        f"{place}: {shared:,} of {len(training):,} training images are among the {len(test):,} "
+        "test images"
+    )
+    if shared > MAX_SHARED * min(len(training), len(test)):
+        raise UserError(f"{told}; train and test must hold different images")
+    if shared:
+        log.warning("%s: accuracies on them are too high", told)
+
+
+def _digests(dataset: ImageSet) -> set[bytes]:
+    images = dataset.images.cpu().contiguous()
+    return {hashlib.sha256(image.data).digest() for image in images.numpy()}
 
 
 def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) -> np.ndarray:
-    """Choose ``count`` indices, the same number of each class, at random and in random order.
+    """Choose ``count`` indices, the same share of each class, at random and in random order.
 
     Folders lie sorted by class. Here every slice of the subset, such as a batch, has as many images
-    of each class as its length allows. Where ``count`` is no multiple of the number of classes, or
-    a class has too few images, other classes chosen at random give one more.
+    of each class as its length and the class's size allow. Where shares are no whole numbers,
+    classes chosen at random give one more.
 
     Args:
         labels: int64, shape (N,).
@@ -138,12 +221,12 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
-    # Deal the images like cards: the k-th image of every class before the (k+1)-th of any.
-    rank_in_class = np.empty(len(labels), dtype=np.int64)
+    # Deal the images like cards: each class at its own pace, so that all end together.
+    turn = np.empty(len(labels))
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
-        rank_in_class[members] = np.arange(len(members))
-    order = shuffled[np.argsort(rank_in_class[shuffled], kind="stable")]
+        turn[members] = (np.arange(len(members)) + 0.5) / len(members)
+    order = shuffled[np.argsort(turn[shuffled], kind="stable")]
     return order[skip : skip + count]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.command.cli import log
 
-BATCHES_FOLDER = "cifar-10-batches-py"
+BATCHES_FOLDER, CIFAR100_FOLDER = "cifar-10-batches-py", "cifar-100-python"
 # Of each socket operation, so that a stalled download ends and a slow one does not.
 DOWNLOAD_TIMEOUT_SECONDS = 20.0
 

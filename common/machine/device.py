@@ -16,6 +16,9 @@ import torch
 
 from common.command.cli import UserError, log
 
+# Totals of this process and of one that it started, an entry for each that has ended.
+_totals_bytes = [0]
+
 
 def choose_device(name: str) -> torch.device:
     """Return the device that ``--device`` names; ``auto`` takes a GPU where there is one.
@@ -117,18 +120,47 @@ def cpu_name() -> str:
 def has_vnni() -> bool:
     """Return whether the CPU multiplies INT8 with 32-bit sums (AVX-512 VNNI, Arm dot product).
 
-    Without it the x86 kernels add pairs of products in 16 bits, which saturate.
+    Kernels may still not use it: :func:`quantization.int8.engines.saturates` says what they do.
     """
     flags = torch.cpu.get_capabilities()
     return bool(flags.get("avx512_vnni") or flags.get("neon_dot") or flags.get("dot"))
 
 
 def peak_memory_bytes() -> int | None:
-    """Return the most main memory that this process has held; None where the system cannot say."""
-    with contextlib.suppress(OSError):  # getrusage would count what it was before it became Python
+    """Return the most main memory that the run has held at once, in bytes.
+
+    This is the peak of this process or, if larger, the total of this process and one that it
+    started, see :func:`count_memory_of_other`. Pages that both share, such as libraries, count
+    twice. None where the system cannot say.
+    """
+    own = _own_peak_bytes()
+    return own and max(own, *_totals_bytes)
+
+
+def count_memory_of_other(peak_bytes: int | None) -> None:
+    """Count the peak of a process that ends now, which ran beside this one.
+
+    What this process holds now is added: it gives no memory back while it runs (see
+    :func:`set_up_cpu`), so it held no more when the other was at its peak.
+    """
+    held_bytes = _status_bytes("VmRSS") or _own_peak_bytes()
+    if peak_bytes is not None and held_bytes is not None:
+        _totals_bytes.append(held_bytes + peak_bytes)
+
+
+def _status_bytes(entry: str) -> int | None:
+    """Return an entry of this process's status on Linux; sandboxes lack some of them."""
+    with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
-        if peak := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):  # sandboxes lack it
-            return 1024 * int(peak[1])
+        if found := re.search(rf"^{entry}:\s+(\d+) kB", status, re.MULTILINE):
+            return 1024 * int(found[1])
+    return None
+
+
+def _own_peak_bytes() -> int | None:
+    # getrusage would count what the process was before it became Python.
+    if peak_bytes := _status_bytes("VmHWM"):
+        return peak_bytes
     try:
         import resource
     except ImportError:

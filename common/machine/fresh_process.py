@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import select
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -15,7 +17,7 @@ import torch
 
 from common.command import cli
 from common.command.cli import UserError
-from common.machine.device import set_up_cpu
+from common.machine.device import count_memory_of_other, peak_memory_bytes, set_up_cpu
 
 Value = TypeVar("Value")
 
@@ -34,7 +36,8 @@ def start_fresh(
 ) -> Iterator[Callable[[], Value]]:
     """Call ``function(*arguments)`` in a new Python process at equal threads.
 
-    The new process belongs to no terminal: Ctrl-C comes to this one, which ends it.
+    The new process belongs to no terminal: Ctrl-C comes to this one, which ends it. Where this one
+    is killed, the new one ends by itself (not on Windows).
 
     Args:
         function: Of a module, for it is looked up by name there.
@@ -69,7 +72,8 @@ def _answer_of(process: subprocess.Popen) -> object:
         )
     if process.returncode:
         raise RuntimeError("a process of this run failed, as told above")
-    value = pickle.loads(answered)
+    value, peak_bytes = pickle.loads(answered)
+    count_memory_of_other(peak_bytes)
     if isinstance(value, UserError):
         raise value
     return value
@@ -78,6 +82,8 @@ def _answer_of(process: subprocess.Popen) -> object:
 def answer() -> None:
     """Do what :func:`start_fresh` asks on stdin; its answer goes where stdout was."""
     with os.fdopen(os.dup(1), "wb") as pipe:
+        if hasattr(select, "poll"):
+            threading.Thread(target=_end_with_reader, args=[pipe.fileno()], daemon=True).start()
         os.dup2(2, 1)  # whatever a library prints is no part of the answer
         cli.set_up_messages(quiet=True)
         threads, function, arguments = pickle.load(sys.stdin.buffer)
@@ -88,4 +94,12 @@ def answer() -> None:
             if (message := cli.tell(error)) is None:
                 raise
             value = UserError(message)
-        pickle.dump(value, pipe)
+        pickle.dump((value, peak_memory_bytes()), pipe)
+
+
+def _end_with_reader(pipe: int) -> None:
+    """End this process once nobody holds the other end of its pipe: the process that asked died."""
+    watched = select.poll()
+    watched.register(pipe, 0)  # errors are reported all the same
+    watched.poll()
+    os._exit(cli.EXIT_FAILED)

@@ -57,7 +57,7 @@ class Budget:
         self,
         find_correct: Callable[[ImageSet], torch.Tensor],
         looks: Iterable[int],
-        clearly_out: float,
+        clearly_out: float = math.inf,
         clearly_in: float = math.inf,
     ) -> Verdict:
         """Evaluate a candidate on the images that choose, for as long as its outcome is not clear.
@@ -89,23 +89,29 @@ def doubling_looks(count: int) -> Iterator[int]:
     yield count
 
 
-def why_too_strict(test_images: int, max_drop: float) -> str | None:
+def why_too_strict(count: int, max_drop: float, held_out: bool = False) -> str | None:
     """Say why a candidate that loses and gains nothing could not pass; None where it can.
 
-    It must leave the error of one image, so the half that chooses needs 1/``max_drop`` images.
+    It must leave the error of one image, so choosing takes 1/``max_drop`` images.
 
     Args:
-        test_images: Both halves.
+        count: Number of test images, of which half choose, or of held-out images, which all do.
         max_drop: The budget, as a fraction.
+        held_out: Whether ``count`` is of held-out images.
     """
     if max_drop == 0:
         return "a budget of 0 points leaves no standard error to spare"
-    needed = 2 * math.ceil(1 / max_drop - 1e-9)
-    if test_images >= needed - 1:
+    choosing = math.ceil(1 / max_drop - 1e-9)
+    if count >= (choosing if held_out else 2 * choosing - 1):
         return None
+    needed = (
+        f"{choosing:,} held-out images"
+        if held_out
+        else f"{2 * choosing:,} test images, of which half choose"
+    )
     return (
-        f"within {100 * max_drop:g} points and one standard error to spare, choosing on half of "
-        f"the images takes {needed:,} test images, not {test_images:,}"
+        f"to be within {100 * max_drop:g} points with one standard error to spare takes {needed}, "
+        f"not {count:,}"
     )
 
 

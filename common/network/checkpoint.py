@@ -1,60 +1,72 @@
-"""Checkpoints: finding and writing one, reading every layout into the canonical state dict.
+"""Checkpoints: finding and writing one, and building the network that its weights belong to.
 
-Reading ends in weights that fit the network, or in one line that says why not.
+Reading ends in a network with weights that fit it, or in one line that says why not.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.command.cli import REPOSITORY, UserError, log
 from common.files.atomic import replace_file
-from common.files.untrusted import read_untrusted, serialize
-from common.images.data import normalize
+from common.files.untrusted import MAX_UNPACKED_BYTES, read_untrusted, serialize
 from common.images.sources import ASSETS
-from common.network.coded import is_coded, load_coded
-from common.network.resnet import CLASS_COUNT, ResNet18, Widths
+from common.network.layouts import StateDict, Statistics, read_layout, shorten
+from common.network.models import build_model, expected_names
+from common.network.renaming import canonical_names
+from common.network.resnet import ResNet, ResNetShape
+from common.network.tracing import trace
+from quantization.files.int8_file import is_int8_file, read_int8
 
 WEIGHTS_NAME = "resnet18_cifar10.pth"
 BUNDLED_WEIGHTS = ASSETS / "resnet18_cifar10_fp16.pth"
-NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# torchvision's names, and what wrappers put before them.
-RENAMES = (
-    (re.compile(r"^(module\.|_orig_mod\.)+"), ""),
-    (re.compile(r"\.downsample\."), ".shortcut."),
-    (re.compile(r"^fc\."), "linear."),
-)
-
-StateDict = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A checkpoint's path and where it was found, in words."""
+    """A checkpoint.
+
+    Attributes:
+        path: Path of the file.
+        found: Where it was found, in words.
+        key: Key of the state dict to take, if the user chose one.
+    """
 
     path: Path
     found: str
+    key: str | None = None
 
     def describe(self) -> dict:
-        """Return results.json's ``weights``: where the file was found, the SHA-256 of its bytes."""
-        digest = hashlib.sha256(self.path.read_bytes())
-        return {"source": self.found, "sha256": digest.hexdigest()}
+        """Return results.json's ``weights``: where the file was found, its bytes and SHA-256."""
+        content = self.path.read_bytes()
+        return {
+            "source": self.found,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "size_bytes": len(content),
+            "coded": is_int8_file(self.path),
+        }
 
 
 def find_weights(chosen: Path | None, script_dir: Path) -> WeightsFile:
     """Find the checkpoint: ``chosen``; else the usual places; else the bundled weights.
 
+    Args:
+        chosen: FILE, or FILE:KEY for one of the state dicts in a file.
+        script_dir: Folder of the script.
+
     Raises:
         UserError: ``chosen`` is not a readable file.
     """
     if chosen is not None:
+        file, _, key = str(chosen).rpartition(":")
+        if file and not chosen.exists() and Path(file).exists():
+            return WeightsFile(Path(file), f"--weights {chosen}", key)
         return WeightsFile(chosen, f"--weights {chosen}")
     places = {
         "the working directory": Path.cwd(),
@@ -67,60 +79,125 @@ def find_weights(chosen: Path | None, script_dir: Path) -> WeightsFile:
     return WeightsFile(BUNDLED_WEIGHTS, "the bundled weights")
 
 
-def load_model(path: Path) -> ResNet18:
-    """Return the network with the checkpoint's weights, in eval mode, FP32, on the CPU.
+@dataclass(frozen=True)
+class Loaded:
+    """A network with the weights of a checkpoint.
 
-    Its widths are those of the checkpoint.
-
-    Raises:
-        UserError: See :func:`read_checkpoint`; or its numbers are too large to compute with.
+    Attributes:
+        model: The network, in eval mode, FP32, on the CPU.
+        family: Name of its architecture, such as ``resnet18-cifar`` or ``torchvision:vgg11_bn``.
+        statistics: Mean and std for the images, if the checkpoint holds them.
     """
-    state = read_checkpoint(path)
-    model = ResNet18(Widths.of(state))
-    model.load_state_dict(state)
-    _check_activations(path, model.eval())
-    return model
+
+    model: nn.Module
+    family: str
+    statistics: Statistics | None = None
 
 
-def read_checkpoint(path: Path) -> StateDict:
-    """Read a checkpoint in any accepted layout into the canonical state dict (FP32).
+def load_model(path: Path) -> nn.Module:
+    """Return the ResNet of a checkpoint; see :func:`load_network`."""
+    return load_network(WeightsFile(path, str(path))).model
 
-    The shapes of the convolutions say the network's widths; all others must fit them. Accepted:
-    the course's names or torchvision's with a CIFAR stem, ``module.`` prefixes, nesting
-    under one of ``NESTING_KEYS``, any of ``WEIGHT_DTYPES``, ``.pth``, ``.safetensors``, and coded
-    networks.
+
+def load_network(
+    file: WeightsFile, model: str | None = None, max_pool: bool | None = None
+) -> Loaded:
+    """Return the network with the checkpoint's weights.
+
+    Args:
+        file: Checkpoint in any accepted layout, see :mod:`common.network.layouts`; its weights are
+            of one of ``WEIGHT_DTYPES``.
+        model: The network, as ``--model`` names it; by default a ResNet, whose depth, widths and
+            number of classes are those of the checkpoint.
+        max_pool: Whether a max pool follows a ResNet's first convolution, see
+            :class:`common.network.resnet.ResNet`.
 
     Raises:
         UserError: The file is missing, no checkpoint, unsafe, damaged, or of another network.
     """
-    if is_coded(path):
-        return load_coded(path).state_dict()
-    tensors = _rename(path, _unnest(path, read_untrusted(path)))
-    _check_architecture(path, tensors)
-    expected = _expected_state(tensors)
+    path = file.path
+    if is_int8_file(path):
+        return _load_int8(path, model, max_pool)
+    content = read_untrusted(path)
+    layout = read_layout(path, content, file.key, expected_names(model) if model else ())
+    tensors = layout.tensors
+    _check_size(path, tensors)
+    if model is None:
+        tensors, expected, family = _fit_resnet(path, tensors, max_pool)
+    else:
+        expected, family = build_model(model, tensors), model
+    state = _fit(path, tensors, expected.state_dict(), family)
+    for note in layout.notes:
+        log.info("%s: %s", _name(path), note)
+    expected.load_state_dict(state, assign=True)
+    return Loaded(expected.eval(), family, layout.statistics)
+
+
+def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
+    """Return the FP32 network of an INT8 file; its batch norms do nothing but add the biases."""
+    network = read_int8(path)
+    state = {f"{name}.weight": layer.dense() for name, layer in network.layers.items()}
+    if model is None:
+        state, built, family = _fit_resnet(path, state, max_pool)
+    else:
+        built, family = build_model(model, state), model
+    traced = trace(built, network.graph.operations[0].attributes["shape"])
+    if set(traced.network.graph.layers) != set(network.layers) or network.affine:
+        raise UserError(f"{path}: its layers are not those of {family}")
+    for name, layer in network.layers.items():
+        state[f"{traced.norms.get(name, name)}.bias"] = layer.bias
+        if (norm := traced.norms.get(name)) is not None:
+            ones = torch.ones_like(layer.bias)
+            epsilon = built.get_submodule(norm).eps
+            state |= {f"{norm}.weight": ones, f"{norm}.running_var": ones - epsilon}
+            state[f"{norm}.running_mean"] = torch.zeros_like(layer.bias)
+    built.load_state_dict(_fit(path, state, built.state_dict(), family), assign=True)
+    return Loaded(built.eval(), family, (network.mean, network.std))
+
+
+def read_checkpoint(path: Path) -> StateDict:
+    """Read the checkpoint of a ResNet as a state dict in FP32; see :func:`load_network`."""
+    return dict(load_model(path).state_dict())
+
+
+def _fit_resnet(
+    path: Path, tensors: StateDict, max_pool: bool | None
+) -> tuple[StateDict, ResNet, str]:
+    """Return the tensors under the names of a ResNet, and that ResNet without weights."""
+    names = None if "conv1.weight" in tensors else canonical_names(tensors)
+    if names is not None:
+        log.info("%s: its names are mapped, by order and shape, to conv1 … linear", _name(path))
+        tensors = {names[name]: tensor for name, tensor in tensors.items()}
+    try:
+        with torch.device("meta"):
+            model = ResNet(ResNetShape.of(tensors), max_pool)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not a ResNet ({error}) but a network with {shorten([*tensors])}; --model "
+            "says which network it is"
+        ) from None
+    return tensors, model, model.shape.family
+
+
+def _fit(path: Path, tensors: StateDict, expected: StateDict, family: str) -> StateDict:
+    """Return the tensors as the expected state dict has them: in its order and its types."""
+    tensors = dict(tensors)
     for name, value in expected.items():  # old checkpoints lack this counter, which eval ignores
         if name.endswith("num_batches_tracked"):
-            tensors.setdefault(name, torch.zeros_like(value, device="cpu"))
-    _check_names_and_shapes(path, tensors, expected)
-    _check_values(path, tensors)
+            tensors.setdefault(name, torch.zeros(value.shape, dtype=value.dtype))
+    _check_names_and_shapes(path, tensors, expected, family)
+    _check_values(path, tensors, expected)
     dtypes = {
         str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()
     }
     if dtypes != {"float32"}:
-        name = "the bundled weights" if path == BUNDLED_WEIGHTS else path
-        log.info("%s: %s weights, converted to float32", name, " and ".join(sorted(dtypes)))
+        found = " and ".join(sorted(dtypes))
+        log.info("%s: %s weights, converted to float32", _name(path), found)
     return {name: tensors[name].to(value.dtype).contiguous() for name, value in expected.items()}
 
 
-def _check_activations(path: Path, model: ResNet18) -> None:
-    """Run a black, a white and a noisy image: weights may be finite and what they give not."""
-    noise = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(0))
-    images = torch.stack([torch.zeros_like(noise), torch.full_like(noise, 255), noise])
-    with torch.inference_mode():
-        if not torch.isfinite(model(normalize(images.to(torch.uint8)))).all():
-            raise UserError(
-                f"{path}: weights so large that the network's logits are NaN or infinite"
-            )
+def _name(path: Path) -> Path | str:
+    return "the bundled weights" if path == BUNDLED_WEIGHTS else path
 
 
 def save_checkpoint(content: object, path: Path) -> None:
@@ -131,83 +208,33 @@ def save_checkpoint(content: object, path: Path) -> None:
     replace_file(path, lambda file: file.write(serialize(content)))
 
 
-def _unnest(path: Path, content: object) -> Mapping[str, object]:
-    for key in NESTING_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: not a state dict but a {type(content).__name__}")
-    if not content:
-        raise UserError(f"{path}: an empty state dict")
-    for name, value in content.items():
-        if not isinstance(name, str):
-            raise UserError(f"{path}: not a state dict: its keys are not names")
-        if not isinstance(value, torch.Tensor):
-            kind = type(value).__name__
-            raise UserError(f"{path}: not a state dict: {_shorten([name])} is no tensor ({kind})")
-        if value.is_quantized:
-            raise UserError(
-                f"{path}: already quantized ({_shorten([name])}); FP32 weights are needed"
-            )
-        if value.layout != torch.strided or value.is_nested or value.is_meta:
-            raise UserError(f"{path}: {_shorten([name])} is no dense tensor with values")
-    return content
+def _check_size(path: Path, tensors: StateDict) -> None:
+    """Refuse tensors that are views of few numbers and claim to be many."""
+    count = sum(tensor.numel() for tensor in tensors.values())
+    if count * torch.float32.itemsize > MAX_UNPACKED_BYTES:
+        raise UserError(f"{path}: {count:,} numbers are too many for a checkpoint")
 
 
-def _rename(path: Path, tensors: Mapping[str, torch.Tensor]) -> StateDict:
-    renamed = {}
-    for name, value in tensors.items():
-        for pattern, replacement in RENAMES:
-            name = pattern.sub(replacement, name)
-        if name in renamed:
-            raise UserError(f"{path}: holds {_shorten([name])} twice, under two names")
-        renamed[name] = value.detach()
-    return renamed
-
-
-def _check_architecture(path: Path, tensors: StateDict) -> None:
-    """Name the two commonest mismatches in the user's terms."""
-    stem, head = tensors.get("conv1.weight"), tensors.get("linear.weight")
-    if stem is not None and stem.shape[-2:] == (7, 7):
-        raise UserError(f"{path}: an ImageNet ResNet (7×7 stem); CIFAR-10's has a 3×3 stem")
-    if head is not None and head.ndim == 2 and head.shape[0] != CLASS_COUNT:
-        raise UserError(f"{path}: a network of {head.shape[0]} classes; CIFAR-10 has 10")
-
-
-def _expected_state(tensors: StateDict) -> StateDict:
-    """Return names, shapes and types, without values, of a network as wide as these tensors say."""
-    try:
-        widths = Widths.of(tensors)
-    except ValueError:
-        widths = Widths()  # whatever is wrong is told against the published network
-    with torch.device("meta"):
-        return ResNet18(widths).state_dict()
-
-
-def _check_names_and_shapes(path: Path, tensors: StateDict, expected: StateDict) -> None:
+def _check_names_and_shapes(
+    path: Path, tensors: StateDict, expected: StateDict, family: str
+) -> None:
     problems = []
     if missing := [name for name in expected if name not in tensors]:
-        problems.append(f"missing {_shorten(missing)}")
+        problems.append(f"missing {shorten(missing)}")
     if unexpected := [name for name in tensors if name not in expected]:
-        problems.append(f"unexpected {_shorten(unexpected)}")
+        problems.append(f"unexpected {shorten(unexpected)}")
     problems += [
         f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()
         if name in tensors and tensors[name].shape != value.shape
     ][:1]
     if problems:
-        raise UserError(f"{path}: not a ResNet18 for CIFAR-10: {'; '.join(problems)}")
+        raise UserError(f"{path}: not a {family}: {'; '.join(problems)}")
 
 
-def _shorten(names: list[str]) -> str:
-    shown = ", ".join(name[:60] for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_values(path: Path, tensors: StateDict) -> None:
+def _check_values(path: Path, tensors: StateDict, expected: StateDict) -> None:
     for name, value in tensors.items():
-        if name.endswith("num_batches_tracked"):
+        if not expected[name].is_floating_point():
             continue
         if value.dtype not in WEIGHT_DTYPES:
             raise UserError(

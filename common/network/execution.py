@@ -32,6 +32,7 @@ from common.network.graph import (
     Operation,
     evaluate,
 )
+from common.network.shapes import infer_shapes
 
 
 @dataclass(frozen=True)
@@ -108,18 +109,18 @@ class Network:
 
     @functools.cached_property
     def overwriting(self) -> frozenset[str]:
-        """The names of the operations that may reuse their first input's memory.
+        """The names of the operations that may reuse their first input's memory."""
+        return frozenset(
+            operation.name
+            for operation in self.graph.operations
+            if operation.kind == ADD or operation.kind in ACTIVATIONS
+            if self.may_overwrite(operation, operation.inputs[0])
+        )
 
-        The input must be new memory that no other operation reads.
-        """
-        found = set()
-        for operation in self.graph.operations:
-            if operation.kind == ADD or operation.kind in ACTIVATIONS:
-                source = self.graph[operation.inputs[0]]
-                is_new = source.kind not in (INPUT, *VIEWS)
-                if is_new and self.graph.users[source.name] == (operation.name,):
-                    found.add(operation.name)
-        return frozenset(found)
+    def may_overwrite(self, operation: Operation, source: str) -> bool:
+        """Return whether an input's value is new memory that no other operation reads."""
+        is_new = self.graph[source].kind not in (INPUT, *VIEWS)
+        return is_new and self.graph.users[source] == (operation.name,)
 
     def to(self, dtype: torch.dtype) -> Network:
         """Return the network with its convolutions in ``dtype``; linear layers stay as they are.
@@ -135,6 +136,10 @@ class Network:
             }
         )
 
+    def to_device(self, device: torch.device | str) -> Network:
+        """Return the network on a device."""
+        return self.with_layers({name: layer.to(device) for name, layer in self.layers.items()})
+
     def with_layers(self, layers: Mapping[str, Layer]) -> Network:
         """Return the network with other weights in some layers."""
         return Network(self.graph, {**self.layers, **layers})
@@ -142,11 +147,7 @@ class Network:
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each operation's value for one image, without the batch dimension."""
-        meta = Network(self.graph, {name: layer.to("meta") for name, layer in self.layers.items()})
-        source = self.graph.operations[0]
-        names = [operation.name for operation in self.graph.operations]
-        image = torch.empty(1, *source.attributes["shape"], device="meta")
-        return {n: tuple(v.shape[1:]) for n, v in meta.run({source.name: image}, names).items()}
+        return infer_shapes(self.graph, {name: x.weight.shape for name, x in self.layers.items()})
 
     @functools.cached_property
     def macs(self) -> Mapping[str, int]:

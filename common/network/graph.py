@@ -8,6 +8,7 @@ written to a file as JSON and read by a program that has never seen the network'
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -185,8 +186,7 @@ def evaluate(
         wanted: Names of the values to return.
     """
     operations = graph.needed_for(wanted, given)
-    reads = [name for operation in operations for name in dict.fromkeys(operation.inputs)]
-    uses = {name: reads.count(name) for name in set(reads)}
+    uses = Counter(name for operation in operations for name in dict.fromkeys(operation.inputs))
     values = {name: given[name] for name in {*uses, *wanted} if name in given}
     for operation in operations:
         values[operation.name] = compute(operation, [values[name] for name in operation.inputs])

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from common.files.untrusted import serialize
-from common.images.cifar10 import IMAGE_SIZE
-from common.network.resnet import hooked, prunable_layers
+from common.network.execution import Network
+from common.network.tracing import weight_layers
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerDescription:
     """A convolution or linear layer.
 
     Attributes:
-        name: As in the state dict, without ``.weight``.
+        name: Name as in the state dict, without ``.weight``.
         kind: ``conv`` or ``linear``.
-        shape: Of its weight.
+        shape: Shape of its weight.
         weights: Number of weights; a bias is not counted.
-        nonzeros: Weights that are not zero.
-        macs: Multiply-accumulates an image.
+        nonzeros: Number of weights that are not zero.
+        macs: Multiply-accumulates an image, weights of zero included.
     """
 
     name: str
@@ -39,33 +38,26 @@ def saved_size_bytes(state: Mapping[str, object]) -> int:
     return len(serialize(state))
 
 
-def count_macs(model: nn.Module) -> int:
+def count_macs(network: Network) -> int:
     """Return the multiply-accumulates that an image takes, weights of zero included."""
-    return sum(layer.macs for layer in describe_layers(model))
+    return sum(network.macs.values())
 
 
-def describe_layers(model: nn.Module) -> list[Layer]:
+def describe_layers(model: nn.Module, network: Network) -> list[LayerDescription]:
     """Describe every convolution and linear layer, in the order of the state dict.
 
-    The model is run once on a blank image to learn output sizes.
+    Args:
+        model: Holds the weights before batch norms are folded in.
+        network: The same model, traced.
     """
-    layers, output_positions = prunable_layers(model), {}
-
-    def record(name: str, layer: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        # Each weight is used once at every position of the output.
-        output_positions[name] = output[0, 0].numel() if output.ndim == 4 else 1
-
-    with hooked(layers, record), torch.inference_mode():
-        device = next(model.parameters()).device
-        model(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device))
     return [
-        Layer(
+        LayerDescription(
             name=name,
-            kind="conv" if isinstance(module, nn.Conv2d) else "linear",
+            kind="linear" if isinstance(module, nn.Linear) else "conv",
             shape=tuple(module.weight.shape),
             weights=module.weight.numel(),
             nonzeros=int(module.weight.count_nonzero()),
-            macs=module.weight.numel() * output_positions[name],
+            macs=network.macs[name],
         )
-        for name, module in layers.items()
+        for name, module in weight_layers(model, network).items()
     ]

@@ -51,10 +51,13 @@ class Traced:
     Attributes:
         network: Its layers bear the names of their modules; batch norms are folded.
         norms: For each layer whose batch norm was folded the name of that batch norm.
+        blocks: The names of the modules, but for the whole, in whose forward values are added or
+            concatenated; of a ResNet its residual blocks.
     """
 
     network: Network
     norms: Mapping[str, str]
+    blocks: tuple[str, ...]
 
 
 def trace(model: nn.Module, image_shape: Sequence[int]) -> Traced:
@@ -98,6 +101,11 @@ def trace_network(model: nn.Module, image_shape: Sequence[int]) -> Network:
     return trace(model, image_shape).network
 
 
+def weight_layers(model: nn.Module, network: Network) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Return the modules of a network's layers by name, in the order of the state dict."""
+    return {name: m for name, m in model.named_modules() if name in network.graph.layers}
+
+
 class _Tracer(fx.Tracer):
     """Traces into all modules but torch's own and those that do nothing in eval mode."""
 
@@ -131,6 +139,7 @@ class _Recorder(fx.Interpreter):
         self._norms: dict[str, str] = {}
         self._names: dict[fx.Node, str] = {}  # of the operation that gives a node's value
         self._parts: dict[fx.Node, list[tuple[str, list[list[int]]]]] = {}  # of a split
+        self._blocks: dict[str, None] = {}
         self._output = ""
         self._module_names = {name for name, _ in module.named_modules()}
 
@@ -151,7 +160,8 @@ class _Recorder(fx.Interpreter):
             raise UserError("the network has no convolution and no linear layer")
         graph = in_execution_order(self._operations.values(), self._output, counts)
         layers = {o.name: self._layers[o.name] for o in graph.operations if o.name in self._layers}
-        return Traced(Network(graph, layers), {n: b for n, b in self._norms.items() if n in graph})
+        norms = {n: b for n, b in self._norms.items() if n in graph}
+        return Traced(Network(graph, layers), norms, tuple(self._blocks))
 
     def run_node(self, node: fx.Node) -> object:
         value = super().run_node(node)
@@ -246,6 +256,8 @@ class _Recorder(fx.Interpreter):
         taken = {*self._operations, *(() if node.op == "call_module" else self._module_names)}
         if name in taken:  # a module that is used again, or a function named as a module
             name = next(n for i in itertools.count(2) if (n := f"{name}_{i}") not in taken)
+        if kind in (ADD, CONCATENATE) and (modules := node.meta.get("nn_module_stack")):
+            self._blocks[list(modules)[-1]] = None
         inputs = tuple(self._names[source] for source in sources)
         self._operations[name] = Operation(name, kind, inputs, attributes)
         self._names[node] = name

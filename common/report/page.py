@@ -1,18 +1,20 @@
 """A run's story on one page: report.html, a single file that needs no network and no JavaScript.
 
-page.html lays out the story that the console prints too, page.css says how it looks. File names, and
-whatever else came from outside, are text and stay text: everything is escaped, and the page forbids
-the browser to load or run anything.
+page.html lays out the story that the console prints too, and page.css says how it looks. File
+names, and whatever else came from outside, are text and stay text: everything is escaped, and the
+page forbids the browser to load or run anything.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.command.cli import visible
 from common.files.atomic import replace_file
-from common.files.output import OutputFolder
+from common.files.output import RESULTS_NAME, OutputFolder
 from common.report.story import Story
 
 REPORT_NAME = "report.html"
@@ -45,9 +47,17 @@ def render(story: Story, results: Mapping[str, object], plots: Mapping[str, byte
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    images = {name: base64.b64encode(png).decode() for name, png in plots.items()}
+    told_first = [name for name in dict.fromkeys([*story.captions, *plots]) if name in plots]
+    images = {name: base64.b64encode(plots[name]).decode() for name in told_first}
     template = environment.get_template(TEMPLATE.name)
-    return template.render(story=story, results=results, images=images).lstrip()
+    files = [RESULTS_NAME, *_names(results["artifacts"])]
+    return template.render(story=story, results=results, images=images, files=files).lstrip()
+
+
+def _names(artifacts: Mapping[str, str | list[str]]) -> list[str]:
+    """Return the names of the files that results.json lists, each once."""
+    lists = [[entry] if isinstance(entry, str) else entry for entry in artifacts.values()]
+    return list(dict.fromkeys(itertools.chain(*lists)))
 
 
 def _as_text(value: object) -> object:
@@ -56,5 +66,4 @@ def _as_text(value: object) -> object:
         return value
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
-    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return visible(", ".join(map(str, value)) if isinstance(value, list | tuple) else value)

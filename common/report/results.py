@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from common.command.cli import visible
 from common.machine.device import cpu_name, has_vnni
 from common.report.story import Column
 
@@ -31,7 +34,12 @@ PURPLE, GREY = "#CC79A7", "#999999"
 
 
 def common_results(
-    script: str, arguments: argparse.Namespace, workers: Workers, data: dict, weights: dict
+    script: str,
+    arguments: argparse.Namespace,
+    workers: Workers,
+    data: dict,
+    weights: dict,
+    network: dict | None = None,
 ) -> dict:
     """Return the part of results.json that all scripts share, but for what is known at the end.
 
@@ -39,8 +47,9 @@ def common_results(
         script: Its name, such as ``quantization``.
         arguments: As parsed.
         workers: The processes that shared the run, and where FP32 ran.
-        data: The source's name, and how many images were used for what.
-        weights: From :meth:`common.network.checkpoint.WeightsFile.describe`.
+        data: The source's name, how many images were used for what, and what they are.
+        weights: Result of :meth:`common.network.checkpoint.WeightsFile.describe`.
+        network: Result of :meth:`common.inputs.Inputs.describe_network`, if there is one.
     """
     device = workers.device.type
     return {
@@ -62,6 +71,7 @@ def common_results(
         "processes": workers.count,
         "data": data,
         "weights": weights,
+        **({} if network is None else {"network": network}),
     }
 
 
@@ -84,17 +94,46 @@ def to_json(results: dict) -> str:
 # --- text ----------------------------------------------------------------------------------------
 
 
-def describe_setting(results: dict) -> str:
+def network_name(results: Mapping[str, Any]) -> str:
+    """Name the run's network for people."""
+    family = results["network"]["family"]
+    if found := re.fullmatch(r"resnet(\d+)-(cifar|imagenet)", family):
+        layout = {"cifar": "CIFAR", "imagenet": "ImageNet"}[found[2]]
+        return f"ResNet{found[1]} ({layout} layout)"
+    return visible(family.removeprefix("torchvision:"))
+
+
+def describe_setting(results: Mapping[str, Any]) -> str:
     """Say on which images and which machine the numbers were measured."""
     data, environment = results["data"], results["environment"]
-    threads = environment["threads"]
     setting = (
-        f"{data['test_images']:,} test images ({data['source']}), {threads} "
-        f"thread{'s' * (threads != 1)}, {environment['cpu']}"
+        f"{counted(data['test_images'], 'test image')} ({visible(data['source'])}), "
+        f"{counted(environment['threads'], 'thread')}, {environment['cpu']}"
     )
     if environment["device"] != "cpu":
         setting += f", FP32 on {environment['device_name']}"
-    return setting
+    return setting + "."
+
+
+def describe_given(weights: Mapping[str, Any]) -> str:
+    """Say how large the file is that the user handed in.
+
+    Args:
+        weights: results.json's ``weights``.
+    """
+    kind = " (a coded network)" if weights["coded"] else ""
+    return f"The given file takes {megabytes(weights['size_bytes'])}{kind}."
+
+
+def at_batch_sizes(entries: Sequence[Mapping[str, Any]], name: str = "value") -> str:
+    """Format a factor at each batch size; ``name`` is its key in the entries."""
+    return ", ".join(f"{entry[name]:.2f}× at batch {entry['batch_size']}" for entry in entries)
+
+
+def counted(number: float, noun: str) -> str:
+    """Format a number of things: 1 point, 0.5 points, 10,000 images."""
+    text = f"{number:,.10g}"
+    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
 
 
 def percent(value: float, digits: int = 2) -> str:
@@ -139,33 +178,35 @@ def megabytes(size_bytes: float, digits: int = 2) -> str:
 # --- columns that several tables have -------------------------------------------------------------
 
 
-def accuracy_columns(with_counts: bool = False) -> list[Column]:
-    """Return the column of top-1 accuracies, and those of the counts behind it."""
-    counts = [
-        Column("correct", lambda row: row["accuracy"]["correct"]),
-        Column("total", lambda row: row["accuracy"]["total"]),
+def accuracy_columns() -> list[Column]:
+    """Return the column of top-1 accuracies; in CSV files those of the counts behind it too."""
+    return [
+        Column(None, lambda row: row["accuracy"]["correct"], name="correct"),
+        Column(None, lambda row: row["accuracy"]["total"], name="total"),
+        Column("accuracy", lambda row: row["accuracy"]["value"], percent),
     ]
-    shown = Column("accuracy", lambda row: row["accuracy"]["value"], percent)
-    return [*(counts if with_counts else []), shown]
 
 
-def change_columns(digits: int = 2) -> list[Column]:
-    """Return the columns of the change against dense, in points, and of its 95 % interval.
+def change_columns() -> list[Column]:
+    """Return the columns of the change against dense and of its paired 95 % interval.
 
-    Nothing is shown for the network that the others are compared with.
+    They are shown in points, a loss negative; in CSV files they are drops, a loss positive. Rows
+    without a ``comparison`` have none.
     """
 
-    def part(name: str) -> Callable[[dict], str | None]:
-        def value(row: dict) -> str | None:
-            comparison = row.get("comparison")
-            if not comparison or "mcnemar_p" not in comparison:
-                return None
-            change = format_change(comparison, digits)
-            return change.points if name == "points" else f"{change.low} … {change.high}"
+    def compared(get: Callable[[dict], object]) -> Callable[[dict], object]:
+        return lambda row: get(row["comparison"]) if row.get("comparison") else None
 
-        return value
+    def show_interval(comparison: dict) -> str:
+        change = format_change(comparison)
+        return f"{change.low} … {change.high}"
 
-    return [Column("points", part("points")), Column("95 % interval", part("interval"))]
+    return [
+        Column("points", compared(itemgetter("drop")), lambda drop: points(-drop), name="drop"),
+        Column("95 % interval", compared(lambda comparison: comparison), show_interval, name=""),
+        Column(None, compared(lambda comparison: comparison["ci95"][0]), name="drop_low"),
+        Column(None, compared(lambda comparison: comparison["ci95"][1]), name="drop_high"),
+    ]
 
 
 def rate_columns(latency: Sequence[dict]) -> list[Column]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.command.cli import visible
+
 WIDTH = 80  # columns of a terminal
 
 
@@ -21,13 +23,15 @@ class Column:
     """One column of a table.
 
     Attributes:
-        heading: Heading, with the unit where the values show none.
+        heading: Heading, with the unit where the values show none; None for a column of CSV files
+            alone.
         value: Returns a row's value.
         show: Returns a value as text; None is shown as nothing.
-        name: Name in CSV files; the heading by default, and no column there where it is empty.
+        name: Name in CSV files; the heading by default, and empty for a column that they do not
+            have.
     """
 
-    heading: str
+    heading: str | None
     value: Callable[[Any], object]
     show: Callable[[Any], str] = str
     name: str | None = None
@@ -55,33 +59,34 @@ class Table:
     note: str = ""
 
     @property
+    def shown(self) -> list[Column]:
+        """The columns that people see."""
+        return [column for column in self.columns if column.heading is not None]
+
+    @property
     def headings(self) -> list[str]:
         """The headings, from left to right."""
-        return [column.heading for column in self.columns]
+        return [column.heading for column in self.shown]
 
     @property
     def cells(self) -> list[list[str]]:
         """The cells as text, row by row."""
-        return [[column.cell(row) for column in self.columns] for row in self.rows]
+        return [[column.cell(row) for column in self.shown] for row in self.rows]
 
     def text(self) -> str:
         """Lay the table out for a console."""
-        return "\n".join(
-            [
-                *([self.title] if self.title else []),
-                align(self.headings, self.cells),
-                *([fill(self.note, "  ")] if self.note else []),
-            ]
-        )
+        title = [fill(self.title)] if self.title else []
+        note = [fill(self.note, "  ")] if self.note else []
+        return "\n".join([*title, align(self.headings, self.cells), *note])
 
     def write_csv(self, path: Path) -> None:
         """Write the table's values, unformatted, under the columns' names."""
-        columns = [(c.heading if c.name is None else c.name, c) for c in self.columns]
-        columns = [(name, column) for name, column in columns if name]
+        named = [(c.heading if c.name is None else c.name, c.value) for c in self.columns]
+        named = [(name, value) for name, value in named if name]
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([name for name, _ in columns])
-            writer.writerows([column.value(row) for _, column in columns] for row in self.rows)
+            writer.writerow([name for name, _ in named])
+            writer.writerows([value(row) for _, value in named] for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Facts:
             )
             for name, value in self.pairs.items()
         ]
-        return "\n".join([self.title, *lines])
+        return "\n".join([fill(self.title), *lines])
 
 
 @dataclass(frozen=True)
@@ -138,10 +143,10 @@ class Story:
 
     def text(self, output_dir: Path) -> str:
         """Lay the story out for a console."""
-        parts = [part if isinstance(part, str) else part.text() for part in self.parts]
-        parts = [fill(part) if "\n" not in part else part for part in parts]
+        parts = [fill(part) if isinstance(part, str) else part.text() for part in self.parts]
         first = f"{self.title}\n{fill(self.setting)}"
-        return "\n\n".join([first, *parts, f"{self.cost}\nwritten to {output_dir}"]) + "\n"
+        last = f"{self.cost}\nwritten to {visible(output_dir)}"
+        return "\n\n".join([first, *parts, last]) + "\n"
 
 
 def fill(text: str, indent: str = "") -> str:
@@ -153,14 +158,26 @@ def fill(text: str, indent: str = "") -> str:
 
 
 def align(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells in columns: the first to the left, the others to the right."""
+    """Lay out cells in columns: the first to the left, the others to the right.
+
+    Columns for which the console is too narrow follow below, beside the first one again.
+    """
     table = [list(headings), *map(list, rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
+    blocks: list[list[int]] = [[0]]
+    for column in range(1, len(widths)):
+        if sum(widths[one] + 2 for one in [*blocks[-1], column]) - 2 >= WIDTH and blocks[-1] != [0]:
+            blocks.append([0])
+        blocks[-1].append(column)
+    return "\n\n".join(_align_block(table, widths, block) for block in blocks)
+
+
+def _align_block(table: Sequence[Sequence[str]], widths: Sequence[int], block: list[int]) -> str:
     lines = [
         "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            row[column].rjust(widths[column]) if column else row[0].ljust(widths[0])
+            for column in block
         ).rstrip()
         for row in table
     ]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+    return "\n".join([lines[0], "  ".join("─" * widths[column] for column in block), *lines[1:]])

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
+from torch import nn
 
 from common.command import cli
 from common.files.output import OutputFolder
 from common.files.unfinished import SCRIPT
 from common.images.data import ImageSet, checksum
 from common.machine.workers import ALONE, Workers
-from common.network.cascade import Cascade, Recomputation
-from common.network.resnet import ResNet18, prunable_layers
-from pruning.alone.walk import Chunk, Variants, Walk
+from common.network.cascade import Cascade, Fp32Recheck
+from common.network.execution import Network
+from common.network.tracing import trace_network, weight_layers
+from pruning.alone.linear import Head
+from pruning.alone.walk import Chunk, PrunedVariants, Walk
 
-# One piece of finished work: all layers at all amounts, on this many batches of images.
+# Unit of partial results: all layers at all amounts, on this many batches of images.
 CHUNK_BATCHES = 16
 
 
@@ -28,22 +32,38 @@ class Scan:
     """What is scanned, and how.
 
     Attributes:
-        model: In eval mode, on the images' device; not changed.
-        images: To measure on.
-        layers: Each is pruned alone; in network order.
+        model: The network, in eval mode, on the images' device; not changed.
+        images: Images to measure on.
+        layers: Names of the layers to prune, each alone.
         amounts: Fractions to prune.
-        batch_size: In images; batches of 16 keep a CPU's branches in its L3 cache.
-        fast: Run the branches in bf16 and the close cases again in FP32.
-        workers: The processes that scan together, each a share of every chunk.
+        batch_size: Images in a batch; batches of 16 keep a CPU's variants in its L3 cache.
+        fast: Run the variants in bf16 and the close cases again in FP32.
+        workers: Processes that scan together, each a share of every chunk.
     """
 
-    model: ResNet18
+    model: nn.Module
     images: ImageSet
     layers: Sequence[str]
     amounts: Sequence[float]
     batch_size: int
     fast: bool
     workers: Workers = ALONE
+
+    @functools.cached_property
+    def network(self) -> Network:
+        """The model as a graph."""
+        return trace_network(self.model, self.images.shape)
+
+    @functools.cached_property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The weights of all layers, in the order of the state dict."""
+        layers = weight_layers(self.model, self.network)
+        return {name: module.weight.detach() for name, module in layers.items()}
+
+    @functools.cached_property
+    def head(self) -> Head | None:
+        """The linear layers at the end of the network; None where there are none."""
+        return Head.of(self.network, self.weights)
 
     def identity(self) -> dict:
         """Return what the results depend on, named for the user."""
@@ -64,30 +84,30 @@ class Scan:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What the scan found, image by image, in the order of the dataset; on the CPU.
+    """Result of the scan, image by image in the order of the dataset, on the CPU.
 
     Attributes:
-        dense_correct: bool, shape (N,).
-        features: FP32, shape (N, channels): the linear layer's input.
-        correct: For each amount and layer: bool, shape (N,).
-        achieved: For each amount and layer the fraction of zeros.
-        recomputation: None where all ran in FP32.
+        dense_correct: Correctness of the dense network, bool, shape (N,).
+        features: Input of the head's linear layers, FP32, shape (N, features); without columns
+            where there are none.
+        correct: For each amount and layer, the correctness, bool, shape (N,).
+        achieved: For each amount and layer, the fraction of zeros.
+        recheck: Counts of what FP32 checked; None where everything ran in FP32.
     """
 
     dense_correct: torch.Tensor
     features: torch.Tensor
     correct: dict[tuple[float, str], torch.Tensor]
     achieved: dict[tuple[float, str], float]
-    recomputation: Recomputation | None
+    recheck: Fp32Recheck | None
 
 
-def choose_layers(model: ResNet18, patterns: Sequence[str] | None) -> list[str]:
-    """Return the prunable layers that match any pattern (``layer4.*``), in network order.
+def choose_layers(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
+    """Return the layers that match any pattern (``layer4.*``), in their order.
 
     Raises:
         UserError: A pattern matches nothing.
     """
-    names = list(prunable_layers(model))
     for pattern in patterns or []:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise cli.UserError(f"--layers {pattern}: matches none of {', '.join(names)}")
@@ -97,19 +117,19 @@ def choose_layers(model: ResNet18, patterns: Sequence[str] | None) -> list[str]:
 def run_scan(
     scan: Scan, folder: OutputFolder | None = None, resume: bool = False
 ) -> tuple[ScanResult, float | None]:
-    """Scan, and check that the model is as it was before.
+    """Scan, and check that the model is unchanged afterwards.
 
     Args:
-        scan: What to do.
-        folder: Keeps what is finished, in the first of the workers; None in the others.
-        resume: Go on with what an earlier run had finished.
+        scan: What to scan.
+        folder: Folder that keeps partial results, in the first worker; None in the others.
+        resume: Continue from the partial results of an earlier run.
 
     Returns:
-        What the scan found, and its seconds; None where part of it was done by an earlier run.
+        The result, and the scan's seconds; None where an earlier run did part of it.
 
     Raises:
-        UserError: The workers have not the same model, images or settings, or what is finished is
-            of another scan.
+        UserError: The workers do not have the same model, images and settings, or the partial
+            results belong to another scan.
     """
     identity = scan.identity()
     scan.workers.require_same(identity)
@@ -121,23 +141,27 @@ def run_scan(
     seconds = time.perf_counter() - started
     if checksum(scan.model.state_dict().values()) != identity["the checkpoint"]:
         raise AssertionError("the scan changed the model")
-    if result.recomputation is not None:
-        result.recomputation.warn_if_near()
+    if result.recheck is not None:
+        result.recheck.warn_if_near()
     return result, seconds if is_whole else None
 
 
 @torch.inference_mode()
 def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
-    """Go through the images once; what is ``finished`` is not done again.
+    """Go through the images once, except for chunks that are ``finished``.
 
-    Memory holds all of the variants' weights and one batch. All workers return all that was found.
+    Memory holds the weights of all variants and one batch. Every worker returns the whole result.
     """
     layers, workers, total_images = scan.layers, scan.workers, len(scan.images)
-    variants = [Variants.of(scan.model, layers, amount, scan.fast) for amount in scan.amounts]
-    walk = Walk(Cascade.of(scan.model, scan.fast))
+    weights = {name: scan.weights[name] for name in layers}
+    variants = [
+        PrunedVariants.of(scan.network, weights, amount, scan.fast) for amount in scan.amounts
+    ]
+    features_name = scan.head.features if scan.head else None
+    walk = Walk(Cascade.of(scan.network, scan.fast), layers, features_name)
     if scan.fast:
         walk.bounds = _bounds(walk, variants, scan, finished)
-    dense_correct, features, packed, total = [], [], [], Recomputation()
+    dense_correct, features, packed, total = [], [], [], Fp32Recheck()
     chunk_size = scan.batch_size * CHUNK_BATCHES * workers.count
     with cli.progress(None, "scan", total=total_images, unit="image") as bar:
         for first in range(0, total_images, chunk_size):
@@ -155,9 +179,9 @@ def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
             features.append(chunk.features)
             if key not in finished:
                 bits = np.packbits(chunk.correct.cpu().numpy()).tobytes().hex()
-                finished[key] = {"correct": bits, "recomputation": asdict(chunk.recomputation)}
+                finished[key] = {"correct": bits, "recheck": asdict(chunk.recheck)}
             packed.append((finished[key]["correct"], last - first))
-            total.add(Recomputation(**finished[key]["recomputation"]))
+            total.add(Fp32Recheck(**finished[key]["recheck"]))
     rows = len(scan.amounts) * len(layers)
     correct = torch.cat([_unpack(bits, rows, columns) for bits, columns in packed], dim=1)
     names = [(variant.amount, layer) for variant in variants for layer in layers]
@@ -176,11 +200,11 @@ def _unpack(bits: str, rows: int, columns: int) -> torch.Tensor:
 
 
 def _bounds(
-    walk: Walk, variants: Sequence[Variants], scan: Scan, finished: MutableMapping[str, dict]
+    walk: Walk, variants: Sequence[PrunedVariants], scan: Scan, finished: MutableMapping[str, dict]
 ) -> dict[float, torch.Tensor]:
-    """Measure how far bf16 logits can be off; the same scan, resumed, goes on with the same.
+    """Return the bounds for bf16: those of the partial results, if there are any.
 
-    All workers measure on the same images, and go by what the first has found.
+    All workers measure them on the same images and use those of the first worker.
     """
     if "bounds" not in finished:
         bounds = {

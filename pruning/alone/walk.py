@@ -1,117 +1,139 @@
-"""One walk over the images: the dense network, and all that branches off it.
+"""One walk over the images: the dense network and all pruned variants.
 
-Each batch runs through the dense network once and every pruned variant branches off it
+Each batch runs through the dense network once, and every pruned variant branches off it
 (:mod:`common.network.branching`), in bf16 where that is fast, with FP32's predictions
 (:mod:`common.network.cascade`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from common.images.data import ImageSet, batches
-from common.network.branching import Convolution, FoldedNetwork, trace_dense
-from common.network.cascade import Branches, Cascade, Recomputation
-from common.network.resnet import ResNet18, prunable_layers
+from common.images.data import ImageSet
+from common.network.branching import start_values
+from common.network.cascade import Cascade, Fp32Recheck, Variants
+from common.network.execution import Network
 from pruning.masks import l1_mask, pruned_count
 
 
 @dataclass(frozen=True)
-class Variants(Branches):
-    """The network with each of some layers pruned alone by one amount.
+class PrunedVariants(Variants):
+    """Variants of a network, each with one layer pruned by the same amount.
 
     Attributes:
-        amount: Fraction asked for.
-        achieved: For each layer, in network order, the fraction of zeros.
+        amount: Fraction to prune.
+        achieved: For each layer, its fraction of zeros.
     """
 
     amount: float
     achieved: dict[str, float]
 
     @classmethod
-    def of(cls, model: ResNet18, layers: Sequence[str], amount: float, fast: bool) -> Variants:
-        """Prune each of ``layers`` of ``model``, which is not changed and may be on any device."""
-        network, modules = FoldedNetwork.of(model), prunable_layers(model)
-        convolutions, exact, achieved = network.convolutions(), {}, {}
-        for name in layers:
-            weight = modules[name].weight.detach()
+    def of(
+        cls, network: Network, weights: Mapping[str, torch.Tensor], amount: float, fast: bool
+    ) -> PrunedVariants:
+        """Prune each of some layers alone.
+
+        Args:
+            network: Dense.
+            weights: For each layer to prune, its weight without the batch norm, by whose
+                magnitudes the weights are chosen; on any device.
+            amount: Fraction to prune.
+            fast: Make variants in bf16, too.
+        """
+        exact, achieved = {}, {}
+        for name, weight in weights.items():
             total = weight.numel()
             kept = l1_mask(weight.cpu(), pruned_count(total, amount)).to(weight.device)
-            pruned = weight.masked_fill(~kept, 0)
-            achieved[name] = (total - int(pruned.count_nonzero())) / total
-            # Folding scales whole channels, so it does not matter that the mask comes after it.
-            exact[name] = convolutions[name].masked(kept) if name in convolutions else pruned
-        if not fast:
-            return cls(exact, None, amount, achieved)
-        rounded = {
-            name: part.to(torch.bfloat16) if isinstance(part, Convolution) else part
-            for name, part in exact.items()
-        }
-        return cls(exact, rounded, amount, achieved)
+            achieved[name] = (total - int(weight.masked_fill(~kept, 0).count_nonzero())) / total
+            # Folding scales whole output channels, so a mask may follow it.
+            exact[name] = network.layers[name].masked(kept)
+        rounded = network.with_layers(exact).to(torch.bfloat16).layers if fast else {}
+        return cls(exact, {n: rounded[n] for n in exact} if fast else None, amount, achieved)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of the scan: correctness (variants, n) and what the dense network gave, (n,)."""
+    """Results for n images.
+
+    Attributes:
+        dense_correct: Correctness of the dense network, bool, shape (n,).
+        features: Input of the head's first linear layer, FP32, shape (n, features); without
+            columns where the network has no such head.
+        correct: Correctness of each variant, bool, shape (variants, n).
+        recheck: Counts of what FP32 checked.
+    """
 
     dense_correct: torch.Tensor
     features: torch.Tensor
     correct: torch.Tensor
-    recomputation: Recomputation
+    recheck: Fp32Recheck
 
     def cpu(self) -> Chunk:
         """Return the chunk with its tensors in main memory."""
         tensors = (self.dense_correct, self.features, self.correct)
-        return Chunk(*(tensor.cpu() for tensor in tensors), self.recomputation)
+        return Chunk(*(tensor.cpu() for tensor in tensors), self.recheck)
 
     @classmethod
     def joined(cls, shares: Sequence[Chunk]) -> Chunk:
-        """Put the workers' shares together, in the order of the images."""
+        """Join the workers' shares, in the order of the images."""
         shares = [share for share in shares if len(share.features)]  # few images, many workers
-        recomputation = Recomputation()
+        recheck = Fp32Recheck()
         for share in shares:
-            recomputation.add(share.recomputation)
+            recheck.add(share.recheck)
         return cls(
             torch.cat([share.dense_correct for share in shares]),
             torch.cat([share.features for share in shares]),
             torch.cat([share.correct for share in shares], dim=1),
-            recomputation,
+            recheck,
         )
 
 
 @dataclass
 class Walk:
-    """The network and, for each amount, the bf16 margins below which FP32 decides."""
+    """The networks to run, and the bounds for bf16.
+
+    Attributes:
+        cascade: The network.
+        layers: Layers that are pruned.
+        features: Name of the operation whose value is kept for every image; None for none.
+        bounds: For each amount, the margins below which FP32 decides.
+    """
 
     cascade: Cascade
+    layers: Sequence[str]
+    features: str | None
     bounds: dict[float, torch.Tensor] = field(default_factory=dict)
 
     def run(
         self,
         dataset: ImageSet,
-        variants: Sequence[Variants],
+        variants: Sequence[PrunedVariants],
         batch_size: int,
         report: Callable[[int], object],
     ) -> Chunk:
-        """Run the dense network and all variants; nothing here waits for a GPU."""
-        dense_correct, features, correct, recomputation = [], [], [], Recomputation()
-        for images, labels in batches(dataset, batch_size):
-            trace = trace_dense(self.cascade.network, images)
-            features.append(trace.features)
-            dense = self.cascade.network.classify(trace.features)
-            dense_correct.append(dense.argmax(dim=1) == labels)
+        """Run the dense network and all variants; in FP32 this never waits for a GPU."""
+        network = self.cascade.network
+        graph = network.graph
+        wanted = start_values(graph, self.layers) if variants else []
+        wanted = [*wanted, graph.output, *([self.features] if self.features else [])]
+        dense_correct, features, correct, recheck = [], [], [], Fp32Recheck()
+        for images, labels in dataset.batches(batch_size):
+            dense = network.run({graph.input: images}, wanted)
+            none = images.new_empty(len(images), 0)
+            features.append(dense[self.features] if self.features else none)
+            dense_correct.append(dense[graph.output].argmax(dim=1) == labels)
             found = [
-                self.cascade.predict(trace, v, self.bounds.get(v.amount), recomputation)
-                for v in variants
+                self.cascade.predict(dense, v, self.bounds.get(v.amount), recheck) for v in variants
             ]
             correct += [torch.cat(found) == labels] if found else []
             report(len(images))
         return Chunk(
             torch.cat(dense_correct) if dense_correct else dataset.labels.bool(),
-            torch.cat(features) if features else dataset.labels.float(),
+            torch.cat(features) if features else torch.empty(0, 0),
             torch.cat(correct, dim=1) if correct else torch.empty(0, len(dataset)),
-            recomputation,
+            recheck,
         )

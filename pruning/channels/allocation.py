@@ -1,41 +1,42 @@
-"""How wide each block of a slim network is: what a width costs in context against what it saves.
+"""How wide each group of channels is: what a width costs in context against what it saves.
 
-A block that may be narrowed for nothing in the dense network may not in one that is narrow
-everywhere, for errors add up. So each block's curve is measured in a network whose other blocks
-are narrow: the divergence of the logits from the dense network's, which needs no labels. With the
+A group that may be narrowed for nothing in the dense network may not in one that is narrow
+everywhere, for errors add up. So each group's curve is measured in a network whose other groups are
+narrow: the divergence of the logits from the dense network's, which needs no labels. With the
 curves taken to add up, the best widths for any number of multiply-adds follow exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common.command import cli
-from common.images.data import normalize
-from common.network.branching import FoldedNetwork, pool
-from common.network.resnet import BLOCKS
-from pruning.channels.slimming import slim_block
-from pruning.channels.surgeon import Kept
+from common.images.data import ImageSet
+from common.network.execution import Network
+from pruning.channels.groups import ChannelGroup
+from pruning.channels.slimming import slim_network
+from pruning.channels.surgeon import ChannelChoice
 
 CURVE_IMAGES = 256
-BATCH_SIZE = 64
-BUDGET_STEPS = 512  # in which multiply-adds are counted
+BATCH_SIZE, MEMORY_BYTES = 64, 1_000_000_000  # images at a time, less if they take more memory
+BUDGET_STEPS = 512  # steps in which costs are counted
 
-STEP = 16  # channels: INT8 kernels round a layer's width up to as many
+STEP = 16  # channels: INT8 kernels round a layer's width up to a multiple of this
 
-Paths = Mapping[str, Mapping[int, Kept]]
+Choices = Mapping[str, Mapping[int, ChannelChoice]]
 Curves = Mapping[str, Mapping[int, float]]
 
 
 def width_grid(width: int) -> list[int]:
-    """Return the widths that a block of ``width`` inner channels may get, itself the last.
+    """Return the widths that a group of ``width`` channels may get, itself the last.
 
     Eight of them; fewer where that would be finer than ``STEP``, except in networks so narrow that
-    they have no two steps. Not less than an eighth: so narrow a block leaves no room to make up for
+    they have no two steps. Not less than an eighth: so narrow a layer leaves no room to make up for
     what the others lost, which the curves, measured before the repair, do not see.
     """
     step = max(width // 8 // STEP * STEP, STEP if width >= 2 * STEP else 1)
@@ -44,44 +45,75 @@ def width_grid(width: int) -> list[int]:
 
 @torch.inference_mode()
 def measure_curves(
-    dense: FoldedNetwork, paths: Paths, context: Mapping[str, int], images: torch.Tensor
+    dense: Network,
+    groups: Mapping[str, ChannelGroup],
+    choices: Choices,
+    context: Mapping[str, int],
+    images: ImageSet,
 ) -> Curves:
-    """Measure each block's divergence at every width, the others being as wide as in ``context``.
+    """Measure each group's divergence at every width, the others being as wide as in ``context``.
 
     Args:
-        dense: In the precision to run in.
-        paths: For each block, what is kept of it at every width.
-        context: Widths.
-        images: uint8, shape (N, 3, 32, 32).
+        dense: Dense network in the precision to run in.
+        groups: Groups of free channels by name.
+        choices: For each group and width the channels that are kept.
+        context: Width of each group.
+        images: Images, whose labels are not used.
 
     Returns:
-        For each block and width the mean divergence in nats, over that at its largest width.
+        For each group and width the mean divergence in nats, over that at its largest width.
     """
-    around = [slim_block(dense.blocks[name], paths[name][context[name]]) for name in BLOCKS]
-    totals = {name: dict.fromkeys(paths[name], 0.0) for name in BLOCKS}
-    for batch in cli.progress(images.split(BATCH_SIZE), "widths"):
-        inputs = normalize(batch).to(dense.stem.weight.dtype)
-        stem = dense.stem(inputs).relu_()
-        expected = _logits(dense, stem, list(dense.blocks.values())).log_softmax(1)
-        x = stem
-        for index, name in enumerate(BLOCKS):
-            for width, kept in paths[name].items():
-                changed = slim_block(dense.blocks[name], kept)
-                logits = _logits(dense, x, [changed, *around[index + 1 :]])
+    around = {name: choices[name][width] for name, width in context.items()}
+    graph, narrow = dense.graph, slim_network(dense, groups, around)
+
+    def vary(group: ChannelGroup, choice: ChannelChoice) -> Network:
+        """Return the narrow network with another width in a group; most layers are shared."""
+        varied = slim_network(dense, groups, {**around, group.name: choice})
+        changed = {*group.producers, *group.between, *group.readers} & varied.layers.keys()
+        return Network(
+            varied.graph, {**narrow.layers, **{name: varied.layers[name] for name in changed}}
+        )
+
+    variants = {
+        name: {width: vary(groups[name], choice) for width, choice in choices[name].items()}
+        for name in groups
+    }
+    # What each group's variants start from: values before the group that operations in it read.
+    starts = {name: _values_before(narrow, groups[name]) for name in groups}
+    wanted = sorted({value for values in starts.values() for value in values})
+    dtype = next(iter(dense.layers.values())).weight.dtype
+    totals = {name: dict.fromkeys(choices[name], 0.0) for name in groups}
+    numbers = sum(math.prod(dense.shapes[name]) for name in wanted)
+    batch_size = max(1, min(BATCH_SIZE, MEMORY_BYTES // (4 * max(numbers, 1))))
+    for batch in cli.progress(images.images.split(batch_size), "widths"):
+        inputs = {graph.input: images.normalize(batch).to(dtype)}
+        expected = dense.run(inputs, [graph.output])[graph.output].float().log_softmax(1)
+        values = narrow.run(inputs, wanted)
+        for name, networks in variants.items():
+            given = {value: values[value] for value in starts[name]}
+            for width, network in networks.items():
+                logits = network.run(given, [graph.output])[graph.output].float()
                 totals[name][width] += float(
                     F.kl_div(logits.log_softmax(1), expected, reduction="sum", log_target=True)
                 )
-            x = around[index](x)
     return {
         name: {width: (total - curve[max(curve)]) / len(images) for width, total in curve.items()}
         for name, curve in totals.items()
     }
 
 
-def _logits(network: FoldedNetwork, x: torch.Tensor, blocks: Sequence) -> torch.Tensor:
-    for block in blocks:
-        x = block(x)
-    return network.classify(pool(x))
+def _values_before(network: Network, group: ChannelGroup) -> list[str]:
+    """Return the values from which the network runs on where a group of channels changes."""
+    changed = network.graph.affected_by(group.producers)
+    return sorted(
+        {
+            source
+            for operation in network.graph.operations
+            if operation.name in changed
+            for source in operation.inputs
+            if source not in changed
+        }
+    )
 
 
 def choose_widths(
@@ -97,14 +129,14 @@ def choose_widths(
     """
     unit = budget / BUDGET_STEPS
     best = np.zeros(BUDGET_STEPS + 1)  # the least divergence that each number of steps allows
-    choices = []
+    options = []
     for name, curve in curves.items():
         trial = np.full((len(curve), BUDGET_STEPS + 1), np.inf)
         for row, (width, divergence) in enumerate(curve.items()):
             steps = int(np.ceil(costs[name][width] / unit - 1e-9))
             if steps <= BUDGET_STEPS:
                 trial[row, steps:] = best[: BUDGET_STEPS + 1 - steps] + divergence
-        choices.append(trial.argmin(axis=0))
+        options.append(trial.argmin(axis=0))
         best = trial.min(axis=0)
     if not np.isfinite(best[-1]):
         narrowest = {name: min(curve) for name, curve in curves.items()}
@@ -112,7 +144,7 @@ def choose_widths(
             raise ValueError(f"no widths cost as little as {budget:g}")
         return narrowest
     widths, left = {}, BUDGET_STEPS
-    for (name, curve), choice in zip(reversed(curves.items()), reversed(choices), strict=True):
-        widths[name] = list(curve)[choice[left]]
+    for (name, curve), option in zip(reversed(curves.items()), reversed(options), strict=True):
+        widths[name] = list(curve)[option[left]]
         left -= int(np.ceil(costs[name][widths[name]] / unit - 1e-9))
     return dict(reversed(widths.items()))

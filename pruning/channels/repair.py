@@ -1,8 +1,9 @@
-"""Choice and repair of channels, block by block, on images without labels.
+"""Choice and repair of channels, group by group, on images without labels.
 
-The dense network is run once: it says which channels of each block can go, and what every block
-should add up to. A slim network is then repaired in network order: both convolutions of a block are
-refitted on what the slim layers before them give, so that they also take back their errors.
+The dense network is run once: it says which channels of each group can go, and what every layer
+should give. A slim network is then repaired in execution order: the layers that give and that read
+channels are refitted on what the slim layers before them give, so that they also take back the
+errors of those.
 """
 
 from __future__ import annotations
@@ -11,30 +12,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from common.command import cli
-from common.images.data import normalize
-from common.network.branching import Block, Convolution, FoldedNetwork
-from common.network.resnet import BLOCKS, ResNet18
-from pruning.channels.slimming import (
-    flat_weight,
-    slim_block,
-    slim_model,
-    with_flat_weight,
+from common.images.data import ImageSet
+from common.network.execution import Network
+from common.network.graph import Operation, evaluate
+from common.network.regression import (
+    MomentSums,
+    completed_sum,
+    draw_positions,
+    inputs_at,
+    outputs_at,
 )
-from pruning.channels.surgeon import (
-    DAMPING,
-    Kept,
-    at_positions,
-    output_statistics,
-    refit,
-    remove_channels,
-    windows,
-)
+from common.network.tracing import Traced
+from common.network.walk import Walk
+from pruning.channels.groups import ChannelGroup
+from pruning.channels.slimming import channels_given, slim_module, slim_network
+from pruning.channels.surgeon import DAMPING, ChannelChoice, Reader, remove_channels
 
-POSITIONS = 16  # of each map, to speak for it
+POSITIONS = 16  # of each image's outputs
 BATCH_SIZE = 100
-# Of a block's first convolution: it lacks nothing, it only meets other inputs.
+# Ridge of a layer that lacks no inputs but only meets others than before.
 INNER_DAMPING = 0.2
 
 
@@ -43,142 +42,210 @@ class Dense:
     """What the repair needs of the dense network.
 
     Attributes:
-        model: Not changed.
-        network: It, folded, in the precision to run in.
-        images: uint8, shape (N, 3, 32, 32).
-        positions: For each block, int64, shape (N, P).
-        inner: For each block, FP32, shape (N, P, C): its inner channels there, before their ReLU.
-        targets: For each block, FP32, shape (N, P, O): its sums there, before the last ReLU.
-        kept: For each block and width, what is best kept where all else is dense.
+        model: The module; not changed.
+        traced: Its network, in FP32.
+        network: The network in the precision to run in.
+        groups: The groups of free channels.
+        images: Training images.
+        positions: For each layer to refit the positions of its outputs that are looked at, (N, P);
+            nothing for linear layers.
+        targets: For each of these layers what it gives there, or the sum that it completes, FP32,
+            (N, P, O) or (N, O).
+        choices: For each group and width the channels to keep where all else is dense.
     """
 
-    model: ResNet18
-    network: FoldedNetwork
-    images: torch.Tensor
+    model: nn.Module
+    traced: Traced
+    network: Network
+    groups: Mapping[str, ChannelGroup]
+    images: ImageSet
     positions: Mapping[str, torch.Tensor]
-    inner: Mapping[str, torch.Tensor]
     targets: Mapping[str, torch.Tensor]
-    kept: Mapping[str, Mapping[int, Kept]]
+    choices: Mapping[str, Mapping[int, ChannelChoice]]
 
 
 @torch.no_grad()
 def measure_dense(
-    model: ResNet18,
-    images: torch.Tensor,
+    model: nn.Module,
+    traced: Traced,
+    groups: Mapping[str, ChannelGroup],
+    images: ImageSet,
     widths: Mapping[str, Iterable[int]],
     seed: int,
     dtype: torch.dtype,
     fitted: int | None = None,
 ) -> Dense:
-    """Run the dense network, and find what to keep of each block at every one of its ``widths``.
+    """Run the dense network, and find what to keep of each group at every one of its ``widths``.
 
     Args:
-        model: In eval mode.
-        images: uint8, shape (N, 3, 32, 32), on the model's device.
-        widths: For each block.
-        seed: Of the positions.
+        model: The module, in eval mode.
+        traced: Its network.
+        groups: Groups of free channels by name.
+        images: Training images, on the network's device.
+        widths: For each group the widths to prepare.
+        seed: Seed of the positions.
         dtype: Precision to run in.
-        fitted: The first so many images say what to keep; None for all.
+        fitted: Number of images, the first ones, that say what to keep; None for all.
     """
     fitted = len(images) if fitted is None else fitted
-    exact = FoldedNetwork.of(model)
-    network = exact.to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    positions, inner, targets = ({name: [] for name in BLOCKS} for _ in range(3))
-    grams = dict.fromkeys(BLOCKS, 0)
-    parts = [*images[:fitted].split(BATCH_SIZE), *images[fitted:].split(BATCH_SIZE)]
+    network = traced.network.to(dtype)
+    recorder = _Recorder(traced.network, network, groups, seed)
+    parts = [images.images[:fitted], images.images[fitted:]]
+    batches = [batch for part in parts if len(part) for batch in part.split(BATCH_SIZE)]
     seen = 0
-    for batch in cli.progress(parts, "dense network"):
+    for batch in cli.progress(batches, "dense network"):
         seen += len(batch)
-        x = network.stem(normalize(batch).to(dtype)).relu_()
-        for name, block in network.blocks.items():
-            hidden = block.conv1(x)
-            where = _draw(hidden, generator)
-            inner[name].append(at_positions(hidden, where).unflatten(0, where.shape))
-            hidden = hidden.relu_()
-            residual = block.conv2(hidden)
-            if seen <= fitted:
-                inputs = windows(hidden, where)
-                grams[name] += inputs.T @ inputs / (fitted * where.shape[1])
-            total = residual.add_(block.shortcut_of(x))
-            positions[name].append(where)
-            targets[name].append(at_positions(total, where).unflatten(0, where.shape))
-            x = total.relu_()
-    return Dense(
-        model,
-        network,
-        images,
-        *(
-            {name: torch.cat(found[name]) for name in BLOCKS}
-            for found in (positions, inner, targets)
-        ),
-        {
-            name: remove_channels(
-                grams.pop(name), flat_weight(exact.blocks[name].conv2), widths[name]
-            )
-            for name in cli.progress(BLOCKS, "choose channels")
-        },
+        recorder.run(images.normalize(batch).to(dtype), seen <= fitted)
+    choices = {
+        name: remove_channels(
+            {
+                reader: Reader.start(
+                    traced.network.layers[reader], recorder.sums.pop(reader).moments(), window
+                )
+                for reader, window in _windows(traced.network, groups[name]).items()
+            },
+            widths[name],
+        )
+        for name in cli.progress(groups, "choose channels")
+    }
+    positions, targets = (
+        {name: torch.cat(found) for name, found in values.items()}
+        for values in (recorder.positions, recorder.targets)
     )
+    return Dense(model, traced, network, groups, images, positions, targets, choices)
 
 
-def _draw(maps: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw the positions that speak for each map: int64, shape (N, P)."""
-    total = maps.shape[2] * maps.shape[3]
-    keys = torch.rand(len(maps), total, generator=generator)
-    return keys.topk(min(POSITIONS, total), dim=1).indices.to(maps.device)
+def _windows(network: Network, group: ChannelGroup) -> dict[str, int]:
+    """Return for each reader how many columns of its weight are one channel."""
+    return {name: network.layers[name].weight[0].numel() // group.width for name in group.readers}
+
+
+class _Recorder:
+    """Runs the dense network batch by batch, and notes what its layers read and give."""
+
+    def __init__(
+        self, exact: Network, network: Network, groups: Mapping[str, ChannelGroup], seed: int
+    ):
+        self._exact, self._network = exact, network
+        self._layers = layers_to_fit(exact, groups)
+        self._generator = torch.Generator().manual_seed(seed)
+        readers = [name for group in groups.values() for name in group.readers]
+        self.sums = {name: MomentSums(exact.layers[name], 1) for name in readers}
+        self.positions: dict[str, list[torch.Tensor]] = {}
+        self.targets: dict[str, list[torch.Tensor]] = {name: [] for name in self._layers}
+        # A layer that completes a sum is looked at where the sum is known.
+        self._sums_of = {}
+        for name in self._layers:
+            completed = completed_sum(exact, name)
+            self._sums_of[name if completed is None else completed[0]] = name
+        # Layers of one group share their positions where their outputs are of one size.
+        self._same_as: dict[str, str] = {}
+        for group in groups.values():
+            for name in (*group.between, *group.readers):
+                if exact.shapes[name][1:] == exact.shapes[group.name][1:]:
+                    self._same_as[name] = group.name
+
+    def run(self, images: torch.Tensor, is_fitted: bool) -> None:
+        """Run a batch; note what readers read only where the batch ``is_fitted``."""
+        graph, places = self._network.graph, {}
+
+        def compute(operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
+            in_place = operation.name in self._network.overwriting
+            name, first = operation.name, inputs[0]
+            value = self._network.compute(operation, inputs, in_place)
+            if name in self._layers:
+                same = self._same_as.get(name)
+                if same not in places:
+                    places[name] = draw_positions(value, POSITIONS, self._generator)
+                else:
+                    places[name] = places[same]
+                if places[name] is not None:
+                    self.positions.setdefault(name, []).append(places[name])
+                if is_fitted and name in self.sums:
+                    layer = self._exact.layers[name]
+                    self.sums[name].add(inputs_at(operation, layer, first, places[name]))
+            if name in self._sums_of:
+                layer = self._sums_of[name]
+                found = outputs_at(value, places[layer])
+                self.targets[layer].append(found.unflatten(0, (len(value), -1)))
+            return value
+
+        evaluate(graph, compute, {graph.input: images}, [graph.output])
+
+
+def layers_to_fit(network: Network, groups: Mapping[str, ChannelGroup]) -> set[str]:
+    """Return the layers that give, pass on or read channels of a group."""
+    return {
+        name
+        for group in groups.values()
+        for name in (*group.producers, *group.between, *group.readers)
+        if network.graph[name].is_layer
+    }
+
+
+@dataclass(frozen=True)
+class SlimNetwork:
+    """A network without some channels.
+
+    Attributes:
+        network: The network, in FP32.
+        model: A module that computes the same, in eval mode.
+        channels: For each operation with fewer channels than the dense one those that it has.
+    """
+
+    network: Network
+    model: nn.Module
+    channels: Mapping[str, torch.Tensor]
 
 
 @torch.no_grad()
-def repair(dense: Dense, widths: Mapping[str, int]) -> ResNet18:
-    """Return the network of these ``widths``, each block refitted to what the dense one gives."""
-    network, exact = dense.network, FoldedNetwork.of(dense.model)
-    dtype = network.stem.weight.dtype
-    rows = [slice(at, at + BATCH_SIZE) for at in range(0, len(dense.images), BATCH_SIZE)]
-    streams = [network.stem(normalize(dense.images[r]).to(dtype)).relu_() for r in rows]
-    fitted = {}
-    for name, block in cli.progress(network.blocks.items(), "repair"):
-        kept = dense.kept[name][widths[name]]
-        slim = slim_block(exact.blocks[name], kept)
-        positions = [dense.positions[name][r] for r in rows]
-        inner = (dense.inner[name][r][..., kept.channels].flatten(0, 1) for r in rows)
-        first = _fit(slim.conv1, streams, positions, inner, INNER_DAMPING)
-        conv1 = first[0].to(dtype)
-        residual = (
-            dense.targets[name][r].flatten(0, 1) - at_positions(block.shortcut_of(x), where)
-            for r, x, where in zip(rows, streams, positions, strict=True)
-        )
-        second = _fit(slim.conv2, (conv1(x).relu_() for x in streams), positions, residual)
-        fitted |= {f"{name}.conv1": first, f"{name}.conv2": second}
-        narrow = Block(conv1, second[0].to(dtype), block.shortcut)
-        streams = [narrow(x) for x in streams]
-    return slim_model(dense.model, fitted)
+def repair(dense: Dense, widths: Mapping[str, int]) -> SlimNetwork:
+    """Return the network with these widths, its layers refitted to what the dense one gives."""
+    choices = {name: dense.choices[name][width] for name, width in widths.items()}
+    exact = slim_network(dense.traced.network, dense.groups, choices)
+    channels = channels_given(dense.groups, choices)
+    dtype = next(iter(dense.network.layers.values())).weight.dtype
+    pixels = dense.images.images.split(BATCH_SIZE)
+    images = [dense.images.normalize(batch).to(dtype) for batch in pixels]
+    slim = slim_network(dense.network, dense.groups, choices)
+    walk = Walk(slim, images, slim.graph)
+    readers = {name for group in dense.groups.values() for name in group.readers}
+    layers, statistics = {}, {}
+    for operation in cli.progress(slim.graph.operations[1:], "repair"):
+        name, replaced = operation.name, None
+        if name in dense.targets:
+            sums = MomentSums(exact.layers[name], operation.attributes.get("groups", 1))
+            for rows, wanted in _samples(dense, operation, exact, walk, channels.get(name)):
+                sums.add(rows, wanted)
+            moments = sums.moments()
+            damping = DAMPING if name in readers else INNER_DAMPING
+            layers[name] = moments.refit(exact.layers[name], damping * moments.squares)
+            statistics[name] = moments.output_statistics(layers[name].weight)
+            replaced = layers[name].to(slim.layers[name].weight.dtype)
+        walk.step(name, replaced)
+    network = exact.with_layers(layers)
+    model = slim_module(dense.model, dense.traced, network, channels, statistics)
+    return SlimNetwork(network, model, channels)
 
 
-def _fit(
-    convolution: Convolution,
-    inputs: Iterable[torch.Tensor],
-    positions: Iterable[torch.Tensor],
-    wanted: Iterable[torch.Tensor],
-    damping: float = DAMPING,
-) -> tuple[Convolution, torch.Tensor, torch.Tensor]:
-    """Fit a convolution by least squares, over batches of images.
-
-    Args:
-        convolution: To stay near where little is known.
-        inputs: That it reads, (N, C, H, W).
-        positions: Of its outputs that speak for all, (N, P).
-        wanted: That it should give there, (N·P, O).
-        damping: How much the convolution weighs.
-
-    Returns:
-        The convolution, and mean and variance of what it gives, its bias aside, each (O,).
-    """
-    gram, cross, count = 0, 0, 0
-    for x, where, y in zip(inputs, positions, wanted, strict=True):
-        rows = windows(x, where, convolution.stride)
-        gram += rows.T @ rows
-        cross += y.T @ rows
-        count += len(rows)
-    gram, cross = gram / count, cross / count
-    flat = refit(gram, cross, flat_weight(convolution), damping)
-    return with_flat_weight(convolution, flat), *output_statistics(gram, flat)
+def _samples(
+    dense: Dense,
+    operation: Operation,
+    exact: Network,
+    walk: Walk,
+    channels: torch.Tensor | None,
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what a slim layer reads, and what it should give."""
+    name, start = operation.name, 0
+    completed = completed_sum(exact, name)
+    others = None if completed is None else walk.batches(completed[1])
+    for index, x in enumerate(walk.batches(operation.inputs[0])):
+        rows = slice(start, start + len(x))
+        start += len(x)
+        positions = dense.positions[name][rows] if name in dense.positions else None
+        wanted = dense.targets[name][rows].flatten(0, 1)
+        if others is not None:
+            wanted = wanted - outputs_at(others[index], positions)
+        if channels is not None:
+            wanted = wanted[:, channels]
+        yield inputs_at(operation, exact.layers[name], x, positions), wanted

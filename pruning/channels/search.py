@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from common.command.cli import UserError
-from common.network.resnet import BLOCKS, ResNet18
+from common.network.execution import Network
+from common.network.tracing import trace
 from common.report.results import percent
+from pruning.channels.costs import ChannelCosts
 from pruning.channels.slimmer import Slimmer
-from pruning.channels.slimming import slim_by_norm
-from pruning.together.allocation import NORM
-from pruning.together.recalibration import recalibrate_batch_norm
-from pruning.together.search import Method, ModelSearch, Step
+from pruning.together.search import Method, ModelSearch, SparsityStep
 from quantization.int8.engines import fastest_engine
 
 SCOPE = "channels"
@@ -27,18 +26,18 @@ LEVELS = 32
 COARSE_LEVELS = (24, 20, 16, 12, 8)
 
 
-def require_possible(model: ResNet18, macs_removed: float | None) -> None:
+def require_possible(network: Network, macs_removed: float | None) -> None:
     """Check, before any long work, that so much can go and that INT8 can be timed.
 
     Args:
-        model: Dense.
+        network: Dense network.
         macs_removed: Share of the multiply-adds that is to go; None for what a search finds.
 
     Raises:
         UserError: It cannot.
     """
     fastest_engine()
-    most = 1 - Slimmer(model, torch.empty(0), 0, torch.float32).least_share()
+    most = 1 - ChannelCosts(network).least_share()
     if macs_removed is not None and macs_removed > most:
         told = percent(math.floor(1e4 * most) / 1e4)  # which is taken, too
         raise UserError(f"--remove-macs: of this network {told} can go at most")
@@ -55,12 +54,13 @@ class ChannelSearch(ModelSearch):
     unit, levels = "multiply-adds", LEVELS
 
     macs_removed: float | None = None
-    _slim: dict[tuple[Method, float], ResNet18] = field(default_factory=dict)
+    _slim: dict[float, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self):
         dtype = torch.bfloat16 if self.fast else torch.float32
-        self.slimmer = Slimmer(self.model, self.calibration.images, self.seed, dtype)
-        self.highest = int(LEVELS * (1 - self.slimmer.least_share()))
+        traced = trace(self.model, self.chosen.images.shape)
+        self.slimmer = Slimmer(self.model, traced, self.calibration, self.seed, dtype)
+        self.highest = int(LEVELS * (1 - self.slimmer.costs.least_share()))
         self.coarse = [level for level in COARSE_LEVELS if level <= self.highest] or [self.highest]
 
     @property
@@ -73,31 +73,19 @@ class ChannelSearch(ModelSearch):
         """Whether the share is asked for, whatever it costs."""
         return self.macs_removed is not None
 
-    def methods(self, allocations: Sequence[str]) -> list[Method]:
-        """Return what is searched with, whatever the allocations of weights."""
-        return [Method(RECONSTRUCTED, False), Method(NORM, True)]
+    def methods(self) -> list[Method]:
+        """Return the methods to search with."""
+        return [Method(RECONSTRUCTED, False)]
 
-    def norm_widths(self, sparsity: float) -> dict[str, int]:
-        """Return widths for the control: the same share of every block."""
-        macs, grid = self.slimmer.channel_costs(), self.slimmer.grid
-        share = self.slimmer.inner_budget(1 - sparsity)
-        share /= sum(macs[name] * grid[name][-1] for name in BLOCKS)
-        return {name: max(1, int(share * grid[name][-1])) for name in BLOCKS}
-
-    def prune(self, method: Method, sparsity: float) -> ResNet18:
+    def prune(self, method: Method, sparsity: float) -> nn.Module:
         """Return a slim network without this share of the multiply-adds."""
         if sparsity == 0:
             return self.model
-        if (method, sparsity) not in self._slim:
-            if method.allocation == NORM:
-                slim = slim_by_norm(self.model, self.norm_widths(sparsity))
-                recalibrate_batch_norm(slim, self.calibration.images)
-            else:
-                slim = self.slimmer.slim(1 - sparsity)
-            self._slim[method, sparsity] = slim
-        return self._slim[method, sparsity]
+        if sparsity not in self._slim:
+            self._slim[sparsity] = self.slimmer.slim(1 - sparsity).model
+        return self._slim[sparsity]
 
-    def find_largest(self, method: Method) -> tuple[float, list[Step]]:
+    def find_largest(self, method: Method) -> tuple[float, list[SparsityStep]]:
         """Return the largest share within the tolerance, and the steps that led to it."""
         if not self.is_given:
             return super().find_largest(method)

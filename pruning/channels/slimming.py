@@ -1,90 +1,152 @@
-"""Slim networks: the dense one without some channels inside its blocks."""
+"""Slim networks: a network, or the module that it was traced from, without some channels."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
-from common.network.branching import Block, Convolution, FoldedNetwork
-from common.network.resnet import BLOCKS, ResNet18, Widths, batch_norm_after
-from pruning.channels.surgeon import Kept
+from common.network.execution import Layer, Network
+from common.network.graph import AFFINE, RESHAPE, Graph
+from common.network.tracing import Traced
+from pruning.channels.groups import ChannelGroup
+from pruning.channels.surgeon import ChannelChoice
 
-
-def flat_weight(convolution: Convolution) -> torch.Tensor:
-    """Return a folded convolution's weight: (O, 9·C + 1), the bias last."""
-    return torch.cat([convolution.weight.flatten(1), convolution.bias[:, None]], dim=1)
-
-
-def with_flat_weight(convolution: Convolution, flat: torch.Tensor) -> Convolution:
-    """Return a convolution with another weight, as :func:`flat_weight` gives it."""
-    return _with(
-        convolution, flat[:, :-1].unflatten(1, (-1, *convolution.weight.shape[2:])), flat[:, -1]
-    )
+Channels = Mapping[str, torch.Tensor]
+Statistics = tuple[torch.Tensor, torch.Tensor]
 
 
-def slim_block(block: Block, kept: Kept) -> Block:
-    """Return a folded block with what is kept of its inside, in the block's precision."""
-    return Block(
-        _with(block.conv1, block.conv1.weight[kept.channels], block.conv1.bias[kept.channels]),
-        with_flat_weight(block.conv2, kept.weight.to(block.conv1.weight.dtype)),
-        block.shortcut,
-    )
+def channels_given(
+    groups: Mapping[str, ChannelGroup], choices: Mapping[str, ChannelChoice]
+) -> dict[str, torch.Tensor]:
+    """Return for each operation that gives channels of a group which of them are kept."""
+    return {
+        name: choices[group.name].channels
+        for group in groups.values()
+        if group.name in choices
+        for name in (*group.producers, *group.between)
+    }
 
 
-def _with(convolution: Convolution, weight: torch.Tensor, bias: torch.Tensor) -> Convolution:
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    return dataclasses.replace(convolution, weight=weight, bias=bias)
+def slim_network(
+    network: Network,
+    groups: Mapping[str, ChannelGroup],
+    choices: Mapping[str, ChannelChoice],
+) -> Network:
+    """Return the network without the channels that were not chosen, in its own precision.
+
+    Args:
+        network: Dense.
+        groups: Groups of free channels by name.
+        choices: Kept channels of some of the groups, and the layers that read them.
+    """
+    layers = dict(network.layers)
+    for choice in choices.values():
+        for name, layer in choice.layers.items():
+            layers[name] = _laid_out(layer.to(network.layers[name].weight.dtype))
+    given = channels_given(groups, choices)
+    for name, channels in given.items():
+        if name in layers:
+            layers[name] = _laid_out(
+                Layer(layers[name].weight[channels], layers[name].bias[channels])
+            )
+    operations = []
+    for operation in network.graph.operations:
+        if operation.name in given:
+            width, attributes = len(given[operation.name]), dict(operation.attributes)
+            if attributes.get("groups", 1) > 1:
+                attributes["groups"] = width
+            if operation.kind == RESHAPE:
+                attributes["shape"] = [width, *attributes["shape"][1:]]
+            operation = dataclasses.replace(operation, attributes=attributes)
+        operations.append(operation)
+    return Network(Graph(tuple(operations)), layers)
 
 
 @torch.no_grad()
-def slim_model(
-    model: ResNet18, fitted: Mapping[str, tuple[Convolution, torch.Tensor, torch.Tensor]]
-) -> ResNet18:
-    """Return a network that computes what its fitted convolutions do, in eval mode.
+def slim_module(
+    model: nn.Module,
+    traced: Traced,
+    network: Network,
+    channels: Channels,
+    statistics: Mapping[str, Statistics],
+) -> nn.Module:
+    """Return a copy of the dense module that computes what a slim network does.
 
-    Its batch norms say what the new weights give, so that training can go on from there: a layer's
-    weights are scaled to the size of the dense ones, which its batch norm takes back.
+    Batch norms get the statistics of the new weights, so that training can go on: a layer's weights
+    are scaled to the size of the dense ones, and its batch norm takes the scale back.
 
     Args:
         model: Dense, in eval mode; not changed.
-        fitted: For each convolution inside a block the folded one that takes its place, FP32, and
-            mean and variance of that one's outputs, its bias aside.
+        traced: Its network, and which batch norms were folded into it.
+        network: Slim, FP32.
+        channels: Kept channels of the operations that have fewer of them.
+        statistics: For each layer with other weights than the dense one: mean and variance of its
+            outputs without its bias, each (O,).
     """
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    folded = FoldedNetwork.of(model).convolutions()
-    for conv, (new, mean, variance) in fitted.items():
-        bn = batch_norm_after(conv)
-        scale = float(state[f"{conv}.weight"].norm() / folded[conv].weight.norm())
-        variance = variance * scale**2
-        state[f"{conv}.weight"] = scale * new.weight
-        state[f"{bn}.running_mean"] = scale * mean
-        state[f"{bn}.running_var"] = variance
-        state[f"{bn}.weight"] = (variance + model.get_submodule(bn).eps).sqrt() / scale
-        state[f"{bn}.bias"] = new.bias + mean
-    return _load(model, state)
+    slim = copy.deepcopy(model)
+    for name, kept in channels.items():
+        if traced.network.graph[name].kind == AFFINE:
+            _narrow_norm(slim.get_submodule(name), kept)
+    for name in statistics:
+        layer, module = network.layers[name], slim.get_submodule(name)
+        scale = 1.0
+        if name in traced.norms:
+            norm = slim.get_submodule(traced.norms[name])
+            if name in channels:
+                _narrow_norm(norm, channels[name])
+            scale = _relative_size(module.weight, traced.network.layers[name].weight)
+            _set_norm(norm, layer.bias, *statistics[name], scale)
+        _set_weight(module, scale * layer.weight, None if name in traced.norms else layer.bias)
+        if network.graph[name].attributes.get("groups", 1) > 1:
+            module.groups = network.graph[name].attributes["groups"]
+            module.in_channels = module.groups
+    return slim
 
 
-@torch.no_grad()
-def slim_by_norm(model: ResNet18, widths: Mapping[str, int]) -> ResNet18:
-    """Return the network with the largest filters (L1) of each block's first convolution.
-
-    Nothing makes up for the others: the control.
-    """
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name in BLOCKS:
-        norms = state[f"{name}.conv1.weight"].abs().sum((1, 2, 3))
-        channels = norms.topk(widths[name]).indices.sort().values
-        for entry in ("weight", "bias", "running_mean", "running_var"):
-            state[f"{name}.bn1.{entry}"] = state[f"{name}.bn1.{entry}"][channels]
-        state[f"{name}.conv1.weight"] = state[f"{name}.conv1.weight"][channels]
-        state[f"{name}.conv2.weight"] = state[f"{name}.conv2.weight"][:, channels]
-    return _load(model, state)
+def _relative_size(weight: torch.Tensor, folded: torch.Tensor) -> float:
+    """Return how much larger a layer's own weights are than the folded ones; 1 for zeros."""
+    sizes = float(weight.norm()), float(folded.norm())
+    return sizes[0] / sizes[1] if min(sizes) > 0 else 1.0
 
 
-def _load(model: ResNet18, state: dict[str, torch.Tensor]) -> ResNet18:
-    inner = tuple(len(state[f"{name}.conv1.weight"]) for name in BLOCKS)
-    slim = ResNet18(Widths(model.widths.stages, inner), model.linear.out_features)
-    slim.load_state_dict(state)
-    return slim.to(state["conv1.weight"].device).eval()
+def _set_norm(
+    norm: nn.Module, bias: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, scale: float
+) -> None:
+    """Have a batch norm give what the weights do that are ``scale`` times too large."""
+    variance = variance * scale**2
+    norm.running_mean, norm.running_var = scale * mean, variance
+    norm.weight = nn.Parameter((variance + norm.eps).sqrt() / scale)
+    norm.bias = nn.Parameter(bias + mean)
+
+
+def _set_weight(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Replace a layer's weight and bias; a bias that a batch norm holds becomes zero."""
+    module.weight = nn.Parameter(weight.contiguous())
+    if bias is not None:
+        module.bias = nn.Parameter(bias)
+    elif module.bias is not None:
+        module.bias = nn.Parameter(torch.zeros(len(weight), device=weight.device))
+    outputs, inputs = weight.shape[:2]
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = outputs, inputs
+    else:
+        module.out_channels, module.in_channels = outputs, inputs
+
+
+def _narrow_norm(norm: nn.Module, channels: torch.Tensor) -> None:
+    norm.num_features = len(channels)
+    for name in ("running_mean", "running_var"):
+        setattr(norm, name, getattr(norm, name)[channels])
+    for name in ("weight", "bias"):
+        if getattr(norm, name) is not None:
+            setattr(norm, name, nn.Parameter(getattr(norm, name)[channels]))
+
+
+def _laid_out(layer: Layer) -> Layer:
+    if layer.weight.ndim == 4:
+        return Layer(layer.weight.contiguous(memory_format=torch.channels_last), layer.bias)
+    return layer

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 
 import torch
+from torch import nn
 
-from common.images.data import ImageSet, normalize
+from common.images.data import ImageSet
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
-from common.network.resnet import ResNet18
 from common.network.size import count_macs, saved_size_bytes
-from quantization.bench import Bench
-from quantization.int8 import deploy, engines
+from common.network.tracing import trace_network
+from quantization.calibration import CalibrationSetup
+from quantization.files.int8_file import save_int8
+from quantization.int8 import engines
 from quantization.steps import quantize
 
 TIMED_BATCH_SIZES = (1, 32, 128)
@@ -21,7 +25,7 @@ BATCH_SIZE = 128
 
 
 def measure_models(
-    dense: ResNet18, slim: ResNet18, calibration: ImageSet, images: ImageSet
+    dense: nn.Module, slim: nn.Module, calibration: ImageSet, images: ImageSet
 ) -> list[dict]:
     """Quantize both networks, and evaluate and time all four, on the CPU with the best engine.
 
@@ -36,31 +40,35 @@ def measure_models(
     """
     calibration, images = (dataset.to(torch.device("cpu")) for dataset in (calibration, images))
     settings = engines.choose_settings(engines.fastest_engine())
-    contenders, correct, models = [], {}, {}
+    setup = CalibrationSetup(calibration, images, BATCH_SIZE)
+    contenders, correct, macs, sizes = [], {}, {}, {}
     for name, model in (("dense", dense), ("slim", slim)):
         model = copy.deepcopy(model).cpu()
-        best = deploy.deploy_fp32(model)
-        (int8,) = quantize(model, Bench(calibration, images, BATCH_SIZE), [settings])
-        contenders += [
-            Contender(f"{name} fp32", best), Contender(f"{name} int8", int8.deployed),
-        ]  # fmt: skip
+        network = trace_network(model, images.shape)
+        best = engines.fp32_runner(network)
+        (int8,) = quantize(network, setup, [settings])
+        contenders += [Contender(f"{name} fp32", best), Contender(f"{name} int8", int8.model)]
         fp32 = predict(best, images, BATCH_SIZE, f"evaluate {name}")
         correct[f"{name} fp32"] = fp32 == images.labels
         correct[f"{name} int8"] = int8.predictions == images.labels
-        models |= {f"{name} fp32": model, f"{name} int8": int8.model}
+        with tempfile.TemporaryDirectory() as folder:
+            int8_bytes = save_int8(int8.network, Path(folder, "model.safetensors"))
+        sizes |= {
+            f"{name} fp32": saved_size_bytes(model.state_dict()), f"{name} int8": int8_bytes,
+        }  # fmt: skip
+        macs[name] = count_macs(network)
     timings = time_interleaved(
-        contenders, normalize(images.images[: max(TIMED_BATCH_SIZES)]), TIMED_BATCH_SIZES,
+        contenders, images.normalize(images.images[: max(TIMED_BATCH_SIZES)]), TIMED_BATCH_SIZES,
         SECONDS_PER_BATCH_SIZE,
     )  # fmt: skip
-    macs = {name: count_macs(models[f"{name} fp32"]) for name in ("dense", "slim")}
     return [
         {
             "name": name,
             "engine": settings.engine if name.endswith("int8") else None,
             "macs": macs[name.split()[0]],
-            "size_bytes": saved_size_bytes(model.state_dict()),
+            "size_bytes": size_bytes,
             **Paired.of(correct["dense fp32"], correct[name]).as_dict(),
             "latency": [timing.as_dict() for timing in timings[name]],
         }
-        for name, model in models.items()
+        for name, size_bytes in sizes.items()
     ]

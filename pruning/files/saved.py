@@ -1,7 +1,7 @@
-"""The pruned model as it is left to use: written, read back, and measured.
+"""The pruned model's file: written, read back, and measured.
 
-A plain checkpoint with the original names, so that every script takes it for ``--weights``. Its
-zeros still take four bytes each; what they are worth, any compression of the file shows.
+It is a plain checkpoint with the original names, so every script takes it for ``--weights``. Its
+zeros still take four bytes each; their worth shows once the file is compressed.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.command.cli import UserError
 from common.files.atomic import replace_file
-from common.images.data import normalize
+from common.files.untrusted import read_untrusted, serialize
+from common.images.data import ImageSet
 from common.measure.evaluate import Paired
 from common.measure.latency import Contender, time_interleaved
-from common.network.checkpoint import load_model, serialize
-from common.network.resnet import ResNet18
 
-# With a search over many layers, its model has the first name, the other search's the second.
+# With a search over many layers, its model has the first name; the model of the search over the
+# linear layers has the third.
 PRUNED_NAME = "resnet18_cifar10_pruned.pth"
 SLIM_NAME = "resnet18_cifar10_slim.pth"
 LINEAR_NAME = "resnet18_cifar10_pruned_linear.pth"
@@ -32,21 +33,25 @@ TIMED_BATCH_SIZE = 16
 TIMED_AMOUNT = 0.9
 
 
-def save_pruned(dense: ResNet18, pruned: ResNet18, path: Path) -> tuple[ResNet18, dict[str, int]]:
+def save_pruned(
+    dense: nn.Module, pruned: nn.Module, path: Path
+) -> tuple[nn.Module, dict[str, int]]:
     """Write the pruned model and read it back: the same tensors, bit for bit.
 
     Returns:
-        What was read, on the CPU, and the bytes of its file and of the dense model's, plain and
-        through zlib.
+        The model that was read, on the CPU, and the sizes in bytes of its file and of the dense
+        model's, plain and compressed by zlib.
     """
     plain, content = (
         serialize({name: t.cpu().contiguous() for name, t in model.state_dict().items()})
         for model in (dense, pruned)
     )
     replace_file(path, lambda file: file.write(content))
-    reloaded, state = load_model(path), pruned.state_dict()
-    if any(not torch.equal(state[name].cpu(), t) for name, t in reloaded.state_dict().items()):
+    state, read = pruned.state_dict(), read_untrusted(path)
+    if any(not torch.equal(tensor.cpu(), read[name]) for name, tensor in state.items()):
         raise AssertionError(f"{path.name} gives back other tensors than were saved")
+    reloaded = copy.deepcopy(pruned).cpu()
+    reloaded.load_state_dict(read)
     with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter while it works
         # Level 1, as random mantissas gain nothing from more.
         small = list(pool.map(lambda data: len(zlib.compress(data, 1)), (plain, content)))
@@ -62,10 +67,10 @@ def save_pruned(dense: ResNet18, pruned: ResNet18, path: Path) -> tuple[ResNet18
 
 
 def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.Tensor) -> dict:
-    """Hold the reloaded model's per-image correctness against what the search ``expected``.
+    """Compare the reloaded model's per-image correctness with what the search ``expected``.
 
     Returns:
-        Its accuracy as results.json has it, and on how many images the search said otherwise.
+        Its accuracy as in results.json, and the number of images on which the two differ.
 
     Raises:
         UserError: More than 1 image in 1,000 differs.
@@ -79,12 +84,12 @@ def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.
 # --- speed ---------------------------------------------------------------------------------------
 
 
-def time_zeros(models: Mapping[str, ResNet18], images: torch.Tensor) -> list[dict]:
-    """Time models in turns on the CPU, on some of the uint8 ``images``; entries of results.json."""
+def time_zeros(models: Mapping[str, nn.Module], images: ImageSet) -> list[dict]:
+    """Time models in turns on the CPU, on some of the images; return entries of results.json."""
     contenders = []
     for name, model in models.items():
         laid_out = copy.deepcopy(model).cpu().to(memory_format=torch.channels_last)
         contenders.append(Contender(name, torch.inference_mode()(laid_out)))
-    batch = normalize(images[:TIMED_BATCH_SIZE].cpu())
+    batch = images.normalize(images.images[:TIMED_BATCH_SIZE].cpu())
     timings = time_interleaved(contenders, batch, (TIMED_BATCH_SIZE,), seconds_per_batch_size=1.5)
     return [{"name": name} | timing.as_dict() for name, (timing,) in timings.items()]

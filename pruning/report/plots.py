@@ -1,16 +1,32 @@
-"""The run in pictures: which layers are sensitive, and how far the linear layer can go."""
+"""Plots of a run: which layers are sensitive, and how far the linear layers can go."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 
-from common.report.results import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
-from pruning.channels.report import PLOT as SLIM_PLOT
-from pruning.channels.report import plot_slim
-from pruning.report import together
+from common.report.results import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    counted,
+    floor_percent,
+    new_figure,
+    save_figure,
+)
+from pruning.report.linear import linear_layers
+from pruning.report.search_plots import (
+    SEARCH_PLOT,
+    SLIM_PLOT,
+    accuracies,
+    plot_model_search,
+    plot_slim,
+)
 
 MAX_CURVE_POINTS = 1500
 
@@ -19,67 +35,64 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
     """Draw every plot of a run.
 
     Args:
-        results: results.json, with its scan and search.
-        file: Gives the path to write a name to.
+        results: Content of results.json.
+        file: Returns the path to write a name to.
     """
-    dense, linear = results["baseline"]["value"], results["linear_search"]
+    dense, tolerance = results["baseline"]["value"], results["arguments"]["tolerance"]
     amounts = [ranking["amount"] for ranking in results["ranking"]]
     for amount in amounts:
         rows = [row for row in results["sensitivity"] if row["amount"] == amount]
-        suffix = f"_{100 * amount:g}" if len(amounts) > 1 else ""
+        percentage = (100 * Decimal(repr(amount))).normalize()  # exact: no two share a name
+        suffix = f"_{percentage:f}" if len(amounts) > 1 else ""
         for by_drop, order in ((False, ""), (True, "_sorted")):
             path = file(f"sensitivity{suffix}{order}.png")
-            plot_sensitivity(rows, dense, linear["tolerance"], amount, by_drop, path)
+            plot_sensitivity(rows, tolerance, amount, by_drop, path)
     if len(amounts) > 1:
         path = file("sensitivity_amounts.png")
-        plot_amounts(results["sensitivity"], dense, linear["tolerance"], path)
-    plot_search(linear, file("linear_search.png"))
+        plot_amounts(results["sensitivity"], dense, tolerance, path)
+    if "linear_search" in results:
+        plot_search(results["linear_search"], file("linear_search.png"))
     if "model_search" in results:
-        path = file(together.PLOT)
-        together.plot_model_search(results["model_search"], linear["tolerance"], path)
+        plot_model_search(results["model_search"], tolerance, file(SEARCH_PLOT))
     if "slim" in results:
         plot_slim(results["slim"]["models"], file(SLIM_PLOT))
 
 
 def plot_sensitivity(
-    rows: Sequence[dict], dense: float, tolerance: float, amount: float, by_drop: bool, path: Path
+    rows: Sequence[dict], tolerance: float, amount: float, by_drop: bool, path: Path
 ) -> None:
-    """Draw the accuracy with each layer pruned alone: one bar a layer, whiskers paired with dense.
+    """Draw what pruning each layer alone changes: one bar a layer, with paired whiskers.
 
     Args:
         rows: Entries of results.json's ``sensitivity``, in network order.
-        dense: The dense model's accuracy.
         tolerance: Drop that is drawn as a limit.
-        amount: Of pruning.
+        amount: Fraction that was pruned.
         by_drop: Sort by drop, largest first, instead of network order.
-        path: Of the PNG.
+        path: Path of the PNG.
     """
     if by_drop:
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
-    value, low, high = together.accuracies(dense, rows)
-    limit = 100 * (dense - tolerance)
-    figure, axes = new_figure(9.5, 4.6)
+    value, low, high = accuracies(0.0, rows)
+    limit = -100 * tolerance
+    figure, axes = new_figure(max(9.5, 0.3 * len(rows)), 4.6)
     positions = np.arange(len(rows))
     colors = [RED if v < limit else BLUE for v in value]
     axes.bar(positions, value, color=colors, width=0.72)
     whiskers = np.clip([value - low, high - value], 0, None)
     axes.errorbar(positions, value, whiskers, fmt="none", ecolor="#333333", capsize=2.5, lw=1)
-    axes.axhline(100 * dense, color="black", lw=1.2, label=f"dense {100 * dense:.2f} %")
-    label = f"dense − {100 * tolerance:g} points"
+    axes.axhline(0, color="black", lw=1.2, label="dense")
+    label = f"dense − {counted(100 * tolerance, 'point')}"
     axes.axhline(limit, color=ORANGE, lw=1.2, ls="--", label=label)
-    bottom = max(0.0, min(low.min(), limit) - 3)
-    top = max(high.max(), 100 * dense)
-    axes.set_ylim(bottom, min(103.0, top + 0.16 * (top - bottom)))
     axes.set_xticks(positions, [row["layer"] for row in rows], rotation=60, ha="right")
     axes.set_xlim(-0.7, len(rows) - 0.3)
     axes.grid(axis="x", visible=False)
-    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_ylabel("top-1 accuracy against dense (points)")
     worse = sum(v < limit for v in value)
     axes.set_title(
-        f"{worse} of {len(rows)} layers lose more than {100 * tolerance:g} points "
+        f"{worse} of {len(rows)} layers lose more than {counted(100 * tolerance, 'point')} "
         f"when {100 * amount:g} % of their weights go" + (" (sorted by drop)" if by_drop else "")
     )
-    axes.legend(ncols=2, loc="upper right")
+    axes.legend(ncols=2, loc="lower right")
     save_figure(figure, path)
 
 
@@ -88,12 +101,12 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     amounts = sorted({row["amount"] for row in rows})
     found = {(row["layer"], row["amount"]): row["comparison"]["drop"] for row in rows}
-    drops = 100 * np.array([[found[layer, amount] for amount in amounts] for layer in layers])
+    changes = -100 * np.array([[found[layer, amount] for amount in amounts] for layer in layers])
     figure, (curves, heat) = new_figure(11, 5.6, 1, 2, width_ratios=(1, 1))
-    worst = set(np.argsort(-drops[:, -1])[:5])
+    worst = set(np.argsort(changes[:, -1])[:5])
     palette = iter((RED, BLUE, GREEN, ORANGE, "#CC79A7"))
     for index, layer in enumerate(layers):
-        accuracy = 100 * dense - np.concatenate([[0.0], drops[index]])
+        accuracy = 100 * dense + np.concatenate([[0.0], changes[index]])
         style = (
             {"color": next(palette), "label": layer, "lw": 2, "zorder": 3}
             if index in worst
@@ -105,52 +118,52 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
     curves.set_ylabel("top-1 accuracy (%)")
     curves.set_title("One layer pruned alone")
     curves.legend(title="most sensitive", loc="lower left")
-    image = heat.imshow(drops, aspect="auto", cmap="Reds", vmin=0)
+    image = heat.imshow(changes, aspect="auto", cmap="Reds_r", vmax=0)
     heat.set_xticks(range(len(amounts)), [f"{100 * a:g} %" for a in amounts])
     heat.set_yticks(range(len(layers)), layers, fontsize=8)
     heat.grid(visible=False)
-    heat.set_title("Points lost")
-    dark = 0.6 * drops.max()
-    for (row, column), drop in np.ndenumerate(drops):
-        color = "white" if drop > dark else "black"
-        heat.text(column, row, f"{drop:.1f}", ha="center", va="center", fontsize=7.5, color=color)
+    heat.set_title("Points against dense")
+    dark = 0.6 * changes.min()
+    for (row, column), change in np.ndenumerate(changes):
+        color = "white" if change < dark else "black"
+        heat.text(column, row, f"{change:.1f}", ha="center", va="center", fontsize=7.5, color=color)
     figure.colorbar(image, ax=heat)
     save_figure(figure, path)
 
 
 def plot_search(linear: dict, path: Path) -> None:
-    """Draw accuracy against the linear layer's amount, the limit and the search's steps.
+    """Draw accuracy against the amount of the linear layers, the limit and the search's steps.
 
     Args:
-        linear: results.json's ``linear_search``.
-        path: Of the PNG.
+        linear: The ``linear_search`` object of results.json.
+        path: Path of the PNG.
     """
-    accuracies = 100 * np.array([accuracy for _, accuracy in linear["curve"]])
-    weights, steps = len(accuracies) - 1, linear["steps"]
-    found, largest = (100 * linear[name] for name in ("max_amount", "exhaustive_max_amount"))
-    amounts = 100 * np.arange(weights + 1) / weights
+    values = 100 * np.array([accuracy for _, accuracy in linear["curve"]])
+    levels, steps = len(values) - 1, linear["steps"]
+    found, largest = linear["max_amount"], linear["exhaustive_max_amount"]
+    amounts = 100 * np.array([amount for amount, _ in linear["curve"]])
     limit = 100 * (linear["dense"]["value"] - linear["tolerance"])
     figure, (whole, near) = new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
     points = [(100 * step["amount"], 100 * step["accuracy"]["value"]) for step in steps]
-    for axes, stride, lw in ((whole, max(1, weights // MAX_CURVE_POINTS), 1.4), (near, 1, 1.2)):
+    for axes, stride, lw in ((whole, max(1, levels // MAX_CURVE_POINTS), 1.4), (near, 1, 1.2)):
         axes.axhline(limit, color=ORANGE, ls="--", lw=1.2, label=f"limit {limit:.2f} %")
-        axes.axvline(found, color=GREEN, lw=1.2, label=f"found {found:.2f}%")
-        axes.plot(amounts[::stride], accuracies[::stride], color=BLUE, lw=lw, label="every amount")
+        axes.axvline(100 * found, color=GREEN, lw=1.2, label=f"found {floor_percent(found)}")
+        axes.plot(amounts[::stride], values[::stride], color=BLUE, lw=lw, label="every amount")
         for kept, color, label in ((True, GREEN, "step kept"), (False, RED, "step rejected")):
             chosen = [p for p, step in zip(points, steps, strict=True) if step["kept"] is kept]
             x, y = np.reshape(chosen, (-1, 2)).T
             axes.scatter(x, y, color=color, s=24, zorder=3, label=label)
-        axes.set_xlabel("linear layer's weights pruned (%)")
+        axes.set_xlabel(f"weights of {linear_layers(linear)} pruned (%)")
     for number, point in enumerate(points[:5], start=1):
         whole.annotate(str(number), point, xytext=(3, 6), textcoords="offset points", fontsize=8)
-    near.axvline(largest, color=GREY, ls=":", lw=1.5)
-    left = max(0.0, found - 4)
-    near.set_xlim(left, min(100.0, max(largest, found) + 0.5))
-    near.set_ylim(limit - 3, accuracies[int(weights * left / 100) :].max() + 0.5)
-    near.text(largest, near.get_ylim()[0], f" true maximum {largest:.2f} %", rotation=90,
-              ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
+    near.axvline(100 * largest, color=GREY, ls=":", lw=1.5)
+    left = max(0.0, 100 * found - 4)
+    near.set_xlim(left, min(100.0, 100 * max(largest, found) + 0.5))
+    near.set_ylim(limit - 3, values[int(levels * left / 100) :].max() + 0.5)
+    near.text(100 * largest, near.get_ylim()[0], f" true maximum {floor_percent(largest)}",
+              rotation=90, ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
     near.set_title("Near the answer")
     whole.set_ylabel("top-1 accuracy (%)")
-    whole.set_title(f"{found:.1f} % of the linear layer's weights can go")
+    whole.set_title(f"{floor_percent(found, 1)} of the weights of {linear_layers(linear)} can go")
     whole.legend(loc="lower left")
     save_figure(figure, path)

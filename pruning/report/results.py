@@ -1,4 +1,4 @@
-"""What was found, as results.json has it."""
+"""The parts of results.json about each layer alone and about the linear layers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
+from torch import nn
 
 from common.measure.evaluate import Accuracy, Paired, compare, measure_accuracy
-from common.network.resnet import ResNet18, prunable_layers
-from common.network.size import Layer, describe_layers
-from pruning.alone.linear import LinearSearch, Splits
-from pruning.alone.scan import ScanResult
+from common.network.size import LayerDescription, describe_layers
+from pruning.alone.linear import LinearSearch
+from pruning.alone.scan import Scan, ScanResult
 from pruning.masks import pruned_count
 
 # Neighbours in the ranking whose difference McNemar's test cannot tell from chance.
@@ -21,28 +21,29 @@ TIE_P = 0.05
 # --- each layer alone ----------------------------------------------------------------------------
 
 
-def describe_scan(scanned: ScanResult, model: ResNet18, amounts: Sequence[float]) -> dict:
-    """Return what the structure is and what each layer alone costs."""
-    layers = describe_layers(model)
+def describe_scan(scan: Scan, scanned: ScanResult) -> dict:
+    """Return the structure, and what pruning each layer alone costs."""
+    layers = describe_layers(scan.model, scan.network)
     result = {
         "baseline": measure_accuracy(scanned.dense_correct).as_dict(),
-        "structure": describe_structure(model, layers),
+        "structure": describe_structure(scan.model, layers),
         "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in layers],
         "sensitivity": describe_sensitivity(scanned, {x.name: x.weights for x in layers}),
-        "ranking": [{"amount": amount, "layers": rank(scanned, amount)} for amount in amounts],
+        "ranking": [{"amount": amount, "layers": rank(scanned, amount)} for amount in scan.amounts],
     }
-    if scanned.recomputation is not None:
-        result["bf16"] = asdict(scanned.recomputation)
+    if scanned.recheck is not None:
+        result["bf16"] = asdict(scanned.recheck)
     return result
 
 
-def describe_structure(model: ResNet18, layers: Sequence[Layer]) -> dict:
+def describe_structure(model: nn.Module, layers: Sequence[LayerDescription]) -> dict:
     """Return totals by kind; ``parameters`` is their sum and the model's own count."""
     weights = {
         kind: sum(x.weights for x in layers if x.kind == kind) for kind in ("conv", "linear")
     }
     total = sum(parameter.numel() for parameter in model.parameters())
-    biases = sum(m.bias.numel() for m in prunable_layers(model).values() if m.bias is not None)
+    modules = [model.get_submodule(layer.name) for layer in layers]
+    biases = sum(module.bias.numel() for module in modules if module.bias is not None)
     return {
         "conv_weights": weights["conv"],
         "linear_weights": weights["linear"],
@@ -55,11 +56,11 @@ def describe_structure(model: ResNet18, layers: Sequence[Layer]) -> dict:
 
 
 def describe_sensitivity(scanned: ScanResult, weights: dict[str, int]) -> list[dict]:
-    """Return one entry a layer and amount, against dense.
+    """Return one entry for each layer and amount, compared with the dense network.
 
     Args:
-        scanned: What the scan found.
-        weights: For each layer its number of them, to check the sparsity against.
+        scanned: Result of the scan.
+        weights: Number of weights of each layer, to check the sparsity against.
     """
     entries = []
     for (amount, layer), correct in scanned.correct.items():
@@ -75,7 +76,8 @@ def describe_sensitivity(scanned: ScanResult, weights: dict[str, int]) -> list[d
 def rank(scanned: ScanResult, amount: float) -> list[dict]:
     """Rank the layers by drop, largest first, each tested against the next one on the same images.
 
-    ``p_against_next`` is McNemar's; ``tied_with_next`` says that chance explains the difference.
+    ``p_against_next`` is McNemar's p-value; ``tied_with_next`` says that chance explains the
+    difference.
     """
     correct = {layer: c for (a, layer), c in scanned.correct.items() if a == amount}
     order = sorted(correct, key=lambda layer: int(correct[layer].sum()))
@@ -86,59 +88,61 @@ def rank(scanned: ScanResult, amount: float) -> list[dict]:
     return entries
 
 
-# --- the linear layer ----------------------------------------------------------------------------
+# --- the linear layers ---------------------------------------------------------------------------
 
 
 def describe_linear(search: LinearSearch, seconds: float, confirmed: dict) -> dict:
-    """Return the search over the linear layer, which took so many seconds.
+    """Return the search over the linear layers.
 
-    ``confirmed`` is what :func:`pruning.files.saved.confirm` says of its model.
+    Args:
+        search: Result of the search.
+        seconds: Time that it took.
+        confirmed: Result of :func:`pruning.files.saved.confirm` for its model.
     """
-    total, images = search.weights, search.images
+    total, images, counts = search.weights, search.images, search.counts.tolist()
     result = {
+        "layers": list(search.layers),
         "tolerance": search.tolerance,
         "images": images,
         "dense": Accuracy(int(search.correct[0]), images).as_dict(),
-        "max_amount": search.found / total,
-        "kept_weights": total - search.found,
+        "max_amount": counts[search.found] / total,
+        "pruned_weights": counts[search.found],
+        "kept_weights": total - counts[search.found],
         "steps": [
             {
-                "amount": step.count / total,
-                "pruned_weights": step.count,
+                "amount": counts[step.level] / total,
+                "pruned_weights": counts[step.level],
                 "accuracy": Accuracy(step.correct, images).as_dict(),
                 "kept": step.kept,
             }
             for step in search.steps
         ],
-        "curve": [[count / total, int(n) / images] for count, n in enumerate(search.correct)],
-        "exhaustive_max_amount": search.largest / total,
+        "curve": [
+            [count / total, correct / images]
+            for count, correct in zip(counts, search.correct.tolist(), strict=True)
+        ],
+        "exhaustive_max_amount": counts[search.largest] / total,
         "monotone": search.is_monotone,
         "explanation": search.explain(),
         "seconds": seconds,
         "confirmed": confirmed,
     }
     if search.splits is not None:
-        result["splits"] = describe_splits(search.splits, total)
+        result["splits"] = describe_splits(search)
     return result
 
 
-def describe_splits(splits: Splits, weights: int) -> dict:
-    """Return the choices on random halves: medians, and what nine in ten lie between."""
+def describe_splits(search: LinearSearch) -> dict:
+    """Return the choices on random halves: medians, and the range of the middle 90 %."""
 
     def spread(values: np.ndarray) -> dict:
         low, median, high = np.quantile(values, [0.05, 0.5, 0.95]).tolist()
         return {"median": median, "middle90": [low, high]}
 
+    splits = search.splits
     return {
         "splits": len(splits.drops),
         "within_tolerance": splits.within,
-        "amount": spread(splits.counts / weights),
+        "amount": spread(search.counts[splits.levels] / search.weights),
         "drop": spread(splits.drops) | {"mean": float(splits.drops.mean())},
     }
-
-
-def describe_savings(sizes: dict, model: ResNet18, latency: Sequence[dict]) -> dict:
-    """Return the bytes, the linear layer's share of the weights, and what zeros do for speed."""
-    weights = {name: layer.weight.numel() for name, layer in prunable_layers(model).items()}
-    linear_share = weights["linear"] / sum(weights.values())
-    return {**sizes, "linear_share": linear_share, "latency": latency}

@@ -1,19 +1,22 @@
-"""What the search over many layers found, as results.json has it."""
+"""The part of results.json about the search over many layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from torch import nn
+
 from common.measure.evaluate import measure_accuracy
-from common.network.resnet import ResNet18, prunable_layers
-from common.network.size import Layer, describe_layers
+from common.network.size import LayerDescription, describe_layers
+from common.network.tracing import trace_network
 from pruning.together.found import CURVE_IMAGES, Found
 from pruning.together.search import ModelSearch
 
 
 def describe_found(search: ModelSearch, found: Found) -> dict:
-    """Return a method's row; all of its curve, dense at its start, is on the same images."""
+    """Return a method's row; the points of its curve, from dense on, share the same images."""
+    network = trace_network(search.model, search.held_out.images.shape)
     first = search.held_out.first(CURVE_IMAGES).dense_correct
     curve = {(0.0, measure_accuracy(first).value), (found.sparsity, found.on_curve.accuracy.value)}
     curve |= {(sparsity, point.accuracy.value) for sparsity, point in found.points.items()}
@@ -29,20 +32,19 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
         "curve": [list(pair) for pair in sorted(curve)],
         "points": [{"sparsity": s} | point.as_dict() for s, point in found.points.items()],
         "steps": [asdict(step) for step in found.steps],
-        **describe_density(found.model, describe_layers(search.model)),
+        **describe_density(found.model, describe_layers(search.model, network)),
     }
 
 
-def describe_density(model: ResNet18, layers: Sequence[Layer]) -> dict:
-    """Return the share of each dense layer that is gone, and of the multiply-adds that is left.
+def describe_density(model: nn.Module, layers: Sequence[LayerDescription]) -> dict:
+    """Return the share of each layer's weights that is gone, and of multiply-adds that is left.
 
     Args:
-        model: Pruned: weights are zero, or whole channels not there.
-        layers: Of the dense network.
+        model: Pruned network: weights are zero, or whole channels are missing.
+        layers: Layers of the dense network.
     """
-    modules = prunable_layers(model)
     kept = {
-        layer.name: int(modules[layer.name].weight.count_nonzero()) / layer.weights
+        layer.name: int(model.get_submodule(layer.name).weight.count_nonzero()) / layer.weights
         for layer in layers
     }
     macs = sum(layer.macs for layer in layers)
@@ -52,7 +54,7 @@ def describe_density(model: ResNet18, layers: Sequence[Layer]) -> dict:
     }
 
 
-def describe_slim(model: ResNet18, models: Sequence[dict]) -> dict:
+def describe_slim(model: nn.Module, models: Sequence[dict]) -> dict:
     """Return the slim network's widths, and how fast it is beside the dense one."""
     latency = {one["name"]: one["latency"] for one in models}
     pairs = zip(latency["dense int8"], latency["slim int8"], strict=True)

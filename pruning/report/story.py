@@ -1,64 +1,90 @@
-"""What pruning.py tells: the structure, each layer alone, the linear layer, and layers together."""
+"""What pruning.py tells: the structure, each layer alone, the linear layers, layers together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from common.report.results import (
     accuracy_columns,
     change_columns,
+    describe_given,
     describe_setting,
     floor_percent,
     format_change,
     format_cost,
-    megabytes,
+    network_name,
     p_value,
     percent,
-    points,
-    rate_columns,
 )
-from common.report.story import Column, Facts, Headline, Story, Table
-from pruning.channels.search import SCOPE as CHANNELS
+from common.report.story import Column, Headline, Story, Table
+from pruning.report.linear import (
+    NO_LINEAR_LAYERS,
+    curve_table,
+    describe_found,
+    describe_savings,
+    linear_layers,
+    steps_table,
+)
+from pruning.report.together import SCOPES, tell_search, tell_slim, unit_of
 
-SCOPES = {
-    "linear": "the linear layer",
-    "conv": "all convolutions",
-    "all": "the whole network",
-    CHANNELS: "whole channels",
-}
 CAPTIONS = {
-    "sensitivity.png": "Points lost with each layer alone pruned, in network order; whiskers are "
-    "paired with dense.",
+    "sensitivity.png": "The change of accuracy with each layer alone pruned, in network order; "
+    "whiskers are paired with dense.",
     "sensitivity_sorted.png": "The same, the most sensitive layer first.",
-    "sensitivity_amounts.png": "Every layer at every amount.",
-    "linear_search.png": "Accuracy at every possible amount of the linear layer, and the steps of "
-    "the binary search.",
-    "model_search.png": "How far the layers can go together; random pruning is the control.",
-    "slim.png": "Dense and slim at the smallest and the largest batch.",
+    "sensitivity_amounts.png": "Every layer at every amount: the steeper the curve, the more the "
+    "network needs that layer's small weights.",
+    "linear_search.png": "Accuracy at every amount of the linear layers, and the steps of the "
+    "binary search.",
+    "model_search.png": "How far the layers can go together: a line for each way to share the "
+    "pruning out among them, with a control.",
+    "slim.png": "What removing channels gained: from dense to slim, at the smallest and the "
+    "largest batch.",
 }
 
 
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
-    parts = [structure_table(results), describe_structure(results["structure"])]
-    parts += [sensitivity_table(results, ranking) for ranking in results["ranking"]]
+    parts = [describe_given(results["weights"]), describe_baseline(results["baseline"])]
+    parts += [structure_table(results), describe_structure(results["structure"])]
+    parts += [ranking_table(results, ranking) for ranking in results["ranking"]]
     if "linear_search" in results:
-        parts += tell_linear(results["linear_search"])
-        parts.append(describe_savings(results["savings"], results["artifacts"]))
+        linear = results["linear_search"]
+        parts += [steps_table(linear), describe_found(linear), describe_savings(results)]
+    else:
+        parts.append(NO_LINEAR_LAYERS)
     if "model_search" in results:
-        parts += tell_model_search(results)
+        parts += tell_search(results)
     if "slim" in results:
         parts += tell_slim(results["slim"])
     if "verification" in results:
-        parts.append(describe_verification(results["verification"], results["linear_search"]))
+        parts.append(describe_verification(results))
     return Story(
-        f"{results['network']['name']}, pruned layer by layer",
+        f"{network_name(results)}, pruned",
         describe_setting(results),
         _headlines(results),
         parts,
-        CAPTIONS,
+        _captions(results["artifacts"]["plots"]),
         format_cost(results),
     )
+
+
+def _captions(plots: Sequence[str]) -> dict[str, str]:
+    """Return captions by file name; with several amounts each has plots of its own."""
+    captions = dict(CAPTIONS)
+    for name in plots:
+        if found := re.fullmatch(r"sensitivity_([\d.]+)(_sorted)?\.png", name):
+            kind = CAPTIONS[f"sensitivity{found[2] or ''}.png"]
+            captions[name] = f"{found[1]} % pruned. {kind}"
+    return captions
+
+
+def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
+    """Write the sensitivities and the sweep over the linear layers as CSV."""
+    sensitivity_table("", results["sensitivity"]).write_csv(file("sensitivity.csv"))
+    if "linear_search" in results:
+        curve_table(results["linear_search"]).write_csv(file("linear_curve.csv"))
 
 
 def _headlines(results: dict) -> list[Headline]:
@@ -66,28 +92,36 @@ def _headlines(results: dict) -> list[Headline]:
     worst = _entries(results, ranking["amount"])[ranking["layers"][0]["layer"]]
     change = format_change(worst["comparison"])
     low, high = map(percent, baseline["ci95"])
+    which = ", the most sensitive layer" if len(ranking["layers"]) > 1 else ""
     found = [
         Headline(percent(baseline["value"]), f"dense accuracy, 95 % interval {low} to {high}"),
         Headline(
             f"{change.points} points",
-            f"with {percent(worst['amount'], 0)} of {worst['layer']} pruned, the most sensitive "
-            f"layer; 95 % interval {change.low} to {change.high}",
+            f"with {100 * worst['amount']:g} % of {worst['layer']} pruned{which}; 95 % interval "
+            f"{change.low} to {change.high}",
         ),
     ]
     if "linear_search" in results:
-        amount = results["linear_search"]["max_amount"]
-        found.append(Headline(floor_percent(amount), "of the linear layer can go"))
+        linear = results["linear_search"]
+        amount = floor_percent(linear["max_amount"])
+        found.append(Headline(amount, f"of {linear_layers(linear)} can go"))
     if "model_saved" in results:
         saved = results["model_saved"]
         change = format_change(saved["comparison"])
         found.append(
             Headline(
                 floor_percent(saved["sparsity"], 1),
-                f"of {SCOPES[saved['scope']]} can go: {change.points} points, 95 % interval "
-                f"{change.low} to {change.high}",
+                f"of the {unit_of([saved])} can go ({SCOPES[saved['scope']]}): {change.points} "
+                f"points, 95 % interval {change.low} to {change.high}",
             )
         )
     return found
+
+
+def describe_baseline(baseline: dict) -> str:
+    """Say how accurate the dense network is."""
+    low, high = map(percent, baseline["ci95"])
+    return f"Dense accuracy {percent(baseline['value'])}, 95 % interval {low} to {high}."
 
 
 def structure_table(results: dict) -> Table:
@@ -103,7 +137,8 @@ def structure_table(results: dict) -> Table:
         Column("MMAC", lambda layer: layer["macs"] / 1e6, "{:.2f}".format),
         Column("non-zero", lambda layer: layer["nonzeros"], "{:,}".format),
     ]
-    return Table("The layers, before pruning", columns, [*results["layers"], whole])
+    layers = results["layers"]
+    return Table(f"The layers ({len(layers)}), before pruning", columns, [*layers, whole])
 
 
 def describe_structure(structure: Mapping[str, int]) -> str:
@@ -119,246 +154,48 @@ def _entries(results: dict, amount: float) -> dict[str, dict]:
     return {e["layer"]: e for e in results["sensitivity"] if e["amount"] == amount}
 
 
-def sensitivity_table(results: dict, ranking: dict) -> Table:
+def sensitivity_table(title: str, rows: Sequence[dict], note: str = "") -> Table:
+    """Return what pruning a layer alone changes; ``rows`` are of results.json's ``sensitivity``."""
+    columns = [
+        Column("layer", lambda row: row["layer"]),
+        Column(None, lambda row: row["amount"], name="amount"),
+        Column(None, lambda row: row["achieved"], name="achieved"),
+        *accuracy_columns(),
+        *change_columns(),
+        Column("p", lambda row: row["comparison"]["mcnemar_p"], lambda p: p_value(p, 1),
+               "mcnemar_p"),
+        Column("lost", lambda row: row["comparison"]["only_a_correct"], name="images_lost"),
+        Column("gained", lambda row: row["comparison"]["only_b_correct"], name="images_gained"),
+        Column("", lambda row: "≈" if row["tied_with_next"] else ""),
+    ]  # fmt: skip
+    return Table(title, columns, rows, note)
+
+
+def ranking_table(results: dict, ranking: dict) -> Table:
     """Return the layers by drop at the ranking's amount; ≈ ties a row with the next."""
     entries = _entries(results, ranking["amount"])
     rows = [entries[ranked["layer"]] | ranked for ranked in ranking["layers"]]
-    columns = [
-        Column("layer", lambda row: row["layer"]),
-        *accuracy_columns(),
-        *change_columns(),
-        Column("p", lambda row: row["comparison"]["mcnemar_p"], lambda p: p_value(p, 1)),
-        Column("lost", lambda row: row["comparison"]["only_a_correct"]),
-        Column("gained", lambda row: row["comparison"]["only_b_correct"]),
-        Column("", lambda row: "≈" if row["tied_with_next"] else ""),
-    ]
-    return Table(
-        f"Each layer pruned alone by {100 * ranking['amount']:g} %",
-        columns,
-        rows,
-        "Against dense on the same images. Lost: images that only dense gets right. ≈: chance "
-        "explains the difference to the next row.",
+    note = (
+        "Against dense on the same images: only dense gets those lost right, only the pruned "
+        "network those gained. ≈: chance explains the difference to the next row."
+    )
+    return sensitivity_table(
+        f"Each layer pruned alone by {100 * ranking['amount']:g} %", rows, note
     )
 
 
-def sensitivity_values(results: dict) -> Table:
-    """Return every layer at every amount, for a CSV file."""
-    columns = [
-        Column("layer", lambda row: row["layer"]),
-        Column("amount", lambda row: row["amount"]),
-        Column("achieved", lambda row: row["achieved"]),
-        *accuracy_columns(with_counts=True),
-        *change_columns(),
-        Column("mcnemar_p", lambda row: row["comparison"]["mcnemar_p"]),
-        Column("images_lost", lambda row: row["comparison"]["only_a_correct"]),
-        Column("images_gained", lambda row: row["comparison"]["only_b_correct"]),
-    ]
-    return Table("", columns, results["sensitivity"])
-
-
-# --- the linear layers ----------------------------------------------------------------------------
-
-
-def linear_curve(linear: dict) -> Table:
-    """Return the accuracy at every amount of the linear layer, for a CSV file."""
-    columns = [
-        Column("amount", lambda pair: pair[0]),
-        Column("accuracy", lambda pair: pair[1]),
-    ]
-    return Table("", columns, linear["curve"])
-
-
-def tell_linear(linear: dict) -> list[Table | Facts]:
-    """Return the steps of the binary search and what it found."""
-    dense = linear["dense"]["value"]
-    columns = [
-        Column("step", lambda step: step["number"]),
-        Column("amount", lambda step: step["amount"], percent),
-        Column("weights", lambda step: step["pruned_weights"], "{:,}".format),
-        *accuracy_columns(),
-        Column("points", lambda step: step["accuracy"]["value"] - dense, points),
-        Column("", lambda step: "within" if step["kept"] else "too much"),
-    ]
-    steps = [step | {"number": n} for n, step in enumerate(linear["steps"], start=1)]
-    confirmed = linear["confirmed"]
-    change = format_change(confirmed["comparison"])
-    facts = {
-        "answer": f"{floor_percent(linear['max_amount'])} of its weights can go, "
-        f"{linear['kept_weights']:,} stay",
-        "all amounts": f"{linear['explanation']} (true maximum "
-        f"{floor_percent(linear['exhaustive_max_amount'])} of all {len(linear['curve']):,} "
-        "possible amounts)",
-        "confirmed": f"{percent(confirmed['accuracy']['value'])} by the saved, reloaded model on "
-        f"{confirmed['accuracy']['total']:,} images: {change.points} points, 95 % interval "
-        f"{change.low} to {change.high}",
-    }
-    if "splits" in linear:
-        splits = linear["splits"]
-        facts["new images"] = (
-            f"chosen on random halves and judged on the others, {splits['splits']} times: on "
-            f"average {points(-splits['drop']['mean'])} points, within the tolerance in "
-            f"{splits['within_tolerance']} of {splits['splits']}"
-        )
-    title = f"Linear layer: binary search within {100 * linear['tolerance']:g} points of dense"
-    return [Table(title, columns, steps), Facts("Found", facts)]
-
-
-def describe_savings(savings: dict, artifacts: dict) -> Facts:
-    """Say what pruning the linear layer saves."""
-    dense, sparse = savings["latency"]
-    return Facts(
-        "What that saves: next to nothing, for the linear layer is "
-        f"{percent(savings['linear_share'], 3)} of the weights",
-        {
-            "dense file": f"{megabytes(savings['dense_bytes'])}, compressed "
-            f"{megabytes(savings['dense_compressed_bytes'])}",
-            "pruned file": f"{megabytes(savings['pruned_bytes'])}, compressed "
-            f"{megabytes(savings['pruned_compressed_bytes'])}",
-            "written as": artifacts.get("linear_model", artifacts["model"]),
-            "speed": f"a network with {sparse['name']} takes {sparse['median_ms']:.0f} ms for "
-            f"{dense['batch_size']} images, dense {dense['median_ms']:.0f} ms: dense kernels "
-            "multiply zeros too, so a difference is noise",
-        },
-    )
-
-
-# --- many layers together -------------------------------------------------------------------------
-
-
-def method_name(entry: dict) -> str:
-    """Return what a row is called; short, for tables of 80 columns."""
-    if entry["finetune_epochs"]:  # which measures batch-norm statistics anew as well
-        return f"tuned {entry['allocation']}"
-    return f"{entry['allocation']} + BN" if entry["recalibrated"] else entry["allocation"]
-
-
-def unit_of(entries: Sequence[dict]) -> str:
-    """Return what sparsity counts, in words."""
-    return "multiply-adds" if entries[0]["scope"] == CHANNELS else "weights"
-
-
-def fewer(sparsity: float) -> str:
-    """Return how many times fewer weights, or multiply-adds, there are."""
-    return f"{1 / (1 - sparsity):.2g}×"
-
-
-def _explain_names(entries: Sequence[dict]) -> str:
-    epochs = max(entry["finetune_epochs"] for entry in entries)
-    explanation = "MACs: multiply-adds that are left."
-    if any(entry["recalibrated"] for entry in entries):
-        explanation += " BN: batch-norm statistics re-estimated on training images after pruning."
-    if entries[0]["scope"] == CHANNELS:
-        explanation += " Pruned: share of the multiply-adds."
-    if epochs:
-        explanation += f" Tuned: trained after pruning, zeros held ({epochs} epochs)."
-    return explanation
-
-
-def tell_model_search(results: dict) -> list[Table | Facts]:
-    """Return each method's largest sparsity, its accuracy on held-out images, and what was saved."""
-    entries, first = results["model_search"], results["model_search"][0]
-    tolerance = 100 * results["arguments"]["tolerance"]
-    largest = [
-        Column("", method_name, name="method"),
-        Column("pruned", lambda entry: entry["max_sparsity"], lambda s: floor_percent(s, 1)),
-        Column("times", lambda entry: 1 / (1 - entry["max_sparsity"]), "{:.1f}×".format),
-        *accuracy_columns(),
-        *change_columns(),
-        Column("within", lambda entry: "yes" if entry["within_tolerance"] else "NO"),
-        Column("MACs", lambda entry: entry["macs_kept"], lambda share: percent(share, 0)),
-    ]
-    curve = [Column("points at", method_name)]
-    for point in first["points"]:
-        curve.append(Column(fewer(point["sparsity"]), _loss_at(point["sparsity"])))
-    total = first["points"][0]["accuracy"]["total"]
-    return [
-        Table(
-            f"{SCOPES[first['scope']].capitalize()}: the largest sparsity within {tolerance:g} "
-            f"points ({results['model_search_seconds']:.0f} s)",
-            largest,
-            entries,
-            f"Chosen on {first['chosen_on_images']:,} images with one standard error to spare, "
-            f"measured on {first['accuracy']['total']:,} others. {_explain_names(entries)}",
-        ),
-        Table(
-            f"Points lost at each compression of the {unit_of(entries)}, on {total:,} of the "
-            "held-out images",
-            curve,
-            entries,
-        ),
-        _describe_saved(results),
-    ]
-
-
-def _loss_at(sparsity: float):
-    def loss(entry: dict) -> str | None:
-        for point in entry["points"]:
-            if point["sparsity"] == sparsity:
-                low, high = point["comparison"]["ci95"]
-                change = format_change(point["comparison"], 1)
-                return f"{change.points} ±{50 * (high - low):.1f}"
-        return None
-
-    return loss
-
-
-def _describe_saved(results: dict) -> Facts:
-    saved = results["model_saved"]
-    dense, sparse = saved["latency"]
-    times = saved["dense_compressed_bytes"] / saved["pruned_compressed_bytes"]
-    return Facts(
-        f"Saved: {method_name(saved)} at {floor_percent(saved['sparsity'], 1)}, reloaded and "
-        "measured again",
-        {
-            "accuracy": percent(saved["accuracy"]["value"]),
-            "plain file": f"{megabytes(saved['pruned_bytes'])}, compressed "
-            f"{megabytes(saved['pruned_compressed_bytes'])}: {times:.1f}× smaller than dense, "
-            "compressed as well",
-            "written as": results["artifacts"]["model"],
-            "multiply-adds": f"{percent(1 - saved['macs_kept'], 0)} could be saved"
-            + ("" if saved["scope"] == CHANNELS else "; dense kernels do them all"),
-            "speed": f"{sparse['median_ms']:.0f} ms for {dense['batch_size']} images, dense "
-            f"{dense['median_ms']:.0f} ms",
-        },
-    )
-
-
-def tell_slim(slim: dict) -> list[Table | str]:
-    """Return how fast the slim network is beside the dense one."""
-    models = slim["models"]
-    columns = [
-        Column("images/s at", _precision_name, name="model"),
-        Column("size", lambda model: model["size_bytes"], megabytes, name="size_bytes"),
-        *change_columns(),
-        Column("MACs", lambda m: m["macs"] / models[0]["macs"], lambda share: percent(share, 0)),
-        *rate_columns(models[0]["latency"]),
-    ]
-    ratios = ", ".join(
-        f"{entry['over_dense']:.2f}× at batch {entry['batch_size']}" for entry in slim["speedup"]
-    )
-    return [
-        Table(
-            f"Slim and dense in turns, {models[0]['accuracy']['total']:,} held-out images",
-            columns,
-            models,
-            "Points are against dense FP32 on the same images.",
-        ),
-        f"INT8, slim against dense: {ratios}.",
-    ]
-
-
-def _precision_name(model: dict) -> str:
-    return model["name"].replace("fp32", "FP32").replace("int8", "INT8")
-
-
-def describe_verification(verification: dict, linear: dict) -> str:
+def describe_verification(results: dict) -> str:
     """Say how brute force compares."""
-    found = len(linear["curve"]) - 1 - linear["kept_weights"]
+    verification = results["verification"]
     text = (
-        f"Verified: {verification['different']} of {verification['predictions']:,} predictions "
-        f"differ from brute force, whose search prunes {verification['pruned_weights']:,} weights, "
-        f"ours {found:,}"
+        f"Verified: {verification['different']:,} of {verification['predictions']:,} predictions "
+        "differ from brute force"
     )
+    if "pruned_weights" in verification:
+        text += (
+            f", whose search prunes {verification['pruned_weights']:,} weights, ours "
+            f"{results['linear_search']['pruned_weights']:,}"
+        )
     if verification["speedup"] is not None:
         text += f"; brute force takes {verification['speedup']:.1f} times as long"
     return text + "."

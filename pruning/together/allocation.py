@@ -1,7 +1,7 @@
 """How many weights each layer loses when the network as a whole loses a given fraction.
 
-Whatever the allocation, the smallest weights of a layer go first; allocations differ in how the
-total is shared out. Each is a function of the total alone and only ever takes more as it rises.
+The smallest weights of a layer go first. How many go in each layer is decided by what they cost:
+see :func:`sensitivity_masks`. The more go in total, the more go in each layer.
 """
 
 from __future__ import annotations
@@ -13,36 +13,37 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from common.network.resnet import ResNet18, prunable_layers
+from common.command.cli import UserError
+from common.network.execution import Network
+from common.network.graph import CONVOLUTION, LINEAR, WEIGHTED
 from pruning.masks import l1_mask, pruned_count
 
-# The controls: the same amount of every layer, whichever weights chance takes; of whole channels,
-# those whose filters have the smallest norm.
+SENSITIVITY, GLOBAL = "sensitivity", "global"
+# The controls: random weights, the same fraction of every layer; whole channels, those whose
+# filters have the smallest norm.
 RANDOM, NORM = "random", "norm"
 
 Masks = dict[str, torch.Tensor]
 
 
-def weights_in_scope(model: ResNet18, scope: str) -> dict[str, torch.Tensor]:
+def weights_in_scope(
+    network: Network, weights: Mapping[str, torch.Tensor], scope: str
+) -> dict[str, torch.Tensor]:
     """Return the weights that a search may prune, by layer, on the CPU.
 
     Args:
-        model: On any device.
+        network: The dense network.
+        weights: Weight of every layer; on any device.
         scope: ``linear``, ``conv`` or ``all``.
+
+    Raises:
+        UserError: The network has no layer of that kind.
     """
-    return {
-        name: layer.weight.detach().cpu()
-        for name, layer in prunable_layers(model).items()
-        if scope == "all" or (name == "linear") == (scope == "linear")
-    }
-
-
-def uniform_masks(weights: Mapping[str, torch.Tensor], sparsity: float) -> Masks:
-    """Prune the same fraction of every layer, as ``l1_unstructured`` on each would."""
-    return {
-        name: l1_mask(weight, pruned_count(weight.numel(), sparsity))
-        for name, weight in weights.items()
-    }
+    kinds = {"linear": (LINEAR,), "conv": (CONVOLUTION,), "all": WEIGHTED}[scope]
+    found = {name: w.cpu() for name, w in weights.items() if network.graph[name].kind in kinds}
+    if not found:
+        raise UserError(f"--scope {scope}: the network has no such layer")
+    return found
 
 
 def global_masks(weights: Mapping[str, torch.Tensor], sparsity: float) -> Masks:
@@ -57,12 +58,13 @@ def global_masks(weights: Mapping[str, torch.Tensor], sparsity: float) -> Masks:
 
 
 def random_masks(weights: Mapping[str, torch.Tensor], sparsity: float, seed: int) -> Masks:
-    """Prune the same fraction of every layer, at random; the same seed keeps nested choices."""
+    """Prune the same fraction of every layer, at random; with one seed, choices are nested."""
     generator = torch.Generator().manual_seed(seed)
-    scores = {
-        name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()
+    scores = {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
+    return {
+        name: l1_mask(score, pruned_count(score.numel(), sparsity))
+        for name, score in scores.items()
     }
-    return uniform_masks(scores, sparsity)
 
 
 # --- by sensitivity ------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ class DamageCurve:
 
     Attributes:
         counts: Numbers of pruned weights, rising from 0; int64, shape (points,).
-        damage: What each costs, in any unit that adds up over layers; shape (points,).
+        damage: Cost of each, in a unit that adds up over layers; shape (points,).
     """
 
     counts: np.ndarray
@@ -98,17 +100,17 @@ class DamageCurve:
 
 
 def greedy_counts(curves: Mapping[str, DamageCurve], total: int) -> dict[str, int]:
-    """Share out ``total`` pruned weights: always where the next cost least for each weight.
+    """Share out ``total`` pruned weights: always where the next weights cost least.
 
     On convex curves that is the least damage for the total (Fox, 1966, doi:10.1287/opre.14.2.210),
     exactly so wherever the total ends a step.
 
     Args:
-        curves: One a layer.
-        total: At most what the curves' last points add up to.
+        curves: Damage curve of each layer.
+        total: Number of weights; at most the sum of the curves' last points.
 
     Returns:
-        For each layer its number of pruned weights; they add up to ``total``.
+        For each layer, its number of pruned weights; they add up to ``total``.
     """
     steps = []
     for name, curve in curves.items():
@@ -129,9 +131,9 @@ def greedy_counts(curves: Mapping[str, DamageCurve], total: int) -> dict[str, in
 def sensitivity_masks(
     weights: Mapping[str, torch.Tensor], curves: Mapping[str, DamageCurve], sparsity: float
 ) -> Masks:
-    """Prune of each layer as much as costs least, by the layers' damage curves."""
+    """Prune where it costs least by the layers' damage curves."""
     total = sum(weight.numel() for weight in weights.values())
     ends = sum(int(curve.counts[-1]) for curve in curves.values())
-    # Layers end on whole weights each, which may add up to a few less than their total's share.
+    # Curves end on whole weights, which may add up to a few less than the share of the total.
     counts = greedy_counts(curves, min(pruned_count(total, sparsity), ends))
     return {name: l1_mask(weight, counts[name]) for name, weight in weights.items()}

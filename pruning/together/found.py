@@ -1,4 +1,4 @@
-"""What the search over many layers found: for each method its sparsest network, measured."""
+"""Results of the search over many layers: for each method, its sparsest network, measured."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from common.command import cli
 from common.measure.evaluate import Paired
-from common.network.resnet import ResNet18
 from common.report.results import format_change
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
-from pruning.together.search import CONTROLS, Method, ModelSearch, Step
+from pruning.together.search import CONTROLS, Method, ModelSearch, SparsityStep
 from training.loop.distillation import Training, distill
 
 # The curve is for orientation, and losses on it are large or none.
 CURVE_IMAGES = 2000
-# Zeros do more harm than missing channels that were made up for. At 1/16 of the weights, 9,600
-# images brought a loss of 15.0 points (4,000 test images) to 4.9 at 0.00005, and to 3.9 at this.
+# Learning rate after pruning single weights, which does more harm than removing channels and
+# repairing. At 1/16 of the weights, 9,600 images reduced a loss of 15.0 points (on 4,000 test
+# images) to 4.9 at a rate of 0.00005, and to 3.9 at this one.
 SPARSE_RATE = 0.0003
 
 
@@ -26,51 +28,51 @@ class Found:
     """A method's sparsest network within the tolerance.
 
     Attributes:
-        method: What was searched with.
-        finetune_epochs: Of training after pruning; 0 for none.
-        sparsity: The one that was given or, of a search, the largest within the tolerance; 0 where
+        method: Method of the search.
+        finetune_epochs: Epochs of training after pruning; 0 for none.
+        sparsity: Sparsity that was given or, of a search, the largest within the tolerance; 0 if
             there is none.
-        model: The network; dense where that is 0.
-        measured: It, on all held-out images.
-        on_curve: It, on the curve's images.
-        points: Networks by sparsity, on the first ``CURVE_IMAGES`` of the held-out ones.
-        steps: Of the search.
+        model: The network of that sparsity.
+        measured: Its result on all held-out images.
+        on_curve: Its result on the curve's images.
+        points: Results by sparsity, on the first ``CURVE_IMAGES`` held-out images.
+        steps: Steps of the search.
     """
 
     method: Method
     finetune_epochs: int
     sparsity: float
-    model: ResNet18
+    model: nn.Module
     measured: Paired
     on_curve: Paired
     points: Mapping[float, Paired]
-    steps: Sequence[Step]
+    steps: Sequence[SparsityStep]
 
     @property
     def is_control(self) -> bool:
-        """Whether it is only there to compare with."""
+        """Whether it is there only for comparison."""
         return self.method.allocation in CONTROLS
 
     @classmethod
     def of(
         cls, search: ModelSearch, method: Method, finetune_epochs: int, sparsity: float,
-        model: ResNet18, points: Mapping[float, Paired], steps: Sequence[Step],
+        model: nn.Module, points: Mapping[float, Paired], steps: Sequence[SparsityStep],
     ) -> Found:  # fmt: skip
         """Measure the network that the search ended with."""
         measured, on_curve = (measure(search, model, most) for most in (None, CURVE_IMAGES))
         return cls(method, finetune_epochs, sparsity, model, measured, on_curve, points, steps)
 
 
-def measure(search: ModelSearch, model: ResNet18, most: int | None) -> Paired:
+def measure(search: ModelSearch, model: nn.Module, most: int | None) -> Paired:
     """Measure a pruned model on the first ``most`` held-out images; None for all."""
-    half = search.held_out.first(most)
-    return Paired.of(half.dense_correct, search.classifier(model).find_correct(half.images))
+    split = search.held_out.first(most)
+    return Paired.of(split.dense_correct, search.classifier(model).find_correct(split.images))
 
 
-def search_all(search: ModelSearch, allocations: Sequence[str]) -> list[Found]:
-    """Search with every method; those for control come last."""
+def search_all(search: ModelSearch) -> list[Found]:
+    """Search with every method; controls come last."""
     found = []
-    for method in search.methods(allocations):
+    for method in search.methods():
         found.append(search_with(search, method))
         cli.log.info(
             "%s%s: %.1f %% of the %s can go, %s points on held-out images",
@@ -91,9 +93,9 @@ def search_with(search: ModelSearch, method: Method) -> Found:
 
 
 def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
-    """Return the sparsest network; of equals, that which is best on the half that chooses.
+    """Return the sparsest network; of equals, the most accurate on the images to choose on.
 
-    The held-out half has no say, or it would no longer be one. Random pruning is no candidate.
+    Held-out images play no part, or they would no longer be held out. Controls are no candidates.
     """
     candidates = [one for one in found if not one.is_control]
     largest = max(one.sparsity for one in candidates)
@@ -104,31 +106,33 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
     return max(equals, key=lambda one: int(search.classifier(one.model).find_correct(images).sum()))
 
 
-def finetune(model: ResNet18, dense: ResNet18, training: Training, seed: int) -> None:
-    """Train a pruned model to do as the dense one does; its zeros stay zeros.
+def finetune(model: nn.Module, dense: nn.Module, training: Training, seed: int) -> None:
+    """Train a pruned model to answer as the dense one does; its zeros stay zeros.
 
-    One with zeros first has its batch norms re-estimated: training holds their statistics.
+    Training holds the statistics of batch norms, so they are re-estimated first, unless channels
+    were removed: then the repair has done so.
 
     Args:
-        model: Changed in place, left in eval mode.
-        dense: What it was made from, in eval mode.
-        training: What to learn from, on the models' device.
-        seed: Of order and augmentation.
+        model: Pruned network; changed in place, left in eval mode.
+        dense: Dense network, in eval mode.
+        training: Images to learn from, on the models' device.
+        seed: Seed of order and augmentation.
 
     Raises:
         UserError: The loss is no longer finite.
     """
-    if model.widths != dense.widths:  # repaired, its batch norms too
+    shapes, dense_shapes = ([p.shape for p in m.parameters()] for m in (model, dense))
+    if shapes != dense_shapes:
         distill(model, dense, training, seed)
     else:
-        recalibrate_batch_norm(model, training.images.images[:RECALIBRATION_IMAGES])
+        recalibrate_batch_norm(model, training.images.rows(slice(RECALIBRATION_IMAGES)))
         distill(model, dense, training, seed, SPARSE_RATE)
 
 
 def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Found:
     """Train at ``best``'s sparsity, then at each higher compression for as long as it is kept.
 
-    Each starts from the dense weights, pruned at once, and learns from the dense network. Where not
+    Each starts from the dense weights, pruned at once, and learns from the dense network. If not
     even the first is kept, the answer is that nothing can go, unless the sparsity is given.
     """
     kept, points, steps = (0.0, search.model), {}, []

@@ -10,17 +10,23 @@ from common.images.data import ImageSet
 
 
 @dataclass(frozen=True)
-class Half:
-    """Some of the test images, and which of them the dense network gets right (bool, CPU)."""
+class EvaluationSplit:
+    """A part of the test images, and the dense network's correctness on it (bool, CPU)."""
 
     images: ImageSet
     dense_correct: torch.Tensor
 
-    def first(self, most: int | None) -> Half:
-        """Return at most the first ``most`` of them; None for all."""
-        return Half(self.images.rows(slice(most)), self.dense_correct[:most])
+    def first(self, most: int | None) -> EvaluationSplit:
+        """Return at most the first ``most`` images; None for all."""
+        return EvaluationSplit(self.images.rows(slice(most)), self.dense_correct[:most])
 
 
-def split_test(test: ImageSet, dense_correct: torch.Tensor, seed: int) -> tuple[Half, Half]:
+def split_test(
+    test: ImageSet, dense_correct: torch.Tensor, seed: int
+) -> tuple[EvaluationSplit, EvaluationSplit]:
     """Return the half to choose on and the half to confirm on, each shuffled."""
-    return tuple(Half(test.rows(half), dense_correct[half]) for half in test.halves(seed))
+    chosen, held_out = test.halves(seed)
+    return (
+        EvaluationSplit(test.rows(chosen), dense_correct[chosen]),
+        EvaluationSplit(test.rows(held_out), dense_correct[held_out]),
+    )

@@ -1,7 +1,7 @@
 """Batch-norm statistics that fit a pruned network.
 
-Pruning shrinks the activations and shifts their means, while the batch norms go on expecting those
-of the dense network. Measuring mean and variance anew on training images undoes much of the harm
+Pruning shrinks the activations and shifts their means, but the batch norms still expect those of
+the dense network. Measuring mean and variance again on training images undoes much of the harm
 (Hubara et al., 2021, https://arxiv.org/abs/2006.10518; Izmailov et al., 2018).
 """
 
@@ -9,60 +9,75 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.images.data import normalize
-from common.network.resnet import ResNet18, hooked
+from common.command.cli import UserError
+from common.images.data import ImageSet
+from common.network.resnet import hooked
 
-# Of a network pruned by 85 and by 90 %, 1,536 images made no better one than 256.
+# For a network pruned by 85 and by 90 %, 1,536 images were no better than 256.
 RECALIBRATION_IMAGES = 256
 BATCH_SIZE = 128
 
 
+def require_batch_norm(model: nn.Module) -> None:
+    """Check that there are statistics to measure.
+
+    Raises:
+        UserError: The network has no batch norm.
+    """
+    if not _batch_norms(model):
+        raise UserError("--recalibrate-bn: the network has no batch norms")
+
+
 @torch.no_grad()
-def recalibrate_batch_norm(model: ResNet18, images: torch.Tensor) -> None:
-    """Measure the running means and variances of ``model`` anew.
+def recalibrate_batch_norm(model: nn.Module, images: ImageSet) -> None:
+    """Measure the running means and variances of ``model`` again.
 
     Each layer is measured with the layers before it normalised by their batch's own statistics.
-    Unlike ``torch.optim.swa_utils.update_bn``, in which batches count equally however many images
-    they have, every image does.
+    Every image weighs the same. In ``torch.optim.swa_utils.update_bn`` every batch does, however
+    many images it has.
 
     Args:
         model: Changed in place, left in eval mode.
-        images: uint8 training images (N, 3, 32, 32), on the model's device.
+        images: Training images, on the model's device.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    model.eval()  # all else, such as dropout, stays so
+    norms = _batch_norms(model).values()
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-    model.train()
+        norm.train()
     seen = 0
-    for batch in images.split(BATCH_SIZE):
+    for batch, _ in images.batches(BATCH_SIZE):
         seen += len(batch)
         for norm in norms:
             norm.momentum = len(batch) / seen
-        model(normalize(batch))
+        model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    model.eval()
+        norm.eval()
 
 
 @torch.no_grad()
-def adopt_statistics(model: ResNet18, images: torch.Tensor) -> None:
-    """Give batch norms that were folded the statistics of images; nothing else changes by it.
+def adopt_statistics(model: nn.Module, images: ImageSet) -> None:
+    """Give batch norms that were folded the statistics of images, without another effect.
 
-    A coded file holds none: its batch norms only add. Measured anew after pruning, they would
-    compute something else, but for this.
+    A network read from a coded file has none: its batch norms only add a bias. Measuring their
+    statistics after pruning would change what they compute, but for this.
 
     Args:
         model: In eval mode; changed in place where all its means are zero.
-        images: uint8 training images (N, 3, 32, 32), on the model's device.
+        images: Training images, on the model's device.
     """
-    norms = {n: module for n, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    if any(norm.running_mean.any() for norm in norms.values()):
+    norms = _batch_norms(model)
+    if any(norm.running_mean.any() or not norm.affine for norm in norms.values()):
         return
 
-    def adopt(name: str, norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor], _: object) -> None:
-        variance, mean = torch.var_mean(*inputs, (0, 2, 3), correction=0)
+    def adopt(name: str, norm: nn.Module, inputs: tuple[torch.Tensor], _: object) -> None:
+        (values,) = inputs
+        dims = [dim for dim in range(values.ndim) if dim != 1]
+        variance, mean = torch.var_mean(values, dims, correction=0)
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         norm.weight.copy_(scale * (variance + norm.eps).sqrt())
         norm.bias.add_(scale * mean)
@@ -70,4 +85,8 @@ def adopt_statistics(model: ResNet18, images: torch.Tensor) -> None:
         norm.running_var.copy_(variance)
 
     with hooked(norms, adopt):
-        model(normalize(images[:RECALIBRATION_IMAGES]))
+        model(images.normalize(images.images[:RECALIBRATION_IMAGES]))
+
+
+def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}

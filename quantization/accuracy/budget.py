@@ -3,7 +3,8 @@
 What costs nothing at run time comes first: another observer, equalised channels, corrected biases,
 each kept only if it helps. Then layers go back to FP32, worst first, until the budget holds; and of
 these, each that turns out not to be needed goes back to INT8. All of this is decided on training
-images that were not used for calibration; the test images are for the report alone.
+images that were not used for calibration; the test images are for the report alone. A plan holds
+the budget if it leaves a standard error to spare: the rule of :mod:`common.measure.budget`.
 """
 
 from __future__ import annotations
@@ -12,32 +13,40 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from torch.fx import GraphModule
+import torch
 
 from common.command import cli
-from common.measure import evaluate
-from common.network.resnet import ResNet18
+from common.images.data import ImageSet
+from common.measure.budget import Budget, Verdict
+from common.network.execution import Network
 from quantization.accuracy import corrections
 from quantization.accuracy.diagnosis import rank_layers
-from quantization.bench import Bench
-from quantization.int8 import conversion
-from quantization.int8.engines import quiet_torch
+from quantization.calibration import CalibrationSetup
+from quantization.int8 import engines
+from quantization.int8.conversion import Observation, convert
 from quantization.settings import OBSERVERS, Settings
 
 
 @dataclass(frozen=True)
-class Step:
+class Attempt:
     """One thing that was tried on top of what was kept before it.
 
     Attributes:
         action: What was tried.
-        drop: On held-out training images, with it.
+        drop: Accuracy lost on the held-out training images, as a fraction.
+        spare: What it leaves of the budget after this loss and one standard error.
         kept: Whether it is so in the model that was written.
     """
 
     action: str
     drop: float
+    spare: float
     kept: bool
+
+    @classmethod
+    def of(cls, action: str, verdict: Verdict, kept: bool) -> Attempt:
+        """Describe what was tried by its verdict."""
+        return cls(action, verdict.comparison.drop, verdict.spare, kept)
 
 
 @dataclass(frozen=True)
@@ -45,85 +54,96 @@ class Plan:
     """How to quantize within the budget.
 
     Attributes:
-        model: FP32 weights to quantize, perhaps corrected.
-        settings: Of the quantization.
-        drop: On the held-out training images.
+        network: FP32 network to quantize, perhaps corrected.
+        settings: How to quantize it.
+        verdict: How it does on the held-out training images.
         steps: What was tried, in order.
     """
 
-    model: ResNet18
+    network: Network
     settings: Settings
-    drop: float
-    steps: list[Step] = field(default_factory=list)
+    verdict: Verdict
+    steps: list[Attempt] = field(default_factory=list)
 
 
-class Trial:
-    """Measures plans against the FP32 model: ``bench`` has the held-out images that decide."""
+class HeldOutEvaluator:
+    """Judges plans against the FP32 network.
 
-    def __init__(self, model: ResNet18, bench: Bench):
-        self.bench = bench
-        dense = bench.predict(model, "evaluate FP32 on held-out images")
-        self._dense_correct = dense == bench.images.labels
-
-    def measure_drop(self, model: ResNet18, settings: Settings) -> float:
-        """Return the accuracy that ``model`` loses in INT8, as a fraction of held-out images."""
-        return self.measure_drop_of(self.bench.calibrate(model, settings), settings)
-
-    def measure_drop_of(self, observed: GraphModule, settings: Settings) -> float:
-        """Return the same for a model that is calibrated already."""
-        converted = conversion.convert(observed, settings)
-        with quiet_torch(settings.engine):
-            correct = self.bench.predict(converted, "try") == self.bench.images.labels
-        return evaluate.compare(self._dense_correct, correct).drop
-
-
-def meet_budget(trial: Trial, model: ResNet18, settings: Settings, max_drop: float) -> Plan:
-    """Find a plan whose drop on the held-out images is at most ``max_drop``, or the best one.
-
-    It begins with the FP32 ``model`` and ``settings``. The first plan within the budget is taken;
-    if there is none, the one with the least drop.
+    Args:
+        network: FP32.
+        setup: Calibration images, and the held-out images that decide.
+        max_drop: The budget, as a fraction.
     """
-    plan = Plan(model, settings, trial.measure_drop(model, settings))
-    plan.steps.append(Step("plain", plan.drop, True))
-    plan = _try_free_corrections(trial, plan, max_drop)
-    if plan.drop > max_drop:
-        plan = _restore_layers(trial, plan, max_drop)
-    return plan
+
+    def __init__(self, network: Network, setup: CalibrationSetup, max_drop: float):
+        self.setup = setup
+        dense = setup.predict(network, "evaluate FP32 on held-out images")
+        self._budget = Budget(max_drop, setup.images, dense == setup.images.labels)
+
+    def judge(self, network: Network, settings: Settings) -> Verdict:
+        """Return how a network does in INT8 on the held-out images."""
+        return self.judge_observed(self.setup.observe(network, settings), settings)
+
+    def judge_observed(self, observation: Observation, settings: Settings) -> Verdict:
+        """Return the same for a network whose values were observed before."""
+        run = engines.runner(settings.engine, convert(observation, settings))
+
+        def find_correct(images: ImageSet) -> torch.Tensor:
+            return replace(self.setup, images=images).predict(run, "try") == images.labels
+
+        return self._budget.judge(find_correct, looks=[len(self._budget.images)])
 
 
-def _try_free_corrections(trial: Trial, plan: Plan, max_drop: float) -> Plan:
-    for alternatives in _free_corrections(trial.bench, plan.settings):
+def meet_budget(evaluator: HeldOutEvaluator, network: Network, settings: Settings) -> Plan:
+    """Find a plan that holds the budget, or the one that comes closest to it.
+
+    It begins with the FP32 ``network`` and ``settings``, and takes the first plan that passes.
+    """
+    plan = Plan(network, settings, evaluator.judge(network, settings))
+    plan.steps.append(Attempt.of("plain", plan.verdict, True))
+    plan = _try_free_corrections(evaluator, plan)
+    return plan if plan.verdict.passes else _restore_layers(evaluator, plan)
+
+
+def _try_free_corrections(evaluator: HeldOutEvaluator, plan: Plan) -> Plan:
+    for alternatives in _free_corrections(evaluator.setup, plan.settings):
         for action, correct in alternatives.items():
-            if plan.drop <= max_drop:
+            if plan.verdict.passes:
                 return plan
             tried = correct(plan)
-            drop = trial.measure_drop(tried.model, tried.settings)
-            better, steps = drop < plan.drop, plan.steps
-            cli.log.info(
-                "budget: %s: drop %.2f points on held-out images%s",
-                action, 100 * drop, "" if better else ", not kept",
-            )  # fmt: skip
+            verdict = evaluator.judge(tried.network, tried.settings)
+            better, steps = verdict.spare > plan.verdict.spare, plan.steps
+            _log(action, verdict, "" if better else ", not kept")
             if better:
                 steps = [
                     s if s.action not in alternatives else replace(s, kept=False) for s in steps
                 ]
-                plan = replace(tried, drop=drop)
-            plan = replace(plan, steps=[*steps, Step(action, drop, better)])
+                plan = replace(tried, verdict=verdict)
+            plan = replace(plan, steps=[*steps, Attempt.of(action, verdict, better)])
     return plan
 
 
-def _free_corrections(bench: Bench, settings: Settings) -> list[dict[str, Callable[[Plan], Plan]]]:
+def _log(action: str, verdict: Verdict, ending: str = "") -> None:
+    cli.log.info(
+        "budget: %s: drop %.2f points on held-out images, %+.2f to spare%s",
+        action, 100 * verdict.comparison.drop, 100 * verdict.spare, ending,
+    )  # fmt: skip
+
+
+def _free_corrections(
+    setup: CalibrationSetup, settings: Settings
+) -> list[dict[str, Callable[[Plan], Plan]]]:
     """Return what costs no time, in the order in which it is tried; alternatives together."""
 
     def equalize(plan: Plan) -> Plan:
-        return replace(plan, model=corrections.equalize_cross_layer(plan.model))
+        return replace(plan, network=corrections.equalize_cross_layer(plan.network))
 
     def observe(observer: str, plan: Plan) -> Plan:
         return replace(plan, settings=replace(plan.settings, observer=observer))
 
     def correct_biases(plan: Plan) -> Plan:
-        model = corrections.correct_biases(plan.model, bench.calibration, bench.batch_size)
-        return replace(plan, model=model)
+        network = corrections.correct_biases(plan.network, setup.calibration, setup.batch_size)
+        return replace(plan, network=network)
 
     observers = [observer for observer in OBSERVERS if observer != settings.observer]
     return [
@@ -133,33 +153,31 @@ def _free_corrections(bench: Bench, settings: Settings) -> list[dict[str, Callab
     ]
 
 
-def _restore_layers(trial: Trial, plan: Plan, max_drop: float) -> Plan:
+def _restore_layers(evaluator: HeldOutEvaluator, plan: Plan) -> Plan:
     """Return layers to FP32, worst first, and to INT8 again what need not be; one stays in INT8."""
-    observed = trial.bench.calibrate(plan.model, plan.settings)
-    ranking = tuple(rank_layers(plan.model, observed, trial.bench.calibration))
+    observation = evaluator.setup.observe(plan.network, plan.settings)
+    ranking = tuple(rank_layers(observation, plan.settings.reduce_range))
 
-    def measure(layers: tuple[str, ...]) -> float:
-        settings = replace(plan.settings, fp32_layers=layers)
-        return trial.measure_drop_of(
-            conversion.reuse_ranges(observed, plan.model, settings), settings
-        )
+    def judge(layers: tuple[str, ...]) -> Verdict:
+        return evaluator.judge_observed(observation, replace(plan.settings, fp32_layers=layers))
 
-    restored, drop, tried = (), plan.drop, []
+    restored, best, tried = (), plan.verdict, []
     for count, layer in enumerate(ranking[:-1], 1):
-        tried.append((layer, measure(ranking[:count])))
-        cli.log.info("budget: %s in FP32: drop %.2f points", layer, 100 * tried[-1][1])
-        if tried[-1][1] < drop:
-            restored, drop = ranking[:count], tried[-1][1]
-        if drop <= max_drop:
+        verdict = judge(ranking[:count])
+        tried.append((f"{layer} in FP32", layer, verdict))
+        _log(tried[-1][0], verdict)
+        if verdict.spare > best.spare:
+            restored, best = ranking[:count], verdict
+        if best.passes:
             break
     undone = []
     for layer in reversed(restored[:-1]):  # the last one was needed: it made the drop what it is
         fewer = tuple(name for name in restored if name != layer)
-        without = measure(fewer)
-        needless = without <= max(drop, max_drop)
+        verdict = judge(fewer)
+        needless = verdict.passes or verdict.spare >= best.spare
         if needless:
-            restored, drop = fewer, without
-        undone.append(Step(f"{layer} in INT8 again", without, needless))
-    steps = [Step(f"{layer} in FP32", value, layer in restored) for layer, value in tried]
+            restored, best = fewer, verdict
+        undone.append(Attempt.of(f"{layer} in INT8 again", verdict, needless))
+    steps = [Attempt.of(action, verdict, layer in restored) for action, layer, verdict in tried]
     settings = replace(plan.settings, fp32_layers=restored)
-    return Plan(plan.model, settings, drop, [*plan.steps, *steps, *undone])
+    return Plan(plan.network, settings, best, [*plan.steps, *steps, *undone])

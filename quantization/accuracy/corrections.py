@@ -1,93 +1,125 @@
-"""Corrections of the FP32 weights before quantization; none of them costs anything at run time.
+"""Corrections of FP32 weights before quantization; none of them costs anything at run time.
 
-Both rewrite a :class:`common.network.resnet.ResNet18` into another one that computes the same
-function in FP32 (equalisation) or nearly so (bias correction), and loses less of it in INT8.
+Each returns a network that computes the same function in FP32 (equalisation) or nearly so (bias
+correction), and loses less of it in INT8.
 """
 
 from __future__ import annotations
 
-import copy
-
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from common.images.data import ImageSet, batches
-from common.network.resnet import (
-    BasicBlock,
-    ResNet18,
-    batch_norm_after,
-    fold_batch_norm,
-    hooked,
-    prunable_layers,
+from common.images.data import ImageSet
+from common.network.execution import Layer, Network
+from common.network.graph import (
+    ADAPTIVE_POOL,
+    AVERAGE_POOL,
+    FLATTEN,
+    GLOBAL_POOL,
+    MAX_POOL,
+    Operation,
+    evaluate,
 )
-from quantization.accuracy.quantizers import quantize_weight
+from quantization.int8.conversion import quantize_layer
 
-
-def absorb_batch_norm(model: ResNet18) -> ResNet18:
-    """Return a copy with batch-norm folded into the convolutions, in the original structure.
-
-    Every batch-norm that stays is an identity but for its bias, which is the folded one. So the
-    result is a ResNet18 like any other: it can be saved, loaded and quantized.
-    """
-    absorbed, folded = copy.deepcopy(model), prunable_layers(fold_batch_norm(model))
-    for name, conv in folded.items():
-        if name == "linear":
-            continue
-        absorbed.get_submodule(name).weight.data.copy_(conv.weight)
-        norm = absorbed.get_submodule(batch_norm_after(name))
-        nn.init.ones_(norm.weight)
-        norm.bias.data.copy_(conv.bias)
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1 - norm.eps)  # so that it divides by sqrt(1 - eps + eps) = 1
-    return absorbed
+# What a positive factor of a channel passes through: f(s·x) = s·f(x).
+HOMOGENEOUS = ("relu", MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL, GLOBAL_POOL, FLATTEN)
+MAX_SWEEPS = 20
+EQUAL = 0.01  # logarithm of a factor below which a chain of layers counts as equalised
 
 
 @torch.no_grad()
-def equalize_cross_layer(model: ResNet18) -> ResNet18:
-    """Return a copy in which the channels between a block's convolutions have like ranges.
+def equalize_cross_layer(network: Network) -> Network:
+    """Return a network in which the channels between two layers have like ranges in both.
 
-    A channel c between conv1 and conv2 can be scaled by any s > 0, for ReLU(s·x) = s·ReLU(x): conv1
-    gives s times as much, conv2 takes 1/s of it. The s that makes the two convolutions' ranges of c
-    equal leaves per-tensor activations no channel that dwarfs the others (Nagel et al., 2019,
-    https://arxiv.org/abs/1906.04721, equation 11).
+    A channel between them can be scaled by any s > 0, for ReLU(s·x) = s·ReLU(x): the first layer
+    gives s times as much, the second takes 1/s of it. The s that makes the ranges of the channel's
+    weights equal leaves no channel that dwarfs the others (Nagel et al., 2019,
+    https://arxiv.org/abs/1906.04721, equation 11). Chains of more layers are swept until nothing
+    changes.
     """
-    equalized = absorb_batch_norm(model)
-    for block in (m for m in equalized.modules() if isinstance(m, BasicBlock)):
-        ranges1 = block.conv1.weight.abs().amax(dim=(1, 2, 3))
-        ranges2 = block.conv2.weight.abs().amax(dim=(0, 2, 3))
-        scale = (ranges2 / ranges1).sqrt()
-        # A dead channel has no range to equalise.
-        scale = torch.where((ranges1 > 0) & (ranges2 > 0), scale, 1.0)
-        block.conv1.weight.mul_(scale.view(-1, 1, 1, 1))
-        block.bn1.bias.mul_(scale)
-        block.conv2.weight.div_(scale.view(1, -1, 1, 1))
-    return equalized
+    layers = {name: network.layers[name] for name in network.graph.layers}
+    pairs = equalizable_pairs(network)
+    for _ in range(MAX_SWEEPS):
+        largest = 0.0
+        for first, second in pairs:
+            groups = network.graph[second].attributes.get("groups", 1)
+            scale = _equalizing_scale(layers[first], layers[second], groups)
+            layers[first], layers[second] = _rescale(layers[first], layers[second], groups, scale)
+            largest = max(largest, float(scale.log().abs().max()))
+        if largest < EQUAL:
+            break
+    return network.with_layers(layers)
+
+
+def equalizable_pairs(network: Network) -> list[tuple[str, str]]:
+    """Return the pairs of layers between which channels can be scaled, in execution order.
+
+    Nothing else reads what is between them, and all of it is positively homogeneous.
+    """
+    graph, pairs = network.graph, []
+    for name in graph.layers:
+        reader = graph.sole_user(name)
+        while reader is not None and reader.kind in HOMOGENEOUS:
+            reader = graph.sole_user(reader.name)
+        if reader is not None and reader.is_layer:
+            pairs.append((name, reader.name))
+    return pairs
 
 
 @torch.no_grad()
-def correct_biases(model: ResNet18, calibration: ImageSet, batch_size: int) -> ResNet18:
-    """Return a copy whose biases cancel the mean error that rounding the weights will make.
+def correct_biases(network: Network, calibration: ImageSet, batch_size: int) -> Network:
+    """Return a network whose biases cancel the mean error that rounding the weights will make.
 
-    The mean is taken over images and positions, channel by channel: E[conv(x, w) − conv(x, ŵ)]
+    The mean is taken over images and positions, channel by channel: E[conv(x, w) - conv(x, ŵ)]
     (Nagel et al., 2019, section 4.2, measured on calibration images instead of derived).
     """
-    corrected = absorb_batch_norm(model)
-    layers = prunable_layers(corrected)
-    errors = {name: [] for name in layers}
+    graph = network.graph
+    layers = {name: network.layers[name] for name in graph.layers}
+    totals = {name: torch.zeros(len(layer.bias)) for name, layer in layers.items()}
+    rounding = {
+        name: Layer(layer.weight - quantize_layer(layer).dense(), torch.zeros_like(layer.bias))
+        for name, layer in layers.items()
+    }
 
-    def measure(name: str, layer: nn.Conv2d | nn.Linear, inputs: tuple[torch.Tensor], _) -> None:
-        rounding = layer.weight - quantize_weight(layer.weight)
-        if isinstance(layer, nn.Linear):
-            errors[name].append(F.linear(inputs[0], rounding).mean(dim=0))
-        else:
-            error = F.conv2d(inputs[0], rounding, None, layer.stride, layer.padding)
-            errors[name].append(error.mean(dim=(0, 2, 3)))
+    def compute(operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
+        if operation.is_layer:
+            error = network.compute(operation, inputs, layer=rounding[operation.name])
+            totals[operation.name] += (
+                error.flatten(2).mean(2).sum(0) if error.ndim > 2 else error.sum(0)
+            )
+        return network.compute(operation, inputs, operation.name in network.overwriting)
 
-    with hooked(layers, measure):
-        for images, _ in batches(calibration, batch_size):
-            corrected(images)
-    for name, values in errors.items():
-        layer = corrected.get_submodule(batch_norm_after(name))  # the linear layer is its own
-        layer.bias += torch.stack(values).mean(dim=0)
-    return corrected
+    for images, _ in calibration.batches(batch_size):
+        evaluate(graph, compute, {graph.input: images}, [graph.output])
+    return network.with_layers(
+        {
+            name: Layer(layer.weight, layer.bias + totals[name] / len(calibration))
+            for name, layer in layers.items()
+        }
+    )
+
+
+def _equalizing_scale(first: Layer, second: Layer, groups: int) -> torch.Tensor:
+    """Return the factor of each channel between two layers; 1 for a channel without weights."""
+    ranges1 = first.weight.abs().flatten(1).amax(dim=1)
+    ranges2 = _by_input(second.weight, len(ranges1), groups).abs().amax(dim=(1, 3)).flatten()
+    scale = (ranges2 / ranges1).sqrt()
+    return torch.where((ranges1 > 0) & (ranges2 > 0), scale, 1.0)
+
+
+def _rescale(first: Layer, second: Layer, groups: int, scale: torch.Tensor) -> tuple[Layer, Layer]:
+    """Multiply the outputs of the first layer, and divide the inputs of the second one."""
+    outputs = scale.view(-1, *[1] * (first.weight.ndim - 1))
+    by_input = _by_input(second.weight, len(scale), groups) / scale.view(groups, 1, -1, 1)
+    return (
+        Layer(first.weight * outputs, first.bias * scale),
+        Layer(by_input.reshape(second.weight.shape), second.bias),
+    )
+
+
+def _by_input(weight: torch.Tensor, channels: int, groups: int) -> torch.Tensor:
+    """Return a weight as (groups, outputs of a group, channels of a group, positions).
+
+    A linear layer may read several positions of each channel.
+    """
+    return weight.reshape(groups, len(weight) // groups, channels // groups, -1)

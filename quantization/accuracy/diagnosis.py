@@ -12,21 +12,22 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.fx import GraphModule
 
-from common.images.data import ImageSet, normalize
+from common.images.data import ImageSet
 from common.measure import evaluate
-from common.network.cascade import Recomputation
-from common.network.resnet import ResNet18, fold_batch_norm, hooked, prunable_layers
+from common.network.cascade import Fp32Recheck
+from common.network.execution import Layer, Network
+from common.network.graph import Operation
+from common.network.graph import evaluate as evaluate_graph
 from quantization.accuracy import layer_cost
-from quantization.accuracy.quantizers import Quantizer, layer_quantizers, quantize_weight
-from quantization.bench import Bench
+from quantization.int8.conversion import Observation, quantize_layer
+from quantization.int8.network import Step, ValueRange, fuse_activations
 from quantization.settings import Settings
 
 NOISE_IMAGES = 128
 # A ratio beyond this is only rounding of FP32 itself.
 MAX_SQNR_DB = 120.0
+CLIPS = {None: lambda values: values, "relu": F.relu_, "relu6": lambda x: x.clamp_(0, 6)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LayerNoise:
     activation_sqnr_db: float
 
 
-def diagnose(model: ResNet18, observed: GraphModule, settings: Settings, bench: Bench) -> dict:
+def diagnose(observation: Observation, settings: Settings, test: ImageSet, batch_size: int) -> dict:
     """Return results.json's ``diagnosis``: each layer's noise and accuracy cost, in network order.
 
     Beside it ``bf16``, where that ran: how FP32 decided what bf16 could not. Noise is measured on
@@ -48,17 +49,17 @@ def diagnose(model: ResNet18, observed: GraphModule, settings: Settings, bench: 
     but this one in INT8; negative where INT8 happens to gain.
 
     Args:
-        model: FP32, in eval mode.
-        observed: The same model calibrated.
-        settings: Of the quantization.
-        bench: The images that it was calibrated on, and those to measure accuracy on.
+        observation: The FP32 network, observed.
+        settings: How it was quantized; layers in FP32 are measured as if they were in INT8.
+        test: Images to measure accuracy on.
+        batch_size: Number of images in a batch.
     """
-    if settings.fp32_layers:  # of these it knows no ranges
-        settings = replace(settings, fp32_layers=())
-        observed = bench.calibrate(model, settings)
-    test, record = bench.images, Recomputation()
-    dense, only_quantized = layer_cost.scan_only_quantized(model, observed, test, record)
-    only_fp32 = layer_cost.scan_only_fp32(model, observed, settings, test, bench.batch_size)
+    settings, record = replace(settings, fp32_layers=()), Fp32Recheck()
+    ranges = observation.ranges(settings.reduce_range)
+    dense, only_quantized = layer_cost.scan_only_quantized(
+        observation.network, ranges, test, record
+    )
+    only_fp32 = layer_cost.scan_only_fp32(observation, settings, test, batch_size)
     record.warn_if_near(advice="")
     rows = [
         asdict(noise)
@@ -66,59 +67,61 @@ def diagnose(model: ResNet18, observed: GraphModule, settings: Settings, bench: 
             "drop_only_quantized": evaluate.compare(dense, only_quantized[noise.layer]).drop,
             "drop_only_fp32": evaluate.compare(dense, only_fp32[noise.layer]).drop,
         }
-        for noise in measure_noise(model, observed, bench.calibration)
+        for noise in measure_noise(observation, settings.reduce_range)
     ]
     return {"diagnosis": rows} | ({"bf16": asdict(record)} if record.predictions else {})
 
 
-def rank_layers(model: ResNet18, observed: GraphModule, images: ImageSet) -> list[str]:
+def rank_layers(observation: Observation, reduce_range: bool) -> list[str]:
     """Return the layers by the noise that quantizing each makes, worst first."""
-    noise = measure_noise(model, observed, images)
+    noise = measure_noise(observation, reduce_range)
     return [entry.layer for entry in sorted(noise, key=lambda entry: entry.sqnr_db)]
 
 
 @torch.inference_mode()
-def measure_noise(model: ResNet18, observed: GraphModule, images: ImageSet) -> list[LayerNoise]:
+def measure_noise(observation: Observation, reduce_range: bool) -> list[LayerNoise]:
     """Measure every layer's quantization noise on FP32 inputs.
 
     Args:
-        model: FP32, in eval mode.
-        observed: The same model calibrated, which knows the activations' ranges.
-        images: The first ``NOISE_IMAGES`` are used.
+        observation: The FP32 network, observed; the first ``NOISE_IMAGES`` calibration images are
+            used.
+        reduce_range: Whether activations have 7 bits.
 
     Returns:
-        One entry a layer, in network order.
+        One entry for each layer, in network order.
     """
-    folded = fold_batch_norm(model).to(memory_format=torch.channels_last)
-    quantizers = layer_quantizers(observed)
-    noise: dict[str, LayerNoise] = {}
+    network, ranges = observation.network, observation.ranges(reduce_range)
+    steps = {step.operation.name: step for step in fuse_activations(network.graph)}
+    noise: list[LayerNoise] = []
 
-    def measure(name: str, layer: nn.Module, inputs: tuple[torch.Tensor], _: object) -> None:
-        # As the layers run: kept for later, their inputs alone would take 0.3 GB.
-        noise[name] = _layer_noise(name, layer, *inputs, *quantizers[name])
+    def compute(operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
+        # Measured as the layers run: kept for later, their inputs would take 0.3 GB.
+        if operation.is_layer:
+            noise.append(_layer_noise(network, steps[operation.name], inputs[0], ranges))
+        return network.compute(operation, inputs, operation.name in network.overwriting)
 
-    with hooked(prunable_layers(folded), measure):
-        folded(normalize(images.images[:NOISE_IMAGES]))
-    return [noise[name] for name in quantizers]
+    images = observation.images.rows(slice(NOISE_IMAGES))
+    given = {network.graph.input: images.normalize(images.images)}
+    evaluate_graph(network.graph, compute, given, [network.graph.output])
+    return noise
 
 
 def _layer_noise(
-    name: str, layer: nn.Module, x: torch.Tensor, read: Quantizer, write: Quantizer
+    network: Network, step: Step, x: torch.Tensor, ranges: dict[str, ValueRange]
 ) -> LayerNoise:
-    rounded_weight = quantize_weight(layer.weight)
+    layer = network.layers[step.operation.name]
+    rounded = Layer(quantize_layer(layer).dense(), layer.bias)
+    read, write = ranges[step.inputs[0]].round, ranges[step.name].round
 
-    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, weight, layer.bias)
-        y = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
-        return y.relu_() if name.endswith("conv1") else y  # conv2 adds the shortcut first
+    def run(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+        return CLIPS[step.activation](network.compute(step.operation, [x], layer=layer))
 
-    signal = run(x, layer.weight)
+    signal = run(x, layer)
     return LayerNoise(
-        name,
-        sqnr_db=_sqnr_db(signal, write(run(read(x), rounded_weight))),
-        weight_sqnr_db=_sqnr_db(signal, run(x, rounded_weight)),
-        activation_sqnr_db=_sqnr_db(signal, write(run(read(x), layer.weight))),
+        step.operation.name,
+        sqnr_db=_sqnr_db(signal, write(run(read(x), rounded))),
+        weight_sqnr_db=_sqnr_db(signal, run(x, rounded)),
+        activation_sqnr_db=_sqnr_db(signal, write(run(read(x), layer))),
     )
 
 

@@ -1,8 +1,7 @@
 """The accuracy that each layer's quantization costs: with it alone in INT8, with it alone in FP32.
 
-Both are measured without running whole networks for each layer. Alone in INT8, a layer's variant
-branches off the FP32 network, as in the pruning scan. Alone in FP32, it shares all that lies before
-it with the INT8 network, on whose real kernels what follows runs.
+Alone in INT8, a layer's variant branches off the FP32 network, as in the pruning scan. Alone in
+FP32, the rest of the network runs on its engine, as it would be deployed.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
-from torch.fx import GraphModule, Interpreter, Node
 
 from common.command import cli
-from common.images.data import ImageSet, batches
+from common.images.data import ImageSet
 from common.machine.device import bf16_pays
-from common.network.branching import Convolution, trace_dense
-from common.network.cascade import Branches, Cascade, Recomputation
-from common.network.resnet import ResNet18, fold_batch_norm, prunable_layers
-from quantization.accuracy.quantizers import Quantizer, layer_quantizers, quantize_weight
-from quantization.int8 import conversion, engines
+from common.measure.evaluate import predict
+from common.network.branching import start_values
+from common.network.cascade import Cascade, Fp32Recheck, Variants
+from common.network.execution import Layer, Network
+from quantization.int8 import engines
+from quantization.int8.conversion import Observation, convert, quantize_layer
+from quantization.int8.network import Step, ValueRange, fuse_activations
 from quantization.settings import Settings
 
 BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
@@ -30,107 +29,86 @@ BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
 
 @torch.inference_mode()
 def scan_only_quantized(
-    model: ResNet18, observed: GraphModule, test: ImageSet, record: Recomputation
+    network: Network, ranges: Mapping[str, ValueRange], test: ImageSet, record: Fp32Recheck
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
 
     Branches run in bf16 first, where the CPU is made for it.
 
     Args:
-        model: FP32, in eval mode.
-        observed: The same model calibrated, which knows the activations' ranges.
+        network: FP32.
+        ranges: Range of each value.
         test: Images to measure on.
-        record: Of what FP32 decided again after bf16; counted into.
+        record: Counts of what FP32 decided again after bf16, which are added to.
     """
-    fast = bf16_pays()
-    cascade, quantizers = Cascade.of(model, fast), layer_quantizers(observed)
-    network = cascade.network
-    exact, rounded = {}, {}
-    for name, convolution in network.convolutions().items():
-        int8 = replace(convolution, weight=quantize_weight(convolution.weight))
-        exact[name] = _quantized(int8, *quantizers[name])
-        rounded[name] = _quantized(int8.to(torch.bfloat16), *quantizers[name])
-    branches = Branches(exact, rounded if fast else None)
-    bounds = cascade.measure_bounds(test, branches, BRANCH_BATCH) if fast else None
-    read, write = quantizers["linear"]
-    linear_weight = quantize_weight(network.linear_weight)
-    dense, alone = [], []
+    cascade = Cascade.of(network, fast=bf16_pays())
+    exact = _variants(network, network, ranges)
+    fast = cascade.fast_network and _variants(network, cascade.fast_network, ranges)
+    variants = Variants(exact, fast)
+    bounds = cascade.measure_bounds(test, variants, BRANCH_BATCH) if fast else None
+    graph, dense, alone = network.graph, [], []
+    wanted = [*start_values(graph, exact), graph.output]
     count = math.ceil(len(test) / BRANCH_BATCH)
-    for images, labels in cli.progress(batches(test, BRANCH_BATCH), "diagnose: INT8", count):
-        trace = trace_dense(network, images)
-        dense.append(network.classify(trace.features).argmax(dim=1) == labels)
-        classes = cascade.predict(trace, branches, bounds, record)
-        last = write(network.classify(read(trace.features), linear_weight)).argmax(dim=1)
-        alone.append(torch.cat([classes, last[None]]) == labels)
-    by_layer = zip([*exact, "linear"], torch.cat(alone, dim=1), strict=True)
+    for images, labels in cli.progress(test.batches(BRANCH_BATCH), "diagnose: INT8", count):
+        values = network.run({graph.input: images}, wanted)
+        dense.append(values[graph.output].argmax(dim=1) == labels)
+        alone.append(cascade.predict(values, variants, bounds, record) == labels)
+    by_layer = zip(exact, torch.cat(alone, dim=1), strict=True)
     return torch.cat(dense), dict(by_layer)
 
 
-@torch.inference_mode()
 def scan_only_fp32(
-    model: ResNet18, observed: GraphModule, settings: Settings, test: ImageSet, batch_size: int
+    observation: Observation, settings: Settings, test: ImageSet, batch_size: int
 ) -> dict[str, torch.Tensor]:
     """Return per-image correctness (bool, (N,)) of INT8 with each layer alone in FP32.
 
     Args:
-        model: FP32, in eval mode.
-        observed: The same model calibrated.
-        settings: Of the quantization, with no layer in FP32.
+        observation: The FP32 network, observed.
+        settings: How to quantize it.
         test: Images to measure on.
-        batch_size: In images.
+        batch_size: Number of images in a batch.
     """
-    folded = prunable_layers(fold_batch_norm(model).to(memory_format=torch.channels_last))
-    correct = {layer: [] for layer in folded}
-    with engines.quiet_torch(settings.engine):
-        converted = conversion.convert(observed, settings)
-        network, rest = Interpreter(converted, garbage_collect_values=False), Interpreter(converted)
-        count = math.ceil(len(test) / batch_size)
-        for images, labels in cli.progress(batches(test, batch_size), "diagnose: FP32", count):
-            network.run(images)
-            for name, logits in logits_by_layer(network.env, rest, folded).items():
-                correct[name].append(logits.argmax(dim=1) == labels)
-    return {name: torch.cat(parts) for name, parts in correct.items()}
+    correct = {}
+    for name in observation.network.graph.layers:
+        mixed = convert(observation, replace(settings, fp32_layers=(name,)))
+        run = engines.runner(settings.engine, mixed)
+        found = predict(run, test, batch_size, f"diagnose: {name} in FP32")
+        correct[name] = found == test.labels
+    return correct
 
 
-def logits_by_layer(
-    values: Mapping[Node, torch.Tensor], rest: Interpreter, folded: Mapping[str, nn.Module]
-) -> dict[str, torch.Tensor]:
-    """Return the logits (N, classes) with each layer alone in FP32.
+def _variants(
+    network: Network, running: Network, ranges: Mapping[str, ValueRange]
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return each layer as it is alone in INT8.
 
     Args:
-        values: Of the INT8 model's nodes, on a batch.
-        rest: Of that model: computes anew what follows a layer.
-        folded: The layers in FP32.
+        network: FP32.
+        running: The same network in the precision to run in.
+        ranges: Range of each value.
     """
-    before, logits = {}, {}
-    for node, value in values.items():
-        if (name := node.target) in folded:
-            int8 = rest.module.get_submodule(name)
-            changed = _run_in_fp32(folded[name], int8, before[node.args[0]])
-            logits[name] = rest.run(initial_env=before | {node: changed})
-        before[node] = value
-    return logits
+    variants = {}
+    for step in fuse_activations(network.graph):
+        if step.operation.is_layer:
+            name = step.operation.name
+            layer, dtype = network.layers[name], running.layers[name].weight.dtype
+            rounded = Layer(quantize_layer(layer).dense(), layer.bias).to(dtype)
+            variants[name] = _quantized(running, rounded, step, ranges)
+    return variants
 
 
 def _quantized(
-    convolution: Convolution, read: Quantizer, write: Quantizer
+    network: Network, layer: Layer, step: Step, ranges: Mapping[str, ValueRange]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a convolution, its weight rounded, that rounds its input and output: (N, in, H, W).
+    """Return a layer that rounds its input and output: (N, C, H, W).
 
-    Rounding happens in FP32, whatever the convolution runs in.
+    Rounding happens in FP32, whatever the layer runs in. An output's range includes the activation
+    behind it.
     """
+    read, write = ranges[step.inputs[0]].round, ranges[step.name].round
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        y = convolution(read(x.float()).to(x.dtype))
-        return write(y.float()).to(x.dtype)
+        y = network.compute(step.operation, [read(x.float())], layer=layer)
+        return write(y.float()).to(y.dtype)
 
     return run
-
-
-def _run_in_fp32(layer: nn.Conv2d | nn.Linear, int8: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Map what the INT8 form of a layer maps; the last layer's logits are left unrounded."""
-    y = layer(x.dequantize())
-    if isinstance(layer, nn.Linear):
-        return y
-    y = y.relu_() if int8._get_name() == "QuantizedConvReLU2d" else y
-    return torch.quantize_per_tensor(y, int8.scale, int8.zero_point, torch.quint8)

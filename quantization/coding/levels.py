@@ -34,17 +34,19 @@ def choose_levels(
 
     Args:
         weight: Float32, (outputs, columns); a column is an input channel and a position.
-        moment: Second moment of the inputs, positive definite, (columns, columns).
+        moment: Second moment of the inputs of each group of outputs, positive definite, (groups,
+            columns, columns).
         steps: What a level is worth, float32, (outputs,).
         price: Squared error that a bit may cost.
         positions: Of the kernel.
     """
     # Upper triangular: the Cholesky factor of H with its columns in reverse, turned back.
-    factor = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
-    scale = factor.diagonal().clone()
-    feedback = (factor / scale).numpy()
+    factor = torch.linalg.cholesky(moment.flip(1, 2)).flip(1, 2)
+    scale = factor.diagonal(dim1=1, dim2=2).clone()
+    feedback = (factor / scale[:, None]).numpy()
     target = (weight / steps[:, None]).T.contiguous().numpy()
-    stiffness = torch.outer(scale, steps).square().numpy()
+    scale = scale.T.repeat_interleave(len(weight) // len(moment), dim=1)  # (columns, outputs)
+    stiffness = (scale * steps).square().numpy()
     levels = np.rint(target).clip(-MAX_LEVEL, MAX_LEVEL) * (np.abs(target) > FIRST_THRESHOLD)
     for _ in range(PASSES):
         levels = _code_columns(_Estimate(levels, positions), target, feedback, stiffness, price)
@@ -63,18 +65,23 @@ def _code_columns(
     Args:
         estimate: Of the levels before, which are replaced one column after another.
         target: The weights in steps, (columns, outputs).
-        feedback: What an error in a column asks of those after it, (columns, columns).
+        feedback: What an error in a column asks of those after it, (groups, columns, columns).
         stiffness: Squared error of a step, what follows making up for it, (columns, outputs).
         price: Squared error that a bit may cost.
     """
-    lost = np.zeros_like(target)
-    for start in range(0, len(target), BLOCK):
-        block = slice(start, min(start + BLOCK, len(target)))
-        aims = target[block] + feedback[:start, block].T @ lost[:start]
-        inner = np.ascontiguousarray(feedback[block, block].T)
+    groups, columns = feedback.shape[:2]
+    grouped = target.reshape(columns, groups, -1).transpose(1, 0, 2)
+    lost = np.zeros(grouped.shape, target.dtype)
+    for start in range(0, columns, BLOCK):
+        block = slice(start, min(start + BLOCK, columns))
+        aims = feedback[:, :start, block].transpose(0, 2, 1) @ lost[:, :start]
+        aims += grouped[:, block]
+        inner = np.ascontiguousarray(feedback[:, block, block].transpose(0, 2, 1))
         for i, column in enumerate(range(block.start, block.stop)):
-            aim = aims[i] + inner[i, :i] @ lost[block][:i]
-            lost[column] = target[column] - estimate.round(column, aim, stiffness[column], price)
+            near = inner[:, i, None, :i] @ lost[:, block][:, :i]
+            aim = (aims[:, i] + near[:, 0]).reshape(-1)
+            levels = estimate.round(column, aim, stiffness[column], price)
+            lost[:, column] = grouped[:, column] - levels.reshape(groups, -1)
     return estimate.levels
 
 

@@ -1,165 +1,169 @@
-"""INT8 post-training static quantization: the one module that imports ``torch.ao``.
+"""From an FP32 network to an INT8 one: ranges are observed on images, then weights are rounded.
 
-``torch.ao.quantization`` is deprecated but still the only way in torch to a real, saved and
-reloadable INT8 model for the CPU. The names it needs and the private corners of it are all here, so
-that its successor can take its place in one file.
-
-The steps are those of Jacob et al. (2018, https://arxiv.org/abs/1712.05877): fuse batch-norm into
-the convolutions, observe the range of every activation on calibration images, then replace each
-operation by its INT8 kernel with those ranges fixed.
+Quantization is static and made after training: every range is fixed before the first use (Jacob et
+al., 2018, https://arxiv.org/abs/1712.05877). Observing takes long, converting does not; so one
+observation serves every choice of layers that stay in FP32.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import gc
-import warnings
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from torch.fx import GraphModule, Node
 
 from common.command import cli
-from common.images.cifar10 import IMAGE_SIZE
-from common.network.resnet import ResNet18, Widths
-from quantization.int8.engines import quiet_torch, require_engine
-from quantization.int8.operations import list_operations, round_biases
+from common.images.data import ImageSet
+from common.network.execution import Layer, Network
+from common.network.graph import AFFINE, Operation, evaluate
+from quantization.int8.network import (
+    SAME_RANGE,
+    Int8Layer,
+    Int8Network,
+    ValueRange,
+    fuse_activations,
+)
+from quantization.int8.observers import OBSERVERS, SMALLEST_SCALE, MinMaxObserver
 from quantization.settings import Settings
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from torch.ao.quantization import (
-        HistogramObserver,
-        MinMaxObserver,
-        MovingAverageMinMaxObserver,
-        QConfig,
-        QConfigMapping,
-        default_per_channel_weight_observer,
-    )
-    from torch.ao.quantization.fx.utils import assert_and_get_unique_device
-    from torch.ao.quantization.observer import ObserverBase as Observer
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+LOWEST, HIGHEST = -128, 127  # levels of weights
+MAX_BIAS_LEVEL = 2**30  # leaves int32 room for the sum of products
 
 
-class PercentileObserver(HistogramObserver):
-    """Keeps the values between two percentiles of all that was seen, and clips the rest."""
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of an FP32 network's values.
 
-    CLIPPED_FRACTION = 1e-4  # at each end
+    Attributes:
+        network: The network.
+        observers: What saw the values of each step, by the step's name; steps that only move or
+            average levels share that of their input.
+        images: The calibration images.
+    """
 
-    def _non_linear_param_search(self) -> tuple[torch.Tensor, torch.Tensor]:
-        # The one method of the base class that chooses the range from the histogram.
-        shares = self.histogram.cumsum(0) / self.histogram.sum()
-        edges = torch.linspace(float(self.min_val), float(self.max_val), self.bins + 1)
-        low = edges[int((shares <= self.CLIPPED_FRACTION).sum())]
-        high = edges[int((shares < 1 - self.CLIPPED_FRACTION).sum()) + 1]
-        return low, high
+    network: Network
+    observers: Mapping[str, MinMaxObserver]
+    images: ImageSet
 
-
-ACTIVATION_OBSERVERS = {
-    "histogram": HistogramObserver,  # clips where the expected squared error is least
-    "minmax": MinMaxObserver,
-    "moving-average": MovingAverageMinMaxObserver,
-    "percentile": PercentileObserver,
-}
-WEIGHT_OBSERVER = default_per_channel_weight_observer  # symmetric
+    def ranges(self, reduce_range: bool) -> dict[str, ValueRange]:
+        """Return the range of each step's value."""
+        chosen = {o: o.choose_range(reduce_range) for o in set(self.observers.values())}
+        return {name: chosen[observer] for name, observer in self.observers.items()}
 
 
-def calibrate(
-    model: ResNet18, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], settings: Settings
-) -> GraphModule:
-    """Return a copy of ``model`` that has observed its activations on the calibration images.
+@torch.inference_mode()
+def observe(network: Network, images: ImageSet, observer: str, batch_size: int) -> Observation:
+    """Run a network on calibration images, whose labels are not used, and observe its values.
 
     Args:
-        model: FP32, in eval mode, on the CPU; left as it is.
-        batches: Normalised images (N, 3, 32, 32) and labels, which are not used.
-        settings: Of the quantization.
+        network: FP32, on the CPU.
+        images: Training images.
+        observer: One of ``OBSERVERS``.
+        batch_size: Number of images in a batch.
+
+    Raises:
+        UserError: A value is not finite.
     """
-    with quiet_torch(settings.engine):
-        observed = _prepare(model, settings)
-        with torch.inference_mode():
-            for images, _ in cli.progress(batches, "calibrate"):
-                observed(images)
-        return observed
+    observers: dict[str, MinMaxObserver] = {}
+    for step in fuse_activations(network.graph):
+        shares = step.operation.kind in SAME_RANGE
+        observers[step.name] = observers[step.inputs[0]] if shares else OBSERVERS[observer]()
+
+    def compute(operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
+        value = network.compute(operation, inputs, operation.name in network.overwriting)
+        if operation.name in observers:
+            observers[operation.name].observe(value)
+        return value
+
+    graph = network.graph
+    count = math.ceil(len(images) / batch_size)
+    for batch, _ in cli.progress(images.batches(batch_size), "calibrate", count):
+        observers[graph.input].observe(batch)
+        evaluate(graph, compute, {graph.input: batch}, [graph.output])
+    return Observation(network, observers, images)
 
 
-def reuse_ranges(observed: GraphModule, model: ResNet18, settings: Settings) -> GraphModule:
-    """Return ``model`` calibrated for other ``fp32_layers`` with the ranges already observed.
+def convert(
+    observation: Observation, settings: Settings, coded: Mapping[str, Int8Layer] | None = None
+) -> Int8Network:
+    """Return the INT8 network of an observed one.
 
     Args:
-        observed: A calibrated form of the same model, with the same observer; left as it is.
-        model: FP32, in eval mode.
-        settings: Of the quantization.
+        observation: Values observed with the observer of ``settings``.
+        settings: How to quantize.
+        coded: INT8 layers to use in place of the network's weights, each rounded to the nearest
+            level.
     """
-    known = {node.args[0].name: observer for node, observer in activation_observers(observed)}
-    with quiet_torch(settings.engine):
-        prepared = _prepare(model, settings)
-    for node, _ in activation_observers(prepared):
-        prepared.set_submodule(node.target, known[node.args[0].name])
-    return prepared
-
-
-def activation_observers(observed: GraphModule) -> list[tuple[Node, Observer]]:
-    """Return the nodes of a calibrated model that observe an activation, each with its observer."""
-    calls = [node for node in observed.graph.nodes if node.op == "call_module"]
-    modules = [(node, observed.get_submodule(node.target)) for node in calls]
-    return [(node, module) for node, module in modules if isinstance(module, Observer)]
-
-
-def convert(observed: GraphModule, settings: Settings) -> GraphModule:
-    """Return the INT8 model of a calibrated one, which is left as it is; its biases are rounded.
-
-    Raises:
-        RuntimeError: An operation would not run in INT8, though no setting keeps it in FP32.
-    """
-    with quiet_torch(settings.engine), torch.inference_mode(), _frugal():
-        converted = convert_fx(copy.deepcopy(observed))
-        round_biases(converted)
-    refused = {name for name, is_int8 in list_operations(converted).items() if not is_int8}
-    if refused := sorted(refused - set(settings.fp32_layers)):
-        raise RuntimeError(f"not INT8 after conversion: {', '.join(refused)}")
-    return converted
-
-
-def build_skeleton(settings: Settings, widths: Widths) -> GraphModule:
-    """Return an INT8 model of the right structure with meaningless weights, to load a state into.
-
-    Raises:
-        UserError: torch has no such engine on this CPU.
-    """
-    require_engine(settings.engine)
-    with quiet_torch(settings.engine), _frugal():
-        return convert_fx(_prepare(ResNet18(widths).eval(), settings))
-
-
-def _prepare(model: ResNet18, settings: Settings) -> GraphModule:
-    quant_max = 127 if settings.reduce_range else 255
-    activation = ACTIVATION_OBSERVERS[settings.observer].with_args(
-        dtype=torch.quint8, quant_min=0, quant_max=quant_max
+    network, images = observation.network, observation.images
+    graph = network.graph
+    if coded is None:
+        coded = {
+            name: _keep(network.layers[name])
+            if name in settings.fp32_layers
+            else quantize_layer(network.layers[name])
+            for name in graph.layers
+        }
+    affine = {o.name: network.layers[o.name] for o in graph.operations if o.kind == AFFINE}
+    int8 = Int8Network(
+        graph, coded, affine, {}, images.classes, tuple(images.mean), tuple(images.std), settings
     )
-    mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=WEIGHT_OBSERVER))
-    for layer in settings.fp32_layers:
-        mapping.set_module_name(layer, None)
-    with _frugal():
-        return prepare_fx(
-            copy.deepcopy(model).to(memory_format=torch.channels_last),
-            mapping,
-            (torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),),
-        )
+    ranges, kept = observation.ranges(settings.reduce_range), int8.values_in_uint8()
+    ranges = {name: value for name, value in ranges.items() if name in kept}
+    layers = {
+        name: _fit_bias(layer, ranges, graph[name].inputs[0]) for name, layer in coded.items()
+    }
+    return replace(int8, layers=layers, ranges=ranges)
 
 
-@contextlib.contextmanager
-def _frugal() -> Iterator[None]:
-    """Keep ``torch.ao`` from taking a second and 45 MB a model for nothing.
+def convert_coded(
+    network: Network,
+    coded: Mapping[str, Int8Layer],
+    calibration: ImageSet,
+    settings: Settings,
+    batch_size: int,
+) -> Int8Network:
+    """Return coded layers as an INT8 network, whose values are observed with these weights.
 
-    To tell where each node of a graph came from, torch imports its compiler. The models that it met
-    are kept in a cache; and graphs are cycles, which Python would free by their number only.
+    Args:
+        network: Network that the layers were coded from.
+        coded: All layers of the network, in INT8.
+        calibration: Images, whose labels are not used.
+        settings: How to quantize values.
+        batch_size: Number of images in a batch.
     """
-    before = torch.fx.config.do_not_emit_stack_traces
-    torch.fx.config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        torch.fx.config.do_not_emit_stack_traces = before
-        assert_and_get_unique_device.cache_clear()
-        gc.collect()
+    dense = {name: Layer(layer.dense(), layer.bias) for name, layer in coded.items()}
+    observed = observe(network.with_layers(dense), calibration, settings.observer, batch_size)
+    return convert(observed, settings, coded)
+
+
+def quantize_layer(layer: Layer) -> Int8Layer:
+    """Round weights to int8, symmetrically, with one scale for each output channel."""
+    weight = layer.weight.detach()
+    largest = weight.abs().flatten(1).amax(dim=1)
+    scales = (largest / ((HIGHEST - LOWEST) / 2)).clamp_min(SMALLEST_SCALE)
+    levels = weight * (1 / scales).view(-1, *[1] * (weight.ndim - 1))
+    levels = levels.round_().clamp_(LOWEST, HIGHEST).to(torch.int8)
+    return Int8Layer(levels, scales, layer.bias.detach())
+
+
+def _keep(layer: Layer) -> Int8Layer:
+    """Return a layer that stays in FP32."""
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    return Int8Layer(weight, torch.ones_like(bias), bias)
+
+
+def _fit_bias(layer: Int8Layer, ranges: Mapping[str, ValueRange], source: str) -> Int8Layer:
+    """Widen the scales of channels whose bias would take more steps than int32 holds.
+
+    Only channels have such a bias whose weights are next to nothing.
+    """
+    if not layer.is_int8:
+        return layer
+    least = layer.bias.abs() / (ranges[source].scale * MAX_BIAS_LEVEL)
+    if not (least > layer.scales).any():
+        return layer
+    scales = torch.maximum(layer.scales, least)
+    ratios = (layer.scales / scales).view(-1, *[1] * (layer.weight.ndim - 1))
+    weight = (layer.weight * ratios).round_().to(torch.int8)
+    return replace(layer, weight=weight, scales=scales)

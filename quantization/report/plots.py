@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.images.cifar10 import CLASSES
 from common.images.data import ImageSet
 from common.report import results as report
-from quantization.report.tables import label
+from quantization.report.story import label
 
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
 # FP32 twice, four engines and ONNX Runtime are the most that one run compares.
@@ -91,10 +90,10 @@ def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
         (-0.2, "drop_only_quantized", report.ORANGE, "only this layer in INT8"),
         (0.2, "drop_only_fp32", report.GREY, "all but this layer in INT8"),
     ):
-        drops = [100 * row[key] for row in rows]
-        cost_axis.barh(at + offset, drops, 0.38, color=color, label=name)
+        changes = [-100 * row[key] for row in rows]
+        cost_axis.barh(at + offset, changes, 0.38, color=color, label=name)
     cost_axis.axvline(0, color="black", lw=0.8)
-    cost_axis.set(title="Accuracy lost", xlabel="points against FP32")
+    cost_axis.set(title="Accuracy", xlabel="points against FP32; a loss is negative")
     for axis in (noise_axis, cost_axis):
         figure_legend = axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
         figure_legend.set_in_layout(True)
@@ -125,14 +124,14 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
         + (f" (the first {len(shown)})" if len(shown) < len(flipped) else ""),
         fontsize=11, fontweight="bold",
     )  # fmt: skip
-    colors = (report.RED, report.GREEN, report.GREY)
+    colors, classes = (report.RED, report.GREEN, report.GREY), dataset.classes
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, shown, strict=False):
         axis.imshow(dataset.images[index].permute(1, 2, 0).numpy(), interpolation="bicubic")
         axis.set_title(
-            f"true: {CLASSES[labels[index]]}\nFP32: {CLASSES[fp32[index]]}\n"
-            f"INT8: {CLASSES[int8[index]]}",
+            f"true: {classes[labels[index]]}\nFP32: {classes[fp32[index]]}\n"
+            f"INT8: {classes[int8[index]]}",
             fontsize=7.5, fontweight="normal", color=colors[kind(index)],
         )  # fmt: skip
     report.save_figure(figure, path)

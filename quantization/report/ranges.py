@@ -4,46 +4,45 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch.fx import GraphModule
-
-from common.network.resnet import ResNet18, fold_batch_norm, prunable_layers
+from common.network.execution import Network
+from common.network.graph import INPUT
 from common.report import results as report
-from quantization.accuracy.quantizers import quantizer_of
-from quantization.int8.conversion import activation_observers
+from quantization.int8.conversion import Observation
+from quantization.int8.network import SAME_RANGE, fuse_activations
 
 
-def activation_ranges(observed: GraphModule) -> dict[str, tuple[float, float, float, float]]:
-    """Return the range of every activation that calibration observed, in network order.
+def activation_ranges(
+    observation: Observation, reduce_range: bool
+) -> dict[str, tuple[float, float, float, float]]:
+    """Return the range of every value that calibration observed, in network order.
 
-    By name the least and the greatest value that was seen, and those that the observer kept.
+    By name the least and the greatest value that was seen, and those that INT8 keeps.
     """
-    sources = {}  # pooling and flattening share the observer of what they read
-    for node, observer in activation_observers(observed):
-        sources.setdefault(observer, node.args[0])
-    ranges = {}
-    for observer, node in sources.items():
-        name = node.target if node.op == "call_module" else node.name
-        seen = float(observer.min_val), float(observer.max_val)
-        kept = quantizer_of(observer).limits
-        ranges["input" if node.op == "placeholder" else name] = (*seen, *kept)
+    chosen, ranges = observation.ranges(reduce_range), {}
+    for step in fuse_activations(observation.network.graph):
+        if step.operation.kind not in SAME_RANGE:
+            observer, kept = observation.observers[step.name], chosen[step.name]
+            name = "input" if step.operation.kind == INPUT else step.operation.name
+            ranges[name] = (observer.low, observer.high, *kept.limits)
     return ranges
 
 
-def weight_ranges(model: ResNet18) -> dict[str, tuple[float, float, float]]:
+def weight_ranges(network: Network) -> dict[str, tuple[float, float, float]]:
     """Return the spread over output channels of their largest weight magnitudes, by layer.
 
     The least, the median and the greatest.
     """
     ranges = {}
-    for name, module in prunable_layers(model).items():
-        largest = module.weight.detach().abs().flatten(1).amax(dim=1)
+    for name in network.graph.layers:
+        largest = network.layers[name].weight.detach().abs().flatten(1).amax(dim=1)
         ranges[name] = (float(largest.min()), float(largest.median()), float(largest.max()))
     return ranges
 
 
-def plot_ranges(model: ResNet18, observed: GraphModule, path: Path) -> None:
-    """Plot the ranges of an FP32 model's weights, and of its activations as ``observed``."""
-    weights, activations = weight_ranges(fold_batch_norm(model)), activation_ranges(observed)
+def plot_ranges(observation: Observation, reduce_range: bool, path: Path) -> None:
+    """Plot the ranges of a network's weights, and of its values as they were observed."""
+    weights = weight_ranges(observation.network)
+    activations = activation_ranges(observation, reduce_range)
     figure, (left, right) = report.new_figure(11, 6.2, columns=2, width_ratios=(1, 1.25))
     low, median, high = zip(*weights.values(), strict=True)
     rows = range(len(weights))

@@ -6,51 +6,78 @@ from collections.abc import Sequence
 
 from common.report.results import (
     accuracy_columns,
-    change_columns,
+    at_batch_sizes,
+    counted,
+    describe_given,
     describe_setting,
     format_change,
     format_cost,
     megabytes,
+    network_name,
     p_value,
     percent,
     points,
     rate_columns,
 )
 from common.report.story import Column, Facts, Headline, Story, Table
+from quantization.coding.target import misses
 from quantization.report.results import int8_entries
 
 NOISIEST_SHOWN = 5
 CAPTIONS = {
     "overview.png": "Bytes, accuracy with its 95 % interval, and images a second of each model.",
-    "ranges.png": "What 8 bits have to cover: the ranges of each layer's weights over its channels, "
-    "and how much of each activation's range INT8 keeps.",
-    "flips.png": "Images that FP32 and INT8 answer differently, losses first.",
-    "diagnosis.png": "Where INT8 hurts: each layer's noise, and the accuracy with that layer alone "
-    "in INT8 or alone in FP32.",
+    "ranges.png": "What 8 bits have to cover: the spread of the weights' ranges over a layer's "
+    "channels, and how much of what calibration saw INT8 keeps of each activation.",
+    "flips.png": "Images that FP32 and INT8 answer differently, losses first: most are close calls "
+    "for people too.",
+    "diagnosis.png": "Where INT8 hurts: each layer's noise, and the change of accuracy with that "
+    "layer alone in INT8 or alone in FP32.",
 }
 
 
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
-    first = int8_entries(results)[0]
-    parts = [model_table(results["models"])]
+    data, weights = results["data"], results["weights"]
+    parts = [model_table(results["models"]), describe_given(weights)]
     parts += [describe_comparison(model) for model in int8_entries(results)]
     parts += [describe_agreement(model) for model in results["models"] if "agreement" in model]
     parts.append(describe_classes(results["per_class"]))
     if "budget" in results:
         parts += tell_budget(results["budget"])
     if "diagnosis" in results:
-        parts.append(diagnosis_table(results["diagnosis"]))
+        parts.append(noisiest_layers(results["diagnosis"]))
+    if "sparsity" in results:
+        parts.append(describe_sparsity(results["sparsity"]))
     if "coding" in results:
         parts.append(describe_coding(results["coding"]))
     return Story(
-        f"{results['network']['name']} in INT8",
-        describe_setting(results),
-        _headlines(results["models"], first),
+        f"{network_name(results)} in INT8",
+        f"{describe_setting(results)} Calibrated on "
+        f"{counted(data['calibration_images'], 'training image')} with the "
+        f"{results['arguments']['observer']} observer.",
+        _headlines(results),
         parts,
         CAPTIONS,
         format_cost(results),
     )
+
+
+def _headlines(results: dict) -> list[Headline]:
+    fp32, int8 = results["models"][0], int8_entries(results)[0]
+    comparison = int8["comparison"]
+    change = format_change(comparison["accuracy"])
+    return [
+        Headline(
+            f"{1 / comparison['size_ratio']:.2f}× smaller",
+            f"{megabytes(fp32['size_bytes'])} to {megabytes(int8['size_bytes'])}",
+        ),
+        Headline(
+            f"{change.points} points",
+            f"95 % interval {change.low} to {change.high}; FP32 "
+            f"{percent(fp32['accuracy']['value'])}",
+        ),
+        Headline(at_batch_sizes(comparison["speedup"]), "as fast as FP32 at its best"),
+    ]
 
 
 def label(model: dict, short: bool = False) -> str:
@@ -67,56 +94,42 @@ def label(model: dict, short: bool = False) -> str:
 def model_table(models: Sequence[dict]) -> Table:
     """Return each model's size, accuracy and speed."""
     columns = [
-        Column("images/s at", label, name="model"),
-        Column("size", lambda model: model["size_bytes"], megabytes, name="size_bytes"),
+        Column("images/s at", label),
+        Column("size", lambda model: model["size_bytes"], megabytes),
         *accuracy_columns(),
         *rate_columns(models[0]["latency"]),
     ]
     return Table("", columns, models, "Models took turns on the same images.")
 
 
-def _headlines(models: Sequence[dict], int8: dict) -> list[Headline]:
-    comparison, fp32 = int8["comparison"], models[0]
-    change = format_change(comparison["accuracy"])
-    sizes = f"{megabytes(fp32['size_bytes'])} to {megabytes(int8['size_bytes'])}"
-    return [
-        Headline(f"{1 / comparison['size_ratio']:.2f}× smaller", f"than FP32: {sizes}"),
-        Headline(f"{change.points} points", f"95 % interval {change.low} to {change.high}"),
-        *(
-            Headline(
-                f"{entry['value']:.2f}× faster",
-                f"than FP32 at its best, at batch {entry['batch_size']}",
-            )
-            for entry in comparison["speedup"]
-        ),
-    ]
-
-
 def describe_comparison(model: dict) -> Facts:
     """Say what an INT8 model gains and costs."""
     comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
     change = format_change(accuracy)
-    speed = ", ".join(
-        f"{entry['value']:.2f}× at batch {entry['batch_size']}" for entry in comparison["speedup"]
-    )
     over_nchw = ", ".join(f"{entry['value']:.2f}×" for entry in model["speedup_over_nchw"])
-    floating = [operation["name"] for operation in model["fp32_operations"]]
-    total = len(model["int8_operations"]) + len(floating)
-    coverage = f"all {total} operations in INT8"
-    if floating:
-        coverage = f"{len(floating)} of {total} operations in FP32: {', '.join(floating)}"
     return Facts(
         f"{label(model)} against FP32 on the same images",
         {
             "size": f"{percent(1 - comparison['size_ratio'], 1)} smaller "
-            f"({1 / comparison['size_ratio']:.2f}×)",
-            "accuracy": f"{change.points} points, 95 % interval {change.low} to {change.high}; "
-            f"{accuracy['only_a_correct']} images lost, {accuracy['only_b_correct']} gained "
+            f"({1 / comparison['size_ratio']:.2f}×); {1 / comparison['size_ratio_given']:.2f}× "
+            "smaller than the given file",
+            "accuracy": f"{change.points} points, 95 % interval {change.low} to {change.high}",
+            "images": f"{accuracy['only_a_correct']:,} lost, {accuracy['only_b_correct']:,} gained "
             f"(McNemar p = {p_value(accuracy['mcnemar_p'])})",
-            "speed": f"{speed} (against FP32 as usually written: {over_nchw})",
-            "coverage": coverage,
+            "speed": f"{at_batch_sizes(comparison['speedup'])} "
+            f"(against FP32 as usually written: {over_nchw})",
+            "coverage": describe_coverage(model),
         },
     )
+
+
+def describe_coverage(model: dict) -> str:
+    """Name the operations that are left in FP32."""
+    floating = [operation["name"] for operation in model["fp32_operations"]]
+    total = len(model["int8_operations"]) + len(floating)
+    if floating:
+        return f"{len(floating)} of {total} operations in FP32: {', '.join(floating)}"
+    return f"all {total} operations in INT8"
 
 
 def describe_agreement(model: dict) -> str:
@@ -131,56 +144,88 @@ def describe_classes(rows: Sequence[dict]) -> str:
     """Name the class that changes most."""
     worst = max(rows, key=lambda row: abs(row["fp32"] - row["int8"]))
     if worst["fp32"] == worst["int8"]:
-        return "The accuracy of no class changes."
+        return "By class, no accuracy changes."
     return (
-        f"The class that changes most is {worst['class']}: {percent(worst['fp32'])} to "
+        f"By class, {worst['class']} changes most: {percent(worst['fp32'])} to "
         f"{percent(worst['int8'])} ({points(worst['int8'] - worst['fp32'])} points)."
     )
 
 
-def tell_budget(budget: dict) -> list[Table | str]:
+def tell_budget(budget: dict) -> list[Table | Facts]:
     """Say what was tried to hold the accuracy budget, and whether it held."""
-    verdict = "was met" if budget["met"] else "was NOT met: the best model found was written"
     columns = [
         Column("tried, on held-out training images", lambda step: step["action"]),
         Column("points", lambda step: -step["drop"], points),
-        Column("", lambda step: "kept" if step["kept"] else "–"),
+        Column("to spare", lambda step: step["spare"], points),
+        Column("kept", lambda step: "yes" if step["kept"] else "no"),
     ]
-    return [
-        f"The accuracy budget of {100 * budget['max_drop']:g} points {verdict}: "
-        f"{points(-budget['held_out_drop'])} points on the held-out training images "
-        f"({budget['held_out_engine']}), {points(-budget['test_drop'])} on the test images "
-        f"({budget['test_engine']}).",
-        Table("The way to the budget", columns, budget["steps"]),
-    ]
+    verdict = "met" if budget["met"] else "NOT met: the best model found was written"
+    facts = {
+        "held-out images": f"{points(-budget['held_out_drop'])} points, "
+        f"{points(budget['held_out_spare'])} to spare ({budget['held_out_images']:,} images, "
+        f"{budget['held_out_engine']})",
+        "test images": f"{points(-budget['test_drop'])} points ({budget['test_engine']})",
+    }
+    note = (
+        "To spare: how much more could be lost. On held-out images the loss and one standard error "
+        "must be within the budget, on test images the loss."
+    )
+    title = f"Accuracy budget of {counted(100 * budget['max_drop'], 'point')}: {verdict}"
+    return [Facts(title, facts), Table("The way to the budget", columns, budget["steps"], note)]
 
 
-def diagnosis_table(rows: Sequence[dict]) -> Table:
-    """Name the layers that INT8 hurts most."""
-    def decibels(value: float) -> str:
-        return f"{value:.1f} dB"
+def diagnosis_table(rows: Sequence[dict], title: str = "", note: str = "") -> Table:
+    """Return layers' noise, and what INT8 costs with each alone and without it."""
+
+    def noise(heading: str, name: str) -> Column:
+        return Column(heading, lambda row: row[name], "{:.1f} dB".format, name)
+
+    def change(heading: str, name: str) -> Column:
+        return Column(heading, lambda row: row[name], lambda drop: points(-drop), name)
 
     columns = [
         Column("layer", lambda row: row["layer"]),
-        Column("SQNR", lambda row: row["sqnr_db"], decibels),
-        Column("weights", lambda row: row["weight_sqnr_db"], decibels),
-        Column("activations", lambda row: row["activation_sqnr_db"], decibels),
-        Column("alone INT8", lambda row: -row["drop_only_quantized"], points),
-        Column("alone FP32", lambda row: -row["drop_only_fp32"], points),
+        noise("SQNR", "sqnr_db"),
+        noise("weights", "weight_sqnr_db"),
+        noise("activations", "activation_sqnr_db"),
+        change("alone INT8", "drop_only_quantized"),
+        change("alone FP32", "drop_only_fp32"),
     ]
+    return Table(title, columns, rows, note)
+
+
+def noisiest_layers(rows: Sequence[dict]) -> Table:
+    """Return the layers that INT8 hurts most."""
     worst = sorted(rows, key=lambda row: row["sqnr_db"])[:NOISIEST_SHOWN]
-    return Table("The noisiest layers", columns, worst, "The last two are points against FP32.")
+    note = (
+        "SQNR: signal to quantization noise of a layer's output, and with only its weights or "
+        "activations rounded. Alone: points against FP32 with only this layer in INT8, and with "
+        "all but this one."
+    )
+    return diagnosis_table(worst, "The noisiest layers", note)
+
+
+def describe_sparsity(sparsity: dict) -> str:
+    """Say that the zeros of a pruned network are still there."""
+    weights, before, after = (sparsity[key] for key in ("weights", "zeros_before", "zeros_after"))
+    return (
+        f"The network came pruned: {percent(before / weights)} of its weights are zero. In INT8 "
+        f"every one of them still is; rounding adds {after - before:,}."
+    )
 
 
 def describe_coding(coding: dict) -> Facts:
     """Describe the coded file."""
     change = format_change(coding["comparison"])
+    missed = misses(coding["bits_per_weight"], coding["bits_wanted"])
+    asked = f" ({coding['bits_wanted']:g} asked for)" if missed else ""
     return Facts(
-        f"The coded file: {coding['file']}",
+        f"The smallest file: {coding['file']}",
         {
-            "size": f"{megabytes(coding['file_bytes'])}, {1 / coding['size_ratio']:.1f}× smaller "
-            f"than FP32; {coding['bits_per_weight']:.2f} bits a weight",
-            "accuracy": f"{percent(coding['accuracy']['value'])}: {change.points} points, 95 % "
+            "size": f"{megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
+            f"FP32, {coding['size_ratio_given']:.1f}× smaller than the given file; "
+            f"{coding['bits_per_weight']:.2f} bits a weight{asked}",
+            "accuracy": f"{percent(coding['accuracy']['value'])}, {change.points} points, 95 % "
             f"interval {change.low} to {change.high}",
         },
     )

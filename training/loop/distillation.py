@@ -1,17 +1,17 @@
-"""Distillation: a compressed network learns to answer as the network that it was made from does.
+"""Distillation: a compressed network learns to answer as the network that it was made from.
 
-The teacher's logits say how alike the classes are, and go on saying it where images are shifted,
-bent and pasted into one another; no labels are needed (Hinton et al., 2015,
+The teacher's logits say how alike the classes are. They still do where images are shifted, bent and
+pasted into one another, and no labels are needed (Hinton et al., 2015,
 https://arxiv.org/abs/1503.02531; Beyer et al., 2022, https://arxiv.org/abs/2106.05237). On images
-that the teacher was trained on they say little else than the class, so what its blocks give is
-imitated too (Romero et al., 2015, https://arxiv.org/abs/1412.6550).
+that the teacher was trained on they say little more than the class, so the student imitates the
+outputs of the teacher's blocks, too (Romero et al., 2015, https://arxiv.org/abs/1412.6550).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +21,15 @@ from torch import nn
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.machine.workers import Workers
-from common.network.resnet import BLOCKS, ResNet18, hooked, prunable_layers
+from common.network.resnet import hooked
+from common.network.tracing import trace, weight_layers
 from training.loop.fit import Loss, choose_precision, fit
 from training.loop.state import TrainingState
 from training.recipe import Recipe
 
 TEMPERATURE = 3.0
-# A student starts close to its teacher: it is to mend, not to learn anew. A higher rate first
-# undoes what reconstruction has repaired, and so do batch norms that follow each batch.
+# A student starts close to its teacher. A higher learning rate first undoes what the repair of
+# removed channels has achieved, and so do batch norms that follow each batch.
 RECIPE = Recipe(
     epochs=1, batch_size=64, learning_rate=5e-5, warmup=0.1, optimizer="adam", weight_decay=0.0,
     cutmix=0.5, jitter=0.5, hold_statistics=True,
@@ -37,11 +38,11 @@ RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Training:
-    """What compressed networks learn from, to do as the dense one does.
+    """What compressed networks learn from.
 
     Attributes:
         images: Training images, on the device to train on; their labels are not used.
-        epochs: Passes over them.
+        epochs: Number of passes over them.
     """
 
     images: ImageSet
@@ -54,30 +55,31 @@ class Training:
         """Read ``count`` images to ``device``, None for all; return None for no epochs.
 
         Raises:
-            UserError: There are too few.
+            UserError: There are too few images.
         """
         return cls(inputs.load_training(count).to(device), epochs) if epochs else None
 
 
 def distill(
-    student: ResNet18,
-    teacher: ResNet18,
+    student: nn.Module,
+    teacher: nn.Module,
     training: Training,
     seed: int,
     learning_rate: float = RECIPE.learning_rate,
+    precision: str | None = None,
 ) -> None:
-    """Train ``student`` (changed in place, left in eval mode) to do as the teacher does.
+    """Train ``student`` (changed in place, left in eval mode) to answer as the teacher does.
 
     Its weights that are zero stay zero.
 
     Args:
-        student: In any mode, on any device; moved to that of the images. Its blocks give as many
-            channels as the teacher's.
-        teacher: In eval mode, on the device of the images.
-        training: What to learn from.
-        seed: Of order and augmentation.
-        learning_rate: The highest; all else is the recipe's, and the precision what the device is
-            fast in.
+        student: In any mode, on any device; moved to the images' device. It has the teacher's
+            modules, and its blocks have as many output channels.
+        teacher: In eval mode, on the images' device.
+        training: Images to learn from.
+        seed: Seed of order and augmentation.
+        learning_rate: Highest learning rate; the other settings are the recipe's.
+        precision: ``bf16`` or ``fp32``; by default the one that the device is fast in.
 
     Raises:
         UserError: The loss is no longer finite.
@@ -88,31 +90,36 @@ def distill(
         epochs=training.epochs,
         learning_rate=learning_rate,
         batch_size=min(RECIPE.batch_size, len(train)),
-        precision=choose_precision(device),
+        precision=precision or choose_precision(device),
     )
+    traced = trace(teacher, train.shape)
     state = TrainingState.start(student, recipe, device)
-    with imitation_loss(student, teacher) as loss:
-        fit(state, train, recipe, seed, Workers(device), loss, hold_zeros(student))
+    keep_zeros = hold_zeros(weight_layers(student, traced.network))
+    with imitation_loss(student, teacher, traced.blocks) as loss:
+        fit(state, train, recipe, seed, Workers(device), loss, keep_zeros)
     student.eval()
 
 
-def hold_zeros(model: ResNet18) -> Callable[[nn.Module], None]:
-    """Return what sets the weights that are zero in ``model`` now to zero again."""
-    zeros = {name: layer.weight == 0 for name, layer in prunable_layers(model).items()}
+def hold_zeros(layers: Mapping[str, nn.Module]) -> Callable[[nn.Module], None]:
+    """Return a function that sets the weights that are zero now to zero again."""
+    zeros = {name: layer.weight == 0 for name, layer in layers.items()}
 
     @torch.no_grad()
     def apply(model: nn.Module) -> None:
-        for name, layer in prunable_layers(model).items():
-            layer.weight.masked_fill_(zeros[name], 0)
+        for name, zero in zeros.items():
+            model.get_submodule(name).weight.masked_fill_(zero, 0)
 
     return apply
 
 
 @contextlib.contextmanager
-def imitation_loss(student: ResNet18, teacher: ResNet18) -> Iterator[Loss]:
-    """Provide the loss of ``student``: how far it is from the teacher, in its blocks and logits.
+def imitation_loss(student: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> Iterator[Loss]:
+    """Provide the loss: how far the student is from the teacher, in its blocks and logits.
 
-    The labels have no say.
+    Args:
+        student: Network that learns.
+        teacher: Network to imitate.
+        blocks: Names of the modules whose outputs to imitate; labels are not used.
     """
     given: dict[str, torch.Tensor] = {}
     wanted: dict[str, torch.Tensor] = {}
@@ -120,16 +127,17 @@ def imitation_loss(student: ResNet18, teacher: ResNet18) -> Iterator[Loss]:
     def loss(images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             answers = teacher(images)
-        return divergence(logits, answers) + block_error(given, wanted)
+        lost = divergence(logits, answers)
+        return lost + block_error(given, wanted) if wanted else lost
 
-    with _recorded(student, given), _recorded(teacher, wanted):
+    with _recorded(student, blocks, given), _recorded(teacher, blocks, wanted):
         yield loss
 
 
 def divergence(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
     """Return the mean divergence of softened logits (n, classes) from the teacher's answers.
 
-    Its gradient shrinks with the square of the temperature, which is made up for.
+    Its gradient shrinks with the square of the temperature, so it is scaled by that square.
     """
     student, teacher = ((x.float() / TEMPERATURE).log_softmax(1) for x in (logits, answers))
     return TEMPERATURE**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -138,7 +146,7 @@ def divergence(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
 def block_error(
     given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Return the squared error of the blocks' outputs in shares of their squares, their mean."""
+    """Return the mean over blocks of the squared error, relative to the squares of ``wanted``."""
     errors = [
         F.mse_loss(given[name].float(), output.float()) / output.float().square().mean()
         for name, output in wanted.items()
@@ -146,10 +154,11 @@ def block_error(
     return torch.stack(errors).mean()
 
 
-def _recorded(network: ResNet18, outputs: dict[str, torch.Tensor]):
-    """Keep in ``outputs`` what each block gives, run by run."""
+def _recorded(network: nn.Module, blocks: Sequence[str], outputs: dict[str, torch.Tensor]):
+    """Keep the blocks' outputs in ``outputs``, run by run."""
 
-    def keep(name: str, block: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        outputs[name] = output
+    def keep(name: str, block: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            outputs[name] = output
 
-    return hooked({name: network.get_submodule(name) for name in BLOCKS}, keep)
+    return hooked({name: network.get_submodule(name) for name in blocks}, keep)

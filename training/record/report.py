@@ -10,8 +10,8 @@ from pathlib import Path
 from common.files.output import OutputFolder
 from common.network.checkpoint import WEIGHTS_NAME
 from common.report import results as report
-from common.report.results import accuracy_columns, describe_setting, format_cost, percent
-from common.report.story import Column, Story, Table
+from common.report.results import counted, describe_setting, format_cost, percent
+from common.report.story import Column, Headline, Story, Table
 from training.record.epochs import EpochRow
 
 EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
@@ -50,19 +50,24 @@ def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     rows = [{"images": name, "accuracy": results[key]} for name, key in IMAGES.items()]
     columns = [
-        Column("images", lambda row: row["images"]),
-        *accuracy_columns(),
+        Column("accuracy (FP32)", lambda row: row["images"]),
+        Column("top-1", lambda row: row["accuracy"]["value"], percent),
         Column("95 % interval", lambda row: " … ".join(map(percent, row["accuracy"]["ci95"]))),
-        Column("total", lambda row: row["accuracy"]["total"], "{:,}".format),
+        Column("images", lambda row: row["accuracy"]["total"], "{:,}".format),
     ]
     classes = {name: entry["value"] for name, entry in results["per_class"].items()}
     worst, best = min(classes, key=classes.get), max(classes, key=classes.get)
+    accuracy, epochs = results["accuracy"], results["recipe"]["epochs"]
+    low, high = map(percent, accuracy["ci95"])
     return Story(
-        f"{results['network']['name']}, trained",
+        "ResNet18, trained",
         describe_setting(results),
-        [],
         [
-            Table("FP32 accuracy", columns, rows),
+            Headline(percent(accuracy["value"]), f"top-1, 95 % interval {low} to {high}"),
+            Headline(counted(epochs, "epoch"), f"of {results['data']['train_images']:,} images"),
+        ],
+        [
+            Table("", columns, rows),
             f"By class, on the test images: from {percent(classes[worst], 1)} ({worst}) to "
             f"{percent(classes[best], 1)} ({best}).",
             f"The weights are in {results['artifacts']['model']}.",

@@ -1,0 +1,103 @@
+"""Time the scan against one forward pass for each pruned layer, on torchvision's networks.
+
+    python benchmarks/scan.py
+    python benchmarks/scan.py --networks resnet18,mobilenet_v2 --image-size 128
+
+Networks have random weights, and images are noise: neither changes the time. Each scan's logits are
+compared with those of the passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.command import arguments, cli
+from common.command.argument_types import fraction, list_of, name, positive_int
+
+FAMILIES = (
+    "resnet18", "resnet50", "mobilenet_v2", "vgg11_bn", "mobilenet_v3_small", "efficientnet_b0",
+    "densenet121", "regnet_y_400mf", "googlenet", "squeezenet1_1", "shufflenet_v2_x1_0",
+)  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = arguments.make_parser(
+        __doc__, epilog="example:\n  python benchmarks/scan.py --networks resnet18 --threads 2"
+    )
+    parser.add_argument(
+        "--networks", type=list_of(name), default=list(FAMILIES), metavar="NAME,...",
+        help="networks of torchvision to scan",
+    )  # fmt: skip
+    parser.add_argument("--image-size", type=positive_int, default=64, help="pixels a side")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="images in a batch")
+    parser.add_argument("--amount", type=fraction, default=0.9, help="fraction to prune")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads; all cores by default")
+    return parser
+
+
+@cli.exit_codes
+def main(argv: list[str] | None = None) -> int:
+    """Scan each network both ways and print the times."""
+    args = build_parser().parse_args(argv)
+    cli.import_torch()
+    from common.machine import device
+    from common.report.results import format_table
+
+    device.set_up_cpu(args.threads)
+    rows = [time_network(network, args.image_size, args.batch_size, args.amount)
+            for network in cli.progress(args.networks, "networks")]  # fmt: skip
+    header = ["network", "layers", "scan (s)", "passes (s)", "faster", "largest error"]
+    print(format_table(header, rows))
+    return cli.EXIT_DONE
+
+
+def time_network(network_name: str, size: int, batch_size: int, amount: float) -> list[str]:
+    """Return a network's row of the table; the error is relative to the largest logit."""
+    import torch
+    import torchvision
+
+    from common.network.branching import branch_logits, start_values
+    from common.network.tracing import trace_network, weight_layers
+    from pruning.alone.brute_force import pruned_copy
+    from pruning.alone.walk import PrunedVariants
+
+    torch.manual_seed(0)
+    options = {"init_weights": False} if network_name == "googlenet" else {}
+    model = torchvision.models.get_model(network_name, weights=None, num_classes=10, **options)
+    model = model.eval()
+    images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
+    network = trace_network(model, (3, size, size))
+    weights = {n: m.weight.detach() for n, m in weight_layers(model, network).items()}
+    with torch.inference_mode():
+        variants = PrunedVariants.of(network, weights, amount, fast=False).exact
+        wanted = start_values(network.graph, weights)
+
+        def scan() -> torch.Tensor:
+            dense = network.run({network.graph.input: images}, wanted)
+            return branch_logits(network, dense, variants)
+
+        scan()  # warm up
+        started = time.perf_counter()
+        found = scan()
+        scan_seconds = time.perf_counter() - started
+        passes_seconds, error, largest = 0.0, 0.0, 0.0
+        for layer, logits in zip(weights, found.split(batch_size), strict=True):
+            pruned = pruned_copy(model, {layer: amount}).to(memory_format=torch.channels_last)
+            started = time.perf_counter()
+            expected = pruned(images)
+            passes_seconds += time.perf_counter() - started
+            error = max(error, float((logits - expected).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+    return [
+        network_name, str(len(weights)), f"{scan_seconds:.2f}", f"{passes_seconds:.2f}",
+        f"{passes_seconds / scan_seconds:.1f}×", f"{error / largest:.0e}",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""A check before the work: do the images fit the network?
+
+A checkpoint does not say how its images were normalised, in which order its colours and classes
+come, or whether a max pool follows its stem. A wrong guess gives a wrong number and no error. Batch
+norms remember what they saw in training, though: their running variances are compared with those of
+training images. What that cannot tell, the labels of training images can. Test images are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from common.images.data import ImageSet
+from common.images.normalisation import NORMALISATIONS
+from common.network.graph import CONVOLUTION
+from common.network.resnet import ResNet
+from common.network.tracing import Traced
+
+CHECK_IMAGES = 256
+CHECK_MACS = 256 * 0.6e9  # bounds the time: what the default network takes for all of them
+MIN_IMAGES = 64
+CHUNK = 32
+# Medians of |log(variance ratio)|. Right constants give 0.01 to 0.09 on original and on JPEG
+# images, ImageNet's for CIFAR-10's 0.19, a std of 0.25 for 0.20 gives 0.39, others above 1. A max
+# pool left out gives 0.28 to 0.51.
+FITS = 0.12
+CLEARLY_WORSE, FAR_WORSE = 2.0, 8.0
+FIRST_LOOK = 128  # images
+GOOD_ACCURACY = 0.97  # from here on no alternative is tried
+CONFUSED = 0.7  # of a class's images are called by one other class's name
+MIN_OF_CLASS = 5  # images by which a class is judged
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked.
+
+    Attributes:
+        model: Network in eval mode, on the CPU.
+        traced: The same, traced.
+        train: Some training images with their labels.
+    """
+
+    model: nn.Module
+    traced: Traced
+    train: ImageSet
+
+    def first(self, count: int) -> Subject:
+        """Return the subject with fewer images."""
+        return replace(self, train=self.train.rows(slice(count)))
+
+
+@torch.inference_mode()
+def find_mismatches(subject: Subject) -> list[str]:
+    """Return what speaks against the settings, in words that name the flag that would mend it."""
+    found = []
+    normalisation = _better_normalisation(subject)
+    if normalisation is not None:
+        flag = f"--normalize {normalisation}"
+        found.append(
+            f"the first batch norm expects images normalised otherwise: {flag} fits it, the "
+            "present mean and std do not"
+        )
+        mean, std = NORMALISATIONS[normalisation]
+        subject = replace(subject, train=replace(subject.train, mean=mean, std=std))
+    if pool := _better_max_pool(subject):
+        found.append(f"the second batch norm expects other values: --max-pool {pool} fits it")
+        return found  # labels would tell of nothing else
+    return found + _check_labels(subject)
+
+
+@torch.inference_mode()
+def best_normalisation(subject: Subject) -> str | None:
+    """Return the known constants that fit best: by the first batch norm, else by the labels."""
+    scores = _score_normalisations(subject)
+    if scores:
+        return min(scores, key=scores.get)
+    subject = subject.first(_affordable(subject))
+    likelihoods = {
+        name: _log_likelihood(subject, replace(subject.train, mean=mean, std=std))
+        for name, (mean, std) in NORMALISATIONS.items()
+    }
+    return max(likelihoods, key=likelihoods.get)
+
+
+# --- running statistics --------------------------------------------------------------------------
+
+
+def _better_normalisation(subject: Subject) -> str | None:
+    """Return the known constants that fit the first batch norm, if the present ones do not."""
+    present = _mismatch_after_stem(subject, subject.train)
+    if present is None or present <= FITS:
+        return None
+    scores = _score_normalisations(subject)
+    best = min(scores, key=scores.get)
+    return best if _is_clearly_better(scores[best], present) else None
+
+
+def _score_normalisations(subject: Subject) -> dict[str, float]:
+    scores = {}
+    for name, (mean, std) in NORMALISATIONS.items():
+        score = _mismatch_after_stem(subject, replace(subject.train, mean=mean, std=std))
+        if score is not None:
+            scores[name] = score
+    return scores
+
+
+def _mismatch_after_stem(subject: Subject, images: ImageSet) -> float | None:
+    """Return the mismatch at the batch norm after the first convolution; None without one."""
+    graph = subject.traced.network.graph
+    for name in graph.layers:
+        operation, norm = graph[name], subject.traced.norms.get(name)
+        if operation.kind != CONVOLUTION or operation.inputs != (graph.input,):
+            continue
+        if norm is not None:
+            stem, norm = map(subject.model.get_submodule, (name, norm))
+            return _mismatch(norm, [stem(batch) for batch, _ in images.batches(CHUNK)])
+    return None
+
+
+def _better_max_pool(subject: Subject) -> str | None:
+    """Return ``on`` or ``off`` if the max pool after a ResNet's 3×3 stem should be changed."""
+    model = subject.model
+    if not isinstance(model, ResNet) or model.shape.stem_kernel != 3:
+        return None
+    block = model.layer1[0]
+    pool = nn.MaxPool2d(3, 2, 1)
+    values: dict[str, list[torch.Tensor]] = {"on": [], "off": []}
+    for batch, _ in subject.train.rows(slice(CHECK_IMAGES // 2)).batches(CHUNK):
+        stem = model.relu(model.bn1(model.conv1(batch)))
+        values["off"].append(block.conv1(stem))
+        values["on"].append(block.conv1(pool(stem)))
+    present = "off" if isinstance(model.maxpool, nn.Identity) else "on"
+    scores = {name: _mismatch(block.bn1, outputs) for name, outputs in values.items()}
+    if None in scores.values():
+        return None
+    best = min(scores, key=scores.get)
+    is_better = scores[present] > FITS and _is_clearly_better(scores[best], scores[present])
+    return best if is_better else None
+
+
+def _is_clearly_better(score: float, present: float) -> bool:
+    fits = score <= FITS or score <= present / FAR_WORSE
+    return fits and score <= present / CLEARLY_WORSE
+
+
+def _mismatch(norm: nn.Module, outputs: Sequence[torch.Tensor]) -> float | None:
+    """Return the median |log(variance / running variance)|; None where the norm says nothing."""
+    running = norm.running_var
+    if running is None or torch.equal(running, running[:1].expand_as(running)):
+        return None  # folded into the weights, as in a file of coded weights
+    values = torch.cat([output.transpose(0, 1).flatten(1) for output in outputs], dim=1)
+    observed = values.var(dim=1)
+    alive = (running > 1e-6 * running.max()) & (observed > 1e-6 * observed.max())
+    if not alive.any():
+        return None
+    return float((observed[alive] / running[alive]).log().abs().median())
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+def _affordable(subject: Subject) -> int:
+    macs = sum(subject.traced.network.macs.values())
+    return max(MIN_IMAGES, min(CHECK_IMAGES, int(CHECK_MACS / macs)))
+
+
+def _check_labels(subject: Subject) -> list[str]:
+    count = _affordable(subject)
+    logits = _logits(subject, subject.train.rows(slice(min(FIRST_LOOK, count))))
+    correct = logits.argmax(1) == subject.train.labels[: len(logits)]
+    if correct.double().mean() >= GOOD_ACCURACY:
+        return []
+    subject = subject.first(count)
+    labels = subject.train.labels
+    rest = _logits(subject, subject.train.rows(slice(len(logits), None)))
+    predictions = torch.cat([logits, rest]).argmax(1) if len(rest) else logits.argmax(1)
+    correct = predictions == labels
+    other = "bgr" if subject.train.channel_order == "rgb" else "rgb"
+    swapped = _logits(subject, replace(subject.train, channel_order=other)).argmax(1)
+    found = []
+    gained = int(((swapped == labels) & ~correct).sum())
+    lost = int((correct & (swapped != labels)).sum())
+    if gained - lost > 3 * (gained + lost) ** 0.5:
+        found.append(
+            f"of {len(labels)} training images {int((swapped == labels).sum())} are classified "
+            f"correctly with --channel-order {other}, {int(correct.sum())} without"
+        )
+        predictions = swapped
+    return found + _find_exchanged_classes(predictions, labels, subject.train.classes)
+
+
+def _find_exchanged_classes(
+    predictions: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...]
+) -> list[str]:
+    """Say which classes are nearly always called by the name of one other class, and no more."""
+    called: dict[int, int] = {}
+    for label in range(len(classes)):
+        own = predictions[labels == label]
+        if len(own) >= MIN_OF_CLASS:
+            names, counts = own.unique(return_counts=True)
+            if counts.max() >= CONFUSED * len(own):
+                called[label] = int(names[counts.argmax()])
+    targets = list(called.values())
+    pairs = [
+        f"{classes[label]} is called {classes[target]}"
+        for label, target in called.items()
+        if label != target and targets.count(target) == 1
+    ]
+    if not pairs:
+        return []
+    shown = ", ".join(pairs[:4]) + (f" and {len(pairs) - 4} more" if len(pairs) > 4 else "")
+    return [
+        f"the network's classes come in another order: {shown}; name the class folders so that "
+        "they sort in the network's order"
+    ]
+
+
+def _log_likelihood(subject: Subject, images: ImageSet) -> float:
+    return -float(nn.functional.cross_entropy(_logits(subject, images), images.labels))
+
+
+def _logits(subject: Subject, images: ImageSet) -> torch.Tensor:
+    network = subject.traced.network
+    return torch.cat([network(batch) for batch, _ in images.batches(CHUNK)] or [torch.empty(0)])

@@ -1,0 +1,118 @@
+"""Image folders ``train/<class>/*`` and ``test/<class>/*``, read as torchvision's ImageFolder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.command.cli import UserError, log
+from common.images.cifar10 import IMAGE_SIZE, MEAN, STD
+from common.images.decoding import Sizing, decode_images, read_size
+from common.images.normalisation import NORMALISATIONS
+from common.images.source import OWN_SIZE, SizeRequest, Source, Split
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
+STRAY_FOLDERS = {"__MACOSX", "@eaDir", "lost+found"}
+SIZE_SAMPLE = 100  # images of a split whose size is read
+DEFAULT_SIZE = 224
+
+
+def has_image_folders(data_dir: Path) -> bool:
+    """Return whether a folder holds one of the splits."""
+    return any(_split_folder(data_dir, split) is not None for split in SPLIT_FOLDERS)
+
+
+def folder_source(data_dir: Path, size: SizeRequest = OWN_SIZE) -> Source:
+    """Read image folders; classes are the sorted names of the folders.
+
+    Without a request, images keep their own size if a sample of them shares one; else they are
+    brought to 224×224. Those of 32×32 pixels are normalised as CIFAR-10, others as ImageNet.
+
+    Raises (here, or when a split is opened or read):
+        UserError: A class is missing or empty, or a file is no 8-bit image.
+    """
+    folders = {split: _split_folder(data_dir, split) for split in SPLIT_FOLDERS}
+    classes = {split: _class_names(f) for split, f in folders.items() if f is not None}
+    _check_same(folders, classes)
+    names = next(iter(classes.values()))
+    files = {split: _list_files(folders[split], names) for split in classes}
+    sizing = _choose_sizing([paths for paths, _ in files.values()], size)
+
+    def open_split(split: str) -> Split:
+        if split not in files:
+            raise UserError(f"{data_dir}: has no folder {split}/ with images by class")
+        paths, labels = files[split]
+
+        def read(indices: np.ndarray) -> np.ndarray:
+            chosen = ((str(paths[i]), paths[i].read_bytes) for i in indices)
+            return decode_images(chosen, len(indices), sizing)
+
+        return Split(labels, read)
+
+    is_small = max(sizing.height, sizing.width) <= IMAGE_SIZE
+    mean, std = (MEAN, STD) if is_small else NORMALISATIONS["imagenet"]
+    description = f"the image folders in {data_dir}"
+    return Source("folder", description, open_split, names, sizing.height, mean, std)
+
+
+def _split_folder(data_dir: Path, split: str) -> Path | None:
+    folders = (data_dir / name for name in SPLIT_FOLDERS[split])
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = (p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = tuple(sorted(set(names) - STRAY_FOLDERS))
+    if not classes:
+        raise UserError(f"{folder}: no class folders with images")
+    return classes
+
+
+def _check_same(folders: dict[str, Path | None], classes: dict[str, tuple[str, ...]]) -> None:
+    """Refuse splits of different classes: their labels would mean different things."""
+    if len(classes) < 2 or classes["train"] == classes["test"]:
+        return
+    for split, other in (("test", "train"), ("train", "test")):
+        if missing := sorted(set(classes[other]) - set(classes[split])):
+            raise UserError(
+                f"{folders[split]}: class {missing[0]} is missing, which is in "
+                f"{folders[other].name}/"
+            )
+
+
+def _list_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.ndarray]:
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        images = _image_files(folder / name)
+        if not images:
+            raise UserError(f"{folder / name}: no images")
+        paths += images
+        labels += [label] * len(images)
+    return paths, np.asarray(labels, dtype=np.int64)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:  # knows what is a file without asking for each
+        names = [entry.name for entry in entries if entry.is_file()]
+    paths = (folder / name for name in sorted(names) if not name.startswith("."))
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _choose_sizing(splits: Sequence[Sequence[Path]], size: SizeRequest) -> Sizing:
+    if size != OWN_SIZE:
+        return size.sizing((DEFAULT_SIZE, DEFAULT_SIZE))
+    sizes = set()
+    for paths in splits:
+        step = max(1, len(paths) // SIZE_SAMPLE)
+        sizes |= {read_size(str(path), path.read_bytes) for path in paths[::step]}
+    if len(sizes) == 1:
+        return size.sizing(sizes.pop())
+    log.info(
+        "images of different sizes: scaled and cut to %d×%d pixels; --image-size takes another",
+        DEFAULT_SIZE, DEFAULT_SIZE,
+    )  # fmt: skip
+    return SizeRequest(DEFAULT_SIZE).sizing((DEFAULT_SIZE, DEFAULT_SIZE))

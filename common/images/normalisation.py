@@ -1,0 +1,21 @@
+"""Means and standard deviations that networks are commonly trained with.
+
+Nothing here imports torch, so that the command line can offer the names at once.
+"""
+
+from __future__ import annotations
+
+from common.images.cifar10 import MEAN, STD
+
+Channels = tuple[float, ...]
+
+# For each name mean and std of the channels, for pixels from 0 to 1.
+NORMALISATIONS: dict[str, tuple[Channels, Channels]] = {
+    "cifar10": (MEAN, STD),
+    "cifar10-std": (MEAN, (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+AUTO = "auto"

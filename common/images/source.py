@@ -1,0 +1,65 @@
+"""What a source of images is: two splits of labels and pixels, and what belongs to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.images.cifar10 import CLASSES, IMAGE_SIZE, MEAN, STD
+from common.images.decoding import Sizing
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: labels (int64, shape (N,)) and a reader from indices to pixels.
+
+    ``read`` takes int64 indices of shape (n,) and returns uint8 pixels of shape (n, 3, H, W).
+    """
+
+    labels: np.ndarray
+    read: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place with a train and a test split.
+
+    Attributes:
+        name: ``cifar10``, ``cifar100``, ``folder`` or ``bundled``, as in results.json.
+        description: The place in words, for messages.
+        open_split: Opens ``train`` or ``test``; raises UserError where it cannot be read.
+        classes: Names of the classes, in the order of the labels.
+        height: Height of an image in pixels.
+        mean: Mean of each channel that is subtracted, from 0 to 1.
+        std: Standard deviation of each channel that pixels are divided by.
+        channel_order: ``rgb``, or ``bgr`` for networks that take blue first.
+    """
+
+    name: str
+    description: str
+    open_split: Callable[[str], Split]
+    classes: tuple[str, ...] = CLASSES
+    height: int = IMAGE_SIZE
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    channel_order: str = "rgb"
+
+
+@dataclass(frozen=True)
+class SizeRequest:
+    """What ``--image-size`` and ``--resize`` ask for; None leaves it to the images."""
+
+    image_size: int | None = None
+    resize: int | None = None
+
+    def sizing(self, own: tuple[int, int]) -> Sizing:
+        """Return the sizing of images whose own height and width are all the same."""
+        if self.image_size is None and self.resize is None:
+            return Sizing(*own)
+        size = self.image_size or self.resize
+        return Sizing(size, size, self.resize or size)
+
+
+OWN_SIZE = SizeRequest()

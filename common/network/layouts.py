@@ -1,0 +1,283 @@
+"""Layouts of checkpoints: the state dict in a training checkpoint, without what wrappers add."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.command.cli import UserError, log
+from common.files.inert import Inert, object_refused
+from common.network.renaming import shared_prefix
+
+StateDict = dict[str, torch.Tensor]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
+
+NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+COUNTERS = ("n_averaged", "total_ops", "total_params", "_extra_state")
+AVERAGED = re.compile(r"ema|swa|averag|shadow", re.IGNORECASE)
+MEANS, STDS = ("mean", "mu", "new_mean"), ("std", "sigma", "new_std")
+SMALLEST_NETWORK = 4  # tensors; fewer that are alike may be layers of one network
+FAKE_QUANTIZERS = re.compile(r"fake_quant|activation_post_process|activation_quantizer")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A state dict, taken out of a checkpoint.
+
+    Attributes:
+        tensors: Tensors by the names that the network's class gives them.
+        statistics: Mean and std for the images, if the checkpoint holds them.
+        notes: What was passed over or changed, in words.
+    """
+
+    tensors: StateDict
+    statistics: Statistics | None
+    notes: tuple[str, ...]
+
+
+def read_layout(
+    path: Path, content: object, key: str | None = None, expected: Collection[str] = ()
+) -> Layout:
+    """Find the state dict in a file's content, and take off what wrappers added.
+
+    Args:
+        path: Path of the file, for messages.
+        content: What :func:`common.files.untrusted.read_untrusted` returned.
+        key: Key of the state dict to take, such as ``state_dict_ema`` or ``model.ema``.
+        expected: Names in the network's own state dict, if they are known.
+
+    Raises:
+        UserError: There is no state dict, or several and no choice among them.
+    """
+    notes: list[str] = []
+    entries = _check_entries(path, _choose_entry(path, content, key))
+    whole = _apply_masks(_drop_counters(path, entries, notes), notes)
+    tensors, statistics = _take_statistics(whole)
+    for names, found in ((whole, None), (tensors, statistics)):
+        if prefix := _prefix_before(names, expected):
+            return Layout(_strip(names, prefix[0], notes), found, tuple(notes))
+    tensors = _strip(tensors, shared_prefix(tensors), notes)
+    tensors = _choose_network(path, tensors, key, notes)
+    return Layout(tensors, statistics, tuple(notes))
+
+
+def shorten(names: Sequence[str]) -> str:
+    """Return the first few of some names."""
+    shown = ", ".join(name[:60] for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# --- the entry that is the state dict ------------------------------------------------------------
+
+
+def _choose_entry(path: Path, content: object, key: str | None) -> Mapping:
+    if isinstance(content, Inert) and not _is_state(content):
+        raise object_refused(path, content.name)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: not a state dict but a {type(content).__name__}")
+    if not content:
+        raise UserError(f"{path}: an empty state dict")
+    found = _find_states(content)
+    if key is not None and key in found:
+        return found[key]
+    names_networks = key is not None and any(
+        isinstance(name, str) and f".{key}." in f".{name}" for name in content
+    )
+    if key is not None and not names_networks:
+        has = f"has {', '.join(found)}" if found else "has none"
+        raise UserError(f"{path}: no state dict under the key {key}; it {has}")
+    if not found or names_networks:
+        return content
+    if len(found) == 1:
+        ((name, state),) = found.items()
+        log.info("%s: its entry %s is taken", path, name)
+        return state
+    return found[_prefer(path, found)]
+
+
+def _find_states(content: Mapping) -> dict[str, Mapping]:
+    """Return the dictionaries of tensors in a checkpoint, at most two deep, by dotted keys."""
+    if all(isinstance(value, torch.Tensor) for value in content.values()):
+        return {}
+    found: dict[str, Mapping] = {}
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Mapping):
+            continue
+        if _is_state(value):
+            found[key] = value
+            continue
+        for inner_key, inner in value.items():
+            if isinstance(inner_key, str) and isinstance(inner, Mapping) and _is_state(inner):
+                found[f"{key}.{inner_key}"] = inner
+    return found
+
+
+def _is_state(content: Mapping) -> bool:
+    """Return whether a dictionary holds a network's tensors; it may hold a few other things."""
+    tensors = [value for value in content.values() if isinstance(value, torch.Tensor)]
+    return 2 * len(tensors) >= len(content) and any(t.ndim >= 2 for t in tensors)
+
+
+def _prefer(path: Path, found: Mapping[str, Mapping]) -> str:
+    """Choose among several state dicts: averaged weights, else the usual key; tell the user."""
+    averaged = [key for key in found if AVERAGED.search(key)]
+    usual = [key for key in NESTING_KEYS if key in found]
+    choice = (averaged or usual or [""])[0]
+    others = [key for key in found if key != choice]
+    if not choice:
+        raise UserError(
+            f"{path}: holds {len(found)} state dicts ({', '.join(found)}); choose one with "
+            f"--weights {path}:{others[0]}"
+        )
+    what = "averaged weights" if averaged else "several state dicts"
+    log.warning(
+        "%s: holds %s beside others: %s is taken; --weights %s:%s takes the other",
+        path, what, choice, path, others[0],
+    )  # fmt: skip
+    return choice
+
+
+def _check_entries(path: Path, content: Mapping) -> StateDict:
+    """Check that a state dict holds dense tensors by name."""
+    if any(not isinstance(name, str) for name in content):
+        raise UserError(f"{path}: not a state dict: its keys are not names")
+    objects = [value for value in content.values() if isinstance(value, Inert)]
+    if objects and not any(isinstance(value, torch.Tensor) for value in content.values()):
+        raise object_refused(path, objects[0].name)
+    fake = [name for name in content if FAKE_QUANTIZERS.search(name)]
+    if fake:
+        raise UserError(
+            f"{path}: from quantization-aware training ({shorten(fake)}); save the state_dict() "
+            "of the FP32 model, as it was before prepare_qat()"
+        )
+    if packed := [name for name in content if "_packed_params" in name]:
+        raise UserError(
+            f"{path}: already quantized ({shorten(packed)}); save the state_dict() of the model "
+            "before quantize_dynamic()"
+        )
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            if name.rpartition(".")[2] in COUNTERS:
+                continue
+            if isinstance(value, Inert):
+                raise object_refused(path, value.name)
+            kind = type(value).__name__
+            raise UserError(f"{path}: not a state dict: {shorten([name])} is no tensor ({kind})")
+        if value.is_quantized:
+            raise UserError(
+                f"{path}: already quantized ({shorten([name])}); FP32 weights are needed"
+            )
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise UserError(f"{path}: {shorten([name])} is no dense tensor with values")
+    return dict(content)
+
+
+# --- what wrappers and tools add -----------------------------------------------------------------
+
+
+def _drop_counters(path: Path, entries: Mapping[str, object], notes: list[str]) -> StateDict:
+    """Drop counters that say nothing about the function, and the names of wrappers."""
+    tensors: StateDict = {}
+    dropped = []
+    for name, value in entries.items():
+        if name.rpartition(".")[2] in COUNTERS:
+            dropped.append(name.rpartition(".")[2])
+            continue
+        plain = WRAPPERS.sub("", name)
+        if plain in tensors:
+            raise UserError(f"{path}: holds {shorten([plain])} twice, under two names")
+        tensors[plain] = value.detach()
+    if dropped:
+        notes.append(f"{', '.join(dict.fromkeys(dropped))} passed over")
+    if wrappers := {found[1] for name in entries if (found := WRAPPERS.search(name))}:
+        notes.append(f"{' and '.join(sorted(wrappers))} taken out of the names")
+    return tensors
+
+
+def _apply_masks(tensors: StateDict, notes: list[str]) -> StateDict:
+    """Multiply the ``weight_orig`` and ``weight_mask`` of torch.nn.utils.prune."""
+    masked = {
+        name: name.removesuffix("_orig") + "_mask"
+        for name in tensors
+        if name.endswith("_orig") and name.removesuffix("_orig") + "_mask" in tensors
+    }
+    if not masked:
+        return tensors
+    for name, mask in masked.items():
+        if tensors[name].shape != tensors[mask].shape:
+            return tensors
+    notes.append("pruning masks are applied")
+    masks = set(masked.values())
+    return {
+        name.removesuffix("_orig") if name in masked else name: (
+            tensor * tensors[masked[name]] if name in masked else tensor
+        )
+        for name, tensor in tensors.items()
+        if name not in masks
+    }
+
+
+def _take_statistics(tensors: StateDict) -> tuple[StateDict, Statistics | None]:
+    """Take out the mean and std of a normalising layer: three numbers each."""
+    statistics, taken = None, set()
+    for name, mean in tensors.items():
+        module, dot, entry = name.rpartition(".")
+        if entry not in MEANS:
+            continue
+        other = f"{module}{dot}{STDS[MEANS.index(entry)]}"
+        std = tensors.get(other)
+        if std is None or mean.numel() != 3 or std.numel() != 3 or not std.is_floating_point():
+            continue
+        scale = 255.0 if mean.max() > 2 else 1.0
+        values = tuple(
+            tuple(round(float(x) / scale, 6) for x in part.flatten()) for part in (mean, std)
+        )
+        if all(-1 <= x <= 1 for x in values[0]) and all(0 < x <= 2 for x in values[1]):
+            statistics = statistics or values
+            taken |= {name, other}
+    return {name: t for name, t in tensors.items() if name not in taken}, statistics
+
+
+def _strip(tensors: StateDict, prefix: str, notes: list[str]) -> StateDict:
+    if prefix:
+        notes.append(f"the prefix {prefix} of all names is taken off")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _prefix_before(names: Collection[str], expected: Collection[str]) -> tuple[str] | None:
+    """Return the prefix without which names are the expected ones; None if there is none."""
+    own = {name for name in names if not name.endswith("num_batches_tracked")}
+    wanted = {name for name in expected if not name.endswith("num_batches_tracked")}
+    parts = shared_prefix(own).split(".")[:-1]
+    for count in range(len(parts) + 1):
+        prefix = "".join(f"{part}." for part in parts[:count])
+        if {name.removeprefix(prefix) for name in own} == wanted:
+            return (prefix,)
+    return None
+
+
+def _choose_network(path: Path, tensors: StateDict, key: str | None, notes: list[str]) -> StateDict:
+    """Take one of several networks of the same names and shapes that one state dict holds."""
+    groups: dict[str, StateDict] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(name.partition(".")[0], {})[name] = tensor
+    networks = {
+        prefix: {name.removeprefix(prefix): tensor for name, tensor in group.items()}
+        for group in groups.values()
+        for prefix in [shared_prefix(group)]
+    }
+    shapes = [{name: t.shape for name, t in network.items()} for network in networks.values()]
+    is_several = len(networks) > 1 and all(networks) and len(shapes[0]) > SMALLEST_NETWORK
+    if not is_several or any(own != shapes[0] for own in shapes):
+        return tensors
+    first = next(iter(networks.values()))
+    if all(torch.equal(n[name], first[name]) for n in networks.values() for name in first):
+        notes.append(f"the same network is there {len(networks)} times: {', '.join(networks)}")
+        return first
+    by_key = {prefix.removesuffix("."): network for prefix, network in networks.items()}
+    return by_key[key if key in by_key else _prefer(path, by_key)]

@@ -1,0 +1,101 @@
+"""Networks of the user's own choice: ``--model torchvision:NAME`` or ``FILE.py:FUNCTION``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.command.cli import UserError
+
+TORCHVISION = "torchvision:"
+
+
+def expected_names(model: str) -> set[str]:
+    """Return the names of the tensors in the state dict of a network, as ``--model`` names it.
+
+    Raises:
+        UserError: There is no such network, or it cannot be built.
+    """
+    return set(build_model(model, {}).state_dict())
+
+
+def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Build the network that ``--model`` names, with weights of its own choice, in eval mode.
+
+    Args:
+        model: ``torchvision:NAME`` or ``FILE.py:FUNCTION``; the function is run.
+        state: Tensors of the checkpoint; torchvision's networks get its number of classes. They
+            are built on the meta device.
+
+    Raises:
+        UserError: There is no such network, or it cannot be built.
+    """
+    if model.startswith(TORCHVISION):
+        return _build_torchvision(model.removeprefix(TORCHVISION), state).eval()
+    file, _, function = model.rpartition(":")
+    if not file.endswith(".py") or not function:
+        raise UserError(
+            f"--model {model}: neither torchvision:NAME nor a file and its function, such as "
+            "mine.py:build"
+        )
+    # The user's code may draw random numbers; the run's own stay as they are.
+    with torch.random.fork_rng(devices=[]):
+        return _run_function(Path(file), function).eval()
+
+
+def _build_torchvision(name: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    from torchvision import models
+
+    # torchvision's segmentation and detection networks have other names in the same list.
+    if name not in models.list_models(module=models):
+        raise UserError(
+            f"--model {TORCHVISION}{name}: torchvision has no such classifier; "
+            "torchvision.models.list_models() lists them"
+        )
+
+    def build(class_count: int) -> nn.Module:
+        options = {"aux_logits": has_auxiliary} if name in ("googlenet", "inception_v3") else {}
+        if options:
+            options["init_weights"] = False
+        with torch.device("meta"):
+            return models.get_model(name, weights=None, num_classes=class_count, **options)
+
+    has_auxiliary = any(entry.lower().startswith("aux") for entry in state)
+    default, other = build(1000).state_dict(), build(1001).state_dict()
+    heads = [entry for entry in default if default[entry].shape != other[entry].shape]
+    counts = [len(state[entry]) for entry in heads if entry in state and state[entry].ndim]
+    return build(counts[0] if counts and counts[0] else 1000)
+
+
+def _run_function(file: Path, function: str) -> nn.Module:
+    file = file.expanduser()
+    if not file.is_file():
+        raise UserError(f"--model: {file}: no such file")
+    path = [str(file.resolve().parent), *sys.path]
+    try:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.path, path = path, sys.path  # its own imports lie beside it
+        sys.modules[file.stem], earlier = module, sys.modules.get(file.stem)
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path = path
+            if earlier is not None:
+                sys.modules[file.stem] = earlier
+        build: Callable[[], object] | None = getattr(module, function, None)
+        network = build() if callable(build) else None
+    except Exception as error:  # whatever the user's code raises
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"--model: {file}: {type(error).__name__}: {reason}") from None
+    if build is None:
+        raise UserError(f"--model: {file}: has no function {function}")
+    if not isinstance(network, nn.Module):
+        kind = type(network).__name__
+        raise UserError(f"--model: {file}: {function}() returns {kind}, not a torch.nn.Module")
+    return network

@@ -1,0 +1,216 @@
+"""Least squares for a layer: what it reads at sampled positions, and the weights that fit best.
+
+The coder and the removal of channels both ask which weights bring a layer closest to the outputs
+that are wanted of it, on the inputs that it now gets. Outputs are looked at in a few random
+positions of each image. A grouped convolution is as many regressions as it has groups, so moments
+have a dimension of groups; a depthwise convolution has one group for each channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from common.network.execution import Layer, Network
+from common.network.graph import ADD, LINEAR, Graph, Operation
+
+# Regressions of more inputs than this would take gigabytes.
+MAX_COLUMNS = 10_000
+ROUNDING = 1e-6  # variance of outputs that are constant but for rounding, in shares of their square
+SMALLEST_SPREAD = 1e-12  # ridge of inputs that are always zero, so that no matrix is singular
+
+
+def draw_positions(
+    value: torch.Tensor, count: int, generator: torch.Generator
+) -> torch.Tensor | None:
+    """Draw positions of each image's outputs.
+
+    Args:
+        value: Outputs of a layer, (N, O, H, W) or (N, O).
+        count: Number of positions for each image, or all of them where there are fewer.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        int64, (N, P), each ``row * W + column``; None for a linear layer's outputs.
+    """
+    if value.ndim == 2:
+        return None
+    total = value.shape[2] * value.shape[3]
+    keys = torch.rand(len(value), total, generator=generator)
+    return keys.topk(min(count, total), dim=1).indices.to(value.device)
+
+
+def outputs_at(value: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """Return outputs (N, O, H, W) at positions (N, P), or all of (N, O): float32, (rows, O)."""
+    if positions is None:
+        return value.float()
+    index = positions[:, None].expand(-1, value.shape[1], -1)
+    return value.flatten(2).gather(2, index).transpose(1, 2).flatten(0, 1).float()
+
+
+def inputs_at(
+    operation: Operation, layer: Layer, x: torch.Tensor, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """Return what a layer reads for its outputs at some positions.
+
+    Args:
+        operation: A convolution or linear layer.
+        layer: Its weights, whose shape counts.
+        x: Input, (N, I, H, W) or (N, I).
+        positions: From :func:`draw_positions` for the layer's outputs.
+
+    Returns:
+        float32, (rows, groups, columns), the columns in the order of ``weight.flatten(1)``.
+    """
+    if operation.kind == LINEAR:
+        return x.float()[:, None]
+    settings = operation.attributes
+    kernel, groups = layer.weight.shape[2:], settings["groups"]
+    (top, left), stride, dilation = settings["padding"], settings["stride"], settings["dilation"]
+    width = x.shape[3] + 2 * left - dilation[1] * (kernel[1] - 1)
+    width = (width - 1) // stride[1] + 1
+    steps = [torch.arange(k, device=x.device) * d for k, d in zip(kernel, dilation, strict=True)]
+    rows = stride[0] * (positions // width)[:, :, None, None] + steps[0][:, None]
+    columns = stride[1] * (positions % width)[:, :, None, None] + steps[1]
+    image = torch.arange(len(x), device=x.device)[:, None, None, None]
+    padded = F.pad(x, (left, left, top, top)).permute(0, 2, 3, 1)
+    found = padded[image, rows, columns].permute(0, 1, 4, 2, 3)  # (N, P, I, height, width)
+    return found.flatten(0, 1).unflatten(1, (groups, -1)).flatten(2).float()
+
+
+def completed_sum(network: Network, layer: str) -> tuple[str, str] | None:
+    """Return the addition that a layer completes, and the addition's other operand.
+
+    None where the layer's outputs are read otherwise too, or the other operand is computed later.
+    """
+    graph = network.graph
+    user = graph.sole_user(layer)
+    if user is None or user.kind != ADD or len(set(user.inputs)) != 2:
+        return None
+    other = next(name for name in user.inputs if name != layer)
+    is_later = _position(graph, other) > _position(graph, layer)
+    if is_later or network.shapes[other] != network.shapes[layer]:
+        return None
+    return user.name, other
+
+
+def _position(graph: Graph, name: str) -> int:
+    return next(i for i, operation in enumerate(graph.operations) if operation.name == name)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of a layer's inputs, and of what its outputs lack of those that are wanted.
+
+    Attributes:
+        mean: Mean of the inputs, (groups, columns).
+        covariance: Covariance of the inputs, (groups, columns, columns).
+        lacking: Mean of what the outputs lack, (O,).
+        cross: Covariance of what the outputs lack and the inputs, (groups, O / groups, columns).
+        variance: Variance of the wanted outputs, added up over them.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    lacking: torch.Tensor
+    cross: torch.Tensor
+    variance: float
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """Mean square of each group's inputs, (groups,)."""
+        diagonal = self.covariance.diagonal(dim1=1, dim2=2)
+        return (diagonal + self.mean.square()).mean(1).clamp_min(SMALLEST_SPREAD)
+
+    def refit(self, layer: Layer, ridge: torch.Tensor) -> Layer:
+        """Return the layer fitted to the wanted outputs by ridge regression.
+
+        Args:
+            layer: The layer whose outputs the moments are about; the fit stays near it.
+            ridge: Penalty on the squared change of a weight, (groups,).
+        """
+        factor = torch.linalg.cholesky(with_ridge(self.covariance, ridge))
+        change = torch.cholesky_solve(self.cross.transpose(1, 2), factor).transpose(1, 2)
+        weight = layer.weight + change.reshape(layer.weight.shape)
+        return Layer(weight, self.best_bias(layer, weight))
+
+    def best_bias(self, layer: Layer, weight: torch.Tensor) -> torch.Tensor:
+        """Return the bias with which another weight gives the wanted outputs' mean."""
+        return layer.bias + self.lacking + self._read_mean(layer.weight - weight)
+
+    def output_statistics(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and variance of each output that a weight gives without a bias, (O,)."""
+        grouped = _grouped(weight, len(self.mean))
+        variance = ((grouped @ self.covariance) * grouped).sum(2).flatten()
+        return self._read_mean(weight), variance.clamp_min(0)
+
+    def _read_mean(self, weight: torch.Tensor) -> torch.Tensor:
+        return (_grouped(weight, len(self.mean)) @ self.mean[:, :, None]).flatten()
+
+
+class MomentSums:
+    """Sums over the samples of a layer, from which its moments follow.
+
+    Args:
+        layer: The layer, in FP32.
+        groups: Number of its groups.
+    """
+
+    def __init__(self, layer: Layer, groups: int):
+        self._layer, self._groups, self._count = layer, groups, 0
+        weight = _grouped(layer.weight, groups)
+        columns, new = weight.shape[2], layer.weight.new_zeros
+        self._inner, self._cross = new(groups, columns, columns), new(weight.shape)
+        self._rows = new(groups, columns)
+        self._lacking, self._wanted, self._square = (new(len(layer.bias)) for _ in range(3))
+
+    def add(self, rows: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
+        """Add samples.
+
+        Args:
+            rows: Inputs, (n, groups, columns).
+            wanted: Outputs that are wanted of them, (n, O); None for those that the layer gives.
+        """
+        rows = rows.transpose(0, 1)
+        self._inner.baddbmm_(rows.transpose(1, 2), rows)
+        self._rows += rows.sum(1)
+        self._count += rows.shape[1]
+        if wanted is None:
+            return
+        given = outputs_of(rows.transpose(0, 1), self._layer.weight)
+        lacking = wanted - given.add_(self._layer.bias)
+        by_group = lacking.unflatten(1, (self._groups, -1)).permute(1, 2, 0)
+        self._cross.baddbmm_(by_group, rows)
+        self._lacking += lacking.sum(0)
+        self._wanted += wanted.sum(0)
+        self._square += wanted.square().sum(0)
+
+    def moments(self) -> Moments:
+        """Return the moments; the sums are used up."""
+        count = self._count
+        mean, lacking, wanted = self._rows / count, self._lacking / count, self._wanted / count
+        covariance = self._inner.div_(count).sub_(mean[:, :, None] * mean[:, None])
+        cross = self._cross.div_(count)
+        cross -= lacking.view(self._groups, -1, 1) * mean[:, None]
+        square = wanted.square()
+        variance = (self._square / count - square).maximum(ROUNDING * square).sum()
+        return Moments(mean, covariance, lacking, cross, float(variance))
+
+
+def with_ridge(covariance: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """Return covariances (groups, columns, columns) with a ridge (groups,) on their diagonals."""
+    damped = covariance.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    return damped
+
+
+def outputs_of(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the outputs (n, O) that a weight gives for inputs (n, groups, columns)."""
+    by_group = rows.transpose(0, 1) @ _grouped(weight, rows.shape[1]).transpose(1, 2)
+    return by_group.transpose(0, 1).flatten(1)
+
+
+def _grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    return weight.flatten(1).unflatten(0, (groups, -1))

@@ -1,0 +1,85 @@
+"""Names of a ResNet's tensors: canonical ones for any others, by the order of the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from common.network.resnet import shape_of
+
+Pair = tuple[str, str]  # the names of a convolution and of its batch norm
+
+
+def shared_prefix(names: Iterable[str]) -> str:
+    """Return the parts that all names begin with, such as ``module.``; the last is never one."""
+    prefix: list[str] = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        prefix.append(f"{parts[0]}.")
+    return "".join(prefix)
+
+
+def canonical_names(state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
+    """Return the canonical name of each tensor, found by their order and shapes alone.
+
+    The tensors are expected in the order of definition: stem, blocks, linear layer; in a block its
+    convolutions, each followed by its batch norm, then the shortcut. The names of a block must
+    begin alike: those of a pre-activation network, whose shapes are the same, do not.
+
+    Returns:
+        None if the tensors are not those of a ResNet in this order.
+    """
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in state))
+    pairs = list(zip(modules[:-1:2], modules[1::2], strict=False))
+    if len(modules) % 2 == 0 or len(pairs) < 3 or len(shape_of(state, modules[-1])) != 2:
+        return None
+    for conv, norm in pairs:
+        shape = shape_of(state, conv)
+        if len(shape) != 4 or shape_of(state, norm) != shape[:1]:
+            return None
+    blocks = _rename_blocks(pairs[1:], state, shape_of(state, pairs[0][0])[0])
+    if blocks is None:
+        return None
+    renamed = {pairs[0][0]: "conv1", pairs[0][1]: "bn1", **blocks, modules[-1]: "linear"}
+    parts = {name: name.rpartition(".") for name in state}
+    return {name: f"{renamed[module]}.{entry}" for name, (module, _, entry) in parts.items()}
+
+
+def _rename_blocks(
+    pairs: Sequence[Pair], state: Mapping[str, torch.Tensor], channels: int
+) -> dict[str, str] | None:
+    """Return the canonical names of the blocks' modules; ``channels`` is the stem's width."""
+    depth = 3 if shape_of(state, pairs[0][0])[2:] == (1, 1) else 2
+    own = [f"{kind}{i + 1}" for i in range(depth) for kind in ("conv", "bn")]
+    renamed: dict[str, str] = {}
+    stage, index = 1, 0
+    while pairs:
+        names, rest = [name for pair in pairs[:depth] for name in pair], pairs[depth:]
+        if len(names) < len(own):
+            return None
+        out_channels = shape_of(state, names[-2])[0]
+        projection = (out_channels, channels, 1, 1)
+        projects = (
+            bool(rest)
+            and shape_of(state, rest[0][0]) == projection
+            and _belong_together([*names, *rest[0]], rest[1:])
+        )
+        if projects:
+            names, rest = [*names, *rest[0]], rest[1:]
+        elif not _belong_together(names, rest):
+            return None
+        pairs = rest
+        if renamed and (projects or out_channels != channels):
+            stage, index = stage + 1, 0
+        roles = own + (["shortcut.0", "shortcut.1"] if projects else [])
+        renamed |= {n: f"layer{stage}.{index}.{r}" for n, r in zip(names, roles, strict=True)}
+        channels, index = out_channels, index + 1
+    return renamed
+
+
+def _belong_together(names: Sequence[str], others: Sequence[Pair]) -> bool:
+    """Return whether modules' names begin alike, and other names otherwise."""
+    prefix = shared_prefix(f"{name}." for name in names)
+    return bool(prefix) and not any(n.startswith(prefix) for pair in others for n in pair)

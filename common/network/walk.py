@@ -1,0 +1,85 @@
+"""All images on their way through a network, an operation at a time.
+
+The coder and the repair of slim networks fix a layer on what all images give there, and only then
+go on. A value is kept until its last use, batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from common.network.execution import Layer, Network
+from common.network.graph import Graph
+
+
+class Walk:
+    """Values of a network for all images.
+
+    Args:
+        network: The network.
+        images: Normalised images in batches, (n, C, H, W); they stay as they are.
+        order: The graph in whose order operations are computed: the network's own, or that of one
+            with the same names.
+        storage: Precision in which values are kept and FP32 in which they are computed; None for
+            both in what the network computes in.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        images: Sequence[torch.Tensor],
+        order: Graph,
+        storage: torch.dtype | None = None,
+    ):
+        self._network, self._storage = network, storage
+        self._values: dict[str, list[torch.Tensor | None]] = {network.graph.input: list(images)}
+        self._last_use = _last_uses(order)
+
+    def batches(self, name: str) -> list[torch.Tensor]:
+        """Return a value in batches, as it is kept."""
+        return self._values[name]
+
+    def step(self, name: str, layer: Layer | None = None) -> None:
+        """Compute an operation for all images, and free what no later one reads.
+
+        Args:
+            name: Name of the operation, whose inputs were computed before.
+            layer: Weights in place of the network's own.
+        """
+        operation = self._network.graph[name]
+        sources = [self._values[source] for source in operation.inputs]
+        last = [source for source in set(operation.inputs) if self._last_use[source] == name]
+        in_place = name in self._network.overwriting
+        found: list[torch.Tensor | None] = []
+        for index in range(len(sources[0])):
+            inputs = [source[index] for source in sources]
+            if self._storage is not None:
+                inputs = [x.float() for x in inputs]
+            value = self._network.compute(operation, inputs, in_place, layer)
+            found.append(value if self._storage is None else value.to(self._storage))
+            for source in last:
+                self._values[source][index] = None
+        for source in last:
+            del self._values[source]
+        self._values[name] = found
+
+
+def peak_bytes_per_image(network: Network, bytes_per_number: int) -> int:
+    """Return the most memory that a :class:`Walk` takes for an image, in bytes."""
+    graph = network.graph
+    sizes = {name: torch.Size(shape).numel() for name, shape in network.shapes.items()}
+    last_use = _last_uses(graph)
+    live: set[str] = set()
+    peak = 0
+    for operation in graph.operations:
+        live.add(operation.name)
+        peak = max(peak, sum(sizes[name] for name in live))
+        live -= {name for name in operation.inputs if last_use[name] == operation.name}
+    return peak * bytes_per_number
+
+
+def _last_uses(graph: Graph) -> dict[str, str]:
+    """Return for each value the last operation that reads it."""
+    return {name: operation.name for operation in graph.operations for name in operation.inputs}

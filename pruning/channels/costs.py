@@ -1,0 +1,131 @@
+"""What networks of other widths cost, and the widths to choose for a share of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.network.execution import Network
+from pruning.channels.allocation import Curves, choose_widths, width_grid
+from pruning.channels.groups import ChannelGroup, find_groups
+
+# What a share is of: for speed the first, for size the second.
+MACS, WEIGHTS = "macs", "weights"
+SMALLEST_SHARE = 0.002  # groups that hold less of both units are left alone
+BISECTIONS = 10
+
+Widths = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ChannelCosts:
+    """What the channels of a network cost, in multiply-adds or in weights.
+
+    Attributes:
+        network: Dense network.
+    """
+
+    network: Network
+
+    def cost(self, widths: Widths, unit: str = MACS) -> int:
+        """Return what a network of these widths costs; other groups have all their channels."""
+        return sum(
+            cost * math.prod(widths.get(g, self.groups[g].width) for g in touching)
+            // math.prod(self.groups[g].width for g in touching)
+            for cost, touching in zip(
+                self._layer_costs(unit).values(), self._touching.values(), strict=True
+            )
+        )  # fmt: skip
+
+    def least_share(self, unit: str = MACS) -> float:
+        """Return the smallest share that can be left."""
+        return self.cost(self.narrowest, unit) / self.cost({}, unit)
+
+    @functools.cached_property
+    def groups(self) -> Mapping[str, ChannelGroup]:
+        """The groups of channels that are worth removing."""
+        costs = {unit: self._layer_costs(unit) for unit in (MACS, WEIGHTS)}
+        return {
+            name: group
+            for name, group in find_groups(self.network).items()
+            if any(
+                sum(cost.get(layer, 0) for layer in _layers_of(group))
+                >= SMALLEST_SHARE * sum(cost.values())
+                for cost in costs.values()
+            )
+        }
+
+    @functools.cached_property
+    def grid(self) -> Mapping[str, list[int]]:
+        """The widths that each group may get, its own the last."""
+        return {name: width_grid(group.width) for name, group in self.groups.items()}
+
+    @property
+    def narrowest(self) -> Widths:
+        """The least widths."""
+        return {name: grid[0] for name, grid in self.grid.items()}
+
+    @property
+    def half(self) -> Widths:
+        """Widths of about half of each group."""
+        return {name: grid[(len(grid) - 1) // 2] for name, grid in self.grid.items()}
+
+    @functools.cached_property
+    def _touching(self) -> Mapping[str, list[str]]:
+        """For each layer the groups that its number of weights depends on."""
+        return {
+            layer: [name for name, group in self.groups.items() if layer in _layers_of(group)]
+            for layer in self.network.graph.layers
+        }
+
+    def _layer_costs(self, unit: str) -> Mapping[str, int]:
+        if unit == MACS:
+            return self.network.macs
+        layers = self.network.layers
+        return {name: layers[name].weight.numel() for name in self.network.graph.layers}
+
+    def choose(self, curves: Curves, share: float, unit: str) -> Widths:
+        """Return the widths of least divergence whose cost is within a share.
+
+        A layer between two groups costs the product of their widths, and the knapsack needs costs
+        that add up. So they are taken as they are near half of all widths, and the budget is
+        lowered until the true cost is within it.
+
+        Raises:
+            ValueError: The narrowest network costs more.
+        """
+        allowed = share * self.cost({}, unit)
+        narrowest, near = self.narrowest, self.half
+        if self.cost(narrowest, unit) > allowed * (1 + 1e-9):
+            raise ValueError(f"no widths cost as little as {allowed:g}")
+        costs = {
+            name: {
+                width: self.cost({**near, name: width}, unit) - self.cost({**near, name: 0}, unit)
+                for width in grid
+            }
+            for name, grid in self.grid.items()
+        }
+        fixed = self.cost(near, unit) - sum(costs[name][width] for name, width in near.items())
+        least = sum(costs[name][width] for name, width in narrowest.items())
+        most = allowed - fixed
+        if most < least:
+            return narrowest
+        found = choose_widths(curves, costs, most)
+        if self.cost(found, unit) <= allowed * (1 + 1e-9):
+            return found
+        low, found = least, narrowest
+        for _ in range(BISECTIONS):
+            middle = (low + most) / 2
+            widths = choose_widths(curves, costs, middle)
+            if self.cost(widths, unit) <= allowed:
+                low, found = middle, widths
+            else:
+                most = middle
+        return found
+
+
+def _layers_of(group: ChannelGroup) -> set[str]:
+    """Return the layers whose number of weights depends on a group's width."""
+    return {*group.producers, *group.between, *group.readers}

@@ -1,0 +1,40 @@
+"""What INT8 networks are calibrated and measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from common.images.data import ImageSet
+from common.measure import evaluate
+from common.network.execution import Network
+from quantization.int8 import conversion
+from quantization.int8.conversion import Observation
+from quantization.settings import Settings
+
+
+@dataclass(frozen=True)
+class CalibrationSetup:
+    """Images to calibrate on and images to measure on; none is among both.
+
+    Attributes:
+        calibration: Training images.
+        images: Test images, or training images where something is chosen by them.
+        batch_size: Number of images in a batch.
+    """
+
+    calibration: ImageSet
+    images: ImageSet
+    batch_size: int
+
+    def observe(self, network: Network, settings: Settings) -> Observation:
+        """Observe a network's values on the calibration images."""
+        return conversion.observe(network, self.calibration, settings.observer, self.batch_size)
+
+    def predict(
+        self, model: Callable[[torch.Tensor], torch.Tensor], description: str
+    ) -> torch.Tensor:
+        """Return a model's predictions (int64, shape (N,)), made on the CPU."""
+        return evaluate.predict(model, self.images, self.batch_size, description)

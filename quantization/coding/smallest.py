@@ -1,0 +1,87 @@
+"""The network coded to a wanted size, as a file that was read back and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.command.cli import log
+from common.images.data import ImageSet
+from common.inputs import Inputs
+from common.measure.evaluate import Paired, predict
+from quantization.coding.encoder import encode
+from quantization.coding.target import Coding, code_to_bits
+from quantization.files.artifact import load_int8
+from quantization.files.int8_file import save_int8
+from quantization.int8.conversion import convert_coded
+from quantization.int8.network import Int8Network
+from quantization.settings import Settings
+
+CODED_NAME = "resnet18_cifar10_coded.safetensors"
+
+
+@dataclass(frozen=True)
+class CodingSetup:
+    """What networks are coded and measured with.
+
+    Attributes:
+        inputs: The network; images that set the ranges of its activations, and to measure on.
+        images: Training images to code on; their labels are not used.
+        fp32: FP32's predictions on the images to measure on (int64, shape (N,)).
+        settings: How the network is quantized, with no layer in FP32.
+        batch_size: Number of images in a batch.
+        fp32_bytes: Size of the FP32 checkpoint.
+    """
+
+    inputs: Inputs
+    images: ImageSet
+    fp32: torch.Tensor
+    settings: Settings
+    batch_size: int
+    fp32_bytes: int
+
+    def write_coded(self, price: float, path: Path) -> Coding:
+        """Code the network at a price of a bit, as :func:`encode` takes it, and write its file."""
+        dense, calibration = self.inputs.traced.network, self.inputs.calibration
+        layers = encode(dense, self.images, price, self.inputs.seed)
+        network = convert_coded(dense, layers, calibration, self.settings, self.batch_size)
+        return Coding(price, bits_per_weight(network, save_int8(network, path)), network)
+
+    def measure(self, network: Int8Network, path: Path) -> dict:
+        """Write a network, read it back, and evaluate that; return results.json's entry."""
+        file_bytes, test = save_int8(network, path), self.inputs.test
+        model = load_int8(path, self.settings.engine)
+        predictions = predict(model, test, self.batch_size, "evaluate coded")
+        return {
+            "file_bytes": file_bytes,
+            "size_ratio": self.fp32_bytes / file_bytes,
+            "size_ratio_given": self.inputs.weights["size_bytes"] / file_bytes,
+            "bits_per_weight": bits_per_weight(network, file_bytes),
+            **Paired.of(self.fp32 == test.labels, predictions == test.labels).as_dict(),
+        }
+
+
+def bits_per_weight(network: Int8Network, file_bytes: int) -> float:
+    """Return how many bits of its whole file a network has for each weight."""
+    return 8 * file_bytes / sum(layer.weight.numel() for layer in network.layers.values())
+
+
+def write_smallest(setup: CodingSetup, bits_wanted: float, path: Path) -> dict:
+    """Write a file of the wanted size; return results.json's ``coding``.
+
+    Args:
+        setup: The network and images.
+        bits_wanted: Bits of the whole file for each weight.
+        path: File to write.
+    """
+    network = code_to_bits(lambda price: setup.write_coded(price, path), bits_wanted).network
+    point = setup.measure(network, path)
+    log.info("%s: %.1f times smaller than FP32", path.name, point["size_ratio"])
+    return {
+        "images": len(setup.images),
+        "file": path.name,
+        "bits_wanted": bits_wanted,
+        **point,
+    }

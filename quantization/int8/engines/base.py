@@ -1,0 +1,112 @@
+"""A runner: an INT8 network made ready on one engine."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+
+from common.command.cli import UserError
+from common.network.shapes import infer_shapes
+from quantization.int8.network import Int8Network
+
+# Sizes that a runner prepares for, where the kernels are made for a batch size. Each holds a copy
+# of the weights, so other sizes share one that takes any.
+MAX_PREPARED_SIZES = 8
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Runner(ABC):
+    """Maps normalised float32 images (N, C, H, W) to float32 logits (N, classes).
+
+    It may be called from several threads, with any number of images in any memory layout. It can
+    be copied and pickled: the copy prepares itself anew.
+
+    Args:
+        network: The network to run.
+        engine: Name of the engine.
+    """
+
+    def __init__(self, network: Int8Network, engine: str):
+        self.network, self.engine = network, engine
+        self._shape = tuple(network.graph.operations[0].attributes["shape"])
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.network, self.engine)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Run the network; an image with a NaN gets NaN logits.
+
+        Raises:
+            UserError: The images are not float32 on the CPU, or have another shape.
+        """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(images)
+        self._check(images)
+        if not len(images):
+            return images.new_empty(0, *self._output_shape)
+        logits = self._run(images)
+        if math.isnan(images.sum()):
+            # The sum is NaN too where infinities of both signs meet.
+            has_nan = images.isnan().flatten(1).any(dim=1)
+            logits = logits.masked_fill(has_nan[:, None], math.nan)
+        return logits
+
+    def _check(self, images: torch.Tensor) -> None:
+        if images.dtype != torch.float32 or images.ndim != 4 or images.shape[1:] != self._shape:
+            raise UserError(
+                f"the network takes float32 images (N, {', '.join(map(str, self._shape))}); got "
+                f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
+            )
+        if not images.is_cpu:
+            raise UserError(f"the network runs on the CPU; the images are on {images.device}")
+
+    @property
+    def fp32_operations(self) -> dict[str, str]:
+        """The operations that do not run on integers, each with the reason."""
+        return self.network.fp32_operations()
+
+    @functools.cached_property
+    def _output_shape(self) -> tuple[int, ...]:
+        return value_shapes(self.network)[self.network.graph.output]
+
+    @abstractmethod
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
+        """Run the network on one image or more."""
+
+
+class PreparedSizes:
+    """Programs for the first few batch sizes that are met, made when they are; safe in threads.
+
+    Args:
+        prepare: Returns a program for a batch size, or for any if it is None.
+    """
+
+    def __init__(self, prepare: Callable[[int | None], Run]):
+        self._prepare = prepare
+        self._programs: dict[int | None, Run] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, size: int | None) -> Run:
+        """Return the program for a batch size; with None the one that takes any."""
+        program = self._programs.get(size)
+        if program is None:
+            with self._lock:
+                if size not in self._programs and len(self._programs) >= MAX_PREPARED_SIZES:
+                    size = None
+                if size not in self._programs:
+                    self._programs[size] = self._prepare(size)
+                program = self._programs[size]
+        return program
+
+
+def value_shapes(network: Int8Network) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of each operation's value for one image."""
+    weights = {name: x.weight.shape for name, x in {**network.layers, **network.affine}.items()}
+    return infer_shapes(network.graph, weights)

@@ -1,0 +1,144 @@
+"""The steps of an INT8 network as calls of torch's quantized kernels."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from common.network.execution import Layer, Network
+from common.network.graph import INPUT, LINEAR
+from quantization.int8.engines.base import value_shapes
+from quantization.int8.engines.kernels import QUANTIZED, Function, clipped, kernel_of, store
+from quantization.int8.engines.program import Call, may_overwrite
+from quantization.int8.engines.switch import torch_engines, using
+from quantization.int8.network import Int8Network, Step, fuse_additions
+
+FUSES_ADDITIONS = "onednn"  # the engine whose convolutions can add
+# Engines that run depthwise convolutions in fbgemm, whose kernel for them adds products in 16 bits,
+# even on CPUs with VNNI: large sums saturate. oneDNN's are exact.
+SATURATES_DEPTHWISE = ("fbgemm", "x86")
+FLOAT_CLIPS = {None: lambda value: value, "relu": F.relu, "relu6": F.relu6}
+
+
+def list_calls(network: Int8Network, engine: str) -> list[Call]:
+    """Return the kernel calls of a network in execution order; the first takes the images.
+
+    Weights are packed anew at each call of this function: a packed weight keeps the oneDNN kernel
+    of the first shape that it meets.
+
+    Args:
+        network: Network to run.
+        engine: One of torch's engines, which is not set by this function for the calls.
+    """
+    return _Builder(network, engine).build()
+
+
+class _Builder:
+    def __init__(self, network: Int8Network, engine: str):
+        self._network, self._engine, self._ranges = network, engine, network.ranges
+        self._shapes = value_shapes(network)
+        self._steps = network.steps()
+        if engine == FUSES_ADDITIONS:
+            self._steps = fuse_additions(self._steps, network.graph, self._can_add)
+        self._fp32 = Network(
+            network.graph,
+            {
+                **{
+                    name: Layer(layer.weight, layer.bias)
+                    for name, layer in network.layers.items()
+                    if not layer.is_int8
+                },
+                **network.affine,
+            },
+        )
+
+    def build(self) -> list[Call]:
+        return [self._call(step) for step in self._steps]
+
+    def _can_add(self, step: Step, added: str) -> bool:
+        """Return whether a convolution can add a value: both in INT8, of one shape."""
+        is_int8 = self._network.is_int8(step.operation) and added in self._ranges
+        return is_int8 and self._shapes[step.name] == self._shapes[added]
+
+    def _call(self, step: Step) -> Call:
+        operation, kept = step.operation, self._ranges.get(step.name)
+        if operation.kind == INPUT:
+            return Call(step.name, functools.partial(store, kept=kept), (step.name,))
+        if operation.is_layer and self._network.is_int8(operation):
+            return self._layer(step)
+        make = kernel_of(step, self._engine)
+        if make is not None and self._network.is_int8(operation):
+            return Call(step.name, clipped(make(step, kept), step, kept), step.inputs)
+        return self._in_fp32(step)
+
+    def _layer(self, step: Step) -> Call:
+        """Return the call of an INT8 convolution or linear layer."""
+        kept, packed = self._ranges[step.name], self._pack(step)
+        kernel = _layer_kernel(step)
+        if step.added is None:
+
+            def run(value: torch.Tensor) -> torch.Tensor:
+                return kernel(value, packed, kept.scale, kept.zero_point)
+
+            inputs = step.inputs
+        else:
+            is_free = may_overwrite(step, self._steps)
+
+            def run(value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+                if not is_free:
+                    added = added.clone(memory_format=torch.channels_last)
+                return kernel(value, added, packed, kept.scale, kept.zero_point)
+
+            inputs = (*step.inputs, step.added)
+        return Call(step.name, clipped(run, step, kept), inputs, (packed,))
+
+    def _pack(self, step: Step) -> object:
+        """Pack a layer's weights for the engine that runs it."""
+        operation, engine = step.operation, self._engine
+        layer, scale = (
+            self._network.layers[operation.name],
+            self._ranges[step.inputs[0]].scale,
+        )
+        bias = (layer.bias_levels(scale) * scale * layer.scales.double()).float()
+        weight = torch._make_per_channel_quantized_tensor(
+            layer.weight,
+            layer.scales.double(),
+            torch.zeros(len(layer.scales), dtype=torch.int64),
+            0,
+        )
+        if operation.kind == LINEAR:
+            with using(engine):
+                return QUANTIZED.linear_prepack.default(weight, bias)
+        settings = operation.attributes
+        is_depthwise = settings["groups"] == len(layer.weight) and layer.weight.shape[1] == 1
+        if is_depthwise and engine in SATURATES_DEPTHWISE:
+            engine = "onednn" if "onednn" in torch_engines() else engine
+        with using(engine):
+            return QUANTIZED.conv2d_prepack.default(
+                weight, bias, list(settings["stride"]), list(settings["padding"]),
+                list(settings["dilation"]), settings["groups"],
+            )  # fmt: skip
+
+    def _in_fp32(self, step: Step) -> Call:
+        """Return a call that computes a step from real values."""
+        operation, kept = step.operation, self._ranges.get(step.name)
+        layer = self._fp32.layers.get(operation.name)
+        clip = FLOAT_CLIPS[step.activation]
+
+        def run(*values: torch.Tensor) -> torch.Tensor:
+            real = [value.dequantize() if value.is_quantized else value for value in values]
+            return store(clip(self._fp32.compute(operation, real, layer=layer)), kept)
+
+        constants = () if layer is None else (layer.weight, layer.bias)
+        return Call(step.name, run, step.inputs, constants)
+
+
+def _layer_kernel(step: Step) -> Function:
+    has_relu = step.activation is not None
+    if step.operation.kind == LINEAR:
+        return (QUANTIZED.linear_relu if has_relu else QUANTIZED.linear).default
+    if step.added is not None:
+        return (QUANTIZED.conv2d_add_relu if has_relu else QUANTIZED.conv2d_add).default
+    return (QUANTIZED.conv2d_relu if has_relu else QUANTIZED.conv2d).new

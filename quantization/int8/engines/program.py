@@ -1,0 +1,80 @@
+"""Kernel calls in a row: what is left of a network once it is made ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from common.network.graph import VIEWS
+from quantization.int8.network import Step
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a kernel.
+
+    Attributes:
+        name: Name of the value that it returns.
+        function: The kernel, with all but the values bound to it.
+        inputs: Names of the values that it takes.
+        constants: Packed weights and tensors that the function holds.
+    """
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    inputs: tuple[str, ...]
+    constants: tuple[object, ...] = ()
+
+
+class Program(nn.Module):
+    """Runs calls in a row; each value is freed after its last use.
+
+    Args:
+        calls: Calls in execution order. The first takes the images, the last gives the logits.
+    """
+
+    def __init__(self, calls: Sequence[Call]):
+        super().__init__()
+        self._source, self._output = calls[0].inputs[0], calls[-1].name
+        last_uses = {name: call for call in calls for name in call.inputs}
+        self._calls = [
+            (call, [name for name in {*call.inputs} - {call.name} if last_uses[name] is call])
+            for call in calls
+        ]
+        # A trace knows the packed weights and tensors that are attributes of its module.
+        constants = [constant for call in calls for constant in call.constants]
+        for index, constant in enumerate(constants):
+            if isinstance(constant, torch.Tensor):
+                self.register_buffer(f"constant_{index}", constant, persistent=False)
+            else:
+                setattr(self, f"constant_{index}", constant)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map normalised images to FP32 logits."""
+        values = {self._source: images}
+        for call, freed in self._calls:
+            values[call.name] = call.function(*[values[name] for name in call.inputs])
+            for name in freed:
+                del values[name]
+        logits = values[self._output]
+        return logits.dequantize() if logits.is_quantized else logits
+
+
+def may_overwrite(step: Step, steps: Sequence[Step]) -> bool:
+    """Return whether a step may write its result over the value that it adds.
+
+    It may if no later step reads that value, nor another value that shares its memory.
+
+    Args:
+        step: A convolution with an addition in it.
+        steps: All steps in execution order, the first of which is the input.
+    """
+    positions = {other.name: index for index, other in enumerate(steps)}
+    readers = [other for other in steps if step.added in (*other.inputs, other.added)]
+    shares_memory = any(other.operation.kind in VIEWS for other in readers)
+    shares_memory |= steps[positions[step.added]].operation.kind in VIEWS
+    is_last = all(positions[reader.name] <= positions[step.name] for reader in readers)
+    return is_last and not shares_memory and step.added not in (*step.inputs, steps[0].name)

@@ -1,0 +1,73 @@
+"""Whether an engine adds products of 8-bit numbers exactly on the CPU at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from common.network.graph import (
+    CONVOLUTION,
+    FLATTEN,
+    INPUT,
+    LINEAR,
+    MAX_POOL,
+    Graph,
+    Operation,
+)
+from quantization.int8.network import MAX_LEVEL, Int8Layer, Int8Network, ValueRange
+from quantization.settings import Settings
+
+CHANNELS = 64
+LARGEST_WEIGHT = 127
+EXPECTED_LEVEL = 200
+
+
+def adds_exactly(make_runner: Callable[[Int8Network], Callable]) -> bool:
+    """Return whether an engine's layers add the largest products exactly.
+
+    Without VNNI, x86 kernels add pairs of products in 16 bits, where large ones saturate. The CPU's
+    flags do not tell which kernels run: ``ONEDNN_MAX_CPU_ISA`` may rule out those with VNNI.
+
+    Args:
+        make_runner: Makes a network ready on the engine.
+    """
+    run = make_runner(_largest_products())
+    with torch.inference_mode():
+        logits = run(torch.full((1, CHANNELS, 3, 3), float(MAX_LEVEL)))
+    return bool((logits.round() == EXPECTED_LEVEL).all())
+
+
+def _largest_products() -> Int8Network:
+    """Return a network whose layers' sums are the largest that there are; its logits are known.
+
+    Each layer returns the mean of its inputs, the last one a little less.
+    """
+    dense = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
+    depthwise = dense | {"padding": [1, 1], "groups": CHANNELS}
+    pool = dense | {"kernel": [3, 3], "ceil": False}
+    graph = Graph(
+        (
+            Operation("images", INPUT, (), {"shape": [CHANNELS, 3, 3]}),
+            Operation("depthwise", CONVOLUTION, ("images",), depthwise),
+            # The middle has no zeros of the padding in its sum.
+            Operation("middle", MAX_POOL, ("depthwise",), pool),
+            Operation("dense", CONVOLUTION, ("middle",), dense),
+            Operation("flatten", FLATTEN, ("dense",)),
+            Operation("linear", LINEAR, ("flatten",)),
+        )
+    )
+    layers = {
+        "depthwise": _layer((CHANNELS, 1, 3, 3), 1.0),
+        "dense": _layer((CHANNELS, CHANNELS, 1, 1), 1.0),
+        "linear": _layer((CHANNELS, CHANNELS), EXPECTED_LEVEL / MAX_LEVEL),
+    }
+    ranges = dict.fromkeys((o.name for o in graph.operations), ValueRange(1.0, 0))
+    return Int8Network(graph, layers, {}, ranges, (), (), (), Settings())
+
+
+def _layer(shape: tuple[int, ...], factor: float) -> Int8Layer:
+    """Return a layer of the largest weights, which multiplies the mean of its inputs."""
+    weight = torch.full(shape, LARGEST_WEIGHT, dtype=torch.int8)
+    scale = factor / (LARGEST_WEIGHT * weight[0].numel())
+    return Int8Layer(weight, torch.full((CHANNELS,), scale), torch.zeros(CHANNELS))

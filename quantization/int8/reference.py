@@ -1,0 +1,91 @@
+"""The INT8 network's arithmetic in plain torch: slow, exact, for any CPU and any graph.
+
+It is what engines are checked against, and what runs where there is no engine. Levels are whole
+numbers in float64, which holds every sum of products exactly; each result is rounded once. Engines
+multiply sums by scales in float32, so a result next to a half may round the other way there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from common.network.execution import Layer, Network
+from common.network.graph import GLOBAL_POOL, Graph, Operation, evaluate
+from quantization.int8.network import MAX_LEVEL, SAME_RANGE, Int8Network, Step
+
+CLIPS = {None: lambda values: values, "relu": F.relu, "relu6": F.relu6}
+
+
+class ReferenceRunner:
+    """Maps normalised float32 images (N, 3, H, W) to float32 logits (N, classes).
+
+    Values in uint8 are kept as whole numbers less their zero point, in float64; others in float32.
+    NaN in an image stays NaN.
+
+    Args:
+        network: The INT8 network to run.
+    """
+
+    def __init__(self, network: Int8Network):
+        self._network = network
+        self._steps = {step.name: step for step in network.steps()}
+        self._graph = Graph(
+            tuple(
+                Operation(s.name, s.operation.kind, s.inputs, s.operation.attributes)
+                for s in self._steps.values()
+            )
+        )
+        in_fp32 = {name: x for name, x in network.layers.items() if not x.is_int8}
+        weights = {name: Layer(x.weight, x.bias) for name, x in in_fp32.items()}
+        self._fp32 = Network(network.graph, {**weights, **network.affine})
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Run the network."""
+        first, output = self._steps[self._graph.input], self._graph.output
+        given = {first.name: self._store(first, images)}
+        values = evaluate(self._graph, self._compute, given, [output])
+        return self._real(output, values[output]).float()
+
+    def _compute(self, operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """Return a step's value as it is kept."""
+        step = self._steps[operation.name]
+        if operation.kind in SAME_RANGE:
+            return self._move(step.operation, inputs[0])
+        if step.operation.is_layer and self._network.is_int8(step.operation):
+            return self._store(step, self._multiply(step, inputs[0]))
+        real = [self._real(*pair) for pair in zip(step.inputs, inputs, strict=True)]
+        if not self._network.is_int8(step.operation):
+            real = [value.float() for value in real]
+        return self._store(step, self._fp32.compute(step.operation, real))
+
+    def _move(self, operation: Operation, levels: torch.Tensor) -> torch.Tensor:
+        """Run what only moves or averages levels; padding is 0, the zero point."""
+        if operation.kind == GLOBAL_POOL:
+            return levels.mean((2, 3), keepdim=operation.attributes["keep"]).round()
+        return self._fp32.compute(operation, [levels]).round()
+
+    def _multiply(self, step: Step, levels: torch.Tensor) -> torch.Tensor:
+        """Return what a layer gives, as real numbers before the activation."""
+        layer, scale = (
+            self._network.layers[step.operation.name],
+            self._network.ranges[step.inputs[0]].scale,
+        )
+        integers = Layer(layer.weight.double(), layer.bias_levels(scale))
+        sums = self._fp32.compute(step.operation, [levels], layer=integers)
+        return sums * (scale * layer.scales.double()).view(-1, *[1] * (sums.ndim - 2))
+
+    def _store(self, step: Step, real: torch.Tensor) -> torch.Tensor:
+        """Apply a step's activation to its result and round it to the value's levels, if any."""
+        real = CLIPS[step.activation](real)
+        if step.name not in self._network.ranges:
+            return real
+        kept = self._network.ranges[step.name]
+        levels = (real.double() / kept.scale).round()
+        return levels.clamp(-kept.zero_point, MAX_LEVEL - kept.zero_point)
+
+    def _real(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return a value as real numbers."""
+        kept = self._network.ranges.get(name)
+        return value if kept is None else value * kept.scale

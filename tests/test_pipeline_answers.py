@@ -1,0 +1,94 @@
+"""pipeline/answers.py: which candidate answers, and that every one that was made is listed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common.measure.budget import Verdict
+from common.measure.evaluate import Accuracy, Comparison
+from pipeline import GOALS
+from pipeline.answers import choose_best, find_answers
+from pipeline.candidates import Candidate
+
+MAX_DROP = 0.01
+
+
+@dataclass(frozen=True)
+class FakeCandidate(Candidate):
+    """A candidate without a file."""
+
+    bytes_: int = 1000
+
+    @property
+    def file_bytes(self) -> int:
+        return self.bytes_
+
+
+def candidate(
+    goal="speed", kept=0.5, drop=0.0, spare=None, macs=100, file_bytes=1000, trained=False
+):
+    verdict = Verdict(
+        Accuracy(0, 100), Comparison(drop, (drop, drop), 1.0, 0, 0),
+        MAX_DROP - drop if spare is None else spare,
+    )  # fmt: skip
+    path = Path("slim.pth")
+    return FakeCandidate(goal, kept, verdict, path, path, macs, trained, file_bytes)
+
+
+def test_of_equally_fast_networks_the_better_one_answers():
+    untrained, trained = candidate(drop=0.009), candidate(drop=0.001, trained=True)
+    assert choose_best("speed", {"speed": [untrained, trained]}) is trained
+    assert choose_best("speed", {"speed": [trained, untrained]}) is trained
+    faster = candidate(drop=0.0099, macs=99)
+    assert choose_best("speed", {"speed": [trained, faster]}) is faster
+    failing = candidate(spare=-0.001, macs=1)
+    assert choose_best("speed", {"speed": [trained, failing]}) is trained
+
+
+def test_the_smallest_may_have_been_made_for_both():
+    size, both = candidate("size", file_bytes=1000), candidate("both", file_bytes=900)
+    assert choose_best("size", {"size": [size], "both": [both]}) is both
+    size, both = candidate("size", spare=-0.02), candidate("both", spare=-0.01)
+    assert choose_best("size", {"size": [size], "both": [both]}) is both  # the nearest
+
+
+@dataclass
+class FakeWorkshop:
+    """Makes candidates of which wide ones pass, and remembers them."""
+
+    passes_from: float
+    training: object = None
+    made: list[Candidate] = field(default_factory=list)
+
+    @property
+    def budget(self):
+        return SimpleNamespace(max_drop=MAX_DROP)
+
+    def least_share(self, unit):
+        return 0.1
+
+    def try_slim(self, goal, share, unit="macs", trained=False):
+        spare = share - self.passes_from + 0.1 * trained
+        made = candidate(goal, share, spare=spare, macs=round(1000 * share), trained=trained)
+        self.made.append(made)
+        return made
+
+    def try_coded(self, goal, kept, base):
+        made = candidate(goal, kept, spare=kept - 40, trained=base.trained)
+        self.made.append(made)
+        return made
+
+
+@pytest.mark.parametrize("training", [None, "epochs"])
+@pytest.mark.parametrize("goals", [["size"], ["speed"], ["both"], ["size", "speed"], GOALS])
+@pytest.mark.parametrize("passes_from", [0.5, 0.98])
+def test_every_network_that_was_made_is_listed(goals, training, passes_from):
+    workshop = FakeWorkshop(passes_from, training)
+    found = find_answers(workshop, goals)
+    assert list(found.best) == list(goals)
+    assert sorted(map(id, found.tried)) == sorted(map(id, workshop.made))
+    assert any(one.trained for one in found.tried) == (training is not None)

@@ -1,0 +1,140 @@
+"""Least squares for a layer, against convolutions, unfolding and brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Bottleneck, MobileNet, build
+
+from common.network.execution import Layer
+from common.network.graph import CONVOLUTION, LINEAR, Operation
+from common.network.regression import (
+    MomentSums,
+    completed_sum,
+    draw_positions,
+    inputs_at,
+    outputs_at,
+)
+from common.network.tracing import trace_network
+
+CONVOLUTIONS = [
+    # kernel, stride, padding, dilation, groups
+    ((3, 3), (1, 1), (1, 1), (1, 1), 1),
+    ((3, 3), (2, 2), (1, 1), (1, 1), 1),
+    ((1, 1), (2, 2), (0, 0), (1, 1), 1),
+    ((5, 3), (1, 2), (2, 0), (1, 1), 2),
+    ((3, 3), (1, 1), (2, 4), (2, 3), 4),
+    ((7, 7), (2, 2), (3, 3), (1, 1), 1),
+]
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def convolution(generator, kernel, stride, padding, dilation, groups):
+    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    weight = torch.randn(8, 4 // groups, *kernel, generator=generator)
+    layer = Layer(weight, torch.randn(8, generator=generator))
+    return Operation("c", CONVOLUTION, ("x",), attributes), layer
+
+
+def run(operation, layer, x):
+    a = operation.attributes
+    return F.conv2d(
+        x, layer.weight, layer.bias, a["stride"], a["padding"], a["dilation"], a["groups"]
+    )
+
+
+@pytest.mark.parametrize("settings", CONVOLUTIONS)
+def test_inputs_are_what_a_convolution_reads(generator, settings):
+    operation, layer = convolution(generator, *settings)
+    groups = settings[-1]
+    x = torch.randn(3, 4, 11, 9, generator=generator)
+    y = run(operation, layer, x)
+    positions = draw_positions(y, 5, generator)
+    rows = inputs_at(operation, layer, x, positions)
+    weight = layer.weight.flatten(1).unflatten(0, (groups, -1))
+    found = torch.einsum("ngc,goc->ngo", rows, weight).flatten(1) + layer.bias
+    torch.testing.assert_close(found, outputs_at(y, positions), rtol=1e-4, atol=1e-4)
+    # All positions in order are torch's own unfolding.
+    total = y.shape[2] * y.shape[3]
+    everywhere = torch.arange(total).expand(len(x), total)
+    kernel, stride, padding, dilation, _ = settings
+    unfolded = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2).flatten(0, 1)
+    assert torch.equal(inputs_at(operation, layer, x, everywhere).flatten(1), unfolded)
+
+
+def test_positions_are_distinct_and_no_more_than_there_are(generator):
+    positions = draw_positions(torch.empty(4, 2, 3, 5), 8, generator)
+    assert positions.shape == (4, 8)
+    assert all(len(set(row)) == 8 and max(row) < 15 for row in positions.tolist())
+    assert draw_positions(torch.empty(4, 2, 2, 2), 8, generator).shape == (4, 4)
+    assert draw_positions(torch.empty(4, 2), 8, generator) is None
+
+
+def moments_of(layer, groups, rows, wanted):
+    sums = MomentSums(layer, groups)
+    for part, outputs in zip(rows.split(100), wanted.split(100), strict=True):
+        sums.add(part, outputs)
+    return sums.moments()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_refitting_is_ridge_regression_around_the_layer(generator, groups):
+    """Against least squares on rows of their own for the ridge, an intercept among the columns."""
+    mixing = torch.randn(groups, 6, 6, generator=generator)
+    rows = torch.randn(350, groups, 6, generator=generator)
+    rows = torch.einsum("ngc,gcd->ngd", rows, mixing) + 1
+    layer = Layer(torch.randn(8, 6, generator=generator), torch.randn(8, generator=generator))
+    wanted = torch.randn(350, 8, generator=generator)
+    ridge = torch.linspace(0.5, 2, groups)
+    moments = moments_of(layer, groups, rows, wanted)
+    fitted = moments.refit(layer, ridge)
+    assert moments.variance == pytest.approx(float(wanted.var(0, correction=0).sum()), rel=1e-4)
+    size = 8 // groups
+    for group in range(groups):
+        outputs = slice(group * size, (group + 1) * size)
+        x = F.pad(rows[:, group], (0, 1), value=1.0).double()
+        pull = (350 * ridge[group].double()).sqrt() * torch.eye(7, dtype=torch.double)[:6]
+        anchor = F.pad(layer.weight[outputs], (0, 1)).double()
+        left = torch.cat([x, pull])
+        right = torch.cat([wanted[:, outputs].double(), pull @ anchor.T])
+        solution = torch.linalg.lstsq(left, right).solution.T.float()
+        torch.testing.assert_close(fitted.weight[outputs], solution[:, :6], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fitted.bias[outputs], solution[:, 6], rtol=1e-3, atol=1e-4)
+        given = rows[:, group] @ layer.weight[outputs].T
+        mean, variance = moments.output_statistics(layer.weight)
+        torch.testing.assert_close(mean[outputs], given.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            variance[outputs], given.var(0, correction=0), rtol=1e-3, atol=1e-3
+        )
+
+
+def test_a_layer_that_reads_zeros_alone_stays_as_it_is(generator):
+    layer = Layer(torch.randn(4, 3, generator=generator), torch.zeros(4))
+    wanted = torch.randn(50, 4, generator=generator)
+    moments = moments_of(layer, 1, torch.zeros(50, 1, 3), wanted)
+    fitted = moments.refit(layer, 0.01 * moments.squares)
+    assert torch.equal(fitted.weight, layer.weight)
+    torch.testing.assert_close(fitted.bias, wanted.mean(0))
+
+
+def test_all_of_a_linear_layers_inputs_are_read(generator):
+    operation, layer = Operation("l", LINEAR, ("x",)), Layer(torch.ones(2, 5), torch.zeros(2))
+    x = torch.randn(3, 5, generator=generator)
+    assert torch.equal(inputs_at(operation, layer, x, None)[:, 0], x)
+
+
+def test_the_last_operand_completes_a_sum(random_images):
+    images = random_images(8)
+    network = trace_network(build(Bottleneck, images), images.shape)
+    addition, other = completed_sum(network, "conv3")
+    assert (network.graph[addition].kind, other) == ("add", "down.0")
+    assert completed_sum(network, "down.0") is None
+    assert completed_sum(network, "conv1") is None
+    mobile = trace_network(build(MobileNet, images), images.shape)
+    assert completed_sum(mobile, "blocks.0.project.0")[1] == "stem.0"
+    assert completed_sum(mobile, "blocks.1.project.0") is None
