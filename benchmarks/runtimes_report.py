@@ -2,60 +2,60 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.runtimes import Runner
+from benchmarks.runtimes import OURS, SLIM, Runtime
 from common.measure.latency import Timing
 from common.report import results as report
+from common.report.story import Column, Headline, Story, Table
+from quantization.int8.engines import fastest_by_batch_size
 
-BEST = "torch-int8-best"
-DEPLOYED, SLIM = "-deployed", "-slim"
+PLOT = "int8_runtimes.png"
+BEST = f"{OURS}best"
 LABELS = {
     "torch-fp32": "torch FP32 at its best",
     "onnxruntime-fp32": "ONNX Runtime FP32",
-    "torch-bf16": "torch bf16, compiled",
-    BEST: "ours: torch INT8, best",
-    "torch-int8-pt2e": "torch PT2E, AOTInductor",
-    "onnxruntime-int8-ours": "ours: ONNX in ONNX Runtime",
-    "openvino-int8-ours": "ours: ONNX in OpenVINO",
     "onnxruntime-int8": "ONNX Runtime's quantizer",
     "openvino-int8": "NNCF + OpenVINO",
+    BEST: "ours: the fastest engine",
 }
 
 
 def describe(
-    runners: dict[str, Runner],
-    accuracies: dict[str, float],
-    timings: dict[str, list[Timing]],
+    runtimes: Mapping[str, Runtime],
+    accuracies: Mapping[str, float],
+    timings: Mapping[str, Sequence[Timing]],
     macs: Mapping[str, int],
     gemm_rate: float,
 ) -> list[dict]:
-    """Return the rows of results.json; the fastest deployed engine appears again as the best.
+    """Return the rows of results.json; for each batch size our fastest engine appears again.
 
     Args:
-        runners: By name.
-        accuracies: Top-1, as fractions.
+        runtimes: Runtimes by name.
+        accuracies: Top-1 accuracy of each, a fraction.
         timings: From :func:`common.measure.latency.time_interleaved`.
-        macs: Multiply-accumulates an image of the ``dense`` network and, if any, the ``slim`` one.
-        gemm_rate: Those a second of an INT8 GEMM.
+        macs: Multiply-accumulates for an image in the ``dense`` network and, if any, the ``slim``
+            one.
+        gemm_rate: Multiply-accumulates a second of an INT8 matrix product.
     """
-    deployed = [name for name in runners if name.endswith(DEPLOYED)]
-    best = min(deployed, key=lambda name: sum(math.log(t.median_ms) for t in timings[name]))
+    ours = {n: t for n, t in timings.items() if n.startswith(OURS) and not n.endswith(SLIM)}
+    fastest = fastest_by_batch_size(ours)
     rows = []
-    for name, source in [*((name, name) for name in runners), (BEST, best)]:
+    for name in (*runtimes, BEST):
         row_macs = macs["slim" if name.endswith(SLIM) else "dense"]
-        for timing in timings[source]:
+        for index, size in enumerate(fastest):
+            source = fastest[size] if name == BEST else name
+            timing = timings[source][index]
             rows.append(
                 {
                     "runtime": name,
-                    **({"same_as": best} if name == BEST else {}),
+                    **({"same_as": source} if name == BEST else {}),
                     **timing.as_dict(),
                     "accuracy": accuracies[source],
-                    "size_bytes": runners[source].size_bytes,
+                    "size_bytes": runtimes[source].size_bytes,
                     "macs_per_image": row_macs,
                     "share_of_gemm_rate": timing.images_per_second * row_macs / gemm_rate,
                 }
@@ -65,11 +65,11 @@ def describe(
 
 def label(name: str) -> str:
     """Name a runtime for people."""
-    if name.endswith(DEPLOYED):
-        return f"torch {name.removeprefix('torch-int8-').removesuffix(DEPLOYED)}, deployed"
-    if name.endswith(SLIM):
-        return f"ours: slim + {name.removeprefix('torch-int8-').removesuffix(SLIM)}"
-    return LABELS.get(name, f"torch {name.removeprefix('torch-int8-')}, as converted")
+    if name in LABELS:
+        return LABELS[name]
+    engine = name.removeprefix(OURS)
+    is_slim = engine.endswith(SLIM)
+    return f"ours: slim + {engine.removesuffix(SLIM)}" if is_slim else f"ours: {engine}"
 
 
 def by_runtime(rows: Sequence[dict]) -> dict[str, list[dict]]:
@@ -80,55 +80,69 @@ def by_runtime(rows: Sequence[dict]) -> dict[str, list[dict]]:
     }
 
 
-def format_results(results: dict) -> str:
-    """Lay out the table."""
+def tell(results: dict) -> Story:
+    """Tell results.json of a run."""
     runtimes = by_runtime(results["rows"])
-    sizes = [row["batch_size"] for row in next(iter(runtimes.values()))]
-    header = ["images/s at batch", "size", "top-1", *map(str, sizes)]
-    table = [
+    best = ", ".join(
+        f"{label(row['same_as']).removeprefix('ours: ')} at {row['batch_size']}"
+        for row in runtimes[BEST]
+    )
+    gemm_rate = results["gemm_macs_per_second"] / 1e9
+    note = (
+        "Size in MB, top-1 in %; in brackets % of the rate of a large INT8 matrix product, "
+        f"{gemm_rate:.0f} GMAC/s."
+    )
+    return Story(
+        f"{report.network_name(results)}: INT8 runtimes",
+        report.describe_setting(results),
         [
-            label(name),
-            f"{rows[0]['size_bytes'] / 1e6:.1f}",
-            f"{100 * rows[0]['accuracy']:.2f}",
-            *(
-                f"{row['images_per_second']:.0f} ({100 * row['share_of_gemm_rate']:.0f})"
-                for row in rows
-            ),
-        ]
-        for name, rows in runtimes.items()
-    ]
-    environment = results["environment"]
-    best = runtimes[BEST][0]["same_as"]
-    return (
-        f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}; "
-        f"{results['data']['test_images']:,} test images\n"
-        f"size in MB, top-1 in %; in brackets % of the INT8 GEMM rate, "
-        f"{results['gemm_macs_per_second'] / 1e9:.0f} GMAC/s\n\n"
-        + report.format_table(header, table)
-        + f"\n\nbest: {label(best)}\n"
+            Headline(
+                f"{row['images_per_second']:,.0f} images/s",
+                f"at batch {row['batch_size']}: {label(row['same_as'])}",
+            )
+            for row in runtimes[BEST]
+        ],
+        [
+            Table("", _columns(runtimes), [*runtimes.items()], note),
+            f"Fastest engine at batch: {best}.",
+        ],
+        {PLOT: "Images a second at each batch size."},
+        report.format_cost(results),
     )
 
 
+def _columns(runtimes: Mapping[str, Sequence[dict]]) -> list[Column]:
+    def speed(index: int) -> Callable[[tuple], dict]:
+        return lambda runtime: runtime[1][index]
+
+    def show_speed(row: dict) -> str:
+        return f"{row['images_per_second']:.0f} ({100 * row['share_of_gemm_rate']:.0f})"
+
+    return [
+        Column("images/s at batch", lambda runtime: label(runtime[0])),
+        Column("size", lambda runtime: runtime[1][0]["size_bytes"] / 1e6, "{:.1f}".format),
+        Column("top-1", lambda runtime: 100 * runtime[1][0]["accuracy"], "{:.2f}".format),
+        *(
+            Column(str(row["batch_size"]), speed(index), show_speed)
+            for index, row in enumerate(runtimes[BEST])
+        ),
+    ]
+
+
 def plot(results: dict, path: Path) -> None:
-    """Plot images a second by batch size: ours in colour, the others in grey."""
+    """Plot images a second by batch size: FP32 in grey, our engines in blues, others in colour."""
     everything = by_runtime(results["rows"])
-    plain = "torch-int8-fbgemm"
-    first = ("torch-fp32", "onnxruntime-fp32", "torch-bf16", plain)
-    shown = [name for name in first if name in everything]
-    shown += [name for name in LABELS if name in everything and name not in shown]
-    shown += [name for name in everything if name.endswith(SLIM)]
-    shades = {"torch-fp32": "#D0D0D0", "onnxruntime-fp32": "#F2CC8C",
-              "torch-bf16": "#B0B0B0", plain: "#8C8C8C",
-              BEST: report.BLUE, "torch-int8-pt2e": "#9B7FB8", "onnxruntime-int8-ours": "#5AA9DC",
-              "openvino-int8-ours": "#A5CFEB", "onnxruntime-int8": report.ORANGE,
-              "openvino-int8": report.GREEN}  # fmt: skip
+    shown = [name for name in everything if name != BEST]
+    shades = {"torch-fp32": "#D0D0D0", "onnxruntime-fp32": "#A8A8A8",
+              "onnxruntime-int8": report.ORANGE, "openvino-int8": report.GREEN}  # fmt: skip
+    blues = iter(("#C6DBEF", "#9ECAE1", "#5AA9DC", "#3182BD", "#08519C"))
     sizes = [row["batch_size"] for row in everything[shown[0]]]
     figure, axis = report.new_figure(11, 4.6)
     width = 0.84 / len(shown)
     for index, name in enumerate(shown):
         speeds = [row["images_per_second"] for row in everything[name]]
         positions = np.arange(len(sizes)) + (index - (len(shown) - 1) / 2) * width
-        shade = report.RED if name.endswith(SLIM) else shades[name]
+        shade = shades.get(name) or (report.RED if name.endswith(SLIM) else next(blues))
         bars = axis.bar(positions, speeds, width * 0.94, color=shade, label=label(name))
         axis.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=2, fontsize=6.8)
     ceiling = results["gemm_macs_per_second"] / results["macs_per_image"]
@@ -140,8 +154,7 @@ def plot(results: dict, path: Path) -> None:
     axis.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
     environment = results["environment"]
     axis.set(
-        title=f"ResNet18 for CIFAR-10 in INT8 on {environment['cpu']}, "
-        f"{environment['threads']} threads",
+        title=f"INT8 on {environment['cpu']}, {environment['threads']} threads",
         ylabel="images a second",
     )
     axis.margins(x=0.01, y=0.3)

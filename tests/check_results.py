@@ -91,20 +91,15 @@ def check_quantization(results: dict, folder: Path) -> None:
     assert comparison["size_ratio_given"] == sizes["int8"] / given
     check_comparison(comparison["accuracy"], total)
     if "sparsity" in results:
-        sparsity, fp32 = results["sparsity"], results["models"][0]["size_bytes"]
+        sparsity = results["sparsity"]
         assert 0 < sparsity["zeros_before"] <= sparsity["zeros_after"] < sparsity["weights"]
-        packed = sparsity["packed"]
-        assert (folder / packed["file"]).stat().st_size == packed["size_bytes"]
-        assert packed["size_ratio"] == packed["size_bytes"] / fp32
-        assert packed["size_ratio_given"] == packed["size_bytes"] / given
     if "coding" in results:
         coding = results["coding"]
         assert (folder / coding["file"]).stat().st_size == coding["file_bytes"]
         assert coding["size_ratio"] == results["models"][0]["size_bytes"] / coding["file_bytes"]
         assert coding["size_ratio_given"] == given / coding["file_bytes"]
-        for point in (coding, *coding["curve"]):
-            check_accuracy(point["accuracy"], total)
-            check_comparison(point["comparison"], total)
+        check_accuracy(coding["accuracy"], total)
+        check_comparison(coding["comparison"], total)
     sizes = [entry["batch_size"] for entry in results["models"][0]["latency"]]
     assert [entry["batch_size"] for entry in comparison["speedup"]] == sizes
 

@@ -12,6 +12,7 @@ import torch
 from every_kind import make_every_kind, make_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import run_fresh
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -72,6 +73,18 @@ def test_the_very_same_network_comes_back(observation, tmp_path, fp32_layers):
     assert save_int8(network, path) == path.stat().st_size
     assert is_int8_file(path)
     assert_same(read_int8(path), network)
+
+
+def test_the_same_network_gives_the_same_bytes(saved, tmp_path):
+    program = (
+        "from pathlib import Path\n"
+        "from quantization.files.int8_file import read_int8, save_int8\n"
+        f"save_int8(read_int8(Path({str(saved)!r})), Path({str(tmp_path / 'again')!r}))\n"
+    )
+    for _ in range(2):
+        process = run_fresh("-c", program)
+        assert process.returncode == 0, process.stderr
+        assert (tmp_path / "again").read_bytes() == saved.read_bytes()
 
 
 def test_large_layers_come_back_sparse_and_dense(observation, tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from benchmarks import int8_runtimes, runtimes, runtimes_report
 from common.images.data import normalize
 from common.network.resnet import ResNet18, Widths, prunable_layers
 from quantization.int8 import engines
+from quantization.settings import TORCH_ENGINES
 from tests.check_results import SCHEMA
 
-ENGINES = engines.candidate_engines()[-2:]
+ENGINES = [name for name in engines.candidate_engines() if name in TORCH_ENGINES][-2:]
 ARGUMENTS = (
     "--bundled", "--test-images", "14", "--calibration-images", "10", "--batch-sizes", "7",
     "--timing-seconds", "0.01", "--threads", "1", "--batch-size", "7", "--quiet",
@@ -32,8 +33,7 @@ def finished(tiny_model, tmp_path, monkeypatch, capsys):
 
     watched.original = runtimes.torch_fp32
     monkeypatch.setattr(runtimes, "torch_fp32", watched)
-    monkeypatch.setattr(runtimes, "has_package", lambda name, rows: False)
-    monkeypatch.setattr(runtimes, "has_compiler", lambda row: False)
+    monkeypatch.setattr(runtimes, "has_packages", lambda names, row: False)
     monkeypatch.setattr(engines, "candidate_engines", lambda: ENGINES)
     monkeypatch.setattr(runtimes, "measure_gemm_rate", lambda: 1e11)
     torch.save(tiny_model.state_dict(), tmp_path / "dense.pth")
@@ -54,16 +54,17 @@ def test_a_slim_network_has_a_row_beside_the_dense_ones(finished):
     results, printed, met, dense, slim = finished
     SCHEMA.validate(results)
     rows = {row["runtime"]: row for row in results["rows"]}
-    plain = [f"torch-int8-{engine}" for engine in ENGINES]
-    assert {"torch-fp32", "torch-int8-best", *plain} < rows.keys()
+    assert {"torch-fp32", "int8-best", *(f"int8-{engine}" for engine in ENGINES)} < rows.keys()
     (row,) = (row for name, row in rows.items() if name.endswith("-slim"))
-    assert runtimes_report.label(row["runtime"]) == f"ours: slim + {ENGINES[-1]}"
+    fastest = engines.fastest_engine()
+    assert runtimes_report.label(row["runtime"]) == f"ours: slim + {fastest}"
+    assert rows["int8-best"]["same_as"] in {f"int8-{engine}" for engine in ENGINES}
     assert row["macs_per_image"] == macs_of(slim)
     assert rows["torch-fp32"]["macs_per_image"] == results["macs_per_image"] == macs_of(dense)
-    assert row["size_bytes"] < rows[f"torch-int8-{ENGINES[-1]}-deployed"]["size_bytes"]
+    assert row["size_bytes"] < rows[f"int8-{fastest}"]["size_bytes"]
     share = row["images_per_second"] * macs_of(slim) / 1e11
     assert row["share_of_gemm_rate"] == pytest.approx(share)
-    assert f"ours: slim + {ENGINES[-1]}" in printed
+    assert f"ours: slim + {fastest}" in printed
     assert met[:2] == [7, 7]  # --batch-size: 14 images
 
 

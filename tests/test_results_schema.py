@@ -53,7 +53,7 @@ EXAMPLES = {
         },
         "coding": {
             "file": "a.safetensors", "file_bytes": 1, "size_ratio": 40.0, "bits_per_weight": 0.7,
-            "accuracy": ACCURACY, "comparison": COMPARISON, "curve": [],
+            "accuracy": ACCURACY, "comparison": COMPARISON,
         },
     },
     "int8_runtimes": {

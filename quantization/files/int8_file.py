@@ -21,6 +21,7 @@ and no type of torch's quantization in the file.
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -80,7 +81,7 @@ def save_int8(network: Int8Network, path: Path) -> int:
         tensors["fp32"] = torch.cat(fp32)
     metadata = {"format": MARK, "version": VERSION}
     metadata["sha256"] = checksum(tensors, metadata)
-    replace_file(path, lambda file: file.write(save(tensors, metadata)))
+    replace_file(path, lambda file: file.write(_serialize(tensors, metadata)))
     return path.stat().st_size
 
 
@@ -124,6 +125,19 @@ def checksum(tensors: Tensors, metadata: Mapping[str, str]) -> str:
         digest.update(header.encode())
         digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _serialize(tensors: Tensors, metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file; the same network gives the same bytes.
+
+    The library writes metadata in random order.
+    """
+    content = save(dict(tensors), metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def _decode(tensors: Tensors) -> Int8Network:

@@ -137,8 +137,8 @@ def _search_bins(counts: torch.Tensor, width: float) -> tuple[int, int]:
     """Return the first and the last bin of the range with the least squared error.
 
     Each step leaves a little more out, at the end where that empties more bins, until the error
-    grows. This is the search of ``torch.ao``'s observer, in the same FP32 arithmetic: the error is
-    so flat that rounding decides where it ends.
+    grows. This is Caffe2's search, in FP32 arithmetic as there: the error is so flat that rounding
+    decides where it ends.
 
     Args:
         counts: Number of values in each bin.

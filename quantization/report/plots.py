@@ -13,9 +13,10 @@ from common.report import results as report
 from quantization.report.story import label
 
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
-# FP32 twice, four engines and ONNX Runtime are the most that one run compares.
+# FP32 twice, seven engines and the ONNX file are the most that one run compares.
 COLORS = (
     "#C4C4C4", "#777777", report.ORANGE, report.BLUE, report.GREEN, report.RED, report.PURPLE,
+    "#56B4E9", "#F0E442", "#000000",
 )  # fmt: skip
 
 

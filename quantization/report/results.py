@@ -37,7 +37,8 @@ def describe_models(
 ) -> dict:
     """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.
 
-    Beside them the first INT8 model's ``comparison`` and accuracy ``per_class``.
+    Beside them the first INT8 model's ``comparison`` and accuracy ``per_class``, and the fastest
+    engine for each batch size.
 
     Args:
         model: FP32.
@@ -81,6 +82,7 @@ def describe_models(
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],
+        "fastest": _fastest_engines(entries),
         "per_class": accuracy_by_class(test, predictions, quantized[0].predictions),
     }
 
@@ -118,6 +120,16 @@ def _speedups(fp32: dict, int8: dict) -> list[dict]:
         {"batch_size": b["batch_size"], "value": a["median_ms"] / b["median_ms"]}
         for a, b in zip(fp32["latency"], int8["latency"], strict=True)
     ]
+
+
+def _fastest_engines(entries: Sequence[dict]) -> list[dict]:
+    """Return the engine with the least median latency for each batch size."""
+    found = []
+    for timings in zip(*(entry["latency"] for entry in entries), strict=True):
+        times = [timing["median_ms"] for timing in timings]
+        engine = entries[times.index(min(times))]["engine"]
+        found.append({"batch_size": timings[0]["batch_size"], "engine": engine})
+    return found
 
 
 def int8_entries(results: dict) -> list[dict]:

@@ -40,6 +40,8 @@ def tell(results: dict) -> Story:
     data, weights = results["data"], results["weights"]
     parts = [model_table(results["models"]), describe_given(weights)]
     parts += [describe_comparison(model) for model in int8_entries(results)]
+    if len(int8_entries(results)) > 1:
+        parts.append(describe_fastest(results["fastest"]))
     parts += [describe_agreement(model) for model in results["models"] if "agreement" in model]
     parts.append(describe_classes(results["per_class"]))
     if "budget" in results:
@@ -130,6 +132,12 @@ def describe_coverage(model: dict) -> str:
     if floating:
         return f"{len(floating)} of {total} operations in FP32: {', '.join(floating)}"
     return f"all {total} operations in INT8"
+
+
+def describe_fastest(fastest: Sequence[dict]) -> str:
+    """Name the fastest engine for each batch size."""
+    engines = [f"{entry['engine']} at batch {entry['batch_size']}" for entry in fastest]
+    return f"Fastest: {', '.join(engines)}."
 
 
 def describe_agreement(model: dict) -> str:

@@ -2,8 +2,10 @@
 
 from quantization.int8.engines.choice import (
     candidate_engines,
+    choose_fastest,
     choose_settings,
     default_engines,
+    fastest_by_batch_size,
     fastest_engine,
     require_engine,
     runner,
@@ -13,8 +15,10 @@ from quantization.int8.engines.fp32 import fp32_runner
 
 __all__ = [
     "candidate_engines",
+    "choose_fastest",
     "choose_settings",
     "default_engines",
+    "fastest_by_batch_size",
     "fastest_engine",
     "fp32_runner",
     "require_engine",
