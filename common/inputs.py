@@ -12,7 +12,13 @@ from torch import nn
 
 from common.command.arguments import DEFAULT_DATA_DIR
 from common.command.cli import UserError, log
-from common.images.check import CHECK_IMAGES, Subject, best_normalisation, find_mismatches
+from common.images.check import (
+    AUTO_IMAGES,
+    CHECK_IMAGES,
+    Subject,
+    best_normalisation,
+    find_mismatches,
+)
 from common.images.data import ImageSet, check_disjoint, checksum, load_images
 from common.images.normalisation import AUTO, NORMALISATIONS
 from common.images.source import SizeRequest, Source
@@ -167,8 +173,8 @@ def _check_logits(path: Path, inputs: Inputs) -> None:
 
 def _check_images(inputs: Inputs, chooses: bool) -> Inputs:
     """Warn if training images do not fit the network; choose their normalisation if asked to."""
-    train = inputs.calibration
-    if train is None or len(train) < CHECK_IMAGES:
+    train, wanted = inputs.calibration, AUTO_IMAGES if chooses else CHECK_IMAGES
+    if train is None or len(train) < wanted:
         labels = _training_labels(inputs.source)
         if labels == 0 and chooses:
             raise UserError(f"--normalize auto needs training images; {inputs.source.description} "
@@ -176,8 +182,8 @@ def _check_images(inputs: Inputs, chooses: bool) -> Inputs:
         if labels == 0:
             log.info("no training images: not checked whether the images fit the network")
             return inputs
-        train = inputs.load_training(min(CHECK_IMAGES, labels))
-    subject = Subject(inputs.model, inputs.traced, train.rows(slice(CHECK_IMAGES)))
+        train = inputs.load_training(min(wanted, labels))
+    subject = Subject(inputs.model, inputs.traced, train.rows(slice(wanted)))
     if chooses:
         name = best_normalisation(subject)
         log.info("normalisation: %s fits the network best", name)

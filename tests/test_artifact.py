@@ -51,7 +51,12 @@ def test_a_loaded_model_answers_like_the_reference(saved, observation, images, e
     found, expected = model(images), ReferenceRunner(convert(observation, Settings()))(images)
     # Sums close to a half are rounded either way, which this network's small layers make much of.
     assert (found - expected).square().mean() < 0.002 * expected.var()
-    assert model.network.classes == make_images(1).classes
+
+
+def test_a_model_knows_its_classes_and_how_images_are_normalised(saved):
+    model, images = load_int8(saved), make_images(3)
+    assert model.classes == images.classes
+    assert torch.equal(model.normalize(images.images), images.normalize(images.images))
 
 
 def test_nothing_of_the_callers_process_changes(saved, images):

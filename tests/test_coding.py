@@ -6,19 +6,15 @@ import pytest
 import torch
 from networks import NETWORKS, build
 
-from common.inputs import Inputs
-from common.measure.evaluate import predict
 from common.network.execution import Layer
 from common.network.graph import ADD
 from common.network.tracing import trace_network
 from pruning.channels.groups import find_groups
 from pruning.channels.slimming import channels_given, slim_network
 from pruning.channels.surgeon import ChannelChoice, columns_of
-from quantization.coding import encoder, smallest
+from quantization.coding import encoder
 from quantization.coding.encoder import Original, encode, layers_on_the_image
 from quantization.coding.levels import choose_levels
-from quantization.files.artifact import load_int8
-from quantization.settings import Settings
 
 
 @pytest.fixture
@@ -272,34 +268,3 @@ def test_layers_of_zeros_and_dead_channels_are_coded(tiny_model, random_images, 
         layers = encode(network, images, price)
         assert not layers["layer3.1.conv1"].weight.any()
         assert error_of(network, layers, images) < 0.2
-
-
-def test_the_coded_file_is_measured_as_it_is_read_back(
-    tiny_model, random_images, few_positions, tmp_path
-):
-    images, test = random_images(32), random_images(40, seed=1)
-    fp32 = predict(tiny_model, test)
-    inputs, settings = (
-        Inputs({"size_bytes": 2 * 10**6}, tiny_model, None, 0, test, images),
-        Settings(observer="minmax"),
-    )
-    setup = smallest.CodingSetup(inputs, images, fp32, settings, 16, 10**6)
-    path = tmp_path / smallest.CODED_NAME
-    coding = smallest.write_smallest(setup, 4.0, path)
-    assert coding["file_bytes"] == path.stat().st_size
-    assert coding["size_ratio"] == pytest.approx(10**6 / path.stat().st_size)
-    assert coding["size_ratio_given"] == pytest.approx(2 * coding["size_ratio"])
-    reloaded = predict(load_int8(path, settings.engine), test)
-    assert coding["accuracy"]["correct"] == int((reloaded == test.labels).sum())
-    assert coding["comparison"]["drop"] == pytest.approx(
-        float((fp32 == test.labels).float().mean() - (reloaded == test.labels).float().mean())
-    )
-    weights = sum(p.numel() for p in tiny_model.parameters() if p.ndim > 1)
-    assert coding["bits_per_weight"] == 8 * path.stat().st_size / weights
-    assert coding["bits_wanted"] == 4.0
-    text = smallest.format_coding(coding)
-    assert "asked for" not in text
-    assert "(0.5 asked for)" in smallest.format_coding(coding | {"bits_wanted": 0.5})
-    assert max(map(len, text.splitlines())) <= 80
-    assert f"{coding['size_ratio']:.1f}×" in text
-    assert f"{coding['size_ratio_given']:.1f}× smaller than the given file" in text

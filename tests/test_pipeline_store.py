@@ -4,44 +4,46 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantization.coding.kernels import from_int8
 
 from common.command.cli import UserError
 from common.files.unfinished import Unfinished
-from common.images.data import batches
 from common.network.checkpoint import save_checkpoint
+from common.network.tracing import trace_network
 from pipeline import store as module
 from pipeline.store import Store
-from quantization.int8 import conversion
-from quantization.int8.engines import candidate_engines
+from quantization.int8.conversion import convert, observe
 from quantization.settings import Settings
 
 
-@pytest.mark.parametrize("kind", ["slim", "coded"])
+def tensors_of(network):
+    """Return the tensors of a module, or of an INT8 network."""
+    if isinstance(network, torch.nn.Module):
+        return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    return {name: layer.weight.clone() for name, layer in network.layers.items()}
+
+
+@pytest.mark.parametrize("kind", ["slim", "int8"])
 def test_a_network_is_made_once_and_again_where_its_file_is_damaged(
     tmp_path, tiny_model, random_images, kind
 ):
-    settings, made = Settings(candidate_engines()[-1], observer="minmax"), []
+    images, made = random_images(8), []
 
     def make():
         made.append(1)
         if kind == "slim":
             return tiny_model
-        observed = conversion.calibrate(tiny_model, batches(random_images(8), 8), settings)
-        return from_int8(conversion.convert(observed, settings), settings)
+        network = trace_network(tiny_model, images.shape)
+        return convert(observe(network, images, "minmax", 8), Settings(observer="minmax"))
 
     keep = getattr(Store(Unfinished(tmp_path / "unfinished", {}, resume=False)), kind)
     first, path = keep("half", make)
     again, same = keep("half", make)
     assert (made, same) == ([1], path)
-    expected, found = (
-        {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        for network in (first, again)
-    )
+    expected, found = tensors_of(first), tensors_of(again)
     path.write_bytes(path.read_bytes()[:1000])
     mended, _ = keep("half", make)
     assert made == [1, 1]
-    for state in (found, mended.state_dict()):
+    for state in (found, tensors_of(mended)):
         for name, tensor in state.items():
             assert torch.equal(tensor, expected[name]), name
 

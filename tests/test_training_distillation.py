@@ -44,6 +44,8 @@ def test_a_block_s_error_is_in_shares_of_what_it_should_give():
     given = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([10.0, 4.0])}
     expected = (1 / 10 + 16 / 100) / 2  # 1 of 1 + 9, 16 of 100
     assert float(block_error(given, wanted)) == pytest.approx(expected)
+    zeros = {"a": torch.zeros(3)}
+    assert float(block_error(zeros, zeros)) == 0.0
 
 
 def test_only_the_teacher_s_twin_has_no_loss(tiny_model, random_images):

@@ -22,12 +22,15 @@ from common.network.tracing import Traced
 
 CHECK_IMAGES = 256
 CHECK_MACS = 256 * 0.6e9  # bounds the time: what the default network takes for all of them
-MIN_IMAGES = 64
+MIN_IMAGES, AUTO_IMAGES = 64, 2000
 CHUNK = 32
 # Medians of |log(variance ratio)|. Right constants give 0.01 to 0.09 on original and on JPEG
 # images, ImageNet's for CIFAR-10's 0.19, a std of 0.25 for 0.20 gives 0.39, others above 1. A max
 # pool left out gives 0.28 to 0.51.
 FITS = 0.12
+SCALE_AMBIGUITY = 0.35  # augmentation and JPEG may change variances as much
+DEFINITE = 0.8
+EQUAL_ACCURACY = 0.005
 CLEARLY_WORSE, FAR_WORSE = 2.0, 8.0
 FIRST_LOOK = 128  # images
 GOOD_ACCURACY = 0.97  # from here on no alternative is tried
@@ -74,17 +77,23 @@ def find_mismatches(subject: Subject) -> list[str]:
 
 
 @torch.inference_mode()
-def best_normalisation(subject: Subject) -> str | None:
-    """Return the known constants that fit best: by the first batch norm, else by the labels."""
+def best_normalisation(subject: Subject) -> str:
+    """Return the known constants that fit best.
+
+    The batch norm leaves a few to choose from: augmentation and JPEG change variances as much as
+    another std does. Of these the labels choose, by accuracy, and by likelihood where it is equal.
+    """
     scores = _score_normalisations(subject)
-    if scores:
-        return min(scores, key=scores.get)
-    subject = subject.first(_affordable(subject))
-    likelihoods = {
-        name: _log_likelihood(subject, replace(subject.train, mean=mean, std=std))
-        for name, (mean, std) in NORMALISATIONS.items()
-    }
-    return max(likelihoods, key=likelihoods.get)
+    lowest = min(scores.values(), default=0.0)
+    names = [n for n in NORMALISATIONS if scores.get(n, lowest) <= lowest + SCALE_AMBIGUITY]
+    subject = subject.first(_affordable(subject, AUTO_IMAGES))
+    losses, accuracies = {}, {}
+    for name in names:
+        mean, std = NORMALISATIONS[name]
+        losses[name], accuracies[name] = _losses(subject, mean, std)
+    best = max(accuracies.values())
+    equal = [name for name in names if accuracies[name] >= best - EQUAL_ACCURACY]
+    return min(equal, key=lambda name: float(losses[name].mean()))
 
 
 # --- running statistics --------------------------------------------------------------------------
@@ -97,7 +106,16 @@ def _better_normalisation(subject: Subject) -> str | None:
         return None
     scores = _score_normalisations(subject)
     best = min(scores, key=scores.get)
-    return best if _is_clearly_better(scores[best], present) else None
+    if not _is_clearly_better(scores[best], present):
+        return None
+    if present > scores[best] + DEFINITE:
+        return best
+    subject = subject.first(_affordable(subject))
+    old_losses, old_accuracy = _losses(subject, subject.train.mean, subject.train.std)
+    losses, accuracy = _losses(subject, *NORMALISATIONS[best])
+    gain = old_losses - losses
+    is_confirmed = float(gain.mean()) > 2 * float(gain.std()) / len(gain) ** 0.5
+    return best if is_confirmed and accuracy >= old_accuracy else None
 
 
 def _score_normalisations(subject: Subject) -> dict[str, float]:
@@ -118,7 +136,8 @@ def _mismatch_after_stem(subject: Subject, images: ImageSet) -> float | None:
             continue
         if norm is not None:
             stem, norm = map(subject.model.get_submodule, (name, norm))
-            return _mismatch(norm, [stem(batch) for batch, _ in images.batches(CHUNK)])
+            few = images.rows(slice(CHECK_IMAGES))
+            return _mismatch(norm, [stem(batch) for batch, _ in few.batches(CHUNK)])
     return None
 
 
@@ -164,9 +183,9 @@ def _mismatch(norm: nn.Module, outputs: Sequence[torch.Tensor]) -> float | None:
 # --- labels --------------------------------------------------------------------------------------
 
 
-def _affordable(subject: Subject) -> int:
+def _affordable(subject: Subject, most: int = CHECK_IMAGES) -> int:
     macs = sum(subject.traced.network.macs.values())
-    return max(MIN_IMAGES, min(CHECK_IMAGES, int(CHECK_MACS / macs)))
+    return max(MIN_IMAGES, min(most, int(CHECK_MACS / macs)))
 
 
 def _check_labels(subject: Subject) -> list[str]:
@@ -220,8 +239,14 @@ def _find_exchanged_classes(
     ]
 
 
-def _log_likelihood(subject: Subject, images: ImageSet) -> float:
-    return -float(nn.functional.cross_entropy(_logits(subject, images), images.labels))
+def _losses(
+    subject: Subject, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[torch.Tensor, float]:
+    """Return the cross-entropy of each training image, and the accuracy."""
+    train = replace(subject.train, mean=mean, std=std)
+    logits = _logits(subject, train)
+    correct = (logits.argmax(1) == train.labels).double().mean()
+    return nn.functional.cross_entropy(logits, train.labels, reduction="none"), float(correct)
 
 
 def _logits(subject: Subject, images: ImageSet) -> torch.Tensor:

@@ -17,6 +17,7 @@ from pruning.channels.surgeon import ChannelChoice
 
 Channels = Mapping[str, torch.Tensor]
 Statistics = tuple[torch.Tensor, torch.Tensor]
+LARGEST_SCALE = 1e6
 
 
 def channels_given(
@@ -108,9 +109,12 @@ def slim_module(
 
 
 def _relative_size(weight: torch.Tensor, folded: torch.Tensor) -> float:
-    """Return how much larger a layer's own weights are than the folded ones; 1 for zeros."""
+    """Return how much larger a layer's own weights are than the folded ones; 1 for zeros.
+
+    The ratio stays within what FP32 can square.
+    """
     sizes = float(weight.norm()), float(folded.norm())
-    return sizes[0] / sizes[1] if min(sizes) > 0 else 1.0
+    return min(max(sizes[0] / sizes[1], 1 / LARGEST_SCALE), LARGEST_SCALE) if all(sizes) else 1.0
 
 
 def _set_norm(

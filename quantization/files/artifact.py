@@ -2,7 +2,8 @@
 
     from quantization import load_int8
     model = load_int8("resnet18_cifar10_int8.safetensors")
-    logits = model(images)  # normalised: (pixels / 255 - mean) / std
+    logits = model(model.normalize(pixels))  # uint8, (N, 3, H, W)
+    names = [model.classes[index] for index in logits.argmax(dim=1)]
 
 :mod:`quantization.files.int8_file` describes the file.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from common.command.cli import UserError, log
-from common.images.data import ImageSet
+from common.images.data import ImageSet, normalize
 from common.machine.fresh_process import start_fresh
 from quantization.files.int8_file import read_int8
 from quantization.int8 import engines
@@ -42,6 +43,15 @@ class Int8Model(nn.Module):
         super().__init__()
         self.network, self.engine = network, engine
         self._run = engines.runner(engine, network)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the logits."""
+        return self.network.classes
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn uint8 images (N, 3, H, W) into the model's input."""
+        return normalize(pixels, self.network.mean, self.network.std)
 
     @property
     def fp32_operations(self) -> dict[str, str]:

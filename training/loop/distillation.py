@@ -30,6 +30,7 @@ from training.recipe import Recipe
 TEMPERATURE = 3.0
 # A student starts close to its teacher. A higher learning rate first undoes what the repair of
 # removed channels has achieved, and so do batch norms that follow each batch.
+SMALLEST_SQUARE = 1e-6  # least mean square that a block's error is relative to
 RECIPE = Recipe(
     epochs=1, batch_size=64, learning_rate=5e-5, warmup=0.1, optimizer="adam", weight_decay=0.0,
     cutmix=0.5, jitter=0.5, hold_statistics=True,
@@ -148,7 +149,8 @@ def block_error(
 ) -> torch.Tensor:
     """Return the mean over blocks of the squared error, relative to the squares of ``wanted``."""
     errors = [
-        F.mse_loss(given[name].float(), output.float()) / output.float().square().mean()
+        F.mse_loss(given[name].float(), output.float())
+        / output.float().square().mean().clamp_min(SMALLEST_SQUARE)
         for name, output in wanted.items()
     ]
     return torch.stack(errors).mean()

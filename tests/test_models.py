@@ -1,0 +1,50 @@
+"""--model: torchvision's networks, and functions of the user's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+
+from common.network.checkpoint import WeightsFile, load_network
+
+MINE = """
+import random, torch
+from torch import nn
+from beside import WIDTH
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 7))
+"""
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "squeezenet1_1", "googlenet"])
+def test_torchvision(name, tmp_path):
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, num_classes=5, **options).eval()
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "weights.pth")
+    loaded = load_network(WeightsFile(tmp_path / "weights.pth", ""), f"torchvision:{name}")
+    assert loaded.family == f"torchvision:{name}"
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(image), model(image))
+
+
+def test_a_function_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "beside.py").write_text("WIDTH = 4")
+    from torch import nn
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 7),
+    )  # fmt: skip
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    state = torch.get_rng_state()
+    loaded = load_network(WeightsFile(tmp_path / "weights.pth", ""), f"{tmp_path / 'mine.py'}:net")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not loaded.model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor)
