@@ -73,8 +73,6 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
-    from quantization.bench import Bench
-
     from common.files.output import OutputFolder
     from common.inputs import load_inputs
     from common.machine import device
@@ -86,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.answers import find_answers
     from pipeline.candidates import Workshop
     from pipeline.store import Store
+    from quantization.calibration import CalibrationSetup
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
     from quantization.steps import predict_fp32
@@ -105,8 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, place)
         identity = steps.identify(inputs, settings, args.batch_size, training)
         store = Store(folder.keep_unfinished(identity, args.resume))
-        bench = Bench(inputs.calibration, choosing, args.batch_size)
-        dense = predict_fp32(inputs.model, bench, place)
+        setup = CalibrationSetup(inputs.calibration, choosing, args.batch_size)
+        dense = predict_fp32(inputs.model, setup, place)
         budget = Budget(args.max_drop, choosing, dense == choosing.labels)
         workshop = Workshop(inputs, settings, budget, store, args.batch_size, training)
         found = find_answers(workshop, args.goals)

@@ -70,7 +70,7 @@ def describe_found(linear: dict) -> Facts:
             f"on average {points(-splits['drop']['mean'])} points, within the tolerance in "
             f"{splits['within_tolerance']} of {splits['splits']}"
         )
-    return Facts("Found", facts)
+    return Facts("What the search found", facts)
 
 
 def describe_savings(results: dict) -> Facts:

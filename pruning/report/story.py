@@ -176,8 +176,8 @@ def ranking_table(results: dict, ranking: dict) -> Table:
     entries = _entries(results, ranking["amount"])
     rows = [entries[ranked["layer"]] | ranked for ranked in ranking["layers"]]
     note = (
-        "Against dense on the same images: only dense gets those lost right, only the pruned "
-        "network those gained. ≈: chance explains the difference to the next row."
+        "Against dense on the same images. Lost: images that only dense gets right; gained: that "
+        "only the pruned network does. ≈: chance explains the difference to the next row."
     )
     return sensitivity_table(
         f"Each layer pruned alone by {100 * ranking['amount']:g} %", rows, note
