@@ -1,4 +1,5 @@
 import csv
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ TABLE = Table(
         Column("layer", lambda row: row["name"]),
         Column("share", lambda row: row["share"], "{:.1%}".format, name="fraction"),
         Column("mark", lambda row: "≈", name=""),
+        Column(None, lambda row: len(row["name"]), name="letters"),
     ],
     ROWS,
     "What the columns say. " * 8,
@@ -30,7 +32,19 @@ def test_csv_holds_values_under_their_names(tmp_path):
     TABLE.write_csv(tmp_path / "table.csv")
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows == [["layer", "fraction"], ["conv1", "0.25"], ["a much longer name", ""]]
+    assert rows == [
+        ["layer", "fraction", "letters"], ["conv1", "0.25", "5"], ["a much longer name", "", "18"],
+    ]  # fmt: skip
+
+
+def test_columns_that_do_not_fit_follow_below():
+    wide = [Column(f"batch {size}", lambda row: 0.5, "{:20.1f}".format) for size in range(5)]
+    text = Table("", [TABLE.columns[0], *wide], ROWS).text()
+    assert max(map(len, text.splitlines())) < WIDTH
+    blocks = text.split("\n\n")
+    assert [block.split()[0] for block in blocks] == ["layer"] * 3
+    assert text.count("conv1") == 3
+    assert [text.count(column.heading) for column in wide] == [1] * 5
 
 
 def test_facts_are_wrapped_beside_their_names():
@@ -44,6 +58,7 @@ def test_facts_are_wrapped_beside_their_names():
 @pytest.mark.parametrize("part", [TABLE, Facts("Found", {"a": "b"}), "One sentence."])
 def test_story_tells_every_part(part, tmp_path):
     story = Story("Title", "Setting", [Headline("3×", "smaller")], [part], cost="took 3 s")
+    assert story.text(Path("a\x1b[2J\nb")).endswith("\nwritten to a\\x1b[2J\\nb\n")
     text = story.text(tmp_path)
     assert text.startswith("Title\nSetting\n\n")
     assert (part if isinstance(part, str) else part.text()) in text
