@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import argument_types, arguments, cli
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "int8_runtimes"
-PLOT = "int8_runtimes.png"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = arguments.make_parser(__doc__)
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_report=False, with_device=False)
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_device=False)
     parser.set_defaults(batch_size=128)
     parser.add_argument(
         "--slim",
@@ -86,14 +85,15 @@ def main(argv: list[str] | None = None) -> int:
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 
         results = report.common_results(
-            "int8_runtimes", args, ALONE, inputs.describe_images(), inputs.weights
-        )
+            "int8_runtimes", args, ALONE, inputs.describe_images(), inputs.weights,
+            inputs.describe_network(),
+        )  # fmt: skip
         results |= {"gemm_macs_per_second": gemm_rate, "macs_per_image": macs["dense"]}
         results["rows"] = runtimes_report.describe(rows, accuracies, timings, macs, gemm_rate)
-        results["artifacts"] = {"plots": [PLOT]}
-        runtimes_report.plot(results, folder.file(PLOT))
-        finish_run(results, folder, started)
-    print_results(results, runtimes_report.format_results(results), args.json)
+        results["artifacts"] = {"plots": [runtimes_report.PLOT]}
+        runtimes_report.plot(results, folder.file(runtimes_report.PLOT))
+        told = finish_run(results, folder, started, runtimes_report.tell, args.report)
+    print_results(results, told, args.output_dir, args.json)
     return cli.EXIT_DONE
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,10 @@ import numpy as np
 from benchmarks.runtimes import OURS, SLIM, Runtime
 from common.measure.latency import Timing
 from common.report import results as report
+from common.report.story import Column, Headline, Story, Table
 from quantization.int8.engines import fastest_by_batch_size
 
+PLOT = "int8_runtimes.png"
 BEST = f"{OURS}best"
 LABELS = {
     "torch-fp32": "torch FP32 at its best",
@@ -78,36 +80,53 @@ def by_runtime(rows: Sequence[dict]) -> dict[str, list[dict]]:
     }
 
 
-def format_results(results: dict) -> str:
-    """Lay out the table."""
+def tell(results: dict) -> Story:
+    """Tell results.json of a run."""
     runtimes = by_runtime(results["rows"])
-    sizes = [row["batch_size"] for row in next(iter(runtimes.values()))]
-    header = ["images/s at batch", "size", "top-1", *map(str, sizes)]
-    table = [
-        [
-            label(name),
-            f"{rows[0]['size_bytes'] / 1e6:.1f}",
-            f"{100 * rows[0]['accuracy']:.2f}",
-            *(
-                f"{row['images_per_second']:.0f} ({100 * row['share_of_gemm_rate']:.0f})"
-                for row in rows
-            ),
-        ]
-        for name, rows in runtimes.items()
-    ]
-    environment = results["environment"]
     best = ", ".join(
         f"{label(row['same_as']).removeprefix('ours: ')} at {row['batch_size']}"
         for row in runtimes[BEST]
     )
-    return (
-        f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}; "
-        f"{results['data']['test_images']:,} test images\n"
-        f"size in MB, top-1 in %; in brackets % of the INT8 GEMM rate, "
-        f"{results['gemm_macs_per_second'] / 1e9:.0f} GMAC/s\n\n"
-        + report.format_table(header, table)
-        + f"\n\nfastest engine at batch: {best}\n"
+    gemm_rate = results["gemm_macs_per_second"] / 1e9
+    note = (
+        "Size in MB, top-1 in %; in brackets % of the rate of a large INT8 matrix product, "
+        f"{gemm_rate:.0f} GMAC/s."
     )
+    return Story(
+        f"{report.network_name(results)}: INT8 runtimes",
+        report.describe_setting(results),
+        [
+            Headline(
+                f"{row['images_per_second']:,.0f} images/s",
+                f"at batch {row['batch_size']}: {label(row['same_as'])}",
+            )
+            for row in runtimes[BEST]
+        ],
+        [
+            Table("", _columns(runtimes), [*runtimes.items()], note),
+            f"Fastest engine at batch: {best}.",
+        ],
+        {PLOT: "Images a second at each batch size."},
+        report.format_cost(results),
+    )
+
+
+def _columns(runtimes: Mapping[str, Sequence[dict]]) -> list[Column]:
+    def speed(index: int) -> Callable[[tuple], dict]:
+        return lambda runtime: runtime[1][index]
+
+    def show_speed(row: dict) -> str:
+        return f"{row['images_per_second']:.0f} ({100 * row['share_of_gemm_rate']:.0f})"
+
+    return [
+        Column("images/s at batch", lambda runtime: label(runtime[0])),
+        Column("size", lambda runtime: runtime[1][0]["size_bytes"] / 1e6, "{:.1f}".format),
+        Column("top-1", lambda runtime: 100 * runtime[1][0]["accuracy"], "{:.2f}".format),
+        *(
+            Column(str(row["batch_size"]), speed(index), show_speed)
+            for index, row in enumerate(runtimes[BEST])
+        ),
+    ]
 
 
 def plot(results: dict, path: Path) -> None:

@@ -46,13 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     cli.import_torch()
     from common.machine import device
-    from common.report.results import format_table
+    from common.report.story import align
 
     device.set_up_cpu(args.threads)
     rows = [time_network(network, args.image_size, args.batch_size, args.amount)
             for network in cli.progress(args.networks, "networks")]  # fmt: skip
     header = ["network", "layers", "scan (s)", "passes (s)", "faster", "largest error"]
-    print(format_table(header, rows))
+    print(align(header, rows))
     return cli.EXIT_DONE
 
 

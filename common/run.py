@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from common.machine.device import peak_memory_bytes
 from common.machine.workers import Workers, join_workers
 from common.report.page import write_page
 from common.report.results import to_json
+from common.report.story import Story
 
 
 @contextlib.contextmanager
@@ -40,25 +41,32 @@ def start_run(
 
 
 def finish_run(
-    results: dict, folder: OutputFolder, started: float, with_page: bool = False
-) -> None:
+    results: dict,
+    folder: OutputFolder,
+    started: float,
+    tell: Callable[[dict], Story],
+    with_page: bool = False,
+) -> Story:
     """Add what the run has cost, write results.json, and move everything into place.
 
     Args:
-        results: Changed in place.
-        folder: With the run's other files.
-        started: What ``time.perf_counter()`` said at the start.
-        with_page: Write report.html too.
+        results: Content of results.json; changed in place.
+        folder: Folder with the run's other files.
+        started: Value of ``time.perf_counter()`` at the start.
+        tell: Returns the story of finished results.
+        with_page: Whether to write report.html too.
     """
     results["wall_seconds"] = time.perf_counter() - started
     results["peak_memory_bytes"] = peak_memory_bytes()
+    story = tell(results)
     if with_page:
-        write_page(results, folder)
+        write_page(story, results, folder)
     text = to_json(results)
     replace_file(folder.file(RESULTS_NAME), lambda file: file.write(text.encode()))
     folder.commit()
+    return story
 
 
-def print_results(results: dict, text: str, as_json: bool) -> None:
-    """Print ``text``, or results.json in its place."""
-    print(to_json(results) if as_json else text, end="")
+def print_results(results: dict, story: Story, output_dir: Path, as_json: bool) -> None:
+    """Print the story, or results.json in its place."""
+    print(to_json(results) if as_json else story.text(output_dir), end="")

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.measure.budget import Budget, why_too_strict
     from common.report.results import common_results
     from common.run import finish_run, print_results
-    from pipeline import plots, steps, tables
+    from pipeline import plots, steps, story
     from pipeline.answers import find_answers
     from pipeline.candidates import Workshop
     from pipeline.store import Store
@@ -131,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
                        *folder.names(".onnx")],
             "plots": [PLOT],
         }  # fmt: skip
-        finish_run(results, folder, started, args.report)
-    print_results(results, tables.format_results(results, args.output_dir), args.json)
+        told = finish_run(results, folder, started, story.tell, args.report)
+    print_results(results, told, args.output_dir, args.json)
     within = all(answer["within_budget"] for answer in results["answers"])
     return cli.EXIT_DONE if within else cli.EXIT_OVER_BUDGET
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.report.results import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
-from pipeline.tables import label
+from pipeline.story import label, size_of
 
 COLORS = {"int8": GREY, "size": BLUE, "speed": ORANGE, "both": GREEN}
 
@@ -21,7 +21,7 @@ def plot_frontier(results: dict, path: Path) -> None:
     figure, axes = new_figure(11, 4.6, columns=2, sharey=True)
     batch_size = results["models"][0]["latency"][-1]["batch_size"]
     fp32_bytes = results["models"][0]["size_bytes"]
-    _plot(axes[0], results, lambda entry: fp32_bytes / _bytes(entry))
+    _plot(axes[0], results, lambda entry: fp32_bytes / size_of(entry))
     _plot(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"])
     axes[0].set(xscale="log", title="How small", xlabel="times smaller than the FP32 file")
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -32,10 +32,6 @@ def plot_frontier(results: dict, path: Path) -> None:
     axes[0].set_ylabel("points against FP32")
     axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
     save_figure(figure, path)
-
-
-def _bytes(entry: dict) -> int:
-    return entry["file_bytes"] if "file_bytes" in entry else entry["size_bytes"]
 
 
 def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> None:

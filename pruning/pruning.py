@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.alone.scan import Scan, choose_layers, run_scan
     from pruning.channels.search import ChannelSearch, require_possible
     from pruning.files.saved import LINEAR_NAME, PRUNED_NAME, SLIM_NAME
-    from pruning.report import plots, tables
+    from pruning.report import plots, story
     from pruning.report.results import describe_scan
     from pruning.together.recalibration import adopt_statistics
     from pruning.together.search import ModelSearch
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 search = ModelSearch.prepare(*question, calibration)
             results |= steps.prune_together(search, training, folder.file(model_name))
-        tables.write_csv_files(results, folder.file)
+        story.write_csv_files(results, folder.file)
         plots.draw_all(results, folder.file)
         results["artifacts"] = {
             **({"model": model_name} if args.scope or scan.head else {}),
@@ -206,8 +206,8 @@ def main(argv: list[str] | None = None) -> int:
             "csv": folder.names(".csv"),
             "plots": folder.names(".png"),
         }
-        finish_run(results, folder, started, args.report)
-    print_results(results, tables.format_results(results, args.output_dir), args.json)
+        told = finish_run(results, folder, started, story.tell, args.report)
+    print_results(results, told, args.output_dir, args.json)
     return cli.EXIT_DONE
 
 

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.machine.device import choose_device, set_up_cpu
     from common.machine.workers import Workers, require_one_process
     from common.measure.budget import why_too_strict
-    from common.report.results import common_results, write_csv
+    from common.report.results import common_results
     from common.run import finish_run, print_results
     from quantization import steps
     from quantization.accuracy.budget import HeldOutEvaluator, meet_budget
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.coding import smallest
     from quantization.files import artifact, onnx_export
     from quantization.int8 import engines
-    from quantization.report import plots, ranges, results, tables
+    from quantization.report import plots, ranges, results, story
 
     require_one_process()
     set_up_cpu(args.threads)
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)
         if args.diagnose:
             found |= diagnose(first.observation, first.settings, test, args.batch_size)
-            write_csv(folder.file(DIAGNOSIS_CSV), found["diagnosis"])
+            story.diagnosis_table(found["diagnosis"]).write_csv(folder.file(DIAGNOSIS_CSV))
         found |= results.describe_sparsity(dense, first.network)
         if args.bits_per_weight is not None:
             all_int8 = replace(first.settings, fp32_layers=())
@@ -199,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
                 first.observation, first.settings.reduce_range, folder.file(RANGES_PLOT)
             )
         found["artifacts"] = results.list_artifacts(folder, files[first.settings.engine])
-        finish_run(found, folder, started, args.report)
-    print_results(found, tables.format_results(found, args.output_dir), args.json)
+        told = finish_run(found, folder, started, story.tell, args.report)
+    print_results(found, told, args.output_dir, args.json)
     return cli.EXIT_DONE if plan is None or found["budget"]["met"] else cli.EXIT_OVER_BUDGET
 
 

@@ -31,6 +31,20 @@ def read_table(text: str, header: str) -> list[list[str]]:
     return rows
 
 
+def read_facts(text: str, title: str) -> dict[str, str]:
+    """Return the facts under the line that begins with ``title``, by name; each on one line."""
+    lines = text[text.index(f"\n{title}") + 1 :].split("\n\n")[0].splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("  "))
+    facts, name = {}, ""
+    for line in lines[first:]:
+        if not line.startswith("   "):
+            name, value = re.split(" {2,}", line.strip(), maxsplit=1)
+            facts[name] = value
+        else:
+            facts[name] += f" {line.strip()}"
+    return facts
+
+
 def shows(text: str, *values: float) -> bool:
     """Return whether the numbers in ``text``, in order, are ``values``, rounded as printed."""
     found = NUMBER.findall(text)

@@ -18,11 +18,12 @@ from common.network.resnet import BLOCKS, ResNet18, Widths
 from common.network.size import count_macs
 from common.network.tracing import trace_network
 from pruning.alone.scan import Scan
-from pruning.channels import report, speed
 from pruning.channels import search as channel_search
+from pruning.channels import speed
 from pruning.channels.search import RECONSTRUCTED, ChannelSearch, require_possible
 from pruning.pruning import main
-from pruning.report.together import format_model_search, plot_model_search
+from pruning.report.search_plots import plot_model_search, plot_slim
+from pruning.report.together import tell_search, tell_slim
 from pruning.steps import prune_together
 from pruning.together.search import Method, SparsityStep
 from training.loop.distillation import Training
@@ -134,9 +135,10 @@ def test_the_slim_network_is_written_timed_and_told(scan, random_images, tmp_pat
     assert models[2]["macs"] == macs(slim)
     assert models[2]["accuracy"] == told["model_saved"]["accuracy"]
     assert [entry["batch_size"] for entry in told["slim"]["speedup"]] == [1, 2]
-    assert "slim INT8" in report.format_slim(told["slim"])
-    report.plot_slim(models, tmp_path / "slim.png")
-    results = told | {"arguments": {"tolerance": 0.3}, "artifacts": {"model": path.name}}
-    assert "multiply-adds" in format_model_search(results)
+    assert "slim INT8" in tell_slim(told["slim"])[0].text()
+    plot_slim(models, tmp_path / "slim.png")
+    results = told | {"arguments": {"tolerance": 0.3}, "artifacts": {"model": path.name},
+                      "weights": {"size_bytes": 10**6}}  # fmt: skip
+    assert "multiply-adds" in tell_search(results)[0].text()
     plot_model_search(told["model_search"], 0.3, tmp_path / "search.png")
     assert {file.name for file in tmp_path.iterdir()} == {"slim.pth", "slim.png", "search.png"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 from check_page import PNG, check_page
 from hypothesis import given, settings
@@ -11,6 +9,10 @@ from hypothesis import strategies as st
 
 from common.files.output import OutputFolder
 from common.report.page import REPORT_NAME, render, write_page
+from common.report.story import Column, Facts, Headline, Story, Table
+from pipeline.story import tell as tell_pipeline
+from pruning.report.story import tell as tell_pruning
+from quantization.report.story import tell as tell_quantization
 
 
 def accuracy(correct: int) -> dict:
@@ -27,14 +29,17 @@ COMMON = {
         "engines": ["fbgemm", "qnnpack"], "observer": "histogram", "tolerance": 0.02,
         "sparsity": 0.75, "engine": "x86",
     },
-    "environment": {"torch": "2", "vnni": True},
+    "environment": {
+        "torch": "2", "vnni": True, "threads": 1, "cpu": "a CPU", "device": "cpu",
+    },
+    "network": {"family": "resnet18-cifar"},
     "weights": {
         "source": "bundled", "sha256": "ab12", "size_bytes": 22_440_000, "coded": False,
     },
     "data": {"source": "folder", "test_images": 10000, "calibration_images": 512},
     "wall_seconds": 61.7,
     "peak_memory_bytes": None,
-    "artifacts": {"plots": ["another.png", "overview.png"]},
+    "artifacts": {"model": "m.safetensors", "plots": ["another.png", "overview.png"]},
 }  # fmt: skip
 LATENCY = [{"batch_size": 32, "median_ms": 12.34, "images_per_second": 2593.2}]
 INT8 = {
@@ -45,35 +50,45 @@ INT8 = {
         "size_ratio": 0.25, "size_ratio_given": 0.5, "accuracy": COMPARISON,
         "speedup": [{"batch_size": 1, "value": 1.5}, {"batch_size": 32, "value": 2.75}],
     },
+    "speedup_over_nchw": [{"batch_size": 1, "value": 3.5}, {"batch_size": 32, "value": 4.25}],
 }  # fmt: skip
 QUANTIZATION = COMMON | {
-    "script": "quantization",
     "models": [
         {"name": "fp32", "engine": None, "size_bytes": 45_000_000, "accuracy": accuracy(93),
          "latency": LATENCY},
         INT8,
     ],
-    "budget": {"max_drop": 0.002, "met": False,
+    "per_class": [{"class": "cat", "fp32": 0.8, "int8": 0.7}],
+    "budget": {"max_drop": 0.002, "met": False, "held_out_drop": 0.005, "held_out_spare": -0.01,
+               "held_out_images": 1400, "held_out_engine": "fbgemm", "test_drop": 0.0312,
+               "test_engine": "x86",
                "steps": [{"action": "equalize", "drop": 0.004, "spare": -0.0031, "kept": True}]},
-    "sparsity": {"zeros_before": 80, "weights": 100},
+    "sparsity": {"zeros_before": 80, "zeros_after": 85, "weights": 100},
 }  # fmt: skip
 PRUNING = COMMON | {
-    "script": "pruning",
     "baseline": accuracy(91),
-    "sensitivity": [{"layer": "conv1", "amount": 0.9, "accuracy": accuracy(88),
+    "structure": {"conv_weights": 27, "linear_weights": 10, "biases": 1, "macs": 40,
+                  "batch_norm_parameters": 2, "parameters": 40, "nonzeros": 37},
+    "layers": [{"name": "conv1", "shape": [1, 3, 3, 3], "weights": 27, "macs": 30, "nonzeros": 27}],
+    "sensitivity": [{"layer": "conv1", "amount": 0.9, "achieved": 0.9, "accuracy": accuracy(88),
                      "comparison": COMPARISON}],
     "ranking": [{"amount": 0.9, "layers": [{"layer": "conv1", "tied_with_next": True}]}],
-    "linear_search": {"layers": ["linear"], "tolerance": 0.02, "max_amount": 0.9331,
-                      "explanation": "no step lies"},
+    "model_search_seconds": 7.0,
     "model_search": [
-        {"scope": "all", "allocation": "sensitivity", "recalibrated": True, "finetune_epochs": 0,
-         "max_sparsity": 0.823, "accuracy": accuracy(89), "comparison": COMPARISON,
-         "within_tolerance": False, "macs_kept": 0.31},
+        {"scope": "all", "allocation": "sensitivity", "recalibrated": True, "finetune_epochs": 1,
+         "max_sparsity": 0.82399, "accuracy": accuracy(89), "comparison": COMPARISON,
+         "within_tolerance": False, "macs_kept": 0.31, "chosen_on_images": 1,
+         "points": [{"sparsity": 0.75, "accuracy": accuracy(88), "comparison": COMPARISON}]},
     ],
-    "model_saved": {"scope": "all", "sparsity": 0.823, "comparison": COMPARISON},
+    "model_saved": {
+        "scope": "all", "allocation": "sensitivity", "recalibrated": True, "finetune_epochs": 0,
+        "sparsity": 0.82399, "macs_kept": 0.31, "accuracy": accuracy(89), "comparison": COMPARISON,
+        "pruned_bytes": 40_000_000, "pruned_compressed_bytes": 5_000_000,
+        "dense_compressed_bytes": 30_000_000,
+        "latency": [{"batch_size": 1, "median_ms": 3.0}, {"batch_size": 1, "median_ms": 4.0}],
+    },
 }  # fmt: skip
 PIPELINE = COMMON | {
-    "script": "pipeline",
     "budget": {"max_drop": 0.01, "choosing_images": 5000},
     "models": [
         {"name": name, "size_bytes": size, "accuracy": accuracy(90), "comparison": COMPARISON,
@@ -81,7 +96,8 @@ PIPELINE = COMMON | {
         for name, size in {"fp32": 45_000_000, "int8": 11_000_000}.items()
     ],
     "answers": [
-        {"name": "both", "file_bytes": 900_000, "accuracy": accuracy(89), "macs_kept": 0.51,
+        {"name": "both", "file": "both.safetensors", "file_bytes": 900_000, "size_ratio": 50.0,
+         "size_ratio_given": 24.9, "accuracy": accuracy(89), "macs_kept": 0.51,
          "comparison": COMPARISON, "latency": LATENCY, "within_budget": False,
          "speedup": [{"batch_size": 1, "over_fp32": 7.25, "over_int8": 1.5},
                      {"batch_size": 32, "over_fp32": 8.5, "over_int8": 1.5}]},
@@ -89,57 +105,71 @@ PIPELINE = COMMON | {
 }  # fmt: skip
 ALWAYS = (
     "--seed", "--quiet", "no", "--test-images", "all", "–", "fbgemm, qnnpack", "yes", "ab12",
-    "10,000 test images (folder)", "took 62 s", "-3.12 points", "-7.00 to +1.10",
-    "The given file takes 22.44 MB",
+    "ResNet18 (CIFAR layout)", "10,000 test images (folder), 1 thread, a CPU", "took 62 s",
+    "-3.12", "-7.00 to +1.10", "The given file takes 22.44 MB",
+    "results.json, m.safetensors, another.png, overview.png",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("results", "told"),
+    ("tell", "results", "told"),
     [
-        (QUANTIZATION, ["ResNet18 for CIFAR‑10 in INT8", "4.00× smaller", "45.00 MB to 11.25 MB",
-                        "1.50× at batch 1, 2.75× at batch 32", "7 images wrong",
-                        "1 of 2 operations", "layer1.0.conv1", "80.00 %", "2593",
-                        "0.2 points was not met", "equalize", "-0.40", "-0.31"]),
-        (PRUNING, ["pruned layer by layer", "91.00 %", "93.31 %", "conv1", "No step lies.", "≈",
-                   "82.3 %", "The whole network, as far as 2 points", "sensitivity", "31 %"]),
-        (PIPELINE, ["may lose 1 points", "50.0× smaller", "7.25× at batch 1, 8.50× at batch 32",
-                    "not within the budget",
-                    "0.90 MB", "51 %", "12.3"]),
+        (tell_quantization, QUANTIZATION,
+         ["in INT8", "4.00× smaller", "45.00 MB to 11.25 MB", "2.00× smaller than the given file",
+          "1.50× at batch 1, 2.75× at batch 32", "3.50×, 4.25×", "7 lost, 4 gained",
+          "1 of 2 operations", "layer1.0.conv1", "80.00 %", "2,593", "0.2 points: NOT met",
+          "equalize", "-0.40", "-0.31", "rounding adds 5", "cat changes most"]),
+        (tell_pruning, PRUNING,
+         ["pruned", "91.00 %", "conv1", "≈", "82.3 %", "Linear layers: none at the end",
+          "The whole network: the largest sparsity within 2 points", "sensitivity", "31 %",
+          "tuned", "1 image with one standard error", "(1 epoch)", "-3.1 ±4.0",
+          "6.0× smaller than dense", "4.5× smaller than the given file", "4 ms for 1 image,"]),
+        (tell_pipeline, PIPELINE,
+         ["At most 1 point lost", "50.0× smaller", "7.25× at batch 1, 8.50× at batch 32",
+          "both: not within the budget; both.safetensors", "0.90", "51 %", "12.3", "24.9×"]),
     ],
 )  # fmt: skip
-def test_everything_told_is_on_the_page(results, told):
-    page = check_page(render(results, {"overview.png": PNG + b"1"}))
-    for piece in (*ALWAYS, *told, "A quarter of the bytes"):
+def test_console_and_page_tell_the_same(tell, results, told, tmp_path):
+    story = tell(results)
+    page = check_page(render(story, results, {}))
+    for piece in (*ALWAYS, *told):
         assert piece in page.text
-    assert page.images == [PNG + b"1"]
+    console = " ".join(story.text(tmp_path).split())
+    for part in story.parts:
+        cells = [part] if isinstance(part, str) else (
+            part.pairs.values() if isinstance(part, Facts) else sum(part.cells, part.headings)
+        )  # fmt: skip
+        for cell in cells:
+            assert " ".join(cell.split()) in console
+            assert cell in page.text
+    assert max(map(len, story.text(tmp_path).splitlines()[:-1])) < 80
 
 
 def test_a_coded_file_is_not_called_dense():
     weights = PIPELINE["weights"] | {"coded": True, "size_bytes": 27_600}
-    page = check_page(render(PIPELINE | {"weights": weights}, {}))
-    assert "0.03 MB (a coded network)" in page.text
-    assert "dense FP32 on" in page.text  # the explanation of the column
-    assert page.text.count("dense") == 1
+    story = tell_pipeline(PIPELINE | {"weights": weights})
+    assert "0.03 MB (a coded network)" in story.parts[0]
+    assert not any("dense" in part.text() for part in story.parts if isinstance(part, Table))
 
 
 def test_arguments_that_are_none_mean_all_images_or_nothing():
-    content = render(QUANTIZATION, {})
+    content = render(tell_quantization(QUANTIZATION), QUANTIZATION, {})
     for flag, shown in {"test-images": "all", "finetune-images": "all", "threads": "–"}.items():
         assert f"<dt>--{flag}</dt><dd>{shown}</dd>" in content
 
 
-def test_plots_that_the_page_knows_come_first(tmp_path):
-    results = copy.deepcopy(QUANTIZATION)
+def test_plots_with_captions_come_first(tmp_path):
+    results = QUANTIZATION | {"artifacts": dict(QUANTIZATION["artifacts"])}
     with OutputFolder(tmp_path / "out") as folder:
         for name in results["artifacts"]["plots"]:
             folder.file(name).write_bytes(PNG + name.encode())
-        write_page(results, folder)
+        write_page(tell_quantization(results), results, folder)
         folder.commit()
     assert results["artifacts"]["report"] == REPORT_NAME
     page = check_page((tmp_path / "out" / REPORT_NAME).read_text())
     assert page.images == [PNG + f"{name}.png".encode() for name in ("overview", "another")]
     assert "another.png" in page.text
+    assert "images a second of each model" in page.text
 
 
 HOSTILE = [
@@ -156,16 +186,14 @@ HOSTILE = [
 @settings(max_examples=30)
 @given(st.sampled_from(HOSTILE) | st.text(min_size=1, max_size=40))
 def test_no_name_becomes_markup(name):
-    step = {"action": name, "drop": 0.0, "spare": 0.0, "kept": name}
-    model = {"name": "int8", "engine": name, "fp32_operations": [{"name": name}]}
-    results = QUANTIZATION | {
-        "models": [QUANTIZATION["models"][0], INT8 | model],
-        "budget": {"max_drop": 0.1, "met": True, "steps": [step]},
-    }
-    for group in ("arguments", "environment", "weights"):
-        results[group] = results[group] | {name: name, "observer": name, "source": name}
-    content = render(results, {name: PNG})
+    table = Table(name, [Column(name, lambda row: row)], [name], name)
+    story = Story(name, name, [Headline(name, name)], [name, table, Facts(name, {name: name})],
+                  {name: name}, name)  # fmt: skip
+    results = COMMON | {"artifacts": {"model": name}}
+    for group in ("arguments", "environment", "network", "weights"):
+        results[group] = results[group] | {name: name, "source": name}
+    content = render(story, results, {name: PNG})
     content.encode()
     page = check_page(content)  # no tag and no attribute that the page would not have anyway
     visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-    assert page.text.count(visible) >= 10
+    assert page.text.count(visible) >= 20

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import itertools
 import json
+import math
 import random
 import re
 import signal
@@ -13,11 +14,12 @@ import zlib
 import pytest
 from check_page import check_page
 from check_results import check_results, without_times
-from printed import read_table, shows
+from printed import read_facts, read_table, shows
 from processes import REPOSITORY, Copy, run_fresh, run_here, run_together, start_together
 
 from common.files.output import OUR_ENTRIES, STAGING_PREFIX, UNFINISHED_NAME
 from common.network.checkpoint import load_model
+from common.report.results import floor_percent
 from pruning.alone import scan as scan_module
 from pruning.alone.walk import Walk
 from pruning.pruning import main
@@ -89,7 +91,7 @@ def test_pruned_model_can_be_pruned_again_from_another_folder(finished, tmp_path
     results = json.loads(again.stdout)
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
     page = check_page((tmp_path / "out" / results["artifacts"]["report"]).read_text())
-    assert f"{100 * results['linear_search']['max_amount']:.2f} %" in page.text
+    assert floor_percent(results["linear_search"]["max_amount"]) in page.text
     assert len(page.images) == len(results["artifacts"]["plots"])
 
 
@@ -298,27 +300,39 @@ def test_every_number_of_the_search_is_that_of_results_json(finished):
     low, high = confirmed["comparison"]["ci95"]
     dense, sparse = savings["latency"]
     splits = linear["splits"]
+    found, largest = (
+        math.floor(10_000 * linear[name]) / 100 for name in ("max_amount", "exhaustive_max_amount")
+    )
+    verification = results["verification"]
     expected = {
-        "dense accuracy": [100 * results["baseline"]["value"], 95,
+        "What the search found": {
+            "found": [found, linear["kept_weights"]],
+            "true max": [largest, len(linear["curve"])],
+            "confirmed": [100 * confirmed["accuracy"]["value"], confirmed["accuracy"]["total"],
+                          -100 * confirmed["comparison"]["drop"], 95, -100 * high, -100 * low],
+            "elsewhere": [splits["splits"], -100 * splits["drop"]["mean"],
+                          splits["within_tolerance"], splits["splits"]],
+        },
+        "What that saves": {
+            "unpruned": [savings["dense_bytes"] / 1e6, savings["dense_compressed_bytes"] / 1e6],
+            "pruned file": [savings["pruned_bytes"] / 1e6,
+                            savings["pruned_compressed_bytes"] / 1e6],
+            "speed": [90, sparse["median_ms"], dense["batch_size"], dense["median_ms"]],
+        },
+    }  # fmt: skip
+    for title, facts in expected.items():
+        told = read_facts(out, title)
+        for name, values in facts.items():
+            assert shows(told[name], *values), told[name]
+    sentences = {
+        "Dense accuracy": [100 * results["baseline"]["value"], 95,
                            *(100 * limit for limit in results["baseline"]["ci95"])],
-        "  found": [100 * linear["max_amount"], linear["kept_weights"]],
-        "  true max": [100 * linear["exhaustive_max_amount"], len(linear["curve"])],
-        "  confirmed": [100 * confirmed["accuracy"]["value"], confirmed["accuracy"]["total"]],
-        r" {13}[-+]": [-100 * confirmed["comparison"]["drop"], 95, -100 * high, -100 * low],
-        "  elsewhere": [splits["splits"]],
-        " {13}average": [-100 * splits["drop"]["mean"], splits["within_tolerance"],
-                         splits["splits"]],
-        "  given file": [results["weights"]["size_bytes"] / 1e6],
-        "  unpruned": [savings["dense_bytes"] / 1e6, savings["dense_compressed_bytes"] / 1e6],
-        "  pruned file": [savings["pruned_bytes"] / 1e6, savings["pruned_compressed_bytes"] / 1e6],
-        "  speed": [90, sparse["median_ms"], dense["batch_size"], dense["median_ms"]],
-        "verified:": [results["verification"]["different"],
-                      results["verification"]["predictions"]],
-        " {10}whose search": [results["verification"]["pruned_weights"],
-                              linear["pruned_weights"]],
-        " {10}and which takes": [results["verification"]["speedup"]],
+        "The given file": [results["weights"]["size_bytes"] / 1e6],
+        "Verified": [verification["different"], verification["predictions"],
+                     verification["pruned_weights"], linear["pruned_weights"],
+                     verification["speedup"]],
         "took": [results["wall_seconds"], results["peak_memory_bytes"] / 1e6],
     }  # fmt: skip
-    for start, values in expected.items():
-        (line,) = (line for line in out.splitlines() if re.match(start, line))
-        assert shows(line, *values), line
+    for start, values in sentences.items():
+        (sentence,) = re.findall(rf"^{start}(.*?)\n(?:\n|written)", out, re.MULTILINE | re.DOTALL)
+        assert shows(sentence, *values), sentence

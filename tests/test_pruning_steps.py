@@ -9,7 +9,7 @@ from common.images.data import ImageSet
 from pruning.alone.brute_force import verify
 from pruning.alone.scan import Scan, run_scan
 from pruning.files import saved
-from pruning.report import plots, tables
+from pruning.report import plots, story
 from pruning.report.results import describe_scan
 from pruning.steps import prune_linear
 
@@ -29,19 +29,21 @@ def make_scan(*modules):
 def run(scan, tmp_path):
     """Do what pruning.py does, and return results.json."""
     scanned, _ = run_scan(scan)
-    results = describe_scan(scan, scanned)
+    results = describe_scan(scan, scanned) | {"artifacts": {"plots": []}}
     if scan.head is not None:
         path = tmp_path / "pruned.pth"
         results |= prune_linear(scan, scanned, scan.head, 0.05, 0, path)
-        results["artifacts"] = {"model": path.name}
+        results["artifacts"] |= {"model": path.name}
     results |= {
-        "arguments": {"tolerance": 0.05}, "environment": {"device_name": "a CPU"},
+        "arguments": {"tolerance": 0.05}, "network": {"family": "a network"},
+        "environment": {"device": "cpu", "cpu": "a CPU", "threads": 1},
+        "weights": {"size_bytes": 9, "coded": False},
         "data": {"source": "noise", "test_images": 60}, "wall_seconds": 1.0,
         "peak_memory_bytes": None,
         "verification": verify(scan, scanned, 0.05) | {"seconds": 1.0, "speedup": 2.0},
     }  # fmt: skip
     check_pruning(results, tmp_path)
-    tables.write_csv_files(results, lambda name: tmp_path / name)
+    story.write_csv_files(results, lambda name: tmp_path / name)
     plots.draw_all(results, lambda name: tmp_path / name)
     return results
 
@@ -65,9 +67,10 @@ def test_several_linear_layers(tmp_path):
     state = torch.load(tmp_path / "pruned.pth", weights_only=True)
     zeros = sum(int((state[f"{name}.weight"] == 0).sum()) for name in ("4", "7"))
     assert zeros == linear["pruned_weights"]
-    text = tables.format_results(results, tmp_path)
+    text = story.tell(results).text(tmp_path)
     assert "Linear layers: binary search within 5 points of dense" in text
     assert "where the linear layers hold 94.2" in text
+    assert "What the search found\n  found" in text
     assert (tmp_path / "linear_search.png").exists()
 
 
@@ -76,7 +79,7 @@ def test_network_that_ends_in_a_convolution(tmp_path):
     results = run(scan, tmp_path)
     assert "linear_search" not in results
     assert "pruned_weights" not in results["verification"]
-    text = tables.format_results(results, tmp_path)
+    text = story.tell(results).text(tmp_path)
     assert "Linear layers: none at the end of this network" in text
     names = {path.name for path in tmp_path.iterdir()}
     assert "sensitivity.csv" in names

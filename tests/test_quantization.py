@@ -7,7 +7,7 @@ import pytest
 import torch
 from check_page import check_page
 from check_results import check_results, without_times
-from printed import read_table, shows
+from printed import read_facts, read_table, shows
 from processes import REPOSITORY, run_fresh, run_here
 from torch.nn.utils import prune
 
@@ -205,19 +205,20 @@ def test_every_number_in_the_tables_is_that_of_results_json(finished):
         assert shows(" ".join(row[1:]), model["size_bytes"] / 1e6, 100 * model["accuracy"]["value"],
                      *speeds)  # fmt: skip
     lines = process.stdout.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.endswith("on the same images"))
     model = results["models"][-1]
     comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
     ratio, (low, high) = comparison["size_ratio"], accuracy["ci95"]
-    expected = [
-        [100 * (1 - ratio), 1 / ratio, 1 / comparison["size_ratio_given"]],
-        [-100 * accuracy["drop"], 95, -100 * high, -100 * low],
-        [accuracy["only_a_correct"], accuracy["only_b_correct"], accuracy["mcnemar_p"]],
-        [number for e in comparison["speedup"] for number in (e["value"], e["batch_size"])],
-        [32, *(entry["value"] for entry in model["speedup_over_nchw"])],
-        [len(model["int8_operations"]) + len(model["fp32_operations"]), 8],
-    ]
-    for line, values in zip(lines[start + 1 :], expected, strict=False):
-        assert shows(line, *values), line
+    speeds = [number for e in comparison["speedup"] for number in (e["value"], e["batch_size"])]
+    expected = {
+        "size": [100 * (1 - ratio), 1 / ratio, 1 / comparison["size_ratio_given"]],
+        "accuracy": [-100 * accuracy["drop"], 95, -100 * high, -100 * low],
+        "images": [accuracy["only_a_correct"], accuracy["only_b_correct"], accuracy["mcnemar_p"]],
+        "speed": [*speeds, 32, *(entry["value"] for entry in model["speedup_over_nchw"])],
+        "coverage": [len(model["int8_operations"]) + len(model["fp32_operations"]), 8],
+    }
+    facts = read_facts(process.stdout, "INT8 fbgemm against FP32")
+    assert facts.keys() == expected.keys()
+    for name, values in expected.items():
+        assert shows(facts[name], *values), facts[name]
     took = next(line for line in lines if line.startswith("took "))
     assert shows(took, results["wall_seconds"], results["peak_memory_bytes"] / 1e6)

@@ -21,10 +21,11 @@ from common.network.checkpoint import WeightsFile
 from common.report.results import (
     BLUE,
     common_results,
+    counted,
+    floor_percent,
     format_cost,
-    format_ending,
-    format_table,
     megabytes,
+    network_name,
     new_figure,
     p_value,
     percent,
@@ -32,6 +33,7 @@ from common.report.results import (
     save_figure,
     to_json,
 )
+from common.report.story import align
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -105,23 +107,12 @@ def test_a_file_name_that_is_no_utf8():
     assert Path(json.loads(to_json({"weights": str(path)}))["weights"]) == path
 
 
-def test_format_table():
-    table = format_table(["model", "size"], [["fp32", "44.77 MB"], ["int8 fbgemm", "9 MB"]])
-    assert table.splitlines() == [
-        "model            size",
-        "───────────  ────────",
-        "fp32         44.77 MB",
-        "int8 fbgemm      9 MB",
-    ]
-    assert format_table(["model", "size"], []).splitlines() == ["model  size", "─────  ────"]
-
-
 cells = st.text(st.characters(categories=["L", "N"]), max_size=8)
 
 
 @given(st.lists(st.tuples(cells, cells, cells), max_size=5))
-def test_format_table_keeps_every_cell(rows):
-    header, rule, *lines = format_table(["a", "b", "c"], rows).split("\n")
+def test_a_table_keeps_every_cell(rows):
+    header, rule, *lines = align(["a", "b", "c"], rows).split("\n")
     widths = [len(part) for part in rule.split("  ")]
     for row, line in zip([("a", "b", "c"), *rows], [header, *lines], strict=True):
         first, rest = line[: widths[0]].rstrip(" "), line[widths[0] :]
@@ -139,6 +130,12 @@ def test_format_table_keeps_every_cell(rows):
         (points(-0.02), "-2.00"),
         (points(0), "+0.00"),
         (megabytes(44_776_525), "44.78 MB"),
+        (floor_percent(0.99669), "99.66 %"),
+        (floor_percent(0.29), "29.00 %"),  # 100 × 0.29 is less than 29
+        (counted(1, "image"), "1 image"),
+        (counted(10_000, "image"), "10,000 images"),
+        (counted(100 * 0.07, "point"), "7 points"),
+        (counted(0.5, "point"), "0.5 points"),
     ],
 )
 def test_numbers(text, expected):
@@ -182,5 +179,16 @@ def test_the_cost_of_a_run_is_told():
     cost = {"wall_seconds": 3.4, "peak_memory_bytes": 1_234_000_000}
     assert format_cost(cost) == "took 3 s and at most 1,234 MB of memory"
     assert format_cost(cost | {"peak_memory_bytes": None}) == "took 3 s"
-    ending = format_ending(cost, Path("a\x1b[2J\nb"))
-    assert ending == f"{format_cost(cost)}\nwritten to a\\x1b[2J\\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("resnet18-cifar", "ResNet18 (CIFAR layout)"),
+        ("resnet50-imagenet", "ResNet50 (ImageNet layout)"),
+        ("torchvision:vgg11_bn", "vgg11_bn"),
+        ("mine\n.py:build", "mine\\n.py:build"),
+    ],
+)
+def test_networks_have_names_for_people(family, name):
+    assert network_name({"network": {"family": family}}) == name

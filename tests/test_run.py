@@ -12,6 +12,7 @@ import torch
 from common import run
 from common.machine.workers import Workers
 from common.report import page
+from common.report.story import Story
 
 CPU = torch.device("cpu")
 
@@ -24,11 +25,15 @@ def results() -> dict:
 
 @pytest.mark.parametrize("with_page", [False, True])
 def test_a_finished_run_leaves_its_results(tmp_path, monkeypatch, with_page):
-    monkeypatch.setattr(page, "render", lambda results, plots: f"{results['wall_seconds']}")
+    story = Story("Title", "Setting", [], [])
+    monkeypatch.setattr(page, "render", lambda story, results, plots: story.title)
     found = results()
     with run.start_run(CPU, tmp_path, overwrite=False) as (crew, folder):
         assert (crew.count, crew.is_first) == (1, True)
-        run.finish_run(found, folder, time.perf_counter() - 2, with_page)
+        assert (
+            run.finish_run(found, folder, time.perf_counter() - 2, lambda results: story, with_page)
+            is story
+        )
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert 2 <= found["wall_seconds"] < 60
     assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] > 50e6
@@ -57,9 +62,9 @@ def test_the_first_process_alone_opens_the_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_json_is_printed_in_place_of_text(capsys):
-    run.print_results({"a": 1}, "a is 1\n", as_json=False)
-    run.print_results({"a": 1}, "a is 1\n", as_json=True)
-    text, _, printed = capsys.readouterr().out.partition("\n")
-    assert text == "a is 1"
-    assert json.loads(printed) == {"a": 1}
+def test_json_is_printed_in_place_of_the_story(capsys, tmp_path):
+    story = Story("Title", "Setting", [], ["a is 1"])
+    run.print_results({"a": 1}, story, tmp_path, as_json=False)
+    assert capsys.readouterr().out == story.text(tmp_path)
+    run.print_results({"a": 1}, story, tmp_path, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"a": 1}

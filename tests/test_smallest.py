@@ -9,6 +9,7 @@ from common.measure.evaluate import predict
 from quantization.coding import encoder, smallest
 from quantization.files.artifact import load_int8
 from quantization.int8 import engines
+from quantization.report.story import describe_coding
 from quantization.settings import Settings
 
 ENGINE = engines.candidate_engines()[0]
@@ -18,7 +19,7 @@ def test_what_is_read_back_is_what_is_measured(tiny_model, random_images, tmp_pa
     monkeypatch.setattr(encoder, "POSITIONS", 4)
     images, test = random_images(32), random_images(40, seed=1)
     fp32 = predict(tiny_model, test)
-    inputs = Inputs({}, tiny_model, None, 0, test, images)
+    inputs = Inputs({"size_bytes": 2 * 10**6}, tiny_model, None, 0, test, images)
     settings = Settings(ENGINE, observer="minmax")
     setup = smallest.CodingSetup(inputs, images, fp32, settings, 16, 10**6)
     path = tmp_path / smallest.CODED_NAME
@@ -33,8 +34,8 @@ def test_what_is_read_back_is_what_is_measured(tiny_model, random_images, tmp_pa
     weights = sum(network.layers[name].weight.numel() for name in network.graph.layers)
     assert coding["bits_per_weight"] == 8 * path.stat().st_size / weights
     assert coding["bits_wanted"] == 5.0
-    text = smallest.format_coding(coding)
-    assert "asked for" not in text
-    assert "(0.5 asked for)" in smallest.format_coding(coding | {"bits_wanted": 0.5})
-    assert max(map(len, text.splitlines())) <= 80
-    assert f"{coding['size_ratio']:.1f}×" in text
+    facts = describe_coding(coding)
+    assert "asked for" not in facts.text()
+    assert "(0.5 asked for)" in describe_coding(coding | {"bits_wanted": 0.5}).text()
+    assert f"{coding['size_ratio']:.1f}× smaller than FP32" in facts.pairs["size"]
+    assert f"{coding['size_ratio_given']:.1f}× smaller than the given file" in facts.pairs["size"]

@@ -23,7 +23,7 @@ from training.loop.state import TrainingState, make_optimizer
 from training.recipe import Recipe
 from training.record.epochs import CHECKPOINT_NAME, KIND, EpochRecorder
 from training.record.measure import split_held_out
-from training.record.report import format_results
+from training.record.report import tell
 from training.training import main
 
 CPU = torch.device("cpu")
@@ -283,13 +283,13 @@ def test_a_run_writes_weights_that_load_and_results_that_keep_the_contract(finis
 
 def test_every_number_is_that_of_results_json(finished):
     folder, results = finished
-    text = format_results(results, folder)
+    text = tell(results).text(folder)
     entries = [results["held_out"], results["accuracy"]]
     for row, entry in zip(read_table(text, "accuracy (FP32)"), entries, strict=True):
         low, high = (100 * limit for limit in entry["ci95"])
         assert shows(" ".join(row[1:]), 100 * entry["value"], low, high, entry["total"]), row
     classes = [entry["value"] for entry in results["per_class"].values()]
-    by_class = next(line for line in text.splitlines() if line.startswith("test, by class"))
+    by_class = next(line for line in text.splitlines() if line.startswith("By class"))
     assert shows(by_class, 100 * min(classes), 100 * max(classes))
 
 
@@ -331,7 +331,7 @@ def test_two_processes_train_the_network_of_one(tmp_path, monkeypatch):
     states = []
     for told, count in ((alone, 1), (done, 2)):
         folder = tmp_path / str(count)
-        assert told.stdout.count("written:") == 1
+        assert told.stdout.count("written to") == 1
         results = json.loads((folder / "results.json").read_text())
         check_results(results, folder)
         assert results["processes"] == count

@@ -132,8 +132,8 @@ def main(argv: list[str] | None = None) -> int:
         results["parameters"] = sum(p.numel() for p in state.model.parameters())
         results |= measure.describe_accuracy(state.model.eval(), held_out, test.to(crew.device))
         results["artifacts"] = report.save_epochs(recorder.rows, folder)
-        finish_run(results, folder, started)
-    print_results(results, report.format_results(results, args.output_dir), args.json)
+        told = finish_run(results, folder, started, report.tell, args.report)
+    print_results(results, told, args.output_dir, args.json)
     return cli.EXIT_DONE
 
 

@@ -97,7 +97,6 @@ def parse_arguments(
 def add_shared_arguments(
     parser: argparse.ArgumentParser,
     output_dir: Path,
-    with_report: bool = True,
     with_device: bool = True,
 ) -> None:
     """Add the flags of the scripts that compress a checkpoint.
@@ -105,7 +104,6 @@ def add_shared_arguments(
     Args:
         parser: Changed in place.
         output_dir: The script's default for ``--output-dir``.
-        with_report: The script can write report.html.
         with_device: The script can run elsewhere than on the CPU.
     """
     inputs = parser.add_argument_group("inputs")
@@ -143,14 +141,7 @@ def add_shared_arguments(
         "--batch-size", type=batch_size, metavar="N", default=64, help="images evaluated at once"
     )
     add_machine_arguments(running, with_device)
-    outputs = parser.add_argument_group("outputs")
-    add_output_arguments(outputs, output_dir)
-    if with_report:
-        outputs.add_argument(
-            "--report",
-            action="store_true",
-            help="write report.html too: the run on one page, plots and all in a single file",
-        )
+    add_output_arguments(parser.add_argument_group("outputs"), output_dir)
 
 
 def add_image_arguments(
@@ -288,6 +279,11 @@ def add_output_arguments(outputs: argparse._ArgumentGroup, output_dir: Path) -> 
         "--overwrite",
         action="store_true",
         help="replace the results of an earlier run; by default they are moved to earlier/",
+    )
+    outputs.add_argument(
+        "--report",
+        action="store_true",
+        help="write report.html too: the run on one page, plots and all in a single file",
     )
     outputs.add_argument(
         "--json", action="store_true", help="print results.json to stdout, and nothing else"

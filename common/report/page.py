@@ -1,40 +1,41 @@
 """A run's story on one page: report.html, a single file that needs no network and no JavaScript.
 
-page.html tells it from results.json alone, page.css says how it looks. File names, and whatever
-else came from outside, are text and stay text: everything is escaped, and the page forbids the
-browser to load or run anything.
+page.html lays out the story that the console prints too, and page.css says how it looks. File
+names, and whatever else came from outside, are text and stay text: everything is escaped, and the
+page forbids the browser to load or run anything.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.command.cli import visible
 from common.files.atomic import replace_file
-from common.files.output import OutputFolder
-from common.report.results import format_change, format_cost, megabytes, p_value, percent, points
+from common.files.output import RESULTS_NAME, OutputFolder
+from common.report.story import Story
 
 REPORT_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
-FILTERS = (percent, points, megabytes, p_value, format_change, format_cost)
 
 
-def write_page(results: dict, folder: OutputFolder) -> None:
+def write_page(story: Story, results: dict, folder: OutputFolder) -> None:
     """Write report.html beside the plots that it embeds, and name it among the artefacts.
 
     Args:
+        story: What the page tells.
         results: results.json, complete but for this; changed in place.
-        folder: With the plots that the results list.
+        folder: Folder with the plots that the results list.
     """
     results["artifacts"]["report"] = REPORT_NAME
     plots = {name: folder.file(name).read_bytes() for name in results["artifacts"]["plots"]}
-    page = render(results, plots)
+    page = render(story, results, plots)
     replace_file(folder.file(REPORT_NAME), lambda file: file.write(page.encode()))
 
 
-def render(results: Mapping[str, object], plots: Mapping[str, bytes]) -> str:
+def render(story: Story, results: Mapping[str, object], plots: Mapping[str, bytes]) -> str:
     """Return the page; ``plots`` holds a PNG for each file name."""
     import jinja2  # late: a run without a page does not wait for it
 
@@ -46,10 +47,17 @@ def render(results: Mapping[str, object], plots: Mapping[str, bytes]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {function.__name__: function for function in FILTERS}
-    images = {name: base64.b64encode(png).decode() for name, png in plots.items()}
-    page = environment.get_template(TEMPLATE.name).render(results=results, images=images)
-    return page.lstrip()  # macros stand before it
+    told_first = [name for name in dict.fromkeys([*story.captions, *plots]) if name in plots]
+    images = {name: base64.b64encode(plots[name]).decode() for name in told_first}
+    template = environment.get_template(TEMPLATE.name)
+    files = [RESULTS_NAME, *_names(results["artifacts"])]
+    return template.render(story=story, results=results, images=images, files=files).lstrip()
+
+
+def _names(artifacts: Mapping[str, str | list[str]]) -> list[str]:
+    """Return the names of the files that results.json lists, each once."""
+    lists = [[entry] if isinstance(entry, str) else entry for entry in artifacts.values()]
+    return list(dict.fromkeys(itertools.chain(*lists)))
 
 
 def _as_text(value: object) -> object:

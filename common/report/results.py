@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +15,7 @@ import torch
 
 from common.command.cli import visible
 from common.machine.device import cpu_name, has_vnni
+from common.report.story import Column
 
 if TYPE_CHECKING:
     import argparse
@@ -80,29 +83,6 @@ def format_cost(results: dict) -> str:
     return text
 
 
-def format_given(weights: dict) -> str:
-    """Say how large the file is that the user handed in.
-
-    Args:
-        weights: results.json's ``weights``.
-    """
-    kind = ", a coded network" if weights["coded"] else ""
-    return f"given file: {megabytes(weights['size_bytes'])}{kind}"
-
-
-def format_ending(results: dict, output_dir: Path) -> str:
-    """Say what the run took, and where its files are."""
-    return f"{format_cost(results)}\nwritten to {visible(output_dir)}\n"
-
-
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write rows of equal keys as CSV, with a header."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def to_json(results: dict) -> str:
     """Format results as the text of results.json: ASCII, so that any file name can be in it.
 
@@ -111,26 +91,59 @@ def to_json(results: dict) -> str:
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
-# --- console -------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table in columns: the first to the left, the others to the right."""
-    table = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+def network_name(results: Mapping[str, Any]) -> str:
+    """Name the run's network for people."""
+    family = results["network"]["family"]
+    if found := re.fullmatch(r"resnet(\d+)-(cifar|imagenet)", family):
+        layout = {"cifar": "CIFAR", "imagenet": "ImageNet"}[found[2]]
+        return f"ResNet{found[1]} ({layout} layout)"
+    return visible(family.removeprefix("torchvision:"))
+
+
+def describe_setting(results: Mapping[str, Any]) -> str:
+    """Say on which images and which machine the numbers were measured."""
+    data, environment = results["data"], results["environment"]
+    setting = (
+        f"{counted(data['test_images'], 'test image')} ({visible(data['source'])}), "
+        f"{counted(environment['threads'], 'thread')}, {environment['cpu']}"
+    )
+    if environment["device"] != "cpu":
+        setting += f", FP32 on {environment['device_name']}"
+    return setting + "."
+
+
+def describe_given(weights: Mapping[str, Any]) -> str:
+    """Say how large the file is that the user handed in.
+
+    Args:
+        weights: results.json's ``weights``.
+    """
+    kind = " (a coded network)" if weights["coded"] else ""
+    return f"The given file takes {megabytes(weights['size_bytes'])}{kind}."
+
+
+def at_batch_sizes(entries: Sequence[Mapping[str, Any]], name: str = "value") -> str:
+    """Format a factor at each batch size; ``name`` is its key in the entries."""
+    return ", ".join(f"{entry[name]:.2f}× at batch {entry['batch_size']}" for entry in entries)
+
+
+def counted(number: float, noun: str) -> str:
+    """Format a number of things: 1 point, 0.5 points, 10,000 images."""
+    text = f"{number:,.10g}"
+    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
 
 
 def percent(value: float, digits: int = 2) -> str:
     """Format a fraction as a percentage."""
     return f"{100 * value:.{digits}f} %"
+
+
+def floor_percent(value: float, digits: int = 2) -> str:
+    """Format a largest fraction as a percentage, rounded down: more would be too much."""
+    return f"{math.floor(100 * value * 10**digits + 1e-9) / 10**digits:.{digits}f} %"
 
 
 def p_value(value: float, digits: int = 2) -> str:
@@ -160,6 +173,52 @@ def format_change(comparison: Mapping[str, Any], digits: int = 2) -> Change:
 def megabytes(size_bytes: float, digits: int = 2) -> str:
     """Format bytes as megabytes (10^6 bytes)."""
     return f"{size_bytes / 1e6:,.{digits}f} MB"
+
+
+# --- columns that several tables have -------------------------------------------------------------
+
+
+def accuracy_columns() -> list[Column]:
+    """Return the column of top-1 accuracies; in CSV files those of the counts behind it too."""
+    return [
+        Column(None, lambda row: row["accuracy"]["correct"], name="correct"),
+        Column(None, lambda row: row["accuracy"]["total"], name="total"),
+        Column("accuracy", lambda row: row["accuracy"]["value"], percent),
+    ]
+
+
+def change_columns() -> list[Column]:
+    """Return the columns of the change against dense and of its paired 95 % interval.
+
+    They are shown in points, a loss negative; in CSV files they are drops, a loss positive. Rows
+    without a ``comparison`` have none.
+    """
+
+    def compared(get: Callable[[dict], object]) -> Callable[[dict], object]:
+        return lambda row: get(row["comparison"]) if row.get("comparison") else None
+
+    def show_interval(comparison: dict) -> str:
+        change = format_change(comparison)
+        return f"{change.low} … {change.high}"
+
+    return [
+        Column("points", compared(itemgetter("drop")), lambda drop: points(-drop), name="drop"),
+        Column("95 % interval", compared(lambda comparison: comparison), show_interval, name=""),
+        Column(None, compared(lambda comparison: comparison["ci95"][0]), name="drop_low"),
+        Column(None, compared(lambda comparison: comparison["ci95"][1]), name="drop_high"),
+    ]
+
+
+def rate_columns(latency: Sequence[dict]) -> list[Column]:
+    """Return a column of images a second for each batch size of ``latency``."""
+
+    def at(index: int) -> Callable[[dict], float]:
+        return lambda row: row["latency"][index]["images_per_second"]
+
+    return [
+        Column(f"batch {timing['batch_size']}", at(index), "{:,.0f}".format)
+        for index, timing in enumerate(latency)
+    ]
 
 
 # --- plots ---------------------------------------------------------------------------------------

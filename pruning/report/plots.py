@@ -8,10 +8,25 @@ from pathlib import Path
 
 import numpy as np
 
-from common.report.results import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
-from pruning.channels.report import PLOT as SLIM_PLOT
-from pruning.channels.report import plot_slim
-from pruning.report import together
+from common.report.results import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    counted,
+    floor_percent,
+    new_figure,
+    save_figure,
+)
+from pruning.report.linear import linear_layers
+from pruning.report.search_plots import (
+    SEARCH_PLOT,
+    SLIM_PLOT,
+    accuracies,
+    plot_model_search,
+    plot_slim,
+)
 
 MAX_CURVE_POINTS = 1500
 
@@ -38,8 +53,7 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
     if "linear_search" in results:
         plot_search(results["linear_search"], file("linear_search.png"))
     if "model_search" in results:
-        path = file(together.PLOT)
-        together.plot_model_search(results["model_search"], tolerance, path)
+        plot_model_search(results["model_search"], tolerance, file(SEARCH_PLOT))
     if "slim" in results:
         plot_slim(results["slim"]["models"], file(SLIM_PLOT))
 
@@ -58,7 +72,7 @@ def plot_sensitivity(
     """
     if by_drop:
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
-    value, low, high = together.accuracies(0.0, rows)
+    value, low, high = accuracies(0.0, rows)
     limit = -100 * tolerance
     figure, axes = new_figure(max(9.5, 0.3 * len(rows)), 4.6)
     positions = np.arange(len(rows))
@@ -67,7 +81,7 @@ def plot_sensitivity(
     whiskers = np.clip([value - low, high - value], 0, None)
     axes.errorbar(positions, value, whiskers, fmt="none", ecolor="#333333", capsize=2.5, lw=1)
     axes.axhline(0, color="black", lw=1.2, label="dense")
-    label = f"dense − {100 * tolerance:g} points"
+    label = f"dense − {counted(100 * tolerance, 'point')}"
     axes.axhline(limit, color=ORANGE, lw=1.2, ls="--", label=label)
     axes.set_xticks(positions, [row["layer"] for row in rows], rotation=60, ha="right")
     axes.set_xlim(-0.7, len(rows) - 0.3)
@@ -75,7 +89,7 @@ def plot_sensitivity(
     axes.set_ylabel("top-1 accuracy against dense (points)")
     worse = sum(v < limit for v in value)
     axes.set_title(
-        f"{worse} of {len(rows)} layers lose more than {100 * tolerance:g} points "
+        f"{worse} of {len(rows)} layers lose more than {counted(100 * tolerance, 'point')} "
         f"when {100 * amount:g} % of their weights go" + (" (sorted by drop)" if by_drop else "")
     )
     axes.legend(ncols=2, loc="lower right")
@@ -124,32 +138,32 @@ def plot_search(linear: dict, path: Path) -> None:
         linear: The ``linear_search`` object of results.json.
         path: Path of the PNG.
     """
-    accuracies = 100 * np.array([accuracy for _, accuracy in linear["curve"]])
-    levels, steps = len(accuracies) - 1, linear["steps"]
-    found, largest = (100 * linear[name] for name in ("max_amount", "exhaustive_max_amount"))
+    values = 100 * np.array([accuracy for _, accuracy in linear["curve"]])
+    levels, steps = len(values) - 1, linear["steps"]
+    found, largest = linear["max_amount"], linear["exhaustive_max_amount"]
     amounts = 100 * np.array([amount for amount, _ in linear["curve"]])
     limit = 100 * (linear["dense"]["value"] - linear["tolerance"])
     figure, (whole, near) = new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
     points = [(100 * step["amount"], 100 * step["accuracy"]["value"]) for step in steps]
     for axes, stride, lw in ((whole, max(1, levels // MAX_CURVE_POINTS), 1.4), (near, 1, 1.2)):
         axes.axhline(limit, color=ORANGE, ls="--", lw=1.2, label=f"limit {limit:.2f} %")
-        axes.axvline(found, color=GREEN, lw=1.2, label=f"found {found:.2f}%")
-        axes.plot(amounts[::stride], accuracies[::stride], color=BLUE, lw=lw, label="every amount")
+        axes.axvline(100 * found, color=GREEN, lw=1.2, label=f"found {floor_percent(found)}")
+        axes.plot(amounts[::stride], values[::stride], color=BLUE, lw=lw, label="every amount")
         for kept, color, label in ((True, GREEN, "step kept"), (False, RED, "step rejected")):
             chosen = [p for p, step in zip(points, steps, strict=True) if step["kept"] is kept]
             x, y = np.reshape(chosen, (-1, 2)).T
             axes.scatter(x, y, color=color, s=24, zorder=3, label=label)
-        axes.set_xlabel(f"weights of {together.linear_layers(linear)} pruned (%)")
+        axes.set_xlabel(f"weights of {linear_layers(linear)} pruned (%)")
     for number, point in enumerate(points[:5], start=1):
         whole.annotate(str(number), point, xytext=(3, 6), textcoords="offset points", fontsize=8)
-    near.axvline(largest, color=GREY, ls=":", lw=1.5)
-    left = max(0.0, found - 4)
-    near.set_xlim(left, min(100.0, max(largest, found) + 0.5))
-    near.set_ylim(limit - 3, accuracies[int(levels * left / 100) :].max() + 0.5)
-    near.text(largest, near.get_ylim()[0], f" true maximum {largest:.2f} %", rotation=90,
-              ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
+    near.axvline(100 * largest, color=GREY, ls=":", lw=1.5)
+    left = max(0.0, 100 * found - 4)
+    near.set_xlim(left, min(100.0, 100 * max(largest, found) + 0.5))
+    near.set_ylim(limit - 3, values[int(levels * left / 100) :].max() + 0.5)
+    near.text(100 * largest, near.get_ylim()[0], f" true maximum {floor_percent(largest)}",
+              rotation=90, ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
     near.set_title("Near the answer")
     whole.set_ylabel("top-1 accuracy (%)")
-    whole.set_title(f"{found:.1f} % of the weights of {together.linear_layers(linear)} can go")
+    whole.set_title(f"{floor_percent(found, 1)} of the weights of {linear_layers(linear)} can go")
     whole.legend(loc="lower left")
     save_figure(figure, path)

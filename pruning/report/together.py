@@ -1,42 +1,30 @@
-"""Text and plot of the search over many layers."""
+"""What pruning.py tells of the search over many layers together."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
+from collections.abc import Callable, Sequence
 
 from common.report.results import (
-    BLUE,
-    GREEN,
-    GREY,
-    RED,
+    accuracy_columns,
+    at_batch_sizes,
+    change_columns,
+    counted,
+    floor_percent,
     format_change,
-    format_table,
     megabytes,
-    new_figure,
     percent,
-    save_figure,
+    points,
+    rate_columns,
 )
-from pruning.channels.search import RECONSTRUCTED, SCOPE
-from pruning.together.allocation import NORM, RANDOM, SENSITIVITY
-from pruning.together.search import CONTROLS
+from common.report.story import Column, Facts, Table
+from pruning.channels.search import SCOPE as CHANNELS
 
-PLOT = "model_search.png"
-COLORS = {SENSITIVITY: GREEN, RANDOM: GREY, RECONSTRUCTED: BLUE, NORM: GREY}
 SCOPES = {
     "linear": "all linear layers",
     "conv": "all convolutions",
     "all": "the whole network",
-    SCOPE: "whole channels",
+    CHANNELS: "whole channels",
 }
-
-
-def linear_layers(linear: dict) -> str:
-    """Return the words for the layers of a ``linear_search`` of results.json."""
-    return "the linear layer" if len(linear["layers"]) == 1 else "the linear layers"
 
 
 def method_name(entry: dict) -> str:
@@ -46,53 +34,9 @@ def method_name(entry: dict) -> str:
     return f"{entry['allocation']} + BN" if entry["recalibrated"] else entry["allocation"]
 
 
-def explain_names(entries: Sequence[dict]) -> str:
-    """Explain the short names of rows and columns."""
-    explanation = (
-        "MACs: multiply-adds that are left. BN: batch-norm statistics re-estimated on "
-        "training images after pruning."
-    )
-    if entries[0]["scope"] == SCOPE:
-        explanation += (
-            " Pruned: of the multiply-adds. Reconstructed: channels chosen and made up for on "
-            "training images, blocks as wide as they need. Norm: the largest filters, for control."
-        )
-    if epochs := max(entry["finetune_epochs"] for entry in entries):
-        explanation += f" Tuned: trained after pruning, zeros held (epochs: {epochs})."
-    return explanation
-
-
-def largest_table(entries: Sequence[dict]) -> str:
-    """Lay out each method's largest sparsity, and its accuracy on held-out images."""
-    rows = []
-    for entry in entries:
-        sparsity, change = entry["max_sparsity"], format_change(entry["comparison"])
-        rows.append(
-            [method_name(entry), percent(sparsity, 1), f"{1 / (1 - sparsity):.1f}×",
-             percent(entry["accuracy"]["value"]), change.points, f"{change.low} … {change.high}",
-             "yes" if entry["within_tolerance"] else "NO", percent(entry["macs_kept"], 0)]
-        )  # fmt: skip
-    header = ["", "pruned", "", "accuracy", "points", "95 % interval", "within", "MACs"]
-    return format_table(header, rows)
-
-
-def curve_table(entries: Sequence[dict]) -> str:
-    """Lay out the change of accuracy at each compression, ± half the paired 95 % interval."""
-    columns, rows = sparsities(entries), []
-    for entry in entries:
-        found = {point["sparsity"]: point["comparison"] for point in entry["points"]}
-        rows.append([method_name(entry), *(_change(found.get(sparsity)) for sparsity in columns)])
-    return format_table(["points at", *map(fewer, columns)], rows)
-
-
-def sparsities(entries: Sequence[dict]) -> list[float]:
-    """Return the sparsities at which methods were measured."""
-    return [point["sparsity"] for point in entries[0]["points"]]
-
-
 def unit_of(entries: Sequence[dict]) -> str:
     """Return the name of what sparsity counts."""
-    return "multiply-adds" if entries[0]["scope"] == SCOPE else "weights"
+    return "multiply-adds" if entries[0]["scope"] == CHANNELS else "weights"
 
 
 def fewer(sparsity: float) -> str:
@@ -100,96 +44,124 @@ def fewer(sparsity: float) -> str:
     return f"{1 / (1 - sparsity):.2g}×"
 
 
-def _change(comparison: dict | None) -> str:
-    if comparison is None:
-        return ""
-    low, high = comparison["ci95"]
-    return f"{format_change(comparison, 1).points} ±{50 * (high - low):.1f}"
+def sparsities(entries: Sequence[dict]) -> list[float]:
+    """Return the sparsities at which methods were measured."""
+    return [point["sparsity"] for point in entries[0]["points"]]
 
 
-def format_model_search(results: dict) -> str:
-    """Lay out the search over many layers for a terminal 80 columns wide."""
-    entries, saved = results["model_search"], results["model_saved"]
-    first = entries[0]
-    dense, sparse = saved["latency"]
-    given_bytes = results["weights"]["size_bytes"]
-    tolerance = 100 * results["arguments"]["tolerance"]
-    summary = (
-        f"Chosen on {first['chosen_on_images']:,} images with one standard error to spare, "
-        f"measured on {first['accuracy']['total']:,} others. {explain_names(entries)}"
+def tell_search(results: dict) -> list[Table | Facts]:
+    """Return each method's largest sparsity, its accuracies, and what was saved."""
+    entries, tolerance = results["model_search"], results["arguments"]["tolerance"]
+    title = (
+        f"{SCOPES[entries[0]['scope']].capitalize()}: the largest sparsity within "
+        f"{counted(100 * tolerance, 'point')} ({results['model_search_seconds']:.0f} s)"
     )
-    lines = [
-        f"{SCOPES[first['scope']].capitalize()}: the largest sparsity within {tolerance:g} points "
-        f"({results['model_search_seconds']:.0f} s)",
-        largest_table(entries),
-        *textwrap.wrap(summary, 78, initial_indent="  ", subsequent_indent="  "),
-        "",
-        f"Points against dense at each compression of the {unit_of(entries)}, on "
-        f"{first['points'][0]['accuracy']['total']:,} of the held-out images",
-        curve_table(entries),
-        "",
-        f"Saved: {method_name(saved)} at {percent(saved['sparsity'], 1)}; reloaded and measured "
-        f"again: {percent(saved['accuracy']['value'])}",
-        f"  plain file   {megabytes(saved['pruned_bytes'])}, "
-        f"compressed {megabytes(saved['pruned_compressed_bytes'])}",
-        f"  written as   {results['artifacts']['model']}",
-        f"  that is      {saved['dense_compressed_bytes'] / saved['pruned_compressed_bytes']:.1f} "
-        "times smaller than dense, compressed as well,",
-        f"               {given_bytes / saved['pruned_compressed_bytes']:.1f} times smaller than "
-        "the given file",
-        f"  in theory    {percent(1 - saved['macs_kept'], 0)} of the multiply-adds are saved"
-        + ("" if first["scope"] == SCOPE else "; dense kernels do them all:"),
-        f"  measured     {sparse['median_ms']:.0f} ms for {dense['batch_size']} images, "
-        f"dense {dense['median_ms']:.0f} ms",
+    parts = [largest_table(entries, title), curve_table(entries), describe_saved(results)]
+    return [part for part in parts if not isinstance(part, Table) or len(part.columns) > 1]
+
+
+def largest_table(entries: Sequence[dict], title: str) -> Table:
+    """Return each method's largest sparsity, and its accuracy on held-out images."""
+    columns = [
+        Column("", method_name),
+        Column("pruned", lambda row: row["max_sparsity"], lambda share: floor_percent(share, 1)),
+        Column("fewer", lambda row: 1 / (1 - row["max_sparsity"]), "{:.1f}×".format),
+        *accuracy_columns(),
+        *change_columns(),
+        Column("within", lambda row: "yes" if row["within_tolerance"] else "NO"),
+        Column("MACs", lambda row: row["macs_kept"], lambda share: percent(share, 0)),
     ]
-    return "\n".join(lines)
-
-
-def accuracies(dense: float, entries: Sequence[dict]) -> np.ndarray:
-    """Return accuracies in percent as losses from ``dense``: values, lower and upper limits."""
-    comparisons = [entry["comparison"] for entry in entries]
-    losses = np.array([[c["drop"], *reversed(c["ci95"])] for c in comparisons])
-    return 100 * (dense - losses.T)
-
-
-def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> None:
-    """Draw accuracy against compression: a line a method, a star where its search ended.
-
-    Args:
-        entries: The ``model_search`` rows of results.json.
-        tolerance: Drop that is drawn as a limit.
-        path: Path of the PNG.
-    """
-    figure, axes = new_figure(9.5, 4.8)
-    dense = entries[0]["curve"][0][1]
-    for entry in entries:
-        color = RED if entry["finetune_epochs"] else COLORS[entry["allocation"]]
-        style = "--" if entry["recalibrated"] else "-"
-        times = [1 / (1 - point["sparsity"]) for point in entry["points"]]
-        value, low, high = accuracies(dense, entry["points"])
-        line = ([1.0, *times], [100 * dense, *value])
-        axes.plot(*line, style, color=color, lw=1.6, label=method_name(entry))
-        whiskers = np.clip([value - low, high - value], 0, None)
-        axes.errorbar(times, value, whiskers, fmt=".", ms=4, color=color, capsize=2, lw=1)
-        if entry["max_sparsity"] > 0 and entry["allocation"] not in CONTROLS:
-            found = 1 / (1 - entry["max_sparsity"])
-            y = 100 * (dense - entry["comparison"]["drop"])
-            face = "white" if entry["recalibrated"] else color
-            axes.plot(found, y, "*", ms=12, color=color, mfc=face, zorder=4)
-    axes.axhline(100 * dense, color="black", lw=1)
-    axes.axhline(100 * (dense - tolerance), color="black", ls=":", lw=1.2)
-    axes.set_xscale("log", base=2)
-    marks = sparsities(entries)
-    ticks = [1, *(1 / (1 - sparsity) for sparsity in marks)]
-    axes.set_xticks(ticks, ["dense", *(fewer(sparsity) for sparsity in marks)])
-    axes.minorticks_off()
-    unit = unit_of(entries)
-    axes.set_xlabel(f"compression: {unit} before / {unit} after")
-    axes.set_ylabel("top-1 accuracy (%), held-out images")
-    best = max(entry["max_sparsity"] for entry in entries if entry["allocation"] not in CONTROLS)
-    axes.set_title(
-        f"{100 * best:.1f} % of the {unit} can go within {100 * tolerance:g} points "
-        "(star: where each search ended)"
+    note = (
+        f"Chosen on {counted(entries[0]['chosen_on_images'], 'image')} with one standard error to "
+        f"spare, measured on {entries[0]['accuracy']['total']:,} others. {explain_names(entries)}"
     )
-    axes.legend(loc="lower left")
-    save_figure(figure, path)
+    return Table(title, columns, entries, note)
+
+
+def explain_names(entries: Sequence[dict]) -> str:
+    """Explain the short names of rows and columns."""
+    explanation = "MACs: multiply-adds that are left."
+    if any(entry["recalibrated"] for entry in entries):
+        explanation += " BN: batch-norm statistics re-estimated on training images after pruning."
+    if entries[0]["scope"] == CHANNELS:
+        explanation += (
+            " Pruned: of the multiply-adds. Reconstructed: channels chosen and made up for on "
+            "training images, blocks as wide as they need. Norm: the largest filters, for control."
+        )
+    if epochs := max(entry["finetune_epochs"] for entry in entries):
+        explanation += f" Tuned: trained after pruning, zeros held ({counted(epochs, 'epoch')})."
+    return explanation
+
+
+def curve_table(entries: Sequence[dict]) -> Table:
+    """Return the change of accuracy at each compression, ± half the paired 95 % interval."""
+    columns = [Column("points at", method_name)]
+    columns += [Column(fewer(sparsity), _change_at(sparsity)) for sparsity in sparsities(entries)]
+    images = entries[0]["points"][0]["accuracy"]["total"] if entries[0]["points"] else 0
+    title = (
+        f"Points against dense at each compression of the {unit_of(entries)}, on "
+        f"{images:,} of the held-out images"
+    )
+    return Table(title, columns, entries)
+
+
+def _change_at(sparsity: float) -> Callable[[dict], str | None]:
+    def change(entry: dict) -> str | None:
+        for point in entry["points"]:
+            if point["sparsity"] == sparsity:
+                low, high = point["comparison"]["ci95"]
+                return f"{points(-point['comparison']['drop'], 1)} ±{50 * (high - low):.1f}"
+        return None
+
+    return change
+
+
+def describe_saved(results: dict) -> Facts:
+    """Say what the saved model is, and what it saves."""
+    saved = results["model_saved"]
+    dense, sparse = saved["latency"]
+    change, compressed = format_change(saved["comparison"]), saved["pruned_compressed_bytes"]
+    return Facts(
+        f"Saved: {method_name(saved)} at {floor_percent(saved['sparsity'], 1)}; reloaded and "
+        "measured again",
+        {
+            "accuracy": f"{percent(saved['accuracy']['value'])}: {change.points} points, 95 % "
+            f"interval {change.low} to {change.high}",
+            "plain file": f"{megabytes(saved['pruned_bytes'])}, compressed {megabytes(compressed)}",
+            "that is": f"{saved['dense_compressed_bytes'] / compressed:.1f}× smaller than dense, "
+            "compressed as well, "
+            f"{results['weights']['size_bytes'] / compressed:.1f}× smaller than the given file",
+            "written as": results["artifacts"]["model"],
+            "in theory": f"{percent(1 - saved['macs_kept'], 0)} of the multiply-adds are saved"
+            + ("" if saved["scope"] == CHANNELS else "; dense kernels do them all"),
+            "measured": f"{sparse['median_ms']:.0f} ms for "
+            f"{counted(dense['batch_size'], 'image')}, dense {dense['median_ms']:.0f} ms",
+        },
+    )
+
+
+def tell_slim(slim: dict) -> list[Table | Facts]:
+    """Return how fast the slim network is beside the dense one, in FP32 and INT8."""
+    models, widths = slim["models"], slim["widths"]
+    columns = [
+        Column("images/s at", _precision_name),
+        Column("size", lambda model: model["size_bytes"], megabytes),
+        *change_columns(),
+        Column("MACs", lambda m: m["macs"] / models[0]["macs"], lambda share: percent(share, 0)),
+        *rate_columns(models[0]["latency"]),
+    ]
+    title = f"Slim and dense in turns, {models[0]['accuracy']['total']:,} held-out images"
+    return [
+        Table(title, columns, models, "Points are against dense FP32 on the same images."),
+        Facts(
+            "What removing channels gained",
+            {
+                "INT8, slim against dense": at_batch_sizes(slim["speedup"], "over_dense"),
+                "inner channels of the blocks": ", ".join(map(str, widths["inner"])),
+            },
+        ),
+    ]
+
+
+def _precision_name(model: dict) -> str:
+    return model["name"].replace("fp32", "FP32").replace("int8", "INT8")

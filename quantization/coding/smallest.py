@@ -11,9 +11,8 @@ from common.command.cli import log
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import Paired, predict
-from common.report.results import format_change, megabytes, percent
 from quantization.coding.encoder import encode
-from quantization.coding.target import Coding, code_to_bits, misses
+from quantization.coding.target import Coding, code_to_bits
 from quantization.files.artifact import load_int8
 from quantization.files.int8_file import save_int8
 from quantization.int8.conversion import convert_coded
@@ -86,18 +85,3 @@ def write_smallest(setup: CodingSetup, bits_wanted: float, path: Path) -> dict:
         "bits_wanted": bits_wanted,
         **point,
     }
-
-
-def format_coding(coding: dict) -> str:
-    """Lay out results.json's ``coding``."""
-    accuracy, change = percent(coding["accuracy"]["value"]), format_change(coding["comparison"])
-    missed = misses(coding["bits_per_weight"], coding["bits_wanted"])
-    asked = f" ({coding['bits_wanted']:g} asked for)" if missed else ""
-    return (
-        f"the smallest file: {coding['file']}\n"
-        f"  size      {megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
-        f"FP32;\n            {coding['size_ratio_given']:.1f}× smaller than the given file; "
-        f"{coding['bits_per_weight']:.2f} bits a weight{asked}\n"
-        f"  accuracy  {accuracy}, {change.points} points, 95 % interval {change.low} to "
-        f"{change.high}\n"
-    )

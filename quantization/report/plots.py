@@ -10,7 +10,7 @@ import torch
 
 from common.images.data import ImageSet
 from common.report import results as report
-from quantization.report.tables import label
+from quantization.report.story import label
 
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
 # FP32 twice, seven engines and the ONNX file are the most that one run compares.
@@ -91,10 +91,10 @@ def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
         (-0.2, "drop_only_quantized", report.ORANGE, "only this layer in INT8"),
         (0.2, "drop_only_fp32", report.GREY, "all but this layer in INT8"),
     ):
-        drops = [100 * row[key] for row in rows]
-        cost_axis.barh(at + offset, drops, 0.38, color=color, label=name)
+        changes = [-100 * row[key] for row in rows]
+        cost_axis.barh(at + offset, changes, 0.38, color=color, label=name)
     cost_axis.axvline(0, color="black", lw=0.8)
-    cost_axis.set(title="Accuracy lost", xlabel="points against FP32")
+    cost_axis.set(title="Accuracy", xlabel="points against FP32; a loss is negative")
     for axis in (noise_axis, cost_axis):
         figure_legend = axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
         figure_legend.set_in_layout(True)

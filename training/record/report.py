@@ -1,24 +1,27 @@
-"""What a training run shows: the plot of its epochs and the table for the console."""
+"""What a training run shows: the plot of its epochs, and its story."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 
-from common.command.cli import visible
 from common.files.output import OutputFolder
 from common.network.checkpoint import WEIGHTS_NAME
 from common.report import results as report
-from common.report.results import format_table, percent
+from common.report.results import counted, describe_setting, format_cost, percent
+from common.report.story import Column, Headline, Story, Table
 from training.record.epochs import EpochRow
 
 EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
+IMAGES = {"held-out": "held_out", "test": "accuracy"}  # and their entry of results.json
 
 
 def save_epochs(rows: Sequence[EpochRow], folder: OutputFolder) -> dict:
     """Write the table and the plot of the epochs; return results.json's ``artifacts``."""
-    report.write_csv(folder.file(EPOCHS_NAME), [asdict(row) for row in rows])
+    columns = [Column(f.name, attrgetter(f.name)) for f in fields(EpochRow)]
+    Table("", columns, rows).write_csv(folder.file(EPOCHS_NAME))
     plot_epochs(folder.file(EPOCHS_PLOT), rows)
     return {"model": WEIGHTS_NAME, "plots": [EPOCHS_PLOT], "epochs": EPOCHS_NAME}
 
@@ -43,25 +46,32 @@ def plot_epochs(path: Path, rows: Sequence[EpochRow]) -> None:
     report.save_figure(figure, path)
 
 
-def format_results(results: dict, output_dir: Path) -> str:
-    """Lay out the run's outcome for the console."""
-
-    def row(name: str, accuracy: dict) -> list[str]:
-        low, high = accuracy["ci95"]
-        return [
-            name,
-            percent(accuracy["value"]),
-            f"{100 * low:.2f} – {100 * high:.2f}",
-            f"{accuracy['total']:,}",
-        ]
-
-    rows = [row("held-out", results["held_out"]), row("test", results["accuracy"])]
-    table = format_table(["accuracy (FP32)", "top-1", "95 % interval", "images"], rows)
+def tell(results: dict) -> Story:
+    """Tell results.json of a run."""
+    rows = [{"images": name, "accuracy": results[key]} for name, key in IMAGES.items()]
+    columns = [
+        Column("accuracy (FP32)", lambda row: row["images"]),
+        Column("top-1", lambda row: row["accuracy"]["value"], percent),
+        Column("95 % interval", lambda row: " … ".join(map(percent, row["accuracy"]["ci95"]))),
+        Column("images", lambda row: row["accuracy"]["total"], "{:,}".format),
+    ]
     classes = {name: entry["value"] for name, entry in results["per_class"].items()}
     worst, best = min(classes, key=classes.get), max(classes, key=classes.get)
-    return (
-        f"{table}\n\n"
-        f"test, by class: from {percent(classes[worst], 1)} ({worst}) to "
-        f"{percent(classes[best], 1)} ({best})\n"
-        f"written: {visible(output_dir / results['artifacts']['model'])}\n"
+    accuracy, epochs = results["accuracy"], results["recipe"]["epochs"]
+    low, high = map(percent, accuracy["ci95"])
+    return Story(
+        "ResNet18, trained",
+        describe_setting(results),
+        [
+            Headline(percent(accuracy["value"]), f"top-1, 95 % interval {low} to {high}"),
+            Headline(counted(epochs, "epoch"), f"of {results['data']['train_images']:,} images"),
+        ],
+        [
+            Table("", columns, rows),
+            f"By class, on the test images: from {percent(classes[worst], 1)} ({worst}) to "
+            f"{percent(classes[best], 1)} ({best}).",
+            f"The weights are in {results['artifacts']['model']}.",
+        ],
+        {EPOCHS_PLOT: "Loss, accuracies and learning rate by epoch."},
+        format_cost(results),
     )

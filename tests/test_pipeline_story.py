@@ -1,8 +1,8 @@
-"""pipeline/tables.py: what it advises."""
+"""pipeline/story.py: what it advises."""
 
 from __future__ import annotations
 
-from pipeline.tables import advice
+from pipeline.story import advise
 
 
 def test_the_speed_of_what_to_ship_is_told_at_every_batch_size():
@@ -12,7 +12,10 @@ def test_the_speed_of_what_to_ship_is_told_at_every_batch_size():
     ]
     answer = {
         "name": "both", "file": "a.safetensors", "within_budget": True, "size_ratio": 50.0,
+        "size_ratio_given": 25.0,
         "speedup": speedup,
     }  # fmt: skip
-    lines = advice({"answers": [answer]})
-    assert "     as fast as dense INT8: 0.95× at batch 1, 1.57× at batch 32" in lines
+    for coded, network in ((False, "dense INT8"), (True, "INT8")):
+        ship, _ = advise({"answers": [answer], "weights": {"coded": coded}})
+        assert "25.0× smaller than the given file" in ship
+        assert f"as fast as {network}: 0.95× at batch 1, 1.57× at batch 32" in ship

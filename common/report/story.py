@@ -1,0 +1,183 @@
+"""A run's story: what results.json says, laid out once for the console, the CSV files and the page.
+
+A table is a list of columns, and each column knows its heading, its value and how the value is
+shown. Whoever adds a column adds it here once and finds it everywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.command.cli import visible
+
+WIDTH = 80  # columns of a terminal
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        heading: Heading, with the unit where the values show none; None for a column of CSV files
+            alone.
+        value: Returns a row's value.
+        show: Returns a value as text; None is shown as nothing.
+        name: Name in CSV files; the heading by default, and empty for a column that they do not
+            have.
+    """
+
+    heading: str | None
+    value: Callable[[Any], object]
+    show: Callable[[Any], str] = str
+    name: str | None = None
+
+    def cell(self, row: object) -> str:
+        """Return a row's value as text."""
+        value = self.value(row)
+        return "" if value is None else self.show(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that share their columns.
+
+    Attributes:
+        title: What the table shows.
+        columns: The columns, from left to right.
+        rows: The rows; any objects that the columns understand.
+        note: What a reader has to know to read it.
+    """
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[object]
+    note: str = ""
+
+    @property
+    def shown(self) -> list[Column]:
+        """The columns that people see."""
+        return [column for column in self.columns if column.heading is not None]
+
+    @property
+    def headings(self) -> list[str]:
+        """The headings, from left to right."""
+        return [column.heading for column in self.shown]
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The cells as text, row by row."""
+        return [[column.cell(row) for column in self.shown] for row in self.rows]
+
+    def text(self) -> str:
+        """Lay the table out for a console."""
+        title = [fill(self.title)] if self.title else []
+        note = [fill(self.note, "  ")] if self.note else []
+        return "\n".join([*title, align(self.headings, self.cells), *note])
+
+    def write_csv(self, path: Path) -> None:
+        """Write the table's values, unformatted, under the columns' names."""
+        named = [(c.heading if c.name is None else c.name, c.value) for c in self.columns]
+        named = [(name, value) for name, value in named if name]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([name for name, _ in named])
+            writer.writerows([value(row) for _, value in named] for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts under a title, each with a short name."""
+
+    title: str
+    pairs: Mapping[str, str]
+
+    def text(self) -> str:
+        """Lay the facts out for a console."""
+        width = max(map(len, self.pairs)) + 4
+        lines = [
+            textwrap.fill(
+                value,
+                WIDTH - 1,
+                initial_indent=f"  {name}".ljust(width),
+                subsequent_indent=" " * width,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for name, value in self.pairs.items()
+        ]
+        return "\n".join([fill(self.title), *lines])
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure that a reader takes away, and what it says."""
+
+    figure: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Story:
+    """A whole run.
+
+    Attributes:
+        title: What was done, to what.
+        setting: On which images and which machine.
+        headlines: The figures to take away; on the page alone, for the parts say them too.
+        parts: Tables, facts and sentences, in reading order.
+        captions: What each plot shows, by file name.
+        cost: How long the run took, and how much memory.
+    """
+
+    title: str
+    setting: str
+    headlines: Sequence[Headline]
+    parts: Sequence[Table | Facts | str]
+    captions: Mapping[str, str] = field(default_factory=dict)
+    cost: str = ""
+
+    def text(self, output_dir: Path) -> str:
+        """Lay the story out for a console."""
+        parts = [fill(part) if isinstance(part, str) else part.text() for part in self.parts]
+        first = f"{self.title}\n{fill(self.setting)}"
+        last = f"{self.cost}\nwritten to {visible(output_dir)}"
+        return "\n\n".join([first, *parts, last]) + "\n"
+
+
+def fill(text: str, indent: str = "") -> str:
+    """Wrap a text for a console; file names and the like stay whole."""
+    return textwrap.fill(
+        text, WIDTH - 1, initial_indent=indent, subsequent_indent=indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def align(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out cells in columns: the first to the left, the others to the right.
+
+    Columns for which the console is too narrow follow below, beside the first one again.
+    """
+    table = [list(headings), *map(list, rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
+    blocks: list[list[int]] = [[0]]
+    for column in range(1, len(widths)):
+        if sum(widths[one] + 2 for one in [*blocks[-1], column]) - 2 >= WIDTH and blocks[-1] != [0]:
+            blocks.append([0])
+        blocks[-1].append(column)
+    return "\n\n".join(_align_block(table, widths, block) for block in blocks)
+
+
+def _align_block(table: Sequence[Sequence[str]], widths: Sequence[int], block: list[int]) -> str:
+    lines = [
+        "  ".join(
+            row[column].rjust(widths[column]) if column else row[0].ljust(widths[0])
+            for column in block
+        ).rstrip()
+        for row in table
+    ]
+    return "\n".join([lines[0], "  ".join("─" * widths[column] for column in block), *lines[1:]])

@@ -1,0 +1,201 @@
+"""What pruning.py tells: the structure, each layer alone, the linear layers, layers together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from common.report.results import (
+    accuracy_columns,
+    change_columns,
+    describe_given,
+    describe_setting,
+    floor_percent,
+    format_change,
+    format_cost,
+    network_name,
+    p_value,
+    percent,
+)
+from common.report.story import Column, Headline, Story, Table
+from pruning.report.linear import (
+    NO_LINEAR_LAYERS,
+    curve_table,
+    describe_found,
+    describe_savings,
+    linear_layers,
+    steps_table,
+)
+from pruning.report.together import SCOPES, tell_search, tell_slim, unit_of
+
+CAPTIONS = {
+    "sensitivity.png": "The change of accuracy with each layer alone pruned, in network order; "
+    "whiskers are paired with dense.",
+    "sensitivity_sorted.png": "The same, the most sensitive layer first.",
+    "sensitivity_amounts.png": "Every layer at every amount: the steeper the curve, the more the "
+    "network needs that layer's small weights.",
+    "linear_search.png": "Accuracy at every amount of the linear layers, and the steps of the "
+    "binary search.",
+    "model_search.png": "How far the layers can go together: a line for each way to share the "
+    "pruning out among them, with a control.",
+    "slim.png": "What removing channels gained: from dense to slim, at the smallest and the "
+    "largest batch.",
+}
+
+
+def tell(results: dict) -> Story:
+    """Tell results.json of a run."""
+    parts = [describe_given(results["weights"]), describe_baseline(results["baseline"])]
+    parts += [structure_table(results), describe_structure(results["structure"])]
+    parts += [ranking_table(results, ranking) for ranking in results["ranking"]]
+    if "linear_search" in results:
+        linear = results["linear_search"]
+        parts += [steps_table(linear), describe_found(linear), describe_savings(results)]
+    else:
+        parts.append(NO_LINEAR_LAYERS)
+    if "model_search" in results:
+        parts += tell_search(results)
+    if "slim" in results:
+        parts += tell_slim(results["slim"])
+    if "verification" in results:
+        parts.append(describe_verification(results))
+    return Story(
+        f"{network_name(results)}, pruned",
+        describe_setting(results),
+        _headlines(results),
+        parts,
+        _captions(results["artifacts"]["plots"]),
+        format_cost(results),
+    )
+
+
+def _captions(plots: Sequence[str]) -> dict[str, str]:
+    """Return captions by file name; with several amounts each has plots of its own."""
+    captions = dict(CAPTIONS)
+    for name in plots:
+        if found := re.fullmatch(r"sensitivity_([\d.]+)(_sorted)?\.png", name):
+            kind = CAPTIONS[f"sensitivity{found[2] or ''}.png"]
+            captions[name] = f"{found[1]} % pruned. {kind}"
+    return captions
+
+
+def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
+    """Write the sensitivities and the sweep over the linear layers as CSV."""
+    sensitivity_table("", results["sensitivity"]).write_csv(file("sensitivity.csv"))
+    if "linear_search" in results:
+        curve_table(results["linear_search"]).write_csv(file("linear_curve.csv"))
+
+
+def _headlines(results: dict) -> list[Headline]:
+    baseline, ranking = results["baseline"], results["ranking"][-1]
+    worst = _entries(results, ranking["amount"])[ranking["layers"][0]["layer"]]
+    change = format_change(worst["comparison"])
+    low, high = map(percent, baseline["ci95"])
+    which = ", the most sensitive layer" if len(ranking["layers"]) > 1 else ""
+    found = [
+        Headline(percent(baseline["value"]), f"dense accuracy, 95 % interval {low} to {high}"),
+        Headline(
+            f"{change.points} points",
+            f"with {100 * worst['amount']:g} % of {worst['layer']} pruned{which}; 95 % interval "
+            f"{change.low} to {change.high}",
+        ),
+    ]
+    if "linear_search" in results:
+        linear = results["linear_search"]
+        amount = floor_percent(linear["max_amount"])
+        found.append(Headline(amount, f"of {linear_layers(linear)} can go"))
+    if "model_saved" in results:
+        saved = results["model_saved"]
+        change = format_change(saved["comparison"])
+        found.append(
+            Headline(
+                floor_percent(saved["sparsity"], 1),
+                f"of the {unit_of([saved])} can go ({SCOPES[saved['scope']]}): {change.points} "
+                f"points, 95 % interval {change.low} to {change.high}",
+            )
+        )
+    return found
+
+
+def describe_baseline(baseline: dict) -> str:
+    """Say how accurate the dense network is."""
+    low, high = map(percent, baseline["ci95"])
+    return f"Dense accuracy {percent(baseline['value'])}, 95 % interval {low} to {high}."
+
+
+def structure_table(results: dict) -> Table:
+    """Return the layers and the totals."""
+    structure = results["structure"]
+    total = structure["conv_weights"] + structure["linear_weights"]
+    whole = structure | {"name": "all", "shape": [], "weights": total}
+    columns = [
+        Column("layer", lambda layer: layer["name"]),
+        Column("shape", lambda layer: "×".join(map(str, layer["shape"]))),
+        Column("weights", lambda layer: layer["weights"], "{:,}".format),
+        Column("share", lambda layer: layer["weights"] / total, percent),
+        Column("MMAC", lambda layer: layer["macs"] / 1e6, "{:.2f}".format),
+        Column("non-zero", lambda layer: layer["nonzeros"], "{:,}".format),
+    ]
+    layers = results["layers"]
+    return Table(f"The layers ({len(layers)}), before pruning", columns, [*layers, whole])
+
+
+def describe_structure(structure: Mapping[str, int]) -> str:
+    """Say what the parameters are."""
+    return (
+        f"{structure['conv_weights']:,} conv + {structure['linear_weights']:,} linear weights + "
+        f"{structure['batch_norm_parameters']:,} batch norm + {structure['biases']:,} biases = "
+        f"{structure['parameters']:,} parameters"
+    )
+
+
+def _entries(results: dict, amount: float) -> dict[str, dict]:
+    return {e["layer"]: e for e in results["sensitivity"] if e["amount"] == amount}
+
+
+def sensitivity_table(title: str, rows: Sequence[dict], note: str = "") -> Table:
+    """Return what pruning a layer alone changes; ``rows`` are of results.json's ``sensitivity``."""
+    columns = [
+        Column("layer", lambda row: row["layer"]),
+        Column(None, lambda row: row["amount"], name="amount"),
+        Column(None, lambda row: row["achieved"], name="achieved"),
+        *accuracy_columns(),
+        *change_columns(),
+        Column("p", lambda row: row["comparison"]["mcnemar_p"], lambda p: p_value(p, 1),
+               "mcnemar_p"),
+        Column("lost", lambda row: row["comparison"]["only_a_correct"], name="images_lost"),
+        Column("gained", lambda row: row["comparison"]["only_b_correct"], name="images_gained"),
+        Column("", lambda row: "≈" if row["tied_with_next"] else ""),
+    ]  # fmt: skip
+    return Table(title, columns, rows, note)
+
+
+def ranking_table(results: dict, ranking: dict) -> Table:
+    """Return the layers by drop at the ranking's amount; ≈ ties a row with the next."""
+    entries = _entries(results, ranking["amount"])
+    rows = [entries[ranked["layer"]] | ranked for ranked in ranking["layers"]]
+    note = (
+        "Against dense on the same images. Lost: images that only dense gets right; gained: that "
+        "only the pruned network does. ≈: chance explains the difference to the next row."
+    )
+    return sensitivity_table(
+        f"Each layer pruned alone by {100 * ranking['amount']:g} %", rows, note
+    )
+
+
+def describe_verification(results: dict) -> str:
+    """Say how brute force compares."""
+    verification = results["verification"]
+    text = (
+        f"Verified: {verification['different']:,} of {verification['predictions']:,} predictions "
+        "differ from brute force"
+    )
+    if "pruned_weights" in verification:
+        text += (
+            f", whose search prunes {verification['pruned_weights']:,} weights, ours "
+            f"{results['linear_search']['pruned_weights']:,}"
+        )
+    if verification["speedup"] is not None:
+        text += f"; brute force takes {verification['speedup']:.1f} times as long"
+    return text + "."

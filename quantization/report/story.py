@@ -1,0 +1,239 @@
+"""What quantization.py tells: sizes, accuracies and speeds, and what else was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.report.results import (
+    accuracy_columns,
+    at_batch_sizes,
+    counted,
+    describe_given,
+    describe_setting,
+    format_change,
+    format_cost,
+    megabytes,
+    network_name,
+    p_value,
+    percent,
+    points,
+    rate_columns,
+)
+from common.report.story import Column, Facts, Headline, Story, Table
+from quantization.coding.target import misses
+from quantization.report.results import int8_entries
+
+NOISIEST_SHOWN = 5
+CAPTIONS = {
+    "overview.png": "Bytes, accuracy with its 95 % interval, and images a second of each model.",
+    "ranges.png": "What 8 bits have to cover: the spread of the weights' ranges over a layer's "
+    "channels, and how much of what calibration saw INT8 keeps of each activation.",
+    "flips.png": "Images that FP32 and INT8 answer differently, losses first: most are close calls "
+    "for people too.",
+    "diagnosis.png": "Where INT8 hurts: each layer's noise, and the change of accuracy with that "
+    "layer alone in INT8 or alone in FP32.",
+}
+
+
+def tell(results: dict) -> Story:
+    """Tell results.json of a run."""
+    data, weights = results["data"], results["weights"]
+    parts = [model_table(results["models"]), describe_given(weights)]
+    parts += [describe_comparison(model) for model in int8_entries(results)]
+    if len(int8_entries(results)) > 1:
+        parts.append(describe_fastest(results["fastest"]))
+    parts += [describe_agreement(model) for model in results["models"] if "agreement" in model]
+    parts.append(describe_classes(results["per_class"]))
+    if "budget" in results:
+        parts += tell_budget(results["budget"])
+    if "diagnosis" in results:
+        parts.append(noisiest_layers(results["diagnosis"]))
+    if "sparsity" in results:
+        parts.append(describe_sparsity(results["sparsity"]))
+    if "coding" in results:
+        parts.append(describe_coding(results["coding"]))
+    return Story(
+        f"{network_name(results)} in INT8",
+        f"{describe_setting(results)} Calibrated on "
+        f"{counted(data['calibration_images'], 'training image')} with the "
+        f"{results['arguments']['observer']} observer.",
+        _headlines(results),
+        parts,
+        CAPTIONS,
+        format_cost(results),
+    )
+
+
+def _headlines(results: dict) -> list[Headline]:
+    fp32, int8 = results["models"][0], int8_entries(results)[0]
+    comparison = int8["comparison"]
+    change = format_change(comparison["accuracy"])
+    return [
+        Headline(
+            f"{1 / comparison['size_ratio']:.2f}× smaller",
+            f"{megabytes(fp32['size_bytes'])} to {megabytes(int8['size_bytes'])}",
+        ),
+        Headline(
+            f"{change.points} points",
+            f"95 % interval {change.low} to {change.high}; FP32 "
+            f"{percent(fp32['accuracy']['value'])}",
+        ),
+        Headline(at_batch_sizes(comparison["speedup"]), "as fast as FP32 at its best"),
+    ]
+
+
+def label(model: dict, short: bool = False) -> str:
+    """Name an entry of results.json's ``models`` for people; ``short`` for a narrow axis."""
+    if model["name"] == "fp32":
+        return "FP32" if short else "FP32 at its best"
+    if model["name"] == "fp32-nchw":
+        return "FP32 as usually written"
+    if model["name"] == "int8-onnx":
+        return "INT8\nONNX" if short else "INT8 ONNX Runtime"
+    return "INT8\n" * short + model["engine"] if short else f"INT8 {model['engine']}"
+
+
+def model_table(models: Sequence[dict]) -> Table:
+    """Return each model's size, accuracy and speed."""
+    columns = [
+        Column("images/s at", label),
+        Column("size", lambda model: model["size_bytes"], megabytes),
+        *accuracy_columns(),
+        *rate_columns(models[0]["latency"]),
+    ]
+    return Table("", columns, models, "Models took turns on the same images.")
+
+
+def describe_comparison(model: dict) -> Facts:
+    """Say what an INT8 model gains and costs."""
+    comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
+    change = format_change(accuracy)
+    over_nchw = ", ".join(f"{entry['value']:.2f}×" for entry in model["speedup_over_nchw"])
+    return Facts(
+        f"{label(model)} against FP32 on the same images",
+        {
+            "size": f"{percent(1 - comparison['size_ratio'], 1)} smaller "
+            f"({1 / comparison['size_ratio']:.2f}×); {1 / comparison['size_ratio_given']:.2f}× "
+            "smaller than the given file",
+            "accuracy": f"{change.points} points, 95 % interval {change.low} to {change.high}",
+            "images": f"{accuracy['only_a_correct']:,} lost, {accuracy['only_b_correct']:,} gained "
+            f"(McNemar p = {p_value(accuracy['mcnemar_p'])})",
+            "speed": f"{at_batch_sizes(comparison['speedup'])} "
+            f"(against FP32 as usually written: {over_nchw})",
+            "coverage": describe_coverage(model),
+        },
+    )
+
+
+def describe_coverage(model: dict) -> str:
+    """Name the operations that are left in FP32."""
+    floating = [operation["name"] for operation in model["fp32_operations"]]
+    total = len(model["int8_operations"]) + len(floating)
+    if floating:
+        return f"{len(floating)} of {total} operations in FP32: {', '.join(floating)}"
+    return f"all {total} operations in INT8"
+
+
+def describe_fastest(fastest: Sequence[dict]) -> str:
+    """Name the fastest engine for each batch size."""
+    engines = [f"{entry['engine']} at batch {entry['batch_size']}" for entry in fastest]
+    return f"Fastest: {', '.join(engines)}."
+
+
+def describe_agreement(model: dict) -> str:
+    """Say how often the ONNX file and torch predict the same class."""
+    return (
+        f"{model['file']} in ONNX Runtime agrees with the model that it was made from on "
+        f"{percent(model['agreement'])} of the images."
+    )
+
+
+def describe_classes(rows: Sequence[dict]) -> str:
+    """Name the class that changes most."""
+    worst = max(rows, key=lambda row: abs(row["fp32"] - row["int8"]))
+    if worst["fp32"] == worst["int8"]:
+        return "By class, no accuracy changes."
+    return (
+        f"By class, {worst['class']} changes most: {percent(worst['fp32'])} to "
+        f"{percent(worst['int8'])} ({points(worst['int8'] - worst['fp32'])} points)."
+    )
+
+
+def tell_budget(budget: dict) -> list[Table | Facts]:
+    """Say what was tried to hold the accuracy budget, and whether it held."""
+    columns = [
+        Column("tried, on held-out training images", lambda step: step["action"]),
+        Column("points", lambda step: -step["drop"], points),
+        Column("to spare", lambda step: step["spare"], points),
+        Column("kept", lambda step: "yes" if step["kept"] else "no"),
+    ]
+    verdict = "met" if budget["met"] else "NOT met: the best model found was written"
+    facts = {
+        "held-out images": f"{points(-budget['held_out_drop'])} points, "
+        f"{points(budget['held_out_spare'])} to spare ({budget['held_out_images']:,} images, "
+        f"{budget['held_out_engine']})",
+        "test images": f"{points(-budget['test_drop'])} points ({budget['test_engine']})",
+    }
+    note = (
+        "To spare: how much more could be lost. On held-out images the loss and one standard error "
+        "must be within the budget, on test images the loss."
+    )
+    title = f"Accuracy budget of {counted(100 * budget['max_drop'], 'point')}: {verdict}"
+    return [Facts(title, facts), Table("The way to the budget", columns, budget["steps"], note)]
+
+
+def diagnosis_table(rows: Sequence[dict], title: str = "", note: str = "") -> Table:
+    """Return layers' noise, and what INT8 costs with each alone and without it."""
+
+    def noise(heading: str, name: str) -> Column:
+        return Column(heading, lambda row: row[name], "{:.1f} dB".format, name)
+
+    def change(heading: str, name: str) -> Column:
+        return Column(heading, lambda row: row[name], lambda drop: points(-drop), name)
+
+    columns = [
+        Column("layer", lambda row: row["layer"]),
+        noise("SQNR", "sqnr_db"),
+        noise("weights", "weight_sqnr_db"),
+        noise("activations", "activation_sqnr_db"),
+        change("alone INT8", "drop_only_quantized"),
+        change("alone FP32", "drop_only_fp32"),
+    ]
+    return Table(title, columns, rows, note)
+
+
+def noisiest_layers(rows: Sequence[dict]) -> Table:
+    """Return the layers that INT8 hurts most."""
+    worst = sorted(rows, key=lambda row: row["sqnr_db"])[:NOISIEST_SHOWN]
+    note = (
+        "SQNR: signal to quantization noise of a layer's output, and with only its weights or "
+        "activations rounded. Alone: points against FP32 with only this layer in INT8, and with "
+        "all but this one."
+    )
+    return diagnosis_table(worst, "The noisiest layers", note)
+
+
+def describe_sparsity(sparsity: dict) -> str:
+    """Say that the zeros of a pruned network are still there."""
+    weights, before, after = (sparsity[key] for key in ("weights", "zeros_before", "zeros_after"))
+    return (
+        f"The network came pruned: {percent(before / weights)} of its weights are zero. In INT8 "
+        f"every one of them still is; rounding adds {after - before:,}."
+    )
+
+
+def describe_coding(coding: dict) -> Facts:
+    """Describe the coded file."""
+    change = format_change(coding["comparison"])
+    missed = misses(coding["bits_per_weight"], coding["bits_wanted"])
+    asked = f" ({coding['bits_wanted']:g} asked for)" if missed else ""
+    return Facts(
+        f"The smallest file: {coding['file']}",
+        {
+            "size": f"{megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
+            f"FP32, {coding['size_ratio_given']:.1f}× smaller than the given file; "
+            f"{coding['bits_per_weight']:.2f} bits a weight{asked}",
+            "accuracy": f"{percent(coding['accuracy']['value'])}, {change.points} points, 95 % "
+            f"interval {change.low} to {change.high}",
+        },
+    )
