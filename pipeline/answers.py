@@ -12,16 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.command import cli
+from common.search.trials import Range, Spare, nearest, of_budget, run_trials, strongest
 from pipeline import GOALS
-from pipeline.candidates import Candidate, Workshop
-from pipeline.search import Range, Spare, nearest, of_budget, run_trials, strongest
+from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.channels.costs import MACS, WEIGHTS
+from pruning.channels.slimmer import search_range
 
-# In 1 / price of a bit; of the bundled weights one point allows about as much of each goal.
-FIRST_KEPT = {"size": 1 / 0.028, "both": 1 / 0.018}
-LEAST_KEPT, MOST_KEPT = 1 / 0.5, 1 / 0.001
-WIDEST_SHARE = 0.97
-FIRST_SHARE = {WEIGHTS: 0.38, MACS: 0.6}
+# Prices of a bit; of the bundled weights one point allows about as much of each goal.
+FIRST_PRICE = {"size": 0.028, "both": 0.018}
+LEAST_PRICE, MOST_PRICE = 0.001, 0.5
 # Of the budget, what the channels of a network may use that is then coded. Those that hold many
 # weights hardly cost accuracy, and at a given price of a bit a point buys more of those. A trained
 # network may have used more: nothing else is as fast.
@@ -46,14 +45,14 @@ class Found:
     tried: Sequence[Candidate]
 
 
-def find_answers(workshop: Workshop, goals: Sequence[str]) -> Found:
+def find_answers(builder: CandidateBuilder, goals: Sequence[str]) -> Found:
     """Search for every goal."""
     tried: dict[str, list[Candidate]] = {}
     for goal in GOALS:
         if goal in goals:
-            _SEARCHES[goal](workshop, tried)
-    if workshop.training and "size" in goals and "both" not in goals:
-        _find_both(workshop, tried)  # trained networks, coded
+            _SEARCHES[goal](builder, tried)
+    if builder.training and "size" in goals and "both" not in goals:
+        _find_both(builder, tried)  # trained networks, coded
     best = {goal: choose_best(goal, tried) for goal in GOALS if goal in goals}
     return Found(best, [candidate for goal in GOALS for candidate in tried.get(goal, [])])
 
@@ -77,62 +76,61 @@ def choose_best(goal: str, tried: Mapping[str, Sequence[Candidate]]) -> Candidat
     return min(passing, key=cost)
 
 
-def _find_size(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
-    room = _room(workshop, SIZE_SHARE)
-    slim = _search_slim(workshop, "size", WEIGHTS, 3, room)
+def _find_size(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
+    room = _room(builder, SIZE_SHARE)
+    slim = _search_slim(builder, "size", WEIGHTS, 3, room)
     base = strongest(slim, room) or nearest(slim)
-    tried["size"] = [*slim, *_search_coded(workshop, "size", base)]
+    tried["size"] = [*slim, *_search_coded(builder, "size", base)]
 
 
-def _find_speed(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
-    slim = _search_slim(workshop, "speed", MACS, 5, of_budget)
-    if workshop.training:
-        reached = (strongest(slim) or nearest(slim)).kept
-        least = workshop.least_share(MACS)
+def _find_speed(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
+    slim = _search_slim(builder, "speed", MACS, 5, of_budget)
+    if builder.training:
+        reached = 1 / (strongest(slim) or nearest(slim)).strength
+        least = builder.least_share(MACS)
         for share in dict.fromkeys(max(reached / stride, least) for stride in TRAINED_STRIDES):
             cli.log.info("speed: training a network of %.0f %% of the multiply-adds", 100 * share)
-            slim.append(workshop.try_slim("speed", share, trained=True))
+            slim.append(builder.try_slim("speed", share, trained=True))
             if slim[-1].verdict.passes:
                 break
     tried["speed"] = slim
 
 
-def _find_both(workshop: Workshop, tried: dict[str, list[Candidate]]) -> None:
+def _find_both(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
     if "speed" not in tried:
-        _find_speed(workshop, tried)
+        _find_speed(builder, tried)
     trained = [candidate for candidate in tried["speed"] if candidate.trained]
-    base = strongest(trained, _room(workshop, TRAINED_SHARE)) or strongest(
-        tried["speed"], _room(workshop, BOTH_SHARE)
+    base = strongest(trained, _room(builder, TRAINED_SHARE)) or strongest(
+        tried["speed"], _room(builder, BOTH_SHARE)
     )
     if base is None:  # one that is wider than any so far
-        widest = max(candidate.kept for candidate in tried["speed"])
-        base = workshop.try_slim("speed", (widest + 1) / 2)
+        widest = max(1 / candidate.strength for candidate in tried["speed"])
+        base = builder.try_slim("speed", (widest + 1) / 2)
         tried["speed"].append(base)
-    tried["both"] = _search_coded(workshop, "both", base)
+    tried["both"] = _search_coded(builder, "both", base)
 
 
-def _room(workshop: Workshop, share: float) -> Spare:
+def _room(builder: CandidateBuilder, share: float) -> Spare:
     """Return what tells how much of a ``share`` of the budget a candidate leaves.
 
     It fails, too, where it is not within the whole budget with an error to spare.
     """
-    allowed = share * workshop.budget.max_drop
+    allowed = share * builder.budget.max_drop
     return lambda candidate: min(candidate.spare, allowed - candidate.verdict.comparison.drop)
 
 
 def _search_slim(
-    workshop: Workshop, goal: str, unit: str, trials: int, spare: Spare
+    builder: CandidateBuilder, goal: str, unit: str, trials: int, spare: Spare
 ) -> list[Candidate]:
     """Look for the least share of the ``unit`` that leaves something to ``spare``."""
-    least = workshop.least_share(unit)
-    where = Range(max(FIRST_SHARE[unit], least), least, WIDEST_SHARE, 1.03, trials)
-    return _try_all(goal, lambda share: workshop.try_slim(goal, share, unit), where, spare)
+    where = search_range(builder.least_share(unit), unit, trials)
+    return _try_all(goal, lambda times: builder.try_slim(goal, 1 / times, unit), where, spare)
 
 
-def _search_coded(workshop: Workshop, goal: str, base: Candidate) -> list[Candidate]:
+def _search_coded(builder: CandidateBuilder, goal: str, base: Candidate) -> list[Candidate]:
     """Look for the dearest bits that leave the network within the budget."""
-    where = Range(FIRST_KEPT[goal], LEAST_KEPT, MOST_KEPT, resolution=1.1, trials=3)
-    return _try_all(goal, lambda kept: workshop.try_coded(goal, kept, base), where, of_budget)
+    where = Range(FIRST_PRICE[goal], LEAST_PRICE, MOST_PRICE, resolution=1.1, trials=3)
+    return _try_all(goal, lambda price: builder.try_coded(goal, price, base), where, of_budget)
 
 
 def _try_all(
@@ -142,16 +140,16 @@ def _try_all(
     started = time.perf_counter()
     made = 0
 
-    def told(kept: float) -> Candidate:
+    def make(strength: float) -> Candidate:
         nonlocal made
         if made:
             seconds = max(where.trials - made, 1) * (time.perf_counter() - started) / made
             cli.log.info("%s: about %.0f s more", goal, seconds)
         made += 1
-        return attempt(kept)
+        return attempt(strength)
 
     cli.log.info("%s: up to %d networks are tried, more if none passes", goal, where.trials)
-    return run_trials(told, where, spare)
+    return run_trials(make, where, spare)
 
 
 _SEARCHES = {"size": _find_size, "speed": _find_speed, "both": _find_both}

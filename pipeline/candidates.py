@@ -17,10 +17,10 @@ from torch import nn
 from common.command import cli
 from common.images.data import ImageSet
 from common.inputs import Inputs
-from common.measure.budget import Budget, Verdict, doubling_looks
 from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
 from common.network.tracing import trace_network
+from common.search.budget import Budget, Verdict
 from pipeline.store import Store
 from pruning.channels.costs import MACS
 from pruning.channels.slimmer import Slimmer
@@ -33,8 +33,6 @@ from training.loop.distillation import Training, distill
 
 RANGE_IMAGES = 512  # of the calibration images: those that set INT8's ranges
 TRAINED = "-trained"  # ends the name of what was
-# A candidate that has lost so many standard errors more than the budget is not looked at further.
-CLEARLY_OUT = 3.0
 
 
 @dataclass(frozen=True)
@@ -43,17 +41,17 @@ class Candidate:
 
     Attributes:
         goal: ``size``, ``speed`` or ``both``.
-        kept: What steers the search, the less the smaller or faster: of coding 1 / price of a
-            bit, of removing channels the share that is left.
-        verdict: On the images that choose.
-        path: Of its coded file.
-        slim_path: Of the slim FP32 network that it was made from.
-        macs: Multiply-adds an image.
+        strength: How strongly it is compressed: the price of a bit; of a network that is not coded,
+            how many times fewer multiply-adds, or weights, it has.
+        verdict: How it does on the images that choose.
+        path: Its INT8 file.
+        slim_path: File of the slim FP32 network that it was made from.
+        macs: Number of multiply-adds for an image.
         trained: Whether it learned from the dense network.
     """
 
     goal: str
-    kept: float
+    strength: float
     verdict: Verdict
     path: Path
     slim_path: Path
@@ -67,22 +65,22 @@ class Candidate:
 
     @property
     def file_bytes(self) -> int:
-        """The size of the coded file."""
+        """Size of the INT8 file."""
         return self.path.stat().st_size
 
 
 @dataclass(frozen=True)
-class Workshop:
+class CandidateBuilder:
     """Makes candidates from one dense network.
 
     Attributes:
         inputs: The dense network, on the CPU; images to code and to repair on, and to set INT8's
             ranges.
-        settings: Of INT8.
-        budget: Judges.
-        store: Keeps what is made.
-        batch_size: In images.
-        training: For the candidates that are trained; None: there are none.
+        settings: Settings of INT8.
+        budget: Accuracy that may be lost, and the images that choose.
+        store: Networks that were made.
+        batch_size: Number of images in a batch.
+        training: How to train candidates; None to train none.
     """
 
     inputs: Inputs
@@ -114,10 +112,10 @@ class Workshop:
             slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
         coded, coded_path = self.store.int8(f"{key}-int8", lambda: self.quantize(slim))
         macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
-        return self._judge(goal, share, coded, coded_path, path, macs, trained)
+        return self._judge(goal, 1 / share, coded, coded_path, path, macs, trained)
 
-    def try_coded(self, goal: str, kept: float, base: Candidate) -> Candidate:
-        """Code the slim network of a candidate at a price of a bit of 1 / ``kept``."""
+    def try_coded(self, goal: str, price: float, base: Candidate) -> Candidate:
+        """Code the slim network of a candidate at a price of a bit."""
 
         def code() -> Int8Network:
             slim = trace_network(load_model(base.slim_path), self.inputs.calibration.shape)
@@ -125,16 +123,16 @@ class Workshop:
             if base.trained:  # its channels are others by now
                 channels = dict.fromkeys(channels)
             original = Original(self.inputs.traced.network, channels)
-            layers = encode(slim, self.inputs.calibration, 1 / kept, self.inputs.seed, original)
+            layers = encode(slim, self.inputs.calibration, price, self.inputs.seed, original)
             return convert_coded(slim, layers, self._range_images, self.settings, self.batch_size)
 
-        coded, path = self.store.int8(f"{base.slim_path.stem}-coded-{kept:.5f}", code)
-        return self._judge(goal, kept, coded, path, base.slim_path, base.macs, base.trained)
+        coded, path = self.store.int8(f"{base.slim_path.stem}-coded-{price:.7f}", code)
+        return self._judge(goal, price, coded, path, base.slim_path, base.macs, base.trained)
 
     def _judge(
         self,
         goal: str,
-        kept: float,
+        strength: float,
         coded: Int8Network,
         path: Path,
         slim_path: Path,
@@ -146,9 +144,8 @@ class Workshop:
         def find_correct(images: ImageSet) -> torch.Tensor:
             return predict(model, images, self.batch_size, "judge") == images.labels
 
-        looks = doubling_looks(len(self.budget.images))
-        verdict = self.budget.judge(find_correct, looks, CLEARLY_OUT)
-        candidate = Candidate(goal, kept, verdict, path, slim_path, macs, trained)
+        verdict = self.budget.judge(find_correct)
+        candidate = Candidate(goal, strength, verdict, path, slim_path, macs, trained)
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
             goal, ", trained" * trained, candidate.file_bytes / 1e6, macs / 1e6,

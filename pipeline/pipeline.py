@@ -77,12 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     from common.inputs import load_inputs
     from common.machine import device
     from common.machine.workers import Workers, require_one_process
-    from common.measure.budget import Budget, why_too_strict
     from common.report.results import common_results
     from common.run import finish_run, print_results
+    from common.search.budget import Budget, why_too_strict
+    from common.search.split import EvaluationSplit
     from pipeline import plots, steps, story
     from pipeline.answers import find_answers
-    from pipeline.candidates import Workshop
+    from pipeline.candidates import CandidateBuilder
     from pipeline.store import Store
     from quantization.calibration import CalibrationSetup
     from quantization.files.onnx_export import require_packages
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
     require_one_process()
     device.set_up_cpu(args.threads)
-    place = device.choose_device(args.device)
+    chosen_device = device.choose_device(args.device)
     settings = engines.choose_settings(args.engine or engines.fastest_engine())
     if args.export_onnx:
         require_packages()
@@ -101,18 +102,18 @@ def main(argv: list[str] | None = None) -> int:
         if reason := why_too_strict(len(inputs.test), args.max_drop):
             cli.log.warning("--max-drop: %s: only a network that gains can pass", reason)
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
-        training = Training.read(inputs, args.finetune_epochs, args.finetune_images, place)
+        training = Training.read(inputs, args.finetune_epochs, args.finetune_images, chosen_device)
         identity = steps.identify(inputs, settings, args.batch_size, training)
         store = Store(folder.keep_unfinished(identity, args.resume))
         setup = CalibrationSetup(inputs.calibration, choosing, args.batch_size)
-        dense = predict_fp32(inputs.model, setup, place)
-        budget = Budget(args.max_drop, choosing, dense == choosing.labels)
-        workshop = Workshop(inputs, settings, budget, store, args.batch_size, training)
-        found = find_answers(workshop, args.goals)
+        dense = predict_fp32(inputs.model, setup, chosen_device)
+        budget = Budget(args.max_drop, EvaluationSplit(choosing, dense == choosing.labels))
+        builder = CandidateBuilder(inputs, settings, budget, store, args.batch_size, training)
+        found = find_answers(builder, args.goals)
         results = common_results(
             "pipeline",
             args,
-            Workers(place),
+            Workers(chosen_device),
             inputs.describe_images(),
             inputs.weights,
             inputs.describe_network(),
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
         files = steps.write_files(found, folder, FILE_NAME)
         results |= steps.measure(
-            workshop, found, files, confirming, args.batch_sizes, args.timing_seconds
+            builder, found, files, confirming, args.batch_sizes, args.timing_seconds
         )
         if args.export_onnx:
             steps.export_answers_to_onnx(results["answers"], files, confirming, args.batch_size)

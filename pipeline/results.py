@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.answers import Found
-from pipeline.candidates import Candidate, Workshop
+from pipeline.candidates import Candidate, CandidateBuilder
 from pipeline.readback import FP32
 
 INT8 = "int8"
 
 
 def describe(
-    workshop: Workshop,
+    builder: CandidateBuilder,
     found: Found,
     measured: Mapping[str, dict],
     paths: Mapping[str, Path],
@@ -25,13 +25,13 @@ def describe(
     same widths in plain INT8: the kernels are the same.
 
     Args:
-        workshop: That made them.
+        builder: That made them.
         found: The answers, and what was tried.
         measured: From :func:`pipeline.readback.measure_files`, by goal and by slim network.
         paths: Of the dense networks' files, under ``FP32`` and ``INT8``, and of the answers'.
     """
-    given_bytes = workshop.inputs.weights["size_bytes"]
-    dense_macs = sum(workshop.inputs.traced.network.macs.values())
+    given_bytes = builder.inputs.weights["size_bytes"]
+    dense_macs = sum(builder.inputs.traced.network.macs.values())
     dense_bytes = paths[FP32].stat().st_size
 
     def describe_candidate(candidate: Candidate) -> dict:
@@ -47,7 +47,7 @@ def describe(
         "models": [
             {
                 "name": name,
-                "engine": None if name == FP32 else workshop.settings.engine,
+                "engine": None if name == FP32 else builder.settings.engine,
                 "size_bytes": paths[name].stat().st_size,
                 **measured[name],
             }
@@ -59,7 +59,7 @@ def describe(
                 "file": paths[goal].name,
                 **describe_candidate(best),
                 "within_budget": best.verdict.passes
-                and measured[goal]["comparison"]["drop"] <= workshop.budget.max_drop,
+                and measured[goal]["comparison"]["drop"] <= builder.budget.max_drop,
                 **measured[goal],
                 "speedup": _speedups(measured, goal),
             }

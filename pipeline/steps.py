@@ -17,7 +17,7 @@ from common.machine.fresh_process import start_fresh
 from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
 from pipeline.answers import Found
-from pipeline.candidates import Workshop
+from pipeline.candidates import CandidateBuilder
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe
 from pruning.files.saved import SLIM_NAME
@@ -66,7 +66,7 @@ def write_files(found: Found, folder: OutputFolder, name: str) -> dict[str, Path
 
 
 def measure(
-    workshop: Workshop,
+    builder: CandidateBuilder,
     found: Found,
     files: Mapping[str, Path],
     confirming: ImageSet,
@@ -76,28 +76,28 @@ def measure(
     """Return results.json's ``models``, ``answers`` and ``tried``, all of files read back.
 
     Args:
-        workshop: That made the answers.
+        builder: That made the answers.
         found: The answers, and what was tried.
         files: The answers' files by goal.
         confirming: Images that chose nothing.
         batch_sizes: To time, in images.
         seconds: To spend on each.
     """
-    store, dense = workshop.store, workshop.inputs.model
+    store, dense = builder.store, builder.inputs.model
     fp32 = store.folder / "dense.pth"
     save_checkpoint(dense.state_dict(), fp32)
-    _, int8 = store.int8("dense-int8", lambda: workshop.quantize(dense))
+    _, int8 = store.int8("dense-int8", lambda: builder.quantize(dense))
     # A coded network runs as fast as the same one uncoded, so of those tried these are timed.
     tried = {
         c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors" for c in found.tried
     }
     with start_fresh(
-        measure_files, fp32, {INT8: int8} | dict(files), tried, confirming, workshop.batch_size,
+        measure_files, fp32, {INT8: int8} | dict(files), tried, confirming, builder.batch_size,
         batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()
     paths = {FP32: fp32, INT8: int8} | dict(files)
-    return describe(workshop, found, measured, paths)
+    return describe(builder, found, measured, paths)
 
 
 def export_answers_to_onnx(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common.command.cli import UserError
-from common.files.unfinished import Unfinished
+from common.files.unfinished import PartialResults
 from common.network.checkpoint import load_model, save_checkpoint
 from quantization.files.int8_file import SUFFIX, read_int8, save_int8
 from quantization.int8.network import Int8Network
@@ -24,7 +24,7 @@ PRECISION = "precision"  # name of what is recorded: the precision of each devic
 class Store:
     """Networks by name, in what an unfinished run leaves."""
 
-    unfinished: Unfinished
+    unfinished: PartialResults
 
     @property
     def folder(self) -> Path:

@@ -132,10 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from common.inputs import load_inputs
     from common.machine import device
-    from common.measure.budget import why_too_strict
     from common.network.tracing import weight_layers
     from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
+    from common.search.budget import why_too_strict
     from pruning import steps
     from pruning.alone.brute_force import verify
     from pruning.alone.scan import Scan, choose_layers, run_scan

@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR10
 
 from common.command import cli
 from common.files.output import OutputFolder
-from common.files.unfinished import Unfinished
+from common.files.unfinished import PartialResults
 from common.images.download import BATCHES_FOLDER
 from common.network import resnet
 from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
@@ -452,7 +452,7 @@ def test_output_folder(row, script, folder, without_privileges):
 
 
 def keep_a_piece_and_stop(folder: OutputFolder, identity: dict, resume: bool) -> None:
-    Unfinished(folder.path / "unfinished", identity, resume)["piece"] = {}
+    PartialResults(folder.path / "unfinished", identity, resume)["piece"] = {}
     raise cli.UserError("stopped")
 
 

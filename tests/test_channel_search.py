@@ -13,10 +13,12 @@ from processes import run_here
 
 from common.command.cli import UserError
 from common.images.data import ImageSet, normalize
+from common.measure.evaluate import Accuracy
 from common.network.checkpoint import load_model
 from common.network.resnet import BLOCKS, ResNet18, Widths
 from common.network.size import count_macs
 from common.network.tracing import trace_network
+from common.search.budget import Verdict
 from pruning.alone.scan import Scan
 from pruning.channels import search as channel_search
 from pruning.channels import speed
@@ -25,7 +27,7 @@ from pruning.pruning import main
 from pruning.report.search_plots import plot_model_search, plot_slim
 from pruning.report.together import tell_search, tell_slim
 from pruning.steps import prune_together
-from pruning.together.search import Method, SparsityStep
+from pruning.together.search import Method, SparsityTrial
 from training.loop.distillation import Training
 
 
@@ -76,7 +78,7 @@ def test_a_network_as_narrow_as_can_be_has_a_curve(scan, random_images, tmp_path
     monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
     narrow = ResNet18(Widths(scan.model.widths.stages, (1,) * len(BLOCKS))).eval()
     search = prepare(replace(scan, model=narrow), random_images(4))
-    assert search.curve == [0.0]
+    assert search.curve == (0.0,)
     assert search.prune(Method(RECONSTRUCTED, False), 0.0) is narrow
     told = prune_together(search, Training(random_images(64), 1), tmp_path / "slim.pth")
     plot_model_search(told["model_search"], 0.3, tmp_path / "search.png")
@@ -112,9 +114,8 @@ def test_the_slim_network_is_written_timed_and_told(scan, random_images, tmp_pat
     search = prepare(scan, calibration, macs_removed=0.3)
     training = Training(random_images(64), 1)
     # Over the tolerance, trained or not: what was asked for is written all the same.
-    monkeypatch.setattr(
-        search, "judge", lambda model, sparsity: SparsityStep(sparsity, 60, 0, False)
-    )
+    over = SparsityTrial(0.3, Verdict(Accuracy(0, 60), None, -1.0))
+    monkeypatch.setattr(search, "judge", lambda model, sparsity: over)
     told = prune_together(search, training, path)
     json.dumps(told)
     for entry in told["model_search"]:

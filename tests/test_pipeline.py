@@ -15,9 +15,9 @@ from processes import REPOSITORY, run_here
 from common.files.output import UNFINISHED_NAME
 from common.images.data import normalize
 from common.network.checkpoint import load_model
+from common.search.trials import run_trials
 from pipeline import answers
 from pipeline.pipeline import main
-from pipeline.search import run_trials
 from quantization.files.artifact import load_int8
 from quantization.files.onnx_export import load_onnx
 
@@ -30,7 +30,7 @@ QUICK = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_trials():
-    """Two trials for each goal; test_pipeline_search.py is about where more of them lead."""
+    """Two trials for each goal; test_search_trials.py is about where more of them lead."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             answers,
@@ -201,7 +201,7 @@ def test_a_killed_run_goes_on_where_it_was(finished, tiny_weights, tmp_path, mon
 def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
     tiny_weights, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("common.measure.budget.standard_error", lambda *_: 1.0)  # none to spare
+    monkeypatch.setattr("common.search.budget.standard_error", lambda *_: 1.0)  # none to spare
     monkeypatch.setattr(answers, "run_trials", lambda make, where, spare: [make(where.start)])
     arguments = ["--max-drop", "0", "--for", "size", "--output-dir", tmp_path / "out"]
     process = run_here(main, *QUICK, "--weights", tiny_weights, *arguments)

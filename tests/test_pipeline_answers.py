@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.measure.budget import Verdict
 from common.measure.evaluate import Accuracy, Comparison
+from common.search.budget import Verdict
 from pipeline import GOALS
 from pipeline.answers import choose_best, find_answers
 from pipeline.candidates import Candidate
@@ -29,14 +29,14 @@ class FakeCandidate(Candidate):
 
 
 def candidate(
-    goal="speed", kept=0.5, drop=0.0, spare=None, macs=100, file_bytes=1000, trained=False
+    goal="speed", strength=2.0, drop=0.0, spare=None, macs=100, file_bytes=1000, trained=False
 ):
     verdict = Verdict(
         Accuracy(0, 100), Comparison(drop, (drop, drop), 1.0, 0, 0),
         MAX_DROP - drop if spare is None else spare,
     )  # fmt: skip
     path = Path("slim.pth")
-    return FakeCandidate(goal, kept, verdict, path, path, macs, trained, file_bytes)
+    return FakeCandidate(goal, strength, verdict, path, path, macs, trained, file_bytes)
 
 
 def test_of_equally_fast_networks_the_better_one_answers():
@@ -57,7 +57,7 @@ def test_the_smallest_may_have_been_made_for_both():
 
 
 @dataclass
-class FakeWorkshop:
+class FakeBuilder:
     """Makes candidates of which wide ones pass, and remembers them."""
 
     passes_from: float
@@ -73,12 +73,12 @@ class FakeWorkshop:
 
     def try_slim(self, goal, share, unit="macs", trained=False):
         spare = share - self.passes_from + 0.1 * trained
-        made = candidate(goal, share, spare=spare, macs=round(1000 * share), trained=trained)
+        made = candidate(goal, 1 / share, spare=spare, macs=round(1000 * share), trained=trained)
         self.made.append(made)
         return made
 
-    def try_coded(self, goal, kept, base):
-        made = candidate(goal, kept, spare=kept - 40, trained=base.trained)
+    def try_coded(self, goal, price, base):
+        made = candidate(goal, price, spare=0.025 - price, trained=base.trained)
         self.made.append(made)
         return made
 
@@ -87,8 +87,8 @@ class FakeWorkshop:
 @pytest.mark.parametrize("goals", [["size"], ["speed"], ["both"], ["size", "speed"], GOALS])
 @pytest.mark.parametrize("passes_from", [0.5, 0.98])
 def test_every_network_that_was_made_is_listed(goals, training, passes_from):
-    workshop = FakeWorkshop(passes_from, training)
-    found = find_answers(workshop, goals)
+    builder = FakeBuilder(passes_from, training)
+    found = find_answers(builder, goals)
     assert list(found.best) == list(goals)
-    assert sorted(map(id, found.tried)) == sorted(map(id, workshop.made))
+    assert sorted(map(id, found.tried)) == sorted(map(id, builder.made))
     assert any(one.trained for one in found.tried) == (training is not None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.command.cli import UserError
-from common.files.unfinished import Unfinished
+from common.files.unfinished import PartialResults
 from common.network.checkpoint import save_checkpoint
 from common.network.tracing import trace_network
 from pipeline import store as module
@@ -35,7 +35,7 @@ def test_a_network_is_made_once_and_again_where_its_file_is_damaged(
         network = trace_network(tiny_model, images.shape)
         return convert(observe(network, images, "minmax", 8), Settings(observer="minmax"))
 
-    keep = getattr(Store(Unfinished(tmp_path / "unfinished", {}, resume=False)), kind)
+    keep = getattr(Store(PartialResults(tmp_path / "unfinished", {}, resume=False)), kind)
     first, path = keep("half", make)
     again, same = keep("half", make)
     assert (made, same) == ([1], path)
@@ -51,15 +51,15 @@ def test_a_network_is_made_once_and_again_where_its_file_is_damaged(
 def test_a_run_that_is_resumed_keeps_its_precision(tmp_path, tiny_state, monkeypatch):
     folder, cpu, meta = tmp_path / "unfinished", torch.device("cpu"), torch.device("meta")
     monkeypatch.setattr(module, "choose_precision", lambda device: "bf16")
-    store = Store(Unfinished(folder, {}, resume=False))
+    store = Store(PartialResults(folder, {}, resume=False))
     assert store.precision(cpu) == "bf16"
     save_checkpoint(tiny_state, folder / "half.pth")
     monkeypatch.setattr(module, "choose_precision", lambda device: "fp32")  # a busy machine
     assert store.precision(cpu) == "bf16"
-    resumed = Store(Unfinished(folder, {}, resume=True))
+    resumed = Store(PartialResults(folder, {}, resume=True))
     assert resumed.precision(cpu) == "bf16"
     assert resumed.precision(meta) == "fp32"  # where networks were not trained before
-    assert Store(Unfinished(folder, {}, resume=True)).precision(cpu) == "bf16"
+    assert Store(PartialResults(folder, {}, resume=True)).precision(cpu) == "bf16"
     (folder / "precision.json").write_bytes(b"damaged")
     with pytest.raises(UserError, match="start anew with --overwrite"):
-        Store(Unfinished(folder, {}, resume=True)).precision(cpu)
+        Store(PartialResults(folder, {}, resume=True)).precision(cpu)

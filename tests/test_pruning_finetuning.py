@@ -1,12 +1,14 @@
 import pytest
 import torch
 
+from common.measure.evaluate import Accuracy
 from common.network.resnet import prunable_layers
+from common.search.budget import Verdict
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
 from pruning.together.allocation import SENSITIVITY, random_masks
 from pruning.together.found import finetune, search_finetuned, search_with
-from pruning.together.search import Method, ModelSearch, SparsityStep
+from pruning.together.search import Method, ModelSearch, SparsityTrial
 from training.loop.distillation import Training
 
 
@@ -31,7 +33,9 @@ def test_the_sparsest_model_that_was_kept_is_found(search, random_images):
     best = search_with(search, Method(SENSITIVITY, False))
     found = search_finetuned(search, best, Training(random_images(20, seed=2), 1))
     assert found.finetune_epochs == 1
-    assert found.sparsity == max((step.sparsity for step in found.steps if step.kept), default=0.0)
+    assert found.sparsity == max(
+        (trial.sparsity for trial in found.trials if trial.verdict.passes), default=0.0
+    )
     weights = [layer.weight for layer in prunable_layers(found.model).values()]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     # Each layer's curve ends on a whole weight, so a few less may go than asked for.
@@ -44,10 +48,9 @@ def test_the_sparsest_model_that_was_kept_is_found(search, random_images):
 def test_a_rejected_model_is_not_the_answer(search, random_images, monkeypatch):
     """Rejected at the sparsity of the best without training, it was still reported there."""
     best = search_with(search, Method(SENSITIVITY, False))
-    monkeypatch.setattr(
-        search, "judge", lambda model, sparsity: SparsityStep(sparsity, 20, 0, False)
-    )
+    nothing = SparsityTrial(0.5, Verdict(Accuracy(0, 20), None, -1.0))
+    monkeypatch.setattr(search, "judge", lambda model, sparsity: nothing)
     found = search_finetuned(search, best, Training(random_images(20, seed=2), 1))
-    assert (found.sparsity, len(found.steps)) == (0.0, 1)
+    assert (found.sparsity, len(found.trials)) == (0.0, 1)
     assert found.model is search.model
     assert list(found.points) == [best.sparsity]

@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 from check_results import check_model_search, check_results
-from hypothesis import given
-from hypothesis import strategies as st
 from processes import run_here
 from test_pruning import QUICK
 
@@ -16,38 +14,16 @@ from common.network.checkpoint import load_model
 from common.network.resnet import prunable_layers
 from common.network.size import describe_layers
 from common.network.tracing import trace_network
+from common.search.split import split_test
 from pruning.alone.scan import Scan
 from pruning.pruning import main
 from pruning.report import search_results
 from pruning.report.search_results import describe_found
 from pruning.report.together import plot_model_search
 from pruning.together import found as found_module
-from pruning.together import search as model_search
 from pruning.together.allocation import GLOBAL, RANDOM, SENSITIVITY, global_masks
 from pruning.together.found import Found, best_of, search_all, search_with
-from pruning.together.held_out import split_test
-from pruning.together.search import COARSE_LEVELS, LARGEST_LEVEL, LEVELS, Method, ModelSearch
-
-
-@given(st.integers(0, LARGEST_LEVEL))
-def test_finds_the_level_on_falling_curves(largest):
-    tried = []
-
-    def is_kept(level):
-        tried.append(level)
-        return level <= largest
-
-    assert model_search.largest_level(is_kept, COARSE_LEVELS, LARGEST_LEVEL) == largest
-    assert len(tried) == len(set(tried)) <= 13
-    assert 0 not in tried
-
-
-@given(st.sets(st.integers(1, LARGEST_LEVEL)))
-def test_any_answer_was_kept(kept):
-    found = model_search.largest_level(kept.__contains__, COARSE_LEVELS, LARGEST_LEVEL)
-    assert found == 0 or found in kept
-    compressed = [level for level in kept if level in {LEVELS - LEVELS // t for t in (2, 4, 8, 16)}]
-    assert found >= max(compressed, default=0)
+from pruning.together.search import Method, ModelSearch
 
 
 def test_halves_share_no_image_and_are_shuffled(random_images):
@@ -103,7 +79,8 @@ def test_entry_is_what_plain_passes_measure(search):
         for layer in layers
     )
     assert entry["macs_kept"] == pytest.approx(kept / sum(layer.macs for layer in layers))
-    assert [step["kept"] for step in entry["steps"]].count(True) >= (entry["max_sparsity"] > 0)
+    kept = [step["sparsity"] for step in entry["steps"] if step["kept"]]
+    assert entry["max_sparsity"] == max(kept, default=0.0)
 
 
 def test_all_of_a_curve_is_on_the_same_images(search, monkeypatch):
@@ -123,7 +100,7 @@ def test_all_of_a_curve_is_on_the_same_images(search, monkeypatch):
 
 def test_equals_are_told_apart_by_the_half_that_chooses(search):
     """The held-out half had the say, and so was none."""
-    chosen = search.chosen.images
+    chosen = search.budget.choosing.images
     better = search.model
     worse = search.prune(Method(RANDOM, False), 0.99)
 

@@ -11,9 +11,9 @@ from printed import read_facts, read_table, shows
 from processes import REPOSITORY, run_fresh, run_here
 from torch.nn.utils import prune
 
-from common.measure.budget import Verdict
 from common.measure.evaluate import compare, measure_accuracy
 from common.network.resnet import Widths, prunable_layers
+from common.search.budget import Verdict
 from quantization.accuracy.budget import HeldOutEvaluator
 from quantization.files.artifact import load_int8
 from quantization.int8 import engines

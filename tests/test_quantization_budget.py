@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from common.images.data import ImageSet
-from common.measure.budget import Verdict
 from common.measure.evaluate import Accuracy, Comparison
+from common.search.budget import Verdict
 from quantization.accuracy import budget
 from quantization.calibration import CalibrationSetup
 from quantization.settings import OBSERVERS, Settings

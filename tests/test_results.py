@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.measure.budget import Verdict
 from common.measure.evaluate import compare, measure_accuracy
 from common.measure.latency import Timing
 from common.network.execution import Layer
 from common.network.tracing import trace_network
+from common.search.budget import Verdict
 from quantization.accuracy import corrections
 from quantization.accuracy.budget import Attempt, Plan
 from quantization.files.artifact import Int8Model

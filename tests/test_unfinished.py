@@ -11,7 +11,7 @@ import pytest
 from common.command.cli import UserError
 from common.files import unfinished
 from common.files.atomic import STAGING_PREFIX
-from common.files.unfinished import SCRIPT, Unfinished
+from common.files.unfinished import SCRIPT, PartialResults
 
 IDENTITY = {"the seed": 0, "the images": "abc"}
 
@@ -19,7 +19,7 @@ IDENTITY = {"the seed": 0, "the images": "abc"}
 @pytest.fixture
 def left(tmp_path) -> Path:
     """The folder of a run that finished two pieces and a file."""
-    kept = Unfinished(tmp_path / "unfinished", IDENTITY, resume=False)
+    kept = PartialResults(tmp_path / "unfinished", IDENTITY, resume=False)
     kept["first"] = {"correct": "ff"}
     kept["second"] = {"bounds": [0.5]}
     (kept.folder / "model.pth").write_text("weights")
@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_same_run_finds_all(left, overwrite):
-    again = Unfinished(left, IDENTITY, resume=True, overwrite=overwrite)
+    again = PartialResults(left, IDENTITY, resume=True, overwrite=overwrite)
     assert dict(again) == {"first": {"correct": "ff"}, "second": {"bounds": [0.5]}}
     assert (left / "model.pth").read_text() == "weights"
 
@@ -41,26 +41,26 @@ def test_the_same_run_finds_all(left, overwrite):
 def test_another_run_or_one_that_did_not_ask_destroys_nothing(left):
     before = contents(left)
     with pytest.raises(UserError, match=r"unfinished: left by a run that differs in the seed;"):
-        Unfinished(left, IDENTITY | {"the seed": 1}, resume=True)
+        PartialResults(left, IDENTITY | {"the seed": 1}, resume=True)
     with pytest.raises(UserError, match="differs in the epochs and the images;"):
-        Unfinished(left, {"the seed": 0, "the epochs": 2}, resume=True)
+        PartialResults(left, {"the seed": 0, "the epochs": 2}, resume=True)
     with pytest.raises(UserError, match="differs in the script;"):  # which says enough
-        Unfinished(left, {SCRIPT: "another", "the epochs": 2}, resume=True)
+        PartialResults(left, {SCRIPT: "another", "the epochs": 2}, resume=True)
     with pytest.raises(UserError, match="continue it with --resume or discard it with --overwrite"):
-        Unfinished(left, IDENTITY, resume=False)
+        PartialResults(left, IDENTITY, resume=False)
     assert contents(left) == before
 
 
 def test_overwriting_starts_afresh(left):
-    assert not Unfinished(left, {"the seed": 1}, resume=False, overwrite=True)
+    assert not PartialResults(left, {"the seed": 1}, resume=False, overwrite=True)
     assert [path.name for path in left.iterdir()] == ["identity.json"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_without_pieces_needs_no_flag_and_goes(tmp_path, resume):
-    Unfinished(tmp_path / "unfinished", IDENTITY, resume=False)  # and killed
-    assert not Unfinished(tmp_path / "unfinished", {"another": 1}, resume)
-    Unfinished(tmp_path / "unfinished", IDENTITY, resume=False).leave()
+    PartialResults(tmp_path / "unfinished", IDENTITY, resume=False)  # and killed
+    assert not PartialResults(tmp_path / "unfinished", {"another": 1}, resume)
+    PartialResults(tmp_path / "unfinished", IDENTITY, resume=False).leave()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,24 +83,24 @@ DAMAGE = [
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_piece_is_not_finished(left, damage):
     (left / "first.json").write_bytes(damage)
-    again = Unfinished(left, IDENTITY, resume=True)
+    again = PartialResults(left, IDENTITY, resume=True)
     assert dict(again) == {"second": {"bounds": [0.5]}}
     again["first"] = {"correct": "ff"}
-    assert Unfinished(left, IDENTITY, resume=True)["first"] == {"correct": "ff"}
+    assert PartialResults(left, IDENTITY, resume=True)["first"] == {"correct": "ff"}
 
 
 @pytest.mark.parametrize("damage", [b"00000000 {}", sealed(b"{"), sealed(b"[3]")])
 def test_a_damaged_identity_is_told_and_can_be_discarded(left, damage):
     (left / "identity.json").write_bytes(damage)
     with pytest.raises(UserError, match="damaged; start anew with --overwrite instead"):
-        Unfinished(left, IDENTITY, resume=True)
-    Unfinished(left, IDENTITY, resume=False, overwrite=True)
+        PartialResults(left, IDENTITY, resume=True)
+    PartialResults(left, IDENTITY, resume=False, overwrite=True)
 
 
 def test_a_kill_while_it_is_discarded_blocks_nothing(left, monkeypatch):
     """The folder goes in one step, so that none is left that nobody could tell from another's."""
     monkeypatch.setattr(unfinished.shutil, "rmtree", lambda *_, **__: None)
-    Unfinished(left, {"another": 1}, resume=False, overwrite=True)
+    PartialResults(left, {"another": 1}, resume=False, overwrite=True)
     assert [path.name for path in left.iterdir()] == ["identity.json"]
     (trash,) = left.parent.glob(f"{STAGING_PREFIX}*")  # which the next run sweeps
     assert (trash / "unfinished" / "first.json").exists()
@@ -108,21 +108,21 @@ def test_a_kill_while_it_is_discarded_blocks_nothing(left, monkeypatch):
 
 def test_where_it_cannot_begin_nothing_is_left(tmp_path, full_disk):
     with full_disk(), pytest.raises(OSError, match="too large"):
-        Unfinished(tmp_path / "unfinished", {"long": "x" * 10_000}, resume=False)
+        PartialResults(tmp_path / "unfinished", {"long": "x" * 10_000}, resume=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_write_left_is_swept(left):
     (left / ".model.pth-abc").write_text("half")
-    Unfinished(left, IDENTITY, resume=True)
+    PartialResults(left, IDENTITY, resume=True)
     assert not (left / ".model.pth-abc").exists()
 
 
 def test_a_piece_that_was_cut_off_leaves_the_one_before(left, full_disk):
-    again = Unfinished(left, IDENTITY, resume=True)
+    again = PartialResults(left, IDENTITY, resume=True)
     with full_disk(), pytest.raises(OSError, match="too large"):
         again["first"] = {"correct": "f" * 10_000}
-    assert Unfinished(left, IDENTITY, resume=True)["first"] == {"correct": "ff"}
+    assert PartialResults(left, IDENTITY, resume=True)["first"] == {"correct": "ff"}
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "identity.key", ".env", "identity.json", None])
@@ -134,7 +134,7 @@ def test_what_no_run_left_stays(tmp_path, name, overwrite):
     mine = folder if name is None else folder / name
     mine.write_text('{"mine": 1}')
     with pytest.raises(UserError, match="unfinished: in the way: no run left it"):
-        Unfinished(folder, IDENTITY, resume=False, overwrite=overwrite)
+        PartialResults(folder, IDENTITY, resume=False, overwrite=overwrite)
     assert mine.read_text() == '{"mine": 1}'
 
 
@@ -151,5 +151,5 @@ def test_files_take_their_places_while_closed_as_windows_demands(tmp_path, monke
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", checked)
-    Unfinished(tmp_path / "unfinished", IDENTITY, resume=False)["piece"] = {}
+    PartialResults(tmp_path / "unfinished", IDENTITY, resume=False)["piece"] = {}
     assert moved == ["identity.json", "piece.json"]

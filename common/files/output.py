@@ -20,7 +20,7 @@ from pathlib import Path
 from common.command import interruptions
 from common.command.cli import UserError, log
 from common.files.atomic import STAGING_PREFIX
-from common.files.unfinished import Unfinished
+from common.files.unfinished import PartialResults
 
 try:
     import fcntl
@@ -56,7 +56,7 @@ class OutputFolder:
         self._staging: tempfile.TemporaryDirectory[str] | None = None
         self._lock: int | None = None
         self._created: list[Path] = []
-        self._unfinished: Unfinished | None = None
+        self._unfinished: PartialResults | None = None
 
     def __enter__(self) -> OutputFolder:
         if self.path.exists() and not self.path.is_dir():
@@ -115,15 +115,15 @@ class OutputFolder:
         """Return the names of the files written so far that end in ``suffix``."""
         return sorted(path.name for path in Path(self._staging.name).glob(f"*{suffix}"))
 
-    def keep_unfinished(self, identity: Mapping[str, object], resume: bool) -> Unfinished:
+    def keep_unfinished(self, identity: Mapping[str, object], resume: bool) -> PartialResults:
         """Return the place of what outlives a run that fails, until :meth:`commit`.
 
         Raises:
-            UserError: See :class:`Unfinished`.
+            UserError: See :class:`PartialResults`.
         """
         place = self.path / UNFINISHED_NAME
         with interruptions.deferred():
-            self._unfinished = Unfinished(place, identity, resume, self._overwrite)
+            self._unfinished = PartialResults(place, identity, resume, self._overwrite)
         return self._unfinished
 
     def commit(self) -> None:

@@ -22,8 +22,8 @@ IDENTITY_NAME = "identity.json"
 SCRIPT = "the script"  # in an identity, which script it is of
 
 
-class Unfinished(UserDict[str, dict]):
-    """Finished pieces of work: JSON objects by key, and beside them files of other kinds.
+class PartialResults(UserDict[str, dict]):
+    """Partial results of an interrupted run: JSON objects by key, and beside them other files.
 
     An object that is set is on the disk at once; one that was damaged there is not finished.
 

@@ -12,18 +12,17 @@ from common.command.cli import UserError
 from common.network.execution import Network
 from common.network.tracing import trace
 from common.report.results import percent
-from pruning.channels.costs import ChannelCosts
-from pruning.channels.slimmer import Slimmer
-from pruning.together.search import Method, ModelSearch, SparsityStep
+from pruning.channels.costs import MACS, ChannelCosts
+from pruning.channels.slimmer import Slimmer, search_range
+from pruning.together.search import Method, ModelSearch, SparsityTrial
 from quantization.int8.engines import fastest_engine
 
 SCOPE = "channels"
 # Channels chosen and made up for on training images, with widths measured in context.
 RECONSTRUCTED = "reconstructed"
 CALIBRATION_IMAGES = 1000
-# Shares of the multiply-adds are searched in steps of 1/32.
-LEVELS = 32
-COARSE_LEVELS = (24, 20, 16, 12, 8)
+# Shares of the multiply-adds to remove; what that costs is measured at each.
+CURVE = (0.25, 0.375, 0.5, 0.625, 0.75)
 
 
 def require_possible(network: Network, macs_removed: float | None) -> None:
@@ -37,10 +36,14 @@ def require_possible(network: Network, macs_removed: float | None) -> None:
         UserError: It cannot.
     """
     fastest_engine()
-    most = 1 - ChannelCosts(network).least_share()
+    most = most_removed(ChannelCosts(network))
     if macs_removed is not None and macs_removed > most:
-        told = percent(math.floor(1e4 * most) / 1e4)  # which is taken, too
-        raise UserError(f"--remove-macs: of this network {told} can go at most")
+        raise UserError(f"--remove-macs: of this network {percent(most)} can go at most")
+
+
+def most_removed(costs: ChannelCosts) -> float:
+    """Return the largest share of the multiply-adds that can go, rounded down as it is printed."""
+    return math.floor(1e4 * (1 - costs.least_share())) / 1e4
 
 
 @dataclass
@@ -51,22 +54,21 @@ class ChannelSearch(ModelSearch):
         macs_removed: Look at this share only; None to search.
     """
 
-    unit, levels = "multiply-adds", LEVELS
+    unit = "multiply-adds"
 
     macs_removed: float | None = None
     _slim: dict[float, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self):
         dtype = torch.bfloat16 if self.fast else torch.float32
-        traced = trace(self.model, self.chosen.images.shape)
+        traced = trace(self.model, self.held_out.images.shape)
         self.slimmer = Slimmer(self.model, traced, self.calibration, self.seed, dtype)
-        self.highest = int(LEVELS * (1 - self.slimmer.costs.least_share()))
-        self.coarse = [level for level in COARSE_LEVELS if level <= self.highest] or [self.highest]
-
-    @property
-    def curve(self) -> list[float]:
-        """The shares to measure every method at."""
-        return [self.macs_removed] if self.is_given else super().curve
+        most = most_removed(self.slimmer.costs)
+        self.where = search_range(1 - most, MACS)
+        if self.is_given:
+            self.curve = (self.macs_removed,)
+        else:
+            self.curve = tuple(share for share in CURVE if share <= most) or (most,)
 
     @property
     def is_given(self) -> bool:
@@ -85,10 +87,8 @@ class ChannelSearch(ModelSearch):
             self._slim[sparsity] = self.slimmer.slim(1 - sparsity).model
         return self._slim[sparsity]
 
-    def find_largest(self, method: Method) -> tuple[float, list[SparsityStep]]:
-        """Return the largest share within the tolerance, and the steps that led to it."""
+    def find_largest(self, method: Method) -> tuple[float, list[SparsityTrial]]:
+        """Return the share that was asked for, or the largest one within the budget."""
         if not self.is_given:
             return super().find_largest(method)
-        return self.macs_removed, [
-            self.judge(self.prune(method, self.macs_removed), self.macs_removed)
-        ]
+        return self.macs_removed, [self.attempt(method, self.macs_removed)]

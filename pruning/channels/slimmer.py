@@ -12,14 +12,29 @@ from torch import nn
 from common.images.data import ImageSet
 from common.network.execution import Network
 from common.network.tracing import Traced
+from common.search.trials import Range
 from pruning.channels.allocation import CURVE_IMAGES, Curves, measure_curves
-from pruning.channels.costs import MACS, ChannelCosts, Widths
+from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts, Widths
 from pruning.channels.repair import Dense, SlimNetwork, measure_dense, repair
 
 # Share of the images that say what to keep of a group. The others measure what that costs: on the
 # images that it was fitted to, a narrow layer looks better than it is.
 FITTED_SHARE = 0.75
 CONTEXT_SHARE = 0.5  # of the multiply-adds
+FIRST_SHARE = {WEIGHTS: 0.38, MACS: 0.6}  # where a search begins
+WIDEST_SHARE = 0.97
+
+
+def search_range(least_share: float, unit: str, trials: int = 5) -> Range:
+    """Return where to look for how many times fewer of the ``unit`` a network may have.
+
+    Args:
+        least_share: Smallest share that can be left.
+        unit: ``MACS`` or ``WEIGHTS``.
+        trials: Number of networks to try.
+    """
+    start = max(FIRST_SHARE[unit], least_share)
+    return Range(1 / start, 1 / WIDEST_SHARE, 1 / least_share, trials=trials)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,21 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
         **asdict(found.method),
         "finetune_epochs": found.finetune_epochs,
         "max_sparsity": found.sparsity,
-        "chosen_on_images": len(search.chosen.dense_correct),
+        "chosen_on_images": len(search.budget.choosing),
         **found.measured.as_dict(),
-        "within_tolerance": found.measured.comparison.drop <= search.tolerance + 1e-12,
+        "within_tolerance": found.measured.comparison.drop <= search.budget.max_drop + 1e-12,
         "dense": measure_accuracy(search.held_out.dense_correct).as_dict(),
         "curve": [list(pair) for pair in sorted(curve)],
         "points": [{"sparsity": s} | point.as_dict() for s, point in found.points.items()],
-        "steps": [asdict(step) for step in found.steps],
+        "steps": [
+            {
+                "sparsity": trial.sparsity,
+                "images": trial.verdict.shown,
+                "correct": trial.verdict.accuracy.correct,
+                "kept": trial.verdict.passes,
+            }
+            for trial in found.trials
+        ],
         **describe_density(found.model, describe_layers(search.model, network)),
     }
 

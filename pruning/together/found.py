@@ -12,7 +12,7 @@ from common.command import cli
 from common.measure.evaluate import Paired
 from common.report.results import format_change
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
-from pruning.together.search import CONTROLS, Method, ModelSearch, SparsityStep
+from pruning.together.search import CONTROLS, Method, ModelSearch, SparsityTrial
 from training.loop.distillation import Training, distill
 
 # The curve is for orientation, and losses on it are large or none.
@@ -36,7 +36,7 @@ class Found:
         measured: Its result on all held-out images.
         on_curve: Its result on the curve's images.
         points: Results by sparsity, on the first ``CURVE_IMAGES`` held-out images.
-        steps: Steps of the search.
+        trials: All that was tried, in order.
     """
 
     method: Method
@@ -46,7 +46,7 @@ class Found:
     measured: Paired
     on_curve: Paired
     points: Mapping[float, Paired]
-    steps: Sequence[SparsityStep]
+    trials: Sequence[SparsityTrial]
 
     @property
     def is_control(self) -> bool:
@@ -56,11 +56,11 @@ class Found:
     @classmethod
     def of(
         cls, search: ModelSearch, method: Method, finetune_epochs: int, sparsity: float,
-        model: nn.Module, points: Mapping[float, Paired], steps: Sequence[SparsityStep],
+        model: nn.Module, points: Mapping[float, Paired], trials: Sequence[SparsityTrial],
     ) -> Found:  # fmt: skip
         """Measure the network that the search ended with."""
         measured, on_curve = (measure(search, model, most) for most in (None, CURVE_IMAGES))
-        return cls(method, finetune_epochs, sparsity, model, measured, on_curve, points, steps)
+        return cls(method, finetune_epochs, sparsity, model, measured, on_curve, points, trials)
 
 
 def measure(search: ModelSearch, model: nn.Module, most: int | None) -> Paired:
@@ -87,9 +87,9 @@ def search_all(search: ModelSearch) -> list[Found]:
 
 def search_with(search: ModelSearch, method: Method) -> Found:
     """Search with one method and measure it on the held-out half."""
-    sparsity, steps = search.find_largest(method)
+    sparsity, trials = search.find_largest(method)
     points = {at: measure(search, search.prune(method, at), CURVE_IMAGES) for at in search.curve}
-    return Found.of(search, method, 0, sparsity, search.prune(method, sparsity), points, steps)
+    return Found.of(search, method, 0, sparsity, search.prune(method, sparsity), points, trials)
 
 
 def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
@@ -102,7 +102,7 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
     equals = [one for one in candidates if one.sparsity == largest]
     if len(equals) == 1:
         return equals[0]
-    images = search.chosen.images
+    images = search.budget.choosing.images
     return max(equals, key=lambda one: int(search.classifier(one.model).find_correct(images).sum()))
 
 
@@ -130,19 +130,19 @@ def finetune(model: nn.Module, dense: nn.Module, training: Training, seed: int) 
 
 
 def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Found:
-    """Train at ``best``'s sparsity, then at each higher compression for as long as it is kept.
+    """Train at ``best``'s sparsity, then at each higher compression for as long as it passes.
 
     Each starts from the dense weights, pruned at once, and learns from the dense network. If not
-    even the first is kept, the answer is that nothing can go, unless the sparsity is given.
+    even the first passes, the answer is that nothing can go, unless the sparsity is given.
     """
-    kept, points, steps = (0.0, search.model), {}, []
+    best_so_far, points, trials = (0.0, search.model), {}, []
     wanted = {s for s in (best.sparsity, *search.curve) if s >= best.sparsity}
     for sparsity in sorted(wanted - {0.0} or wanted):
         model = copy.deepcopy(search.prune(best.method, sparsity))
         finetune(model, search.model, training, search.seed)
-        steps.append(search.judge(model, sparsity))
+        trials.append(search.judge(model, sparsity))
         points[sparsity] = measure(search, model, CURVE_IMAGES)
-        if not (steps[-1].kept or search.is_given):
+        if not (trials[-1].verdict.passes or search.is_given):
             break
-        kept = (sparsity, model)
-    return Found.of(search, best.method, training.epochs, *kept, points, steps)
+        best_so_far = (sparsity, model)
+    return Found.of(search, best.method, training.epochs, *best_so_far, points, trials)

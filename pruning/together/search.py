@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from common.images.data import ImageSet
-from common.measure.budget import Budget
 from common.network.cascade import Classifier, Fp32Recheck
 from common.network.tracing import trace_network, weight_layers
+from common.search.budget import Budget, Verdict
+from common.search.split import EvaluationSplit, split_test
+from common.search.trials import Range, run_trials, strongest
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
 from pruning.together.allocation import (
@@ -27,19 +28,14 @@ from pruning.together.allocation import (
     weights_in_scope,
 )
 from pruning.together.damage import measure_damage
-from pruning.together.held_out import EvaluationSplit, split_test
 from pruning.together.recalibration import recalibrate_batch_norm
 
+# Every method is measured at these compressions, and its limit is searched for near them.
 COMPRESSIONS = (2, 4, 8, 16, 32)
-# Sparsities are searched in steps of 1/256, up to one weight kept in 64.
-LEVELS, LARGEST_LEVEL = 256, 252
-COARSE_LEVELS = tuple(LEVELS - LEVELS // times for times in reversed(COMPRESSIONS))
+WHERE = Range(start=8, least=1.03, most=64, trials=8, stride=2)
 DAMAGE_IMAGES = 500
-# A step of the search evaluates this many images at a time, and stops once its outcome is clear.
-CHUNK_IMAGES = 250
 # Allocations to compare with: random pruning, and channels by norm alone.
 CONTROLS = (RANDOM, NORM)
-CLEAR_ERRORS = 4.0
 
 
 @dataclass(frozen=True)
@@ -51,45 +47,21 @@ class Method:
 
 
 @dataclass(frozen=True)
-class SparsityStep:
-    """One step of the search.
-
-    Attributes:
-        sparsity: Sparsity that was tried.
-        images: Number of images that were evaluated.
-        correct: Number of them that were classified correctly.
-        kept: Whether that is within the tolerance.
-    """
+class SparsityTrial:
+    """A sparsity that was tried, and how it did on the images that choose."""
 
     sparsity: float
-    images: int
-    correct: int
-    kept: bool
+    verdict: Verdict
 
+    @property
+    def strength(self) -> float:
+        """How many times fewer weights, or multiply-adds, there are."""
+        return 1 / (1 - self.sparsity)
 
-def largest_level(is_kept: Callable[[int], bool], coarse: Iterable[int], highest: int) -> int:
-    """Find the largest level that is kept: try the ``coarse`` ones downwards, then bisect.
-
-    The search starts from above because a rejection costs few images, and because accuracy need not
-    fall steadily: one unlucky step can send a bisection from the middle the wrong way.
-
-    Args:
-        is_kept: Returns whether a level is kept. Level 0, nothing pruned, is taken to be kept
-            unless it is a coarse one.
-        coarse: Levels from largest to smallest.
-        highest: Largest level.
-    """
-    high = highest
-    for low in coarse:
-        if is_kept(low):
-            break
-        high = low - 1
-    else:
-        low = 0
-    while low < high:
-        level = (low + high + 1) // 2
-        low, high = (level, high) if is_kept(level) else (low, level - 1)
-    return low
+    @property
+    def spare(self) -> float:
+        """What is left of the budget."""
+        return self.verdict.spare
 
 
 @dataclass
@@ -98,36 +70,33 @@ class ModelSearch:
 
     Attributes:
         unit: Name of what sparsity counts.
-        levels: Number of steps from no sparsity to all.
-        coarse: Levels to begin with, from largest to smallest; the curve is measured at these.
-        highest: Largest level.
+        where: Compressions to try.
+        curve: Sparsities to measure every method at.
         model: Dense network, on the images' device; not changed.
         scope: Layers that may be pruned: ``linear``, ``conv`` or ``all``.
-        chosen: Images that choices are made on.
+        budget: Accuracy that may be lost, and the images that choose.
         held_out: Images that results are measured on.
-        tolerance: Accuracy that may be lost, as a fraction.
         seed: Seed of random pruning.
         fast: Classify in bf16 first.
         calibration: Training images for batch-norm statistics; None to keep the statistics.
         record: Counts of what FP32 checked.
     """
 
-    unit, levels, coarse, highest = "weights", LEVELS, COARSE_LEVELS, LARGEST_LEVEL
+    unit, where, curve = "weights", WHERE, tuple(1 - 1 / times for times in COMPRESSIONS)
 
     model: nn.Module
     scope: str
-    chosen: EvaluationSplit
+    budget: Budget
     held_out: EvaluationSplit
-    tolerance: float
     seed: int
     fast: bool
     calibration: ImageSet | None = None
     record: Fp32Recheck = field(default_factory=Fp32Recheck)
-    _found: dict[Method, tuple[float, list[SparsityStep]]] = field(default_factory=dict)
+    _found: dict[Method, tuple[float, list[SparsityTrial]]] = field(default_factory=dict)
     _damage: dict[bool, dict[str, DamageCurve]] = field(default_factory=dict)
 
     def __post_init__(self):
-        network = trace_network(self.model, self.chosen.images.shape)
+        network = trace_network(self.model, self.budget.choosing.images.shape)
         layers = weight_layers(self.model, network)
         weights = {name: module.weight.detach() for name, module in layers.items()}
         self.weights = weights_in_scope(network, weights, self.scope)
@@ -138,15 +107,9 @@ class ModelSearch:
         calibration: ImageSet | None = None, **options: object,
     ) -> ModelSearch:  # fmt: skip
         """Split the scan's images; ``dense_correct`` is the correctness of its model on them."""
-        chosen, held_out = split_test(scan.images, dense_correct, seed)
-        return cls(
-            scan.model, scope, chosen, held_out, tolerance, seed, scan.fast, calibration, **options
-        )
-
-    @property
-    def curve(self) -> list[float]:
-        """The sparsities to measure every method at."""
-        return [level / self.levels for level in reversed(self.coarse)]
+        choosing, held_out = split_test(scan.images, dense_correct, seed)
+        budget = Budget(tolerance, choosing)
+        return cls(scan.model, scope, budget, held_out, seed, scan.fast, calibration, **options)
 
     @property
     def is_given(self) -> bool:
@@ -170,46 +133,39 @@ class ModelSearch:
 
     def prune(self, method: Method, sparsity: float) -> nn.Module:
         """Return a pruned copy, its batch norms re-estimated if the method says so."""
-        device = self.chosen.images.images.device
+        device = self.budget.choosing.images.images.device
         pruned = copy_without(self.model, self.masks(method, sparsity)).to(device)
         if method.recalibrated and sparsity > 0:  # where nothing goes it is the dense one
             recalibrate_batch_norm(pruned, self.calibration)
         return pruned
 
-    def find_largest(self, method: Method) -> tuple[float, list[SparsityStep]]:
-        """Return the largest sparsity within the tolerance, and the steps that led to it."""
+    def find_largest(self, method: Method) -> tuple[float, list[SparsityTrial]]:
+        """Return the largest sparsity within the budget, and all that were tried."""
         if method not in self._found:
-            steps: list[SparsityStep] = []
-
-            def is_kept(level: int) -> bool:
-                sparsity = level / self.levels
-                steps.append(self.judge(self.prune(method, sparsity), sparsity))
-                return steps[-1].kept
-
-            found = largest_level(is_kept, self.coarse, self.highest)
-            self._found[method] = (found / self.levels, steps)
+            trials = run_trials(lambda times: self.attempt(method, 1 - 1 / times), self.where)
+            best = strongest(trials)
+            self._found[method] = (best.sparsity if best else 0.0, trials)
         return self._found[method]
+
+    def attempt(self, method: Method, sparsity: float) -> SparsityTrial:
+        """Prune and judge."""
+        return self.judge(self.prune(method, sparsity), sparsity)
+
+    def judge(self, model: nn.Module, sparsity: float) -> SparsityTrial:
+        """Judge a model that is pruned by ``sparsity``."""
+        return SparsityTrial(sparsity, self.budget.judge(self.classifier(model).find_correct))
 
     def classifier(self, model: nn.Module) -> Classifier:
         """Return the classifier of a pruned model."""
-        network = trace_network(model, self.chosen.images.shape)
-        return Classifier(network, self.chosen.images, self.fast, self.record)
-
-    def judge(self, model: nn.Module, sparsity: float) -> SparsityStep:
-        """Decide on the images to choose on whether a model, pruned by ``sparsity``, is kept."""
-        budget = Budget(self.tolerance, self.chosen.images, self.chosen.dense_correct)
-        count = len(budget.images)
-        looks = [*range(CHUNK_IMAGES, count, CHUNK_IMAGES), count]
-        classifier = self.classifier(model)
-        verdict = budget.judge(classifier.find_correct, looks, CLEAR_ERRORS, CLEAR_ERRORS)
-        return SparsityStep(sparsity, verdict.shown, verdict.accuracy.correct, verdict.passes)
+        images = self.budget.choosing.images
+        return Classifier(trace_network(model, images.shape), images, self.fast, self.record)
 
     def _curves(self, recalibrated: bool) -> dict[str, DamageCurve]:
         """Measure the layers' damage in the network that global pruning leaves at its limit."""
         if recalibrated not in self._damage:
             around = Method(GLOBAL, recalibrated)
             context = self.prune(around, self.find_largest(around)[0])
-            images = self.chosen.images.rows(slice(DAMAGE_IMAGES))
+            images = self.budget.choosing.first(DAMAGE_IMAGES).images
             self._damage[recalibrated] = measure_damage(
                 self.model, context, self.weights, images, self.fast
             )

@@ -4,7 +4,7 @@ What costs nothing at run time comes first: another observer, equalised channels
 each kept only if it helps. Then layers go back to FP32, worst first, until the budget holds; and of
 these, each that turns out not to be needed goes back to INT8. All of this is decided on training
 images that were not used for calibration; the test images are for the report alone. A plan holds
-the budget if it leaves a standard error to spare: the rule of :mod:`common.measure.budget`.
+the budget if it leaves a standard error to spare: the rule of :mod:`common.search.budget`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 
 from common.command import cli
 from common.images.data import ImageSet
-from common.measure.budget import Budget, Verdict
 from common.network.execution import Network
+from common.search.budget import Budget, Verdict
+from common.search.split import EvaluationSplit
 from quantization.accuracy import corrections
 from quantization.accuracy.diagnosis import rank_layers
 from quantization.calibration import CalibrationSetup
@@ -78,7 +79,8 @@ class HeldOutEvaluator:
     def __init__(self, network: Network, setup: CalibrationSetup, max_drop: float):
         self.setup = setup
         dense = setup.predict(network, "evaluate FP32 on held-out images")
-        self._budget = Budget(max_drop, setup.images, dense == setup.images.labels)
+        choosing = EvaluationSplit(setup.images, dense == setup.images.labels)
+        self._budget = Budget(max_drop, choosing)
 
     def judge(self, network: Network, settings: Settings) -> Verdict:
         """Return how a network does in INT8 on the held-out images."""
@@ -91,7 +93,7 @@ class HeldOutEvaluator:
         def find_correct(images: ImageSet) -> torch.Tensor:
             return replace(self.setup, images=images).predict(run, "try") == images.labels
 
-        return self._budget.judge(find_correct, looks=[len(self._budget.images)])
+        return self._budget.judge(find_correct, stop_early=False)
 
 
 def meet_budget(evaluator: HeldOutEvaluator, network: Network, settings: Settings) -> Plan:

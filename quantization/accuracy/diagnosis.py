@@ -21,7 +21,7 @@ from common.network.graph import Operation
 from common.network.graph import evaluate as evaluate_graph
 from quantization.accuracy import layer_cost
 from quantization.int8.conversion import Observation, quantize_layer
-from quantization.int8.network import Step, ValueRange, fuse_activations
+from quantization.int8.network import FusedOperation, ValueRange, fuse_activations
 from quantization.settings import Settings
 
 NOISE_IMAGES = 128
@@ -107,7 +107,7 @@ def measure_noise(observation: Observation, reduce_range: bool) -> list[LayerNoi
 
 
 def _layer_noise(
-    network: Network, step: Step, x: torch.Tensor, ranges: dict[str, ValueRange]
+    network: Network, step: FusedOperation, x: torch.Tensor, ranges: dict[str, ValueRange]
 ) -> LayerNoise:
     layer = network.layers[step.operation.name]
     rounded = Layer(quantize_layer(layer).dense(), layer.bias)

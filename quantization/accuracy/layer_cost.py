@@ -21,7 +21,7 @@ from common.network.cascade import Cascade, Fp32Recheck, Variants
 from common.network.execution import Layer, Network
 from quantization.int8 import engines
 from quantization.int8.conversion import Observation, convert, quantize_layer
-from quantization.int8.network import Step, ValueRange, fuse_activations
+from quantization.int8.network import FusedOperation, ValueRange, fuse_activations
 from quantization.settings import Settings
 
 BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
@@ -98,7 +98,7 @@ def _variants(
 
 
 def _quantized(
-    network: Network, layer: Layer, step: Step, ranges: Mapping[str, ValueRange]
+    network: Network, layer: Layer, step: FusedOperation, ranges: Mapping[str, ValueRange]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a layer that rounds its input and output: (N, C, H, W).
 

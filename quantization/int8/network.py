@@ -111,7 +111,7 @@ class Int8Layer:
 
 
 @dataclass(frozen=True)
-class Step:
+class FusedOperation:
     """One operation of an INT8 network with what is fused into it.
 
     Attributes:
@@ -155,7 +155,7 @@ class Int8Network:
     std: tuple[float, ...]
     settings: Settings
 
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[FusedOperation, ...]:
         """Return the steps in execution order; the first is the input."""
         return fuse_activations(self.graph)
 
@@ -191,7 +191,7 @@ class Int8Network:
 
 def fuse_activations(
     graph: Graph, activations: Collection[str] = FUSED_ACTIVATIONS
-) -> tuple[Step, ...]:
+) -> tuple[FusedOperation, ...]:
     """Return a graph's steps: each operation, with the activation that alone reads its value."""
     steps, fused = [], set()
     for operation in graph.operations:
@@ -202,13 +202,13 @@ def fuse_activations(
         if is_activated and reader is not None and reader.kind in activations:
             name, activation = reader.name, reader.kind
             fused.add(name)
-        steps.append(Step(name, operation, operation.inputs, activation))
+        steps.append(FusedOperation(name, operation, operation.inputs, activation))
     return tuple(steps)
 
 
 def fuse_additions(
-    steps: Sequence[Step], graph: Graph, can_add: Callable[[Step, str], bool]
-) -> tuple[Step, ...]:
+    steps: Sequence[FusedOperation], graph: Graph, can_add: Callable[[FusedOperation, str], bool]
+) -> tuple[FusedOperation, ...]:
     """Return the steps with additions inside of the last convolution that they read.
 
     The result of such a convolution is not rounded before it is added.
@@ -219,7 +219,7 @@ def fuse_additions(
         can_add: Whether a convolution's step can add the value of a name to its result.
     """
     positions = {step.name: index for index, step in enumerate(steps)}
-    found: list[Step | None] = list(steps)
+    found: list[FusedOperation | None] = list(steps)
     for index, step in enumerate(steps):
         if step.operation.kind != ADD or len(set(step.inputs)) != 2:
             continue

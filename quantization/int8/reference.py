@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from common.network.execution import Layer, Network
 from common.network.graph import GLOBAL_POOL, Graph, Operation, evaluate
-from quantization.int8.network import MAX_LEVEL, SAME_RANGE, Int8Network, Step
+from quantization.int8.network import MAX_LEVEL, SAME_RANGE, FusedOperation, Int8Network
 
 CLIPS = {None: lambda values: values, "relu": F.relu, "relu6": F.relu6}
 
@@ -66,7 +66,7 @@ class ReferenceRunner:
             return levels.mean((2, 3), keepdim=operation.attributes["keep"]).round()
         return self._fp32.compute(operation, [levels]).round()
 
-    def _multiply(self, step: Step, levels: torch.Tensor) -> torch.Tensor:
+    def _multiply(self, step: FusedOperation, levels: torch.Tensor) -> torch.Tensor:
         """Return what a layer gives, as real numbers before the activation."""
         layer, scale = (
             self._network.layers[step.operation.name],
@@ -76,7 +76,7 @@ class ReferenceRunner:
         sums = self._fp32.compute(step.operation, [levels], layer=integers)
         return sums * (scale * layer.scales.double()).view(-1, *[1] * (sums.ndim - 2))
 
-    def _store(self, step: Step, real: torch.Tensor) -> torch.Tensor:
+    def _store(self, step: FusedOperation, real: torch.Tensor) -> torch.Tensor:
         """Apply a step's activation to its result and round it to the value's levels, if any."""
         real = CLIPS[step.activation](real)
         if step.name not in self._network.ranges:

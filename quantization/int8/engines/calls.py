@@ -13,7 +13,7 @@ from quantization.int8.engines.base import value_shapes
 from quantization.int8.engines.kernels import QUANTIZED, Function, clipped, kernel_of, store
 from quantization.int8.engines.program import Call, may_overwrite
 from quantization.int8.engines.switch import torch_engines, using
-from quantization.int8.network import Int8Network, Step, fuse_additions
+from quantization.int8.network import FusedOperation, Int8Network, fuse_additions
 
 FUSES_ADDITIONS = "onednn"  # the engine whose convolutions can add
 # Engines that run depthwise convolutions in fbgemm, whose kernel for them adds products in 16 bits,
@@ -57,12 +57,12 @@ class _Builder:
     def build(self) -> list[Call]:
         return [self._call(step) for step in self._steps]
 
-    def _can_add(self, step: Step, added: str) -> bool:
+    def _can_add(self, step: FusedOperation, added: str) -> bool:
         """Return whether a convolution can add a value: both in INT8, of one shape."""
         is_int8 = self._network.is_int8(step.operation) and added in self._ranges
         return is_int8 and self._shapes[step.name] == self._shapes[added]
 
-    def _call(self, step: Step) -> Call:
+    def _call(self, step: FusedOperation) -> Call:
         operation, kept = step.operation, self._ranges.get(step.name)
         if operation.kind == INPUT:
             return Call(step.name, functools.partial(store, kept=kept), (step.name,))
@@ -73,7 +73,7 @@ class _Builder:
             return Call(step.name, clipped(make(step, kept), step, kept), step.inputs)
         return self._in_fp32(step)
 
-    def _layer(self, step: Step) -> Call:
+    def _layer(self, step: FusedOperation) -> Call:
         """Return the call of an INT8 convolution or linear layer."""
         kept, packed = self._ranges[step.name], self._pack(step)
         kernel = _layer_kernel(step)
@@ -94,7 +94,7 @@ class _Builder:
             inputs = (*step.inputs, step.added)
         return Call(step.name, clipped(run, step, kept), inputs, (packed,))
 
-    def _pack(self, step: Step) -> object:
+    def _pack(self, step: FusedOperation) -> object:
         """Pack a layer's weights for the engine that runs it."""
         operation, engine = step.operation, self._engine
         layer, scale = (
@@ -121,7 +121,7 @@ class _Builder:
                 list(settings["dilation"]), settings["groups"],
             )  # fmt: skip
 
-    def _in_fp32(self, step: Step) -> Call:
+    def _in_fp32(self, step: FusedOperation) -> Call:
         """Return a call that computes a step from real values."""
         operation, kept = step.operation, self._ranges.get(step.name)
         layer = self._fp32.layers.get(operation.name)
@@ -135,7 +135,7 @@ class _Builder:
         return Call(step.name, run, step.inputs, constants)
 
 
-def _layer_kernel(step: Step) -> Function:
+def _layer_kernel(step: FusedOperation) -> Function:
     has_relu = step.activation is not None
     if step.operation.kind == LINEAR:
         return (QUANTIZED.linear_relu if has_relu else QUANTIZED.linear).default

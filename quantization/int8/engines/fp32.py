@@ -15,7 +15,7 @@ import torch
 from common.network.execution import Network
 from common.network.graph import CONVOLUTION, INPUT
 from quantization.int8.engines.program import Call, Program, may_overwrite
-from quantization.int8.network import Step, fuse_activations, fuse_additions
+from quantization.int8.network import FusedOperation, fuse_activations, fuse_additions
 
 # Activations that a oneDNN convolution can run: its name for them, and their parameters.
 FUSED = {
@@ -70,7 +70,7 @@ def fp32_runner(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:
     return run
 
 
-def _plain_call(step: Step, network: Network) -> Call:
+def _plain_call(step: FusedOperation, network: Network) -> Call:
     """Return the call of what runs in torch's usual kernels."""
     operation, graph = step.operation, network.graph
     if operation.kind == INPUT:
@@ -85,7 +85,9 @@ def _plain_call(step: Step, network: Network) -> Call:
     return Call(step.name, run, step.inputs)
 
 
-def _packed_convolution(step: Step, steps: tuple[Step, ...], network: Network) -> Call:
+def _packed_convolution(
+    step: FusedOperation, steps: tuple[FusedOperation, ...], network: Network
+) -> Call:
     settings, layer = step.operation.attributes, network.layers[step.operation.name]
     padding, stride, dilation = (list(settings[k]) for k in ("padding", "stride", "dilation"))
     geometry = (padding, stride, dilation, settings["groups"])

@@ -21,14 +21,16 @@ from common.network.graph import (
     RESHAPE,
     SLICE,
 )
-from quantization.int8.network import MAX_LEVEL, Int8Network, Step, ValueRange
+from quantization.int8.network import MAX_LEVEL, FusedOperation, Int8Network, ValueRange
 
 QUANTIZED, ATEN = torch.ops.quantized, torch.ops.aten
 
 Function = Callable[..., torch.Tensor]
 
 
-def kernel_of(step: Step, engine: str) -> Callable[[Step, ValueRange], Function] | None:
+def kernel_of(
+    step: FusedOperation, engine: str
+) -> Callable[[FusedOperation, ValueRange], Function] | None:
     """Return what makes the function of a step that is no layer; None where torch has no kernel."""
     if engine == "qnnpack" and step.operation.kind == "sigmoid":  # its kernel has one range only
         return None
@@ -51,7 +53,7 @@ def store(real: torch.Tensor, kept: ValueRange | None) -> torch.Tensor:
     return ATEN.quantize_per_tensor.default(real, kept.scale, kept.zero_point, torch.quint8)
 
 
-def clipped(run: Function, step: Step, kept: ValueRange) -> Function:
+def clipped(run: Function, step: FusedOperation, kept: ValueRange) -> Function:
     """Clip at 6 what a ReLU6 lets through, where uint8 does not end there anyway."""
     if step.activation != "relu6" or kept.clip_levels("relu6")[1] == MAX_LEVEL:
         return run
@@ -67,12 +69,12 @@ def clipped(run: Function, step: Step, kept: ValueRange) -> Function:
     return run_and_clip
 
 
-def _add(step: Step, kept: ValueRange) -> Function:
+def _add(step: FusedOperation, kept: ValueRange) -> Function:
     kernel = (QUANTIZED.add_relu if step.activation else QUANTIZED.add).default
     return lambda x, y: kernel(x, y, kept.scale, kept.zero_point)
 
 
-def _multiply(step: Step, kept: ValueRange) -> Function:
+def _multiply(step: FusedOperation, kept: ValueRange) -> Function:
     def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         gate, value = sorted((x, y), key=torch.numel)  # the result has the first one's layout
         return QUANTIZED.mul.default(value, gate, kept.scale, kept.zero_point)
@@ -80,48 +82,48 @@ def _multiply(step: Step, kept: ValueRange) -> Function:
     return run
 
 
-def _concatenate(step: Step, kept: ValueRange) -> Function:
+def _concatenate(step: FusedOperation, kept: ValueRange) -> Function:
     return lambda *values: QUANTIZED.cat.default(values, 1, kept.scale, kept.zero_point)
 
 
-def _max_pool(step: Step, kept: ValueRange) -> Function:
+def _max_pool(step: FusedOperation, kept: ValueRange) -> Function:
     a = step.operation.attributes
     settings = [*(list(a[key]) for key in ("kernel", "stride", "padding", "dilation")), a["ceil"]]
     return lambda x: ATEN.max_pool2d.default(x, *settings)
 
 
-def _average_pool(step: Step, kept: ValueRange) -> Function:
+def _average_pool(step: FusedOperation, kept: ValueRange) -> Function:
     a = step.operation.attributes
     settings = [*(list(a[key]) for key in ("kernel", "stride", "padding")), a["ceil"]]
     return lambda x: ATEN.avg_pool2d.default(x, *settings, a["count_padding"])
 
 
-def _adaptive_pool(step: Step, kept: ValueRange) -> Function:
+def _adaptive_pool(step: FusedOperation, kept: ValueRange) -> Function:
     size = list(step.operation.attributes["size"])
     return lambda x: ATEN.adaptive_avg_pool2d.default(x, size)
 
 
-def _global_pool(step: Step, kept: ValueRange) -> Function:
+def _global_pool(step: FusedOperation, kept: ValueRange) -> Function:
     if step.operation.attributes["keep"]:
         return lambda x: ATEN.adaptive_avg_pool2d.default(x, [1, 1])
     return lambda x: ATEN.flatten.using_ints(ATEN.adaptive_avg_pool2d.default(x, [1, 1]), 1)
 
 
-def _flatten(step: Step, kept: ValueRange) -> Function:
+def _flatten(step: FusedOperation, kept: ValueRange) -> Function:
     return lambda x: ATEN.flatten.using_ints(x, 1)
 
 
-def _reshape(step: Step, kept: ValueRange) -> Function:
+def _reshape(step: FusedOperation, kept: ValueRange) -> Function:
     shape = [-1, *step.operation.attributes["shape"]]  # of a batch of any size
     return lambda x: ATEN.reshape.default(x, shape)
 
 
-def _permute(step: Step, kept: ValueRange) -> Function:
+def _permute(step: FusedOperation, kept: ValueRange) -> Function:
     order = list(step.operation.attributes["order"])
     return lambda x: ATEN.permute.default(x, order)
 
 
-def _slice(step: Step, kept: ValueRange) -> Function:
+def _slice(step: FusedOperation, kept: ValueRange) -> Function:
     def run(x: torch.Tensor) -> torch.Tensor:
         for part in step.operation.attributes["parts"]:
             x = ATEN.slice.Tensor(x, *part)
@@ -130,12 +132,12 @@ def _slice(step: Step, kept: ValueRange) -> Function:
     return run
 
 
-def _pad(step: Step, kept: ValueRange) -> Function:
+def _pad(step: FusedOperation, kept: ValueRange) -> Function:
     padding = list(step.operation.attributes["padding"])
     return lambda x: ATEN.constant_pad_nd.default(x, padding, 0.0)
 
 
-def _activation(kernel: Function) -> Callable[[Step, ValueRange], Function]:
+def _activation(kernel: Function) -> Callable[[FusedOperation, ValueRange], Function]:
     return lambda step, kept: lambda x: kernel(x, kept.scale, kept.zero_point)
 
 
@@ -144,7 +146,7 @@ ACTIVATION_KERNELS = {
     "hardswish": _activation(QUANTIZED.hardswish.default),
     "sigmoid": _activation(QUANTIZED.sigmoid.default),
 }
-KERNELS: dict[str, Callable[[Step, ValueRange], Function]] = {
+KERNELS: dict[str, Callable[[FusedOperation, ValueRange], Function]] = {
     ADD: _add,
     MULTIPLY: _multiply,
     CONCATENATE: _concatenate,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.network.graph import VIEWS
-from quantization.int8.network import Step
+from quantization.int8.network import FusedOperation
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Program(nn.Module):
         return logits.dequantize() if logits.is_quantized else logits
 
 
-def may_overwrite(step: Step, steps: Sequence[Step]) -> bool:
+def may_overwrite(step: FusedOperation, steps: Sequence[FusedOperation]) -> bool:
     """Return whether a step may write its result over the value that it adds.
 
     It may if no later step reads that value, nor another value that shares its memory.

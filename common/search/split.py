@@ -11,10 +11,18 @@ from common.images.data import ImageSet
 
 @dataclass(frozen=True)
 class EvaluationSplit:
-    """A part of the test images, and the dense network's correctness on it (bool, CPU)."""
+    """The images that choose, or those that confirm.
+
+    Attributes:
+        images: Images in random order.
+        dense_correct: The dense network's correctness on them: bool, shape (N,), on the CPU.
+    """
 
     images: ImageSet
     dense_correct: torch.Tensor
+
+    def __len__(self):
+        return len(self.images)
 
     def first(self, most: int | None) -> EvaluationSplit:
         """Return at most the first ``most`` images; None for all."""
@@ -24,7 +32,11 @@ class EvaluationSplit:
 def split_test(
     test: ImageSet, dense_correct: torch.Tensor, seed: int
 ) -> tuple[EvaluationSplit, EvaluationSplit]:
-    """Return the half to choose on and the half to confirm on, each shuffled."""
+    """Return the half to choose on and the half to confirm on, each shuffled.
+
+    Raises:
+        UserError: There is only one image.
+    """
     chosen, held_out = test.halves(seed)
     return (
         EvaluationSplit(test.rows(chosen), dense_correct[chosen]),

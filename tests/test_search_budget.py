@@ -1,4 +1,4 @@
-"""common/measure/budget.py: what a candidate may lose, and when it is looked at no further."""
+"""common/search/budget.py: what a candidate may lose, and when it is looked at no further."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import pytest
 import torch
 
 from common.images.data import ImageSet
-from common.measure.budget import (
+from common.measure.evaluate import compare
+from common.search.budget import (
     Budget,
-    Verdict,
     doubling_looks,
     standard_error,
     why_too_strict,
 )
-from common.measure.evaluate import compare
+from common.search.split import EvaluationSplit
 
 
 def make_budget(count: int, max_drop: float) -> Budget:
     """Return a budget on images that hold their label's number as their brightness."""
     labels = torch.arange(count) % 10
     images = (labels * 20).to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
-    return Budget(max_drop, ImageSet(images, labels), torch.ones(count, dtype=torch.bool))
+    dense_correct = torch.ones(count, dtype=torch.bool)
+    return Budget(max_drop, EvaluationSplit(ImageSet(images, labels), dense_correct))
 
 
 class Reader:
@@ -38,12 +39,8 @@ class Reader:
         return (labels == images.labels) & (numbers % self.period > 0)
 
 
-def judge(budget: Budget, reader: Reader, clearly_in: float = math.inf) -> Verdict:
-    return budget.judge(reader, doubling_looks(len(budget.images)), 3.0, clearly_in)
-
-
 def test_a_candidate_within_the_budget_sees_all_images_and_leaves_a_standard_error():
-    verdict = judge(make_budget(1000, 0.02), Reader(100))
+    verdict = make_budget(1000, 0.02).judge(Reader(100))
     assert verdict.shown == 1000
     assert verdict.comparison.drop == pytest.approx(0.01)
     variance = 0.01 - 0.01**2  # of one image's loss, which is 1 or 0
@@ -52,20 +49,18 @@ def test_a_candidate_within_the_budget_sees_all_images_and_leaves_a_standard_err
 
 
 def test_a_drop_within_the_budget_but_not_by_a_standard_error_fails():
-    assert not judge(make_budget(1000, 0.0105), Reader(100)).passes
+    assert not make_budget(1000, 0.0105).judge(Reader(100)).passes
 
 
 def test_what_is_clearly_out_is_dropped_at_the_first_look():
     reader = Reader(2)
-    verdict = judge(make_budget(1000, 0.01), reader)
+    verdict = make_budget(1000, 0.01).judge(reader)
     assert verdict.shown == reader.seen == 250
     assert not verdict.passes
 
 
-def test_what_is_clearly_in_is_looked_at_no_further():
-    verdict = judge(make_budget(1000, 0.5), Reader(100), clearly_in=4.0)
-    assert verdict.shown == 250
-    assert verdict.passes
+def test_all_images_are_looked_at_where_asked_for():
+    assert make_budget(1000, 0.01).judge(Reader(2), stop_early=False).shown == 1000
 
 
 def test_looks_end_with_all_images():
@@ -90,8 +85,8 @@ def test_too_few_images_for_any_network_to_pass(random_images):
     """It said "0.0 % of the weights can go" there; now it says how many images it takes."""
     for count, passes in ((50, True), (49, False)):
         right = torch.ones(count, dtype=torch.bool)
-        budget = Budget(0.02, random_images(count), right)
-        verdict = budget.judge(lambda images: torch.ones(len(images), dtype=bool), [count], 4.0)
+        budget = Budget(0.02, EvaluationSplit(random_images(count), right))
+        verdict = budget.judge(lambda images: torch.ones(len(images), dtype=bool))
         assert verdict.passes == passes  # of a network that loses nothing
     assert why_too_strict(99, 0.02) is None  # 50 of which choose
     assert "takes 100 test images, of which half choose, not 98" in why_too_strict(98, 0.02)

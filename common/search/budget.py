@@ -7,15 +7,18 @@ often as not, so a choice must leave one standard error to spare.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from common.images.data import ImageSet
 from common.measure.evaluate import Comparison, Paired
+from common.search.split import EvaluationSplit
 
 FIRST_LOOK = 250  # images
+# Stop evaluating once the loss exceeds the budget by this many standard errors.
+CLEARLY_OUT = 3.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Verdict(Paired):
 
     @property
     def shown(self) -> int:
-        """How many images it was shown; fewer than all, where the outcome was clear."""
+        """How many images it was shown; fewer than all where it is clearly over the budget."""
         return self.accuracy.total
 
     @property
@@ -44,38 +47,31 @@ class Budget:
     """At most ``max_drop`` (a fraction) may be lost against the dense network.
 
     Attributes:
-        max_drop: The budget.
-        images: Those that choose, in random order.
-        dense_correct: The dense network's correctness on them: bool, shape (N,), on the CPU.
+        max_drop: Accuracy that may be lost, as a fraction.
+        choosing: Images that choose.
     """
 
     max_drop: float
-    images: ImageSet
-    dense_correct: torch.Tensor
+    choosing: EvaluationSplit
 
     def judge(
-        self,
-        find_correct: Callable[[ImageSet], torch.Tensor],
-        looks: Iterable[int],
-        clearly_out: float = math.inf,
-        clearly_in: float = math.inf,
+        self, find_correct: Callable[[ImageSet], torch.Tensor], stop_early: bool = True
     ) -> Verdict:
-        """Evaluate a candidate on the images that choose, for as long as its outcome is not clear.
+        """Evaluate a candidate on the images that choose.
 
         Args:
             find_correct: Returns which of some images it gets right: bool, on the CPU.
-            looks: After how many images to look at the outcome; the last is all.
-            clearly_out: Standard errors over the budget from which on it is not looked at further.
-            clearly_in: The same below the budget.
+            stop_early: Show it no more images once it is clearly over the budget.
         """
         correct = torch.empty(0, dtype=torch.bool)
-        for stop in looks:
-            fresh = self.images.rows(slice(len(correct), stop))
+        count = len(self.choosing)
+        for stop in doubling_looks(count) if stop_early else [count]:
+            fresh = self.choosing.images.rows(slice(len(correct), stop))
             correct = torch.cat([correct, find_correct(fresh)])
-            found = Paired.of(self.dense_correct[:stop], correct)
+            found = Paired.of(self.choosing.dense_correct[:stop], correct)
             left = self.max_drop - found.comparison.drop
             error = standard_error(found.comparison, stop)
-            if not -clearly_out <= left / error <= clearly_in:
+            if left < -CLEARLY_OUT * error:
                 break
         return Verdict(found.accuracy, found.comparison, left - error)
 

@@ -1,0 +1,106 @@
+"""The search for the strongest compression within the budget: each trial steers the next.
+
+A trial may cost a minute or more, so there are few of them. They move on a logarithmic scale, where
+the loss of accuracy bends least: outwards until one passes and one fails, then to where the line
+through these two would use up the budget.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+MARGIN = 0.15  # an interpolated trial keeps this share of the bracket from either end
+
+
+class Trial(Protocol):
+    """A compressed network that was tried."""
+
+    @property
+    def strength(self) -> float:
+        """How strongly it is compressed, on the scale of the search."""
+
+    @property
+    def spare(self) -> float:
+        """What it leaves of the budget; below zero it fails."""
+
+
+T = TypeVar("T", bound=Trial)
+Spare = Callable[[T], float]  # what a trial leaves of some budget
+of_budget: Spare = operator.attrgetter("spare")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where to look for the strongest compression.
+
+    Attributes:
+        start: Strength of the first trial.
+        least: Smallest strength to try.
+        most: Largest strength to try.
+        resolution: Smallest ratio of two strengths that are worth telling apart.
+        trials: Largest number of trials; twice as many where none passes.
+        stride: Ratio of a trial's strength to the last one's, until one passes and one fails.
+    """
+
+    start: float
+    least: float
+    most: float
+    resolution: float = 1.03
+    trials: int = 5
+    stride: float = 1.3
+
+
+def run_trials(make: Callable[[float], T], where: Range, spare: Spare = of_budget) -> list[T]:
+    """Make trials, and return all of them in the order in which they were made.
+
+    Args:
+        make: Returns the trial of a strength.
+        where: Strengths to try.
+        spare: Returns what a trial leaves of the budget.
+    """
+    trials: list[T] = []
+    strength: float | None = where.start
+    while strength is not None:
+        enough = where.trials * (1 if strongest(trials, spare) else 2)
+        if len(trials) >= enough:
+            break
+        trials.append(make(strength))
+        strength = next_strength(trials, where, spare)
+    return trials
+
+
+def next_strength(trials: Sequence[T], where: Range, spare: Spare = of_budget) -> float | None:
+    """Return the strength to try after ``trials``; None where nothing is left to find out."""
+    passing = strongest(trials, spare)
+    failing = min(
+        (t for t in trials if spare(t) < 0 and (passing is None or t.strength > passing.strength)),
+        key=lambda t: t.strength,
+        default=None,
+    )
+    if failing is None:
+        following = min(passing.strength * where.stride, where.most)
+        return following if following > passing.strength else None
+    if passing is None:
+        following = max(failing.strength / where.stride, where.least)
+        return following if following < failing.strength else None
+    bracket = math.log(failing.strength / passing.strength)
+    apart = math.log(where.resolution)
+    if bracket < 2 * apart:
+        return None
+    margin = max(MARGIN * bracket, apart)
+    share = spare(failing) / (spare(failing) - spare(passing))  # of the way from failing
+    return failing.strength / math.exp(min(max(share * bracket, margin), bracket - margin))
+
+
+def strongest(trials: Sequence[T], spare: Spare = of_budget) -> T | None:
+    """Return the strongest trial that passes; None where none does."""
+    return max((t for t in trials if spare(t) >= 0), key=lambda t: t.strength, default=None)
+
+
+def nearest(trials: Sequence[T]) -> T:
+    """Return the trial that is least over the budget: the best that there is where none passes."""
+    return max(trials, key=of_budget)
