@@ -18,8 +18,8 @@ from common.search.split import split_test
 from pruning.alone.scan import Scan
 from pruning.pruning import main
 from pruning.report import search_results
+from pruning.report.search_plots import plot_model_search
 from pruning.report.search_results import describe_found
-from pruning.report.together import plot_model_search
 from pruning.together import found as found_module
 from pruning.together.allocation import GLOBAL, RANDOM, SENSITIVITY, global_masks
 from pruning.together.found import Found, best_of, search_all, search_with
