@@ -8,7 +8,7 @@ from pruning.alone.scan import Scan
 from pruning.masks import copy_without
 from pruning.together.allocation import SENSITIVITY, random_masks
 from pruning.together.found import finetune, search_finetuned, search_with
-from pruning.together.search import Method, ModelSearch, SparsityTrial
+from pruning.together.search import Method, ModelSearch
 from training.loop.distillation import Training
 
 
@@ -48,8 +48,7 @@ def test_the_sparsest_model_that_was_kept_is_found(search, random_images):
 def test_a_rejected_model_is_not_the_answer(search, random_images, monkeypatch):
     """Rejected at the sparsity of the best without training, it was still reported there."""
     best = search_with(search, Method(SENSITIVITY, False))
-    nothing = SparsityTrial(0.5, Verdict(Accuracy(0, 20), None, -1.0))
-    monkeypatch.setattr(search, "judge", lambda model, sparsity: nothing)
+    monkeypatch.setattr(search, "judge", lambda model: Verdict(Accuracy(0, 20), None, -1.0))
     found = search_finetuned(search, best, Training(random_images(20, seed=2), 1))
     assert (found.sparsity, len(found.trials)) == (0.0, 1)
     assert found.model is search.model
