@@ -14,9 +14,8 @@ from pruning.channels.slimmer import MACS, WEIGHTS, Slimmer
 
 
 def cost_of(model, unit):
-    return sum(
-        getattr(layer, unit) for layer in describe_layers(model, trace_network(model, (3, 32, 32)))
-    )
+    layers = describe_layers(model, trace_network(model.eval(), (3, 32, 32)))
+    return sum(getattr(layer, unit) for layer in layers)
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def format_model_search(results: dict) -> str:
         largest_table(entries),
         *textwrap.wrap(summary, 78, initial_indent="  ", subsequent_indent="  "),
         "",
-        f"Points against dense at each compression of the {unit_of(entries)}, on "
+        f"Points at each compression of the {unit_of(entries)}, on "
         f"{first['points'][0]['accuracy']['total']:,} of the held-out images",
         curve_table(entries),
         "",
