@@ -10,12 +10,12 @@ import torch
 from check_page import check_page
 from check_results import check_model_search, check_results
 from processes import run_here
+from resnet18 import BLOCKS, ResNet18, Widths
 
 from common.command.cli import UserError
 from common.images.data import ImageSet, normalize
 from common.measure.evaluate import Accuracy
 from common.network.checkpoint import load_model
-from common.network.resnet import BLOCKS, ResNet18, Widths
 from common.network.size import count_macs
 from common.network.tracing import trace_network
 from common.search.budget import Verdict

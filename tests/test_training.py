@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import run_here, run_together
+from resnet18 import ResNet18, Widths
 from torch import nn
 
 from common.command.cli import UserError
@@ -15,7 +16,6 @@ from common.machine.workers import Workers
 from common.measure.evaluate import measure_accuracy, predict
 from common.network import resnet
 from common.network.checkpoint import load_model
-from common.network.resnet import ResNet18, Widths
 from tests.check_results import check_results
 from tests.printed import read_table, shows
 from training.loop.fit import EpochSummary, fit
