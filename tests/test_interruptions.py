@@ -158,7 +158,7 @@ def test_ctrl_c_in_a_terminal(folder, tiny_weights):
          *map(str, command_of("quantization", folder, tiny_weights))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
-        while not list(folder.glob(f"{STAGING_PREFIX}*/*.pth")):
+        while not list(folder.glob(f"{STAGING_PREFIX}*/*.safetensors")):
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         time.sleep(random.Random(0).uniform(0, 0.4))

@@ -238,10 +238,10 @@ def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole,
     [
         (["--layers", "layer9.*"], "error: --layers layer9.*: matches none of conv1,"),
         (["--weights", "nowhere.pth"], "error: nowhere.pth: no such file"),
-        (["--scope", "all"], "error: --scope: within 2 points and one standard error to spare,"),
+        (["--scope", "all"], "error: --scope: to be within 2 points with one standard error to spare takes"),
         (["--scope", "all", "--tolerance", "0.5", "--finetune-epochs", "1", "--finetune-images",
           "2001"],
-         "error: 2001 train images asked for, only 2000 in the bundled JPEG images"),
+         "error: 2001 train images asked for: only 2000 train images in the bundled JPEG images"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_the_scan(arguments, message, tmp_path, monkeypatch, capsys):

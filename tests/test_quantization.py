@@ -100,7 +100,7 @@ def test_a_budget_a_diagnosis_and_a_coded_file_in_one_run(tiny_weights, tmp_path
     coded = load_int8(folder / results["coding"]["file"])
     assert coded(torch.zeros(1, 3, 32, 32)).isfinite().all()
     for shown in (
-        "tried, on held-out training images", f"{restored} in FP32", "the smallest file",
+        "tried, on held-out training images", f"{restored} in FP32", "The smallest file",
         "on held-out images the loss and one standard error", "40 held-out training images",
     ):  # fmt: skip
         assert shown in process.stdout
@@ -165,7 +165,7 @@ def test_a_pruned_network_keeps_its_zeros_in_a_smaller_file(make_network, tmp_pa
     zeros = sum(int((layer.weight == 0).sum()) for layer, _ in layers)
     assert sparsity["zeros_before"] == zeros
     assert results["comparison"]["size_ratio"] < 1 / 8
-    assert "70.00 % of the weights are zero" in process.stdout
+    assert "70.00 % of its weights are zero" in process.stdout
 
 
 @pytest.mark.full

@@ -71,18 +71,19 @@ def describe_models(
             "speedup_over_nchw": _speedups(nchw, entry),
         }
 
-    entries = []
+    entries: list[dict] = []
     for candidate in quantized:
         engine, predicted = candidate.settings.engine, candidate.predictions
         entry = int8_entry("int8", engine, paths[engine], predicted, timings[engine])
         entries.append(entry | _describe_conversion(candidate))
+    fastest = _fastest_engines(entries)
     if onnx is not None:
         entry = int8_entry(ONNX, "onnxruntime", onnx.path, onnx.predictions, timings[ONNX])
         entries.append(entry | {"agreement": onnx.agreement})
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],
-        "fastest": _fastest_engines(entries),
+        "fastest": fastest,
         "per_class": accuracy_by_class(test, predictions, quantized[0].predictions),
     }
 
