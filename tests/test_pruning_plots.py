@@ -12,6 +12,7 @@ def test_amounts_that_differ_in_any_digit_have_plots_of_their_own(monkeypatch):
         monkeypatch.setattr(plots, name, lambda *arguments: None)
     amounts, names = (0.5, 0.07, 0.123456789, 0.123456788, 1e-9), []
     results = {
+        "arguments": {"tolerance": 0.02},
         "baseline": {"value": 0.9},
         "linear_search": {"tolerance": 0.02},
         "ranking": [{"amount": amount} for amount in amounts],
