@@ -20,7 +20,8 @@ from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
 from common.network.tracing import trace_network
-from common.search.budget import Budget, Verdict
+from common.search.budget import Budget
+from common.search.trials import Trial
 from pipeline.store import Store
 from pruning.channels.costs import MACS
 from pruning.channels.slimmer import Slimmer
@@ -36,14 +37,14 @@ TRAINED = "-trained"  # ends the name of what was
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Trial):
     """A network that was tried.
 
     Attributes:
-        goal: ``size``, ``speed`` or ``both``.
-        strength: How strongly it is compressed: the price of a bit; of a network that is not coded,
-            how many times fewer multiply-adds, or weights, it has.
+        strength: Price of a bit; of a network that is not coded, how many times fewer
+            multiply-adds, or weights, it has.
         verdict: How it does on the images that choose.
+        goal: ``size``, ``speed`` or ``both``.
         path: Its INT8 file.
         slim_path: File of the slim FP32 network that it was made from.
         macs: Number of multiply-adds for an image.
@@ -51,17 +52,10 @@ class Candidate:
     """
 
     goal: str
-    strength: float
-    verdict: Verdict
     path: Path
     slim_path: Path
     macs: int
     trained: bool
-
-    @property
-    def spare(self) -> float:
-        """What is left of the budget."""
-        return self.verdict.spare
 
     @property
     def file_bytes(self) -> int:
@@ -145,7 +139,7 @@ class CandidateBuilder:
             return predict(model, images, self.batch_size, "judge") == images.labels
 
         verdict = self.budget.judge(find_correct)
-        candidate = Candidate(goal, strength, verdict, path, slim_path, macs, trained)
+        candidate = Candidate(strength, verdict, goal, path, slim_path, macs, trained)
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
             goal, ", trained" * trained, candidate.file_bytes / 1e6, macs / 1e6,

@@ -17,13 +17,13 @@ import torch
 from hypothesis import settings
 from PIL import Image
 from processes import undisturbed
+from resnet18 import ResNet18, Widths, weight_modules
 from torch.nn.utils import prune
 
 from common.images.cifar10 import CLASSES
 from common.images.data import ImageSet, normalize
 from common.network.checkpoint import save_checkpoint
 from common.network.execution import Network
-from common.network.resnet import ResNet18, Widths, prunable_layers
 from common.network.tracing import trace_network
 from quantization.int8 import conversion, engines
 from quantization.int8.conversion import Observation
@@ -121,7 +121,7 @@ def tiny_weights(make_network, tmp_path_factory) -> Path:
 @pytest.fixture
 def pruned_model(tiny_model) -> ResNet18:
     """The tiny network without 80 % of its weights, pruned by torch."""
-    layers = [(layer, "weight") for layer in prunable_layers(tiny_model).values()]
+    layers = [(layer, "weight") for layer in weight_modules(tiny_model).values()]
     prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.8)
     for layer, name in layers:
         prune.remove(layer, name)

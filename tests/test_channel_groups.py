@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from networks import NETWORKS, Bottleneck, MobileNet, Vgg, build, grouped
+from resnet18 import BLOCKS, ResNet18
 from torch import nn
 
-from common.network.resnet import BLOCKS, ResNet18
 from common.network.tracing import trace, trace_network
 from pruning.channels import groups as module
 from pruning.channels.groups import find_groups

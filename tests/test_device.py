@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from resnet18 import ResNet18, Widths
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +19,6 @@ from common.images.data import ImageSet, normalize
 from common.machine import device
 from common.measure.evaluate import predict
 from common.network.cascade import Cascade, Classifier, Fp32Recheck
-from common.network.resnet import ResNet18, Widths
 from common.network.tracing import trace_network
 from pruning.alone.walk import PrunedVariants, Walk
 from training.loop.augment import make_batch, plan_epoch

@@ -182,7 +182,7 @@ import torch
 from common.machine.device import peak_memory_bytes
 from common.images.data import ImageSet
 from common.measure.evaluate import predict
-from common.network.resnet import ResNet18, Widths
+from resnet18 import ResNet18, Widths
 
 torch.set_num_threads(1)
 model = ResNet18(Widths((4, 8, 8, 8))).eval()

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from resnet18 import ResNet18, Widths, weight_modules
 
 from benchmarks import int8_runtimes, runtimes, runtimes_report
 from common.images.data import normalize
-from common.network.resnet import ResNet18, Widths, prunable_layers
 from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.settings import TORCH_ENGINES
@@ -85,7 +85,7 @@ def macs_of(model):
     side = {"conv1": 32, "layer1": 32, "layer2": 16, "layer3": 8, "layer4": 4, "linear": 1}
     return sum(
         layer.weight.numel() * side[name.split(".")[0]] ** 2
-        for name, layer in prunable_layers(model).items()
+        for name, layer in weight_modules(model).items()
     )
 
 

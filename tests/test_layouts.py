@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from resnet18 import weight_modules
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
@@ -18,7 +19,6 @@ from torch.nn.utils import prune
 from common.command import cli
 from common.command.cli import UserError
 from common.network.checkpoint import WeightsFile, find_weights, load_network
-from common.network.resnet import weight_layers
 
 State = dict[str, torch.Tensor]
 
@@ -137,7 +137,7 @@ def test_raw_and_averaged_weights(tiny_state, tmp_path, capsys):
 
 
 def test_pruning_masks_are_applied(tiny_model, tmp_path):
-    layers = weight_layers(tiny_model).values()
+    layers = weight_modules(tiny_model).values()
     for layer in layers:
         prune.l1_unstructured(layer, "weight", 0.5)
     masked = load(tiny_model.state_dict(), tmp_path).model

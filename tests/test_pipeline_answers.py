@@ -36,7 +36,7 @@ def candidate(
         MAX_DROP - drop if spare is None else spare,
     )  # fmt: skip
     path = Path("slim.pth")
-    return FakeCandidate(goal, strength, verdict, path, path, macs, trained, file_bytes)
+    return FakeCandidate(strength, verdict, goal, path, path, macs, trained, file_bytes)
 
 
 def test_of_equally_fast_networks_the_better_one_answers():

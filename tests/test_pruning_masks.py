@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resnet18 import ResNet18, Widths
 from torch import nn
 from torch.nn.utils import prune
 
-from common.network.resnet import ResNet18, Widths
 from pruning.masks import copy_without, l1_mask, pruned_count
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from resnet18 import batch_norm_after, fold_batch_norm, weight_modules
 from torch import nn
 
 from common.command.cli import UserError
-from common.network.resnet import batch_norm_after, fold_batch_norm, prunable_layers
 from pruning.together import recalibration
 from pruning.together.recalibration import (
     adopt_statistics,
@@ -16,7 +16,7 @@ def test_first_statistics_are_those_of_a_hand_computation(tiny_model, random_ima
     monkeypatch.setattr(recalibration, "BATCH_SIZE", 8)
     images = random_images(16)
     with torch.no_grad():
-        prunable_layers(tiny_model)["conv1"].weight.mul_(0.5)
+        weight_modules(tiny_model)["conv1"].weight.mul_(0.5)
         batches = [tiny_model.conv1(half) for half, _ in images.batches(8)]
     mean = torch.stack([batch.mean(dim=(0, 2, 3)) for batch in batches]).mean(dim=0)
     variance = torch.stack([batch.var(dim=(0, 2, 3), correction=1) for batch in batches]).mean(0)
@@ -62,7 +62,7 @@ def test_one_batch_gives_every_layer_what_training_mode_computes(tiny_model, ran
 def test_adopted_statistics_change_nothing_and_can_be_measured_anew(tiny_model, random_images):
     """Of a network whose batch norms were folded, as a coded file holds it."""
     images = random_images(32, seed=3)
-    for name, layer in prunable_layers(fold_batch_norm(tiny_model)).items():
+    for name, layer in weight_modules(fold_batch_norm(tiny_model)).items():
         tiny_model.get_submodule(name).weight.copy_(layer.weight)
         if name != "linear":
             norm = tiny_model.get_submodule(batch_norm_after(name))

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resnet18 import ResNet18, Widths, weight_modules
 from test_tracing import FAMILIES, with_statistics
 from torch import nn
 
@@ -16,7 +17,6 @@ from common.images.data import ImageSet, normalize
 from common.network import cascade
 from common.network.branching import branch_logits, start_values
 from common.network.execution import Layer
-from common.network.resnet import ResNet18, Widths, prunable_layers
 from common.network.tracing import trace_network, weight_layers
 from pruning.alone.brute_force import pruned_copy
 from pruning.alone.scan import Scan, run_scan, scan_images
@@ -58,7 +58,7 @@ def plain_correct(model, dataset, layer, amount):
 
 
 def run(model, dataset, amounts, fast, layers=None, batch_size=4, finished=None):
-    layers = layers or list(prunable_layers(model))
+    layers = layers or list(weight_modules(model))
     scan = Scan(model, dataset, layers, amounts, batch_size, fast)
     return scan_images(scan, {} if finished is None else finished)
 
@@ -83,7 +83,7 @@ def masked_layers(model, network, amounts):
 def test_branches_equal_full_forward_passes(seed, channels, amount, data):
     """Any layers, in any order, each on images of its own."""
     model = make_model(seed, channels)
-    layers = data.draw(st.permutations(list(prunable_layers(model))))
+    layers = data.draw(st.permutations(list(weight_modules(model))))
     layers = layers[: data.draw(st.integers(1, len(layers)))]
     rows = {
         layer: torch.tensor(sorted(data.draw(st.sets(st.integers(0, 3), min_size=1))))

@@ -9,10 +9,10 @@ from check_page import check_page
 from check_results import check_results, without_times
 from printed import read_facts, read_table, shows
 from processes import REPOSITORY, run_fresh, run_here
+from resnet18 import Widths, weight_modules
 from torch.nn.utils import prune
 
 from common.measure.evaluate import compare, measure_accuracy
-from common.network.resnet import Widths, prunable_layers
 from common.search.budget import Verdict
 from quantization.accuracy.budget import HeldOutEvaluator
 from quantization.files.artifact import load_int8
@@ -146,7 +146,7 @@ def test_two_threads_agree_with_one_but_at_the_edge(finished, tmp_path):
 
 def test_a_pruned_network_keeps_its_zeros_in_a_smaller_file(make_network, tmp_path):
     model = make_network(Widths((16, 32, 64, 128)))
-    layers = [(layer, "weight") for layer in prunable_layers(model).values()]
+    layers = [(layer, "weight") for layer in weight_modules(model).values()]
     prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.7)
     for layer, name in layers:
         prune.remove(layer, name)

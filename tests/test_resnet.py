@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from resnet18 import ResNet18, Widths, fold_batch_norm, weight_modules
 
 from common.images.data import normalize
-from common.network.resnet import ResNet18, Widths, fold_batch_norm, prunable_layers
 
 
 def test_resnet18_has_the_published_size():
     model = ResNet18()
     assert sum(p.numel() for p in model.parameters()) == 11_173_962
-    layers = prunable_layers(model)
+    layers = weight_modules(model)
     convolutions = [m.weight.numel() for m in layers.values() if isinstance(m, torch.nn.Conv2d)]
     assert (len(convolutions), sum(convolutions)) == (20, 11_159_232)
     assert len(layers) == 21
@@ -74,7 +74,7 @@ SLIM = Widths((4, 8, 8, 12), (3, 1, 5, 8, 8, 2, 12, 16))
 def test_widths_are_the_shapes():
     assert Widths((4, 8, 16, 32)).inner == (4, 4, 8, 8, 16, 16, 32, 32)
     assert Widths.of(ResNet18(SLIM).state_dict()) == SLIM == ResNet18(SLIM).widths
-    layers = prunable_layers(ResNet18(SLIM))
+    layers = weight_modules(ResNet18(SLIM))
     assert layers["layer2.0.conv1"].weight.shape == (5, 4, 3, 3)
     assert layers["layer2.0.conv2"].weight.shape == (8, 5, 3, 3)
     assert layers["layer3.0.shortcut.0"].weight.shape == (8, 8, 1, 1)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.search.trials import Range, nearest, run_trials, strongest
+from common.search.budget import Verdict
+from common.search.trials import Range, Trial, nearest, run_trials, strongest
 
 
-@dataclass(frozen=True)
-class Made:
-    strength: float
-    spare: float
+def make(strength, spare):
+    return Trial(strength, Verdict(None, None, spare))
 
 
 WHERE = Range(start=1.3, least=0.25, most=10.0, trials=8)
@@ -24,7 +23,7 @@ WHERE = Range(start=1.3, least=0.25, most=10.0, trials=8)
 def test_the_limit_is_found_where_the_range_holds_it(limit, slope, stride):
     """Spare falls with strength, and is zero at the limit."""
     where = replace(WHERE, stride=stride)
-    made = run_trials(lambda s: Made(s, (limit / s) ** slope - 1), where)
+    made = run_trials(lambda s: make(s, (limit / s) ** slope - 1), where)
     best = strongest(made)
     assert len(made) <= where.trials * (1 if best else 2)
     assert all(where.least <= trial.strength <= where.most for trial in made)
@@ -42,7 +41,7 @@ def test_the_limit_is_found_where_the_range_holds_it(limit, slope, stride):
 def test_noise_never_makes_it_try_the_same_twice(spares):
     """An accuracy is no monotone function of the strength."""
     values = iter(spares)
-    made = run_trials(lambda s: Made(s, next(values)), WHERE)
+    made = run_trials(lambda s: make(s, next(values)), WHERE)
     strengths = sorted(trial.strength for trial in made)
     assert all(b / a > 0.999 * WHERE.resolution for a, b in itertools.pairwise(strengths))
     if best := strongest(made):
@@ -52,17 +51,17 @@ def test_noise_never_makes_it_try_the_same_twice(spares):
 
 def test_it_goes_on_where_nothing_has_passed():
     few = replace(WHERE, trials=2)
-    made = run_trials(lambda s: Made(s, 0.8 - s), few)
+    made = run_trials(lambda s: make(s, 0.8 - s), few)
     assert [trial.spare >= 0 for trial in made] == [False, False, True]
-    assert len(run_trials(lambda s: Made(s, -1.0), few)) == 4
+    assert len(run_trials(lambda s: make(s, -1.0), few)) == 4
 
 
 def test_it_closes_in_on_a_steep_edge():
-    made = run_trials(lambda s: Made(s, 2 - s), WHERE)
+    made = run_trials(lambda s: make(s, 2 - s), WHERE)
     assert abs(strongest(made).strength - 2) < 0.12
 
 
 def test_nothing_is_left_to_try_where_the_range_is_one_strength():
     """A network as narrow as can be."""
     for spare in (1.0, -1.0):
-        assert len(run_trials(lambda s, spare=spare: Made(s, spare), Range(1.0, 1.03, 1.0))) == 1
+        assert len(run_trials(lambda s, spare=spare: make(s, spare), Range(1.0, 1.03, 1.0))) == 1

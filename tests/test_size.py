@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
+from resnet18 import ResNet18
 from test_tracing import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.network.checkpoint import save_checkpoint
-from common.network.resnet import ResNet18
 from common.network.size import count_macs, describe_layers, saved_size_bytes
 from common.network.tracing import trace_network
 

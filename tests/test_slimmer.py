@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 from networks import NETWORKS, build
+from resnet18 import BLOCKS, ResNet18, Widths
 
-from common.network.resnet import BLOCKS, ResNet18, Widths
 from common.network.tracing import trace, trace_network
 from pruning.channels import slimmer as module
 from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts

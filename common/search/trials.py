@@ -11,21 +11,29 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
+
+from common.search.budget import Verdict
 
 MARGIN = 0.15  # an interpolated trial keeps this share of the bracket from either end
 
 
-class Trial(Protocol):
-    """A compressed network that was tried."""
+@dataclass(frozen=True)
+class Trial:
+    """A compressed network that was tried.
 
-    @property
-    def strength(self) -> float:
-        """How strongly it is compressed, on the scale of the search."""
+    Attributes:
+        strength: How strongly it is compressed, on the scale of the search.
+        verdict: How it does on the images that choose.
+    """
+
+    strength: float
+    verdict: Verdict
 
     @property
     def spare(self) -> float:
-        """What it leaves of the budget; below zero it fails."""
+        """What is left of the budget; below zero it fails."""
+        return self.verdict.spare
 
 
 T = TypeVar("T", bound=Trial)

@@ -12,9 +12,10 @@ from common.command.cli import UserError
 from common.network.execution import Network
 from common.network.tracing import trace
 from common.report.results import percent
+from common.search.trials import Trial
 from pruning.channels.costs import MACS, ChannelCosts
 from pruning.channels.slimmer import Slimmer, search_range
-from pruning.together.search import Method, ModelSearch, SparsityTrial
+from pruning.together.search import Method, ModelSearch
 from quantization.int8.engines import fastest_engine
 
 SCOPE = "channels"
@@ -87,8 +88,9 @@ class ChannelSearch(ModelSearch):
             self._slim[sparsity] = self.slimmer.slim(1 - sparsity).model
         return self._slim[sparsity]
 
-    def find_largest(self, method: Method) -> tuple[float, list[SparsityTrial]]:
+    def find_largest(self, method: Method) -> tuple[float, list[Trial]]:
         """Return the share that was asked for, or the largest one within the budget."""
         if not self.is_given:
             return super().find_largest(method)
-        return self.macs_removed, [self.attempt(method, self.macs_removed)]
+        verdict = self.judge(self.prune(method, self.macs_removed))
+        return self.macs_removed, [Trial(1 / (1 - self.macs_removed), verdict)]

@@ -33,7 +33,7 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
         "points": [{"sparsity": s} | point.as_dict() for s, point in found.points.items()],
         "steps": [
             {
-                "sparsity": trial.sparsity,
+                "sparsity": 1 - 1 / trial.strength,
                 "images": trial.verdict.shown,
                 "correct": trial.verdict.accuracy.correct,
                 "kept": trial.verdict.passes,

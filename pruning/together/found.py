@@ -11,8 +11,9 @@ from torch import nn
 from common.command import cli
 from common.measure.evaluate import Paired
 from common.report.results import format_change
+from common.search.trials import Trial
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
-from pruning.together.search import CONTROLS, Method, ModelSearch, SparsityTrial
+from pruning.together.search import CONTROLS, Method, ModelSearch
 from training.loop.distillation import Training, distill
 
 # The curve is for orientation, and losses on it are large or none.
@@ -46,7 +47,7 @@ class Found:
     measured: Paired
     on_curve: Paired
     points: Mapping[float, Paired]
-    trials: Sequence[SparsityTrial]
+    trials: Sequence[Trial]
 
     @property
     def is_control(self) -> bool:
@@ -56,7 +57,7 @@ class Found:
     @classmethod
     def of(
         cls, search: ModelSearch, method: Method, finetune_epochs: int, sparsity: float,
-        model: nn.Module, points: Mapping[float, Paired], trials: Sequence[SparsityTrial],
+        model: nn.Module, points: Mapping[float, Paired], trials: Sequence[Trial],
     ) -> Found:  # fmt: skip
         """Measure the network that the search ended with."""
         measured, on_curve = (measure(search, model, most) for most in (None, CURVE_IMAGES))
@@ -140,7 +141,7 @@ def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Fo
     for sparsity in sorted(wanted - {0.0} or wanted):
         model = copy.deepcopy(search.prune(best.method, sparsity))
         finetune(model, search.model, training, search.seed)
-        trials.append(search.judge(model, sparsity))
+        trials.append(Trial(1 / (1 - sparsity), search.judge(model)))
         points[sparsity] = measure(search, model, CURVE_IMAGES)
         if not (trials[-1].verdict.passes or search.is_given):
             break

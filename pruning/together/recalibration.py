@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.command.cli import UserError
 from common.images.data import ImageSet
-from common.network.resnet import hooked
+from common.network.hooks import hooked
 
 # For a network pruned by 85 and by 90 %, 1,536 images were no better than 256.
 RECALIBRATION_IMAGES = 256

@@ -12,7 +12,7 @@ from common.network.cascade import Classifier, Fp32Recheck
 from common.network.tracing import trace_network, weight_layers
 from common.search.budget import Budget, Verdict
 from common.search.split import EvaluationSplit, split_test
-from common.search.trials import Range, run_trials, strongest
+from common.search.trials import Range, Trial, run_trials, strongest
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
 from pruning.together.allocation import (
@@ -46,24 +46,6 @@ class Method:
     recalibrated: bool
 
 
-@dataclass(frozen=True)
-class SparsityTrial:
-    """A sparsity that was tried, and how it did on the images that choose."""
-
-    sparsity: float
-    verdict: Verdict
-
-    @property
-    def strength(self) -> float:
-        """How many times fewer weights, or multiply-adds, there are."""
-        return 1 / (1 - self.sparsity)
-
-    @property
-    def spare(self) -> float:
-        """What is left of the budget."""
-        return self.verdict.spare
-
-
 @dataclass
 class ModelSearch:
     """The search over one checkpoint.
@@ -92,7 +74,7 @@ class ModelSearch:
     fast: bool
     calibration: ImageSet | None = None
     record: Fp32Recheck = field(default_factory=Fp32Recheck)
-    _found: dict[Method, tuple[float, list[SparsityTrial]]] = field(default_factory=dict)
+    _found: dict[Method, tuple[float, list[Trial]]] = field(default_factory=dict)
     _damage: dict[bool, dict[str, DamageCurve]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -139,21 +121,21 @@ class ModelSearch:
             recalibrate_batch_norm(pruned, self.calibration)
         return pruned
 
-    def find_largest(self, method: Method) -> tuple[float, list[SparsityTrial]]:
-        """Return the largest sparsity within the budget, and all that were tried."""
+    def find_largest(self, method: Method) -> tuple[float, list[Trial]]:
+        """Return the largest sparsity within the budget, and what was tried, by compression."""
         if method not in self._found:
-            trials = run_trials(lambda times: self.attempt(method, 1 - 1 / times), self.where)
+
+            def attempt(times: float) -> Trial:
+                return Trial(times, self.judge(self.prune(method, 1 - 1 / times)))
+
+            trials = run_trials(attempt, self.where)
             best = strongest(trials)
-            self._found[method] = (best.sparsity if best else 0.0, trials)
+            self._found[method] = (1 - 1 / best.strength if best else 0.0, trials)
         return self._found[method]
 
-    def attempt(self, method: Method, sparsity: float) -> SparsityTrial:
-        """Prune and judge."""
-        return self.judge(self.prune(method, sparsity), sparsity)
-
-    def judge(self, model: nn.Module, sparsity: float) -> SparsityTrial:
-        """Judge a model that is pruned by ``sparsity``."""
-        return SparsityTrial(sparsity, self.budget.judge(self.classifier(model).find_correct))
+    def judge(self, model: nn.Module) -> Verdict:
+        """Judge a pruned model on the images that choose."""
+        return self.budget.judge(self.classifier(model).find_correct)
 
     def classifier(self, model: nn.Module) -> Classifier:
         """Return the classifier of a pruned model."""

@@ -21,7 +21,7 @@ from torch import nn
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.machine.workers import Workers
-from common.network.resnet import hooked
+from common.network.hooks import hooked
 from common.network.tracing import trace, weight_layers
 from training.loop.fit import Loss, choose_precision, fit
 from training.loop.state import TrainingState
