@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.coding import smallest
     from quantization.files import artifact, onnx_export
     from quantization.int8 import engines
-    from quantization.report import plots, ranges, results, story
+    from quantization.report import plots, ranges, results, sections, story
 
     require_one_process()
     set_up_cpu(args.threads)
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)
         if args.diagnose:
             found |= diagnose(first.observation, first.settings, test, args.batch_size)
-            story.diagnosis_table(found["diagnosis"]).write_csv(folder.file(DIAGNOSIS_CSV))
+            sections.diagnosis_table(found["diagnosis"]).write_csv(folder.file(DIAGNOSIS_CSV))
         found |= results.describe_sparsity(dense, first.network)
         if args.bits_per_weight is not None:
             all_int8 = replace(first.settings, fp32_layers=())

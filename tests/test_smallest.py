@@ -9,7 +9,7 @@ from common.measure.evaluate import predict
 from quantization.coding import encoder, smallest
 from quantization.files.artifact import load_int8
 from quantization.int8 import engines
-from quantization.report.story import describe_coding
+from quantization.report.sections import describe_coding
 from quantization.settings import Settings
 
 ENGINE = engines.candidate_engines()[0]
