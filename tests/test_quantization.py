@@ -165,7 +165,7 @@ def test_a_pruned_network_keeps_its_zeros_in_a_smaller_file(make_network, tmp_pa
     zeros = sum(int((layer.weight == 0).sum()) for layer, _ in layers)
     assert sparsity["zeros_before"] == zeros
     assert results["comparison"]["size_ratio"] < 1 / 8
-    assert "70.00 % of the weights are zero" in process.stdout
+    assert "70.00 % of its weights are zero" in process.stdout
 
 
 @pytest.mark.full
