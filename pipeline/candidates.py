@@ -18,7 +18,6 @@ from common.command import cli
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
-from common.network.checkpoint import load_model
 from common.network.tracing import trace_network
 from common.search.budget import Budget
 from common.search.trials import Trial
@@ -112,7 +111,9 @@ class CandidateBuilder:
         """Code the slim network of a candidate at a price of a bit."""
 
         def code() -> Int8Network:
-            slim = trace_network(load_model(base.slim_path), self.inputs.calibration.shape)
+            slim = trace_network(
+                self.store.read_slim(base.slim_path), self.inputs.calibration.shape
+            )
             channels = self._slimmer.channels_of(slim)
             if base.trained:  # its channels are others by now
                 channels = dict.fromkeys(channels)

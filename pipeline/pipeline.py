@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, chosen_device)
         identity = steps.identify(inputs, settings, args.batch_size, training)
-        store = Store(folder.keep_unfinished(identity, args.resume))
+        store = Store(folder.keep_unfinished(identity, args.resume), inputs.model)
         setup = CalibrationSetup(inputs.calibration, choosing, args.batch_size)
         dense = predict_fp32(inputs.model, setup, chosen_device)
         budget = Budget(args.max_drop, EvaluationSplit(choosing, dense == choosing.labels))

@@ -9,8 +9,7 @@ from pathlib import Path
 from common.images.data import ImageSet
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
-from common.network.checkpoint import load_model
-from common.network.tracing import trace_network
+from common.network.execution import Network
 from quantization.files.artifact import load_int8
 from quantization.int8.engines import fp32_runner
 
@@ -18,7 +17,7 @@ FP32 = "fp32"
 
 
 def measure_files(
-    fp32: Path,
+    fp32: Network,
     int8: dict[str, Path],
     only_timed: dict[str, Path],
     images: ImageSet,
@@ -26,10 +25,10 @@ def measure_files(
     timed: Sequence[int],
     seconds: float,
 ) -> dict[str, dict]:
-    """Read a checkpoint and INT8 files; evaluate one after the other, then time all in turns.
+    """Read INT8 files; evaluate one after the other, then time all in turns.
 
     Args:
-        fp32: The dense checkpoint; FP32 at its best is what the others are compared with.
+        fp32: The dense network; FP32 at its best is what the others are compared with.
         int8: Files by name.
         only_timed: Files by name that are not evaluated.
         images: To evaluate and to time on.
@@ -38,13 +37,13 @@ def measure_files(
         seconds: To spend on each of these.
 
     Returns:
-        By name, the checkpoint's under ``FP32``: ``accuracy``, ``comparison`` and ``latency`` as
+        By name, the dense network's under ``FP32``: ``accuracy``, ``comparison`` and ``latency`` as
         results.json has them; only ``latency`` of those that are only timed.
 
     Raises:
         UserError: A file is not what was written.
     """
-    readers = {FP32: lambda: fp32_runner(trace_network(load_model(fp32), images.shape))}
+    readers = {FP32: partial(fp32_runner, fp32)}
     readers |= {name: partial(load_int8, path) for name, path in (int8 | only_timed).items()}
     correct = {  # a network at a time: none is held while another is evaluated
         name: predict(readers[name](), images, batch_size, f"read back {name}") == images.labels

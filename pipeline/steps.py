@@ -92,8 +92,8 @@ def measure(
         c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors" for c in found.tried
     }
     with start_fresh(
-        measure_files, fp32, {INT8: int8} | dict(files), tried, confirming, builder.batch_size,
-        batch_sizes, seconds,
+        measure_files, builder.inputs.traced.network, {INT8: int8} | dict(files), tried,
+        confirming, builder.batch_size, batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()
     paths = {FP32: fp32, INT8: int8} | dict(files)

@@ -12,7 +12,9 @@ from torch import nn
 
 from common.command.cli import UserError
 from common.files.unfinished import PartialResults
-from common.network.checkpoint import load_model, save_checkpoint
+from common.files.untrusted import read_untrusted
+from common.network.checkpoint import save_checkpoint
+from common.network.reshape import with_tensors
 from quantization.files.int8_file import SUFFIX, read_int8, save_int8
 from quantization.int8.network import Int8Network
 from training.loop.fit import choose_precision
@@ -22,9 +24,15 @@ PRECISION = "precision"  # name of what is recorded: the precision of each devic
 
 @dataclass(frozen=True)
 class Store:
-    """Networks by name, in what an unfinished run leaves."""
+    """Networks by name, in what an unfinished run leaves.
+
+    Attributes:
+        unfinished: What the run has finished.
+        model: The dense network that the others are made from.
+    """
 
     unfinished: PartialResults
+    model: nn.Module
 
     @property
     def folder(self) -> Path:
@@ -52,9 +60,20 @@ class Store:
         """Return the FP32 network of this name, made only if it is not there, and its file."""
         path = self.folder / f"{key}.pth"
         with contextlib.suppress(UserError):  # missing, or damaged
-            return load_model(path), path
+            return self.read_slim(path), path
         save_checkpoint(make().state_dict(), path)
-        return load_model(path), path
+        return self.read_slim(path), path
+
+    def read_slim(self, path: Path) -> nn.Module:
+        """Read a network that was made from the dense one; its layers may be narrower.
+
+        Raises:
+            UserError: It is missing, or damaged.
+        """
+        try:
+            return with_tensors(self.model, read_untrusted(path))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: {error}") from None
 
     def int8(self, key: str, make: Callable[[], Int8Network]) -> tuple[Int8Network, Path]:
         """Return the INT8 network of this name, made only if it is not there, and its file."""

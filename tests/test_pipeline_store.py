@@ -35,7 +35,8 @@ def test_a_network_is_made_once_and_again_where_its_file_is_damaged(
         network = trace_network(tiny_model, images.shape)
         return convert(observe(network, images, "minmax", 8), Settings(observer="minmax"))
 
-    keep = getattr(Store(PartialResults(tmp_path / "unfinished", {}, resume=False)), kind)
+    partial = PartialResults(tmp_path / "unfinished", {}, resume=False)
+    keep = getattr(Store(partial, tiny_model), kind)
     first, path = keep("half", make)
     again, same = keep("half", make)
     assert (made, same) == ([1], path)
@@ -48,18 +49,18 @@ def test_a_network_is_made_once_and_again_where_its_file_is_damaged(
             assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_run_that_is_resumed_keeps_its_precision(tmp_path, tiny_state, monkeypatch):
+def test_a_run_that_is_resumed_keeps_its_precision(tmp_path, tiny_model, monkeypatch):
     folder, cpu, meta = tmp_path / "unfinished", torch.device("cpu"), torch.device("meta")
     monkeypatch.setattr(module, "choose_precision", lambda device: "bf16")
-    store = Store(PartialResults(folder, {}, resume=False))
+    store = Store(PartialResults(folder, {}, resume=False), tiny_model)
     assert store.precision(cpu) == "bf16"
-    save_checkpoint(tiny_state, folder / "half.pth")
+    save_checkpoint(tiny_model.state_dict(), folder / "half.pth")
     monkeypatch.setattr(module, "choose_precision", lambda device: "fp32")  # a busy machine
     assert store.precision(cpu) == "bf16"
-    resumed = Store(PartialResults(folder, {}, resume=True))
+    resumed = Store(PartialResults(folder, {}, resume=True), tiny_model)
     assert resumed.precision(cpu) == "bf16"
     assert resumed.precision(meta) == "fp32"  # where networks were not trained before
-    assert Store(PartialResults(folder, {}, resume=True)).precision(cpu) == "bf16"
+    assert Store(PartialResults(folder, {}, resume=True), tiny_model).precision(cpu) == "bf16"
     (folder / "precision.json").write_bytes(b"damaged")
     with pytest.raises(UserError, match="start anew with --overwrite"):
-        Store(PartialResults(folder, {}, resume=True)).precision(cpu)
+        Store(PartialResults(folder, {}, resume=True), tiny_model).precision(cpu)

@@ -19,6 +19,7 @@ from common.images.sources import ASSETS
 from common.network.layouts import StateDict, Statistics, read_layout, shorten
 from common.network.models import build_model, expected_names
 from common.network.renaming import canonical_names
+from common.network.reshape import with_tensors
 from common.network.resnet import ResNet, ResNetShape
 from common.network.tracing import trace
 from quantization.files.int8_file import is_int8_file, read_int8
@@ -125,12 +126,32 @@ def load_network(
     if model is None:
         tensors, expected, family = _fit_resnet(path, tensors, max_pool)
     else:
-        expected, family = build_model(model, tensors), model
+        expected, family = _narrowed(build_model(model, tensors), tensors), model
     state = _fit(path, tensors, expected.state_dict(), family)
     for note in layout.notes:
         log.info("%s: %s", _name(path), note)
     expected.load_state_dict(state, assign=True)
     return Loaded(expected.eval(), family, layout.statistics)
+
+
+def _narrowed(model: nn.Module, tensors: StateDict) -> nn.Module:
+    """Return the network as narrow as the tensors, if these are those of its slim form."""
+    expected = model.state_dict()
+    if not all(
+        name in tensors
+        and tensors[name].ndim == value.ndim
+        and all(new <= old for new, old in zip(tensors[name].shape, value.shape, strict=True))
+        for name, value in expected.items()
+        if value.ndim
+    ):
+        return model
+    blank = {
+        name: torch.empty(tensors[name].shape, dtype=value.dtype, device="meta")
+        for name, value in expected.items()
+        if name in tensors
+    }
+    blank = {name: blank.get(name, value) for name, value in expected.items()}
+    return with_tensors(model, blank)
 
 
 def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:

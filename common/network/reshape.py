@@ -1,0 +1,55 @@
+"""A module with the tensors of a checkpoint, whose layers may be narrower than its own.
+
+Files of networks without some of their channels hold tensors only; their shapes shape the module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def with_tensors(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a copy of a module, in eval mode, that has other tensors and is as wide as they are.
+
+    Args:
+        model: The module; it may be on the meta device.
+        state: A state dict with the module's names. Layers without a bias may have gained one.
+
+    Raises:
+        ValueError: A tensor is missing or unexpected, or has another number of dimensions.
+    """
+    shaped = copy.deepcopy(model)
+    left = dict(state)
+    for prefix, module in shaped.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                full = f"{prefix}.{name}" if prefix else name
+                new = left.pop(full, None)
+                if new is None and old is None:
+                    continue
+                if new is None or (old is not None and new.ndim != old.ndim):
+                    raise ValueError(f"{full} is missing or has another number of dimensions")
+                is_parameter = tensors is module._parameters
+                tensors[name] = nn.Parameter(new.clone()) if is_parameter else new.clone()
+        _fit_sizes(module)
+    if left:
+        raise ValueError(f"{min(left)} is unexpected")
+    return shaped.eval()
+
+
+def _fit_sizes(module: nn.Module) -> None:
+    """Set a layer's sizes to those of its tensors."""
+    if isinstance(module, nn.Conv2d):
+        outputs, inputs = module.weight.shape[:2]
+        if module.groups > 1 and module.groups == module.in_channels:  # depthwise
+            module.groups = outputs
+        module.out_channels, module.in_channels = outputs, inputs * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+        module.num_features = len(module.running_mean)
