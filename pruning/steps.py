@@ -121,7 +121,7 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
     }
     if search.scope == channels.SCOPE:
         models = measure_models(search.model, reloaded, search.calibration, images)
-        told["slim"] = search_results.describe_slim(reloaded, models)
+        told["slim"] = search_results.describe_slim(search.model, reloaded, models)
     if search.fast:
         search.record.warn_if_near()
         told["model_search_bf16"] = asdict(search.record)

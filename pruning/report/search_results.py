@@ -62,18 +62,32 @@ def describe_density(model: nn.Module, layers: Sequence[LayerDescription]) -> di
     }
 
 
-def describe_slim(model: nn.Module, models: Sequence[dict]) -> dict:
-    """Return the slim network's widths, and how fast it is beside the dense one."""
+def describe_slim(dense: nn.Module, slim: nn.Module, models: Sequence[dict]) -> dict:
+    """Return which layers are narrower in the slim network, and how fast it is.
+
+    Args:
+        dense: The dense network.
+        slim: The same without some channels.
+        models: Entries of both networks in FP32 and INT8.
+    """
+    before, after = (
+        {name: len(weight) for name, weight in model.state_dict().items() if weight.ndim > 1}
+        for model in (dense, slim)
+    )
     latency = {one["name"]: one["latency"] for one in models}
     pairs = zip(latency["dense int8"], latency["slim int8"], strict=True)
     return {
-        "widths": asdict(model.widths),
+        "widths": [
+            {"layer": name.removesuffix(".weight"), "dense": width, "slim": after[name]}
+            for name, width in before.items()
+            if after[name] < width
+        ],
         "models": list(models),
         "speedup": [
             {
-                "batch_size": dense["batch_size"],
-                "over_dense": dense["median_ms"] / slim["median_ms"],
+                "batch_size": one["batch_size"],
+                "over_dense": one["median_ms"] / other["median_ms"],
             }
-            for dense, slim in pairs
+            for one, other in pairs
         ],
     }

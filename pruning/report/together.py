@@ -142,7 +142,7 @@ def describe_saved(results: dict) -> Facts:
 
 def tell_slim(slim: dict) -> list[Table | Facts]:
     """Return how fast the slim network is beside the dense one, in FP32 and INT8."""
-    models, widths = slim["models"], slim["widths"]
+    models = slim["models"]
     columns = [
         Column("images/s at", _precision_name),
         Column("size", lambda model: model["size_bytes"], megabytes),
@@ -157,7 +157,9 @@ def tell_slim(slim: dict) -> list[Table | Facts]:
             "What removing channels gained",
             {
                 "INT8, slim against dense": at_batch_sizes(slim["speedup"], "over_dense"),
-                "inner channels of the blocks": ", ".join(map(str, widths["inner"])),
+                "channels left": ", ".join(
+                    f"{row['layer']} {row['slim']} of {row['dense']}" for row in slim["widths"]
+                ),
             },
         ),
     ]
