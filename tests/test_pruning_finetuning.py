@@ -33,9 +33,8 @@ def test_the_sparsest_model_that_was_kept_is_found(search, random_images):
     best = search_with(search, Method(SENSITIVITY, False))
     found = search_finetuned(search, best, Training(random_images(20, seed=2), 1))
     assert found.finetune_epochs == 1
-    assert found.sparsity == max(
-        (trial.sparsity for trial in found.trials if trial.verdict.passes), default=0.0
-    )
+    passing = [trial.strength for trial in found.trials if trial.verdict.passes]
+    assert found.sparsity == pytest.approx(1 - 1 / max(passing, default=1.0))
     weights = [layer.weight for layer in weight_modules(found.model).values()]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     # Each layer's curve ends on a whole weight, so a few less may go than asked for.

@@ -25,13 +25,13 @@ def test_the_limit_is_found_where_the_range_holds_it(limit, slope, stride):
     where = replace(WHERE, stride=stride)
     made = run_trials(lambda s: make(s, (limit / s) ** slope - 1), where)
     best = strongest(made)
-    assert len(made) <= where.trials * (1 if best else 2)
+    assert len(made) <= where.trials * (1 if strongest(made[:-1]) else 2)
     assert all(where.least <= trial.strength <= where.most for trial in made)
     if limit >= where.most:
-        assert best.strength == where.most or len(made) == where.trials
+        assert best.strength == where.most or len(made) >= where.trials
     elif limit >= 1.05 * where.least:
         assert best is not None
-        assert limit / 1.35 < best.strength <= limit * (1 + 1e-9) or len(made) == where.trials
+        assert limit / 1.35 < best.strength <= limit * (1 + 1e-9) or len(made) >= where.trials
     elif limit < where.least:
         assert best is None
         assert nearest(made).strength == min(trial.strength for trial in made)
