@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from common.images.normalisation import AUTO, NORMALISATIONS
 from common.images.source import Source
 from common.images.sources import open_chosen_source
 from common.machine.workers import ALONE, Workers
-from common.network.checkpoint import find_weights, load_network
+from common.network.checkpoint import WEIGHTS_NAME, find_weights, load_network
 from common.network.layouts import Statistics
 from common.network.tracing import Traced, trace
 
@@ -55,6 +56,13 @@ class Inputs:
     def traced(self) -> Traced:
         """The network as a graph, and how it belongs to the model."""
         return trace(self.model, self.test.shape)
+
+    @property
+    def file_stem(self) -> str:
+        """Beginning of the names of the files that hold forms of the network."""
+        if self.family == "resnet18-cifar":
+            return WEIGHTS_NAME.removesuffix(".pth")
+        return re.sub(r"[^A-Za-z0-9]+", "_", self.family.rpartition(":")[2]).strip("_")
 
     def describe_images(self) -> dict:
         """Return results.json's ``data``."""

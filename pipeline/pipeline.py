@@ -25,7 +25,6 @@ from quantization.settings import ENGINES
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pipeline"
 PLOT = "frontier.png"
-FILE_NAME = "resnet18_cifar10_{}.safetensors"
 NEEDED_FLAGS = {"--finetune-images": "--finetune-epochs"}
 
 
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             inputs.describe_network(),
         )
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
-        files = steps.write_files(found, folder, FILE_NAME)
+        files = steps.write_files(found, folder, inputs.file_stem)
         results |= steps.measure(
             builder, found, files, confirming, args.batch_sizes, args.timing_seconds
         )

@@ -20,8 +20,9 @@ from pipeline.answers import Found
 from pipeline.candidates import CandidateBuilder
 from pipeline.readback import FP32, measure_files
 from pipeline.results import INT8, describe
-from pruning.files.saved import SLIM_NAME
+from pruning.files.saved import SLIM_ENDING
 from quantization.files.artifact import load_int8
+from quantization.files.int8_file import SUFFIX
 from quantization.files.onnx_export import export_onnx, load_onnx
 from quantization.settings import Settings
 from training.loop.distillation import Training
@@ -44,24 +45,24 @@ def identify(
     }
 
 
-def write_files(found: Found, folder: OutputFolder, name: str) -> dict[str, Path]:
+def write_files(found: Found, folder: OutputFolder, stem: str) -> dict[str, Path]:
     """Write every answer's file, and the slim network of the fastest one as a checkpoint.
 
     Args:
         found: The answers.
         folder: Of the results.
-        name: Of a file, with a place for the goal.
+        stem: Beginning of the files' names.
 
     Returns:
         The coded files by goal.
     """
     files = {}
     for goal, best in found.best.items():
-        files[goal] = folder.file(name.format(goal))
+        files[goal] = folder.file(f"{stem}_{goal}{SUFFIX}")
         shutil.copyfile(best.path, files[goal])
     slim = found.best.get("speed") or found.best.get("both")
     if slim is not None:
-        shutil.copyfile(slim.slim_path, folder.file(SLIM_NAME))
+        shutil.copyfile(slim.slim_path, folder.file(f"{stem}{SLIM_ENDING}"))
     return files
 
 

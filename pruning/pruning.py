@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.alone.brute_force import verify
     from pruning.alone.scan import Scan, choose_layers, run_scan
     from pruning.channels.search import ChannelSearch, require_possible
-    from pruning.files.saved import LINEAR_NAME, PRUNED_NAME, SLIM_NAME
+    from pruning.files.saved import LINEAR_ENDING, PRUNED_ENDING, SLIM_ENDING
     from pruning.report import plots, story
     from pruning.report.results import describe_scan
     from pruning.together.recalibration import adopt_statistics
@@ -176,8 +176,9 @@ def main(argv: list[str] | None = None) -> int:
             inputs.describe_network(),
         )  # fmt: skip
         results |= describe_scan(scan, scanned)
-        linear_name = LINEAR_NAME if args.scope else PRUNED_NAME
-        model_name = SLIM_NAME if args.scope == "channels" else PRUNED_NAME
+        linear_name = inputs.file_stem + (LINEAR_ENDING if args.scope else PRUNED_ENDING)
+        ending = SLIM_ENDING if args.scope == "channels" else PRUNED_ENDING
+        model_name = inputs.file_stem + ending
         if scan.head is not None:
             results |= steps.prune_linear(
                 scan, scanned, scan.head, args.tolerance, args.seed, folder.file(linear_name)

@@ -19,11 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import fraction, list_of, number, one_of, positive_int
+from common.command.argument_types import AtMost, fraction, list_of, number, one_of, positive_int
 from quantization.settings import ENGINES, OBSERVERS
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
-ONNX_NAME = "resnet18_cifar10_int8.onnx"
 RANGES_PLOT, DIAGNOSIS_CSV = "ranges.png", "diagnosis.csv"
 NEEDED = {  # flags that do nothing without others
     "--held-out-images": "--max-drop",
@@ -76,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--held-out-images",
         type=positive_int,
         metavar="N",
-        default=1400,
+        default=AtMost(1400),
         help="training images that decide for --max-drop; none of the calibration images",
     )
     budget.add_argument(
@@ -96,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--coding-images",
         type=positive_int,
         metavar="N",
-        default=2000,
+        default=AtMost(2000),
         help="training images to code on, without their labels",
     )
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32, 128], seconds=5.0)
@@ -145,11 +144,13 @@ def main(argv: list[str] | None = None) -> int:
         setup = CalibrationSetup(inputs.calibration, test, args.batch_size)
         source, plan = dense, None
         if args.max_drop is not None:
-            held_out = inputs.load_training(args.held_out_images, skip=args.calibration_images)
+            held_out = inputs.load_training(
+                args.held_out_images, args.calibration_images, "--held-out-images"
+            )
             if reason := why_too_strict(len(held_out), args.max_drop, held_out=True):
                 cli.log.warning("--max-drop: %s: only a model that gains can pass", reason)
         if args.bits_per_weight is not None:
-            coding_images = inputs.load_training(args.coding_images)
+            coding_images = inputs.load_training(args.coding_images, flag="--coding-images")
         fp32 = steps.predict_fp32(model, setup, device)
         if args.max_drop is not None:
             held_out_setup = replace(setup, images=held_out)
@@ -158,7 +159,9 @@ def main(argv: list[str] | None = None) -> int:
             source, settings = plan.network, [steps.apply_plan(plan, s) for s in settings]
         quantized, onnx = steps.quantize(source, setup, settings), None
         if args.export_onnx:
-            onnx = steps.export_onnx(quantized[0], folder.file(ONNX_NAME), setup)
+            onnx = steps.export_onnx(
+                quantized[0], folder.file(f"{inputs.file_stem}_int8.onnx"), setup
+            )
         timings = steps.time_models(
             model, dense, quantized, onnx, test, args.batch_sizes, args.timing_seconds
         )
@@ -166,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
             quantized = steps.fastest_first(quantized, timings)
         first = quantized[0]
 
-        files = steps.save_models(quantized, folder.file)
+        files = steps.save_models(quantized, folder.file, inputs.file_stem)
         found = common_results(
             "quantization", args, Workers(device), inputs.describe_images(), inputs.weights,
             inputs.describe_network(),
@@ -187,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             coding = smallest.CodingSetup(
                 inputs, coding_images, fp32, all_int8, args.batch_size, fp32_bytes
             )
-            path = folder.file(smallest.CODED_NAME)
+            path = folder.file(f"{inputs.file_stem}_coded{SUFFIX}")
             found["coding"] = smallest.write_smallest(coding, args.bits_per_weight, path)
         saved = steps.models_by_file(quantized, files)
         with artifact.verifying_reloaded(saved, test):

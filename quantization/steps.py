@@ -131,7 +131,9 @@ def apply_plan(plan: Plan, settings: Settings) -> Settings:
     return replace(plan.settings, engine=settings.engine, reduce_range=settings.reduce_range)
 
 
-def save_models(quantized: Sequence[Quantized], file: Callable[[str], Path]) -> dict[str, Path]:
+def save_models(
+    quantized: Sequence[Quantized], file: Callable[[str], Path], stem: str
+) -> dict[str, Path]:
     """Write every INT8 network once; return the path of each engine's.
 
     There are several where engines differ in the bits of activations; the file of the first engine
@@ -142,7 +144,7 @@ def save_models(quantized: Sequence[Quantized], file: Callable[[str], Path]) -> 
         network = candidate.network
         if id(network) not in paths:
             ending = f"_{7 if network.settings.reduce_range else 8}bit" if paths else ""
-            paths[id(network)] = file(f"{MODEL_STEM}{ending}{SUFFIX}")
+            paths[id(network)] = file(f"{stem}_int8{ending}{SUFFIX}")
             save_int8(network, paths[id(network)])
     return {candidate.settings.engine: paths[id(candidate.network)] for candidate in quantized}
 

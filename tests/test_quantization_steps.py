@@ -75,7 +75,7 @@ def test_all_models_are_verified_in_one_process_and_a_difference_is_an_error(
         "start_fresh",
         lambda *call: contextlib.nullcontext(lambda: started.append(1) or call[0](*call[1:])),
     )
-    paths = steps.save_models(quantized, lambda name: tmp_path / name)
+    paths = steps.save_models(quantized, lambda name: tmp_path / name, "net")
     assert list(paths) == ENGINES
     assert {path.name for path in paths.values()} == {"resnet18_cifar10_int8.safetensors"}
     models = steps.models_by_file(quantized, paths)
@@ -102,7 +102,7 @@ def test_engines_that_need_other_bits_have_a_file_of_their_own(
     test = random_images(8)
     settings = [Settings(ENGINES[0]), Settings(ENGINES[-1], reduce_range=True)]
     quantized = steps.quantize(tiny_network, CalibrationSetup(test, test, 8), settings)
-    paths = steps.save_models(quantized, lambda name: tmp_path / name)
+    paths = steps.save_models(quantized, lambda name: tmp_path / name, "net")
     names = [path.name for path in paths.values()]
     assert names == ["resnet18_cifar10_int8.safetensors", "resnet18_cifar10_int8_7bit.safetensors"]
     for candidate in quantized:

@@ -22,7 +22,7 @@ def test_what_is_read_back_is_what_is_measured(tiny_model, random_images, tmp_pa
     inputs = Inputs({"size_bytes": 2 * 10**6}, tiny_model, None, 0, test, images)
     settings = Settings(ENGINE, observer="minmax")
     setup = smallest.CodingSetup(inputs, images, fp32, settings, 16, 10**6)
-    path = tmp_path / smallest.CODED_NAME
+    path = tmp_path / "coded.safetensors"
     coding = smallest.write_smallest(setup, 5.0, path)
     assert coding["file_bytes"] == path.stat().st_size
     assert coding["size_ratio"] == pytest.approx(10**6 / path.stat().st_size)

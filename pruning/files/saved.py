@@ -22,11 +22,10 @@ from common.images.data import ImageSet
 from common.measure.evaluate import Paired
 from common.measure.latency import Contender, time_interleaved
 
-# With a search over many layers, its model has the first name; the model of the search over the
-# linear layers has the third.
-PRUNED_NAME = "resnet18_cifar10_pruned.pth"
-SLIM_NAME = "resnet18_cifar10_slim.pth"
-LINEAR_NAME = "resnet18_cifar10_pruned_linear.pth"
+# Endings of file names. With a search over many layers, its model has the first; the model of the
+# search over the linear layers then has the third.
+PRUNED_ENDING, SLIM_ENDING = "_pruned.pth", "_slim.pth"
+LINEAR_ENDING = "_pruned_linear.pth"
 # At most this many predictions of the reloaded model may differ from the search's.
 MAX_FLIPS = 1e-3
 TIMED_BATCH_SIZE = 16

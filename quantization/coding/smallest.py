@@ -19,8 +19,6 @@ from quantization.int8.conversion import convert_coded
 from quantization.int8.network import Int8Network
 from quantization.settings import Settings
 
-CODED_NAME = "resnet18_cifar10_coded.safetensors"
-
 
 @dataclass(frozen=True)
 class CodingSetup:
