@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             coding = smallest.CodingSetup(
                 inputs, coding_images, fp32, all_int8, args.batch_size, fp32_bytes
             )
-            path = folder.file(f"{inputs.file_stem}_coded{SUFFIX}")
+            path = folder.file(f"{inputs.file_stem}_coded.safetensors")
             found["coding"] = smallest.write_smallest(coding, args.bits_per_weight, path)
         saved = steps.models_by_file(quantized, files)
         with artifact.verifying_reloaded(saved, test):

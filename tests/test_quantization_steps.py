@@ -77,7 +77,7 @@ def test_all_models_are_verified_in_one_process_and_a_difference_is_an_error(
     )
     paths = steps.save_models(quantized, lambda name: tmp_path / name, "net")
     assert list(paths) == ENGINES
-    assert {path.name for path in paths.values()} == {"resnet18_cifar10_int8.safetensors"}
+    assert {path.name for path in paths.values()} == {"net_int8.safetensors"}
     models = steps.models_by_file(quantized, paths)
     with caplog.at_level("INFO", logger=cli.log.name), artifact.verifying_reloaded(models, test):
         pass
@@ -104,7 +104,7 @@ def test_engines_that_need_other_bits_have_a_file_of_their_own(
     quantized = steps.quantize(tiny_network, CalibrationSetup(test, test, 8), settings)
     paths = steps.save_models(quantized, lambda name: tmp_path / name, "net")
     names = [path.name for path in paths.values()]
-    assert names == ["resnet18_cifar10_int8.safetensors", "resnet18_cifar10_int8_7bit.safetensors"]
+    assert names == ["net_int8.safetensors", "net_int8_7bit.safetensors"]
     for candidate in quantized:
         model = artifact.load_int8(paths[candidate.settings.engine], candidate.settings.engine)
         assert model.network.settings.reduce_range == candidate.settings.reduce_range
