@@ -178,7 +178,9 @@ def test_predict_is_a_plain_loop(tiny_model, random_images, batch_size):
 def test_memory_does_not_grow_with_the_images():
     """4,000 normalised images would be 49 MB; only one batch of them may exist at a time."""
     code = """
+import sys
 import torch
+sys.path.append("tests")
 from common.machine.device import peak_memory_bytes
 from common.images.data import ImageSet
 from common.measure.evaluate import predict
