@@ -27,7 +27,6 @@ from quantization.int8.network import Int8Network
 from quantization.settings import Settings
 
 FP32, FP32_NCHW, ONNX = "fp32", "fp32-nchw", "int8-onnx"
-MODEL_STEM = "resnet18_cifar10_int8"
 SANITY_IMAGES = 100
 CHANCE_MARGIN = 0.1  # accuracy this close above chance is no training worth the name
 OVERCONFIDENCE = 0.25  # a trained network on its own kind of images stays far below this

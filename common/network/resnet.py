@@ -223,17 +223,3 @@ def shape_of(state: Mapping[str, torch.Tensor], layer: str) -> tuple[int, ...]:
 def _width(state: Mapping[str, torch.Tensor], layer: str, otherwise: int) -> int:
     shape = shape_of(state, layer)
     return shape[0] if len(shape) == 4 and shape[0] else otherwise
-
-
-def build_resnet(state: Mapping[str, torch.Tensor], max_pool: bool | None = None) -> ResNet:
-    """Return the network that a state dict in FP32 belongs to, in eval mode, with its tensors.
-
-    No random numbers are drawn.
-
-    Raises:
-        ValueError, RuntimeError: The tensors are not those of a ResNet.
-    """
-    with torch.device("meta"):
-        model = ResNet(ResNetShape.of(state), max_pool)
-    model.load_state_dict(state, assign=True)
-    return model.eval()

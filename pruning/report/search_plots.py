@@ -19,11 +19,11 @@ from common.report.results import (
 )
 from pruning.channels.search import RECONSTRUCTED
 from pruning.report.together import fewer, method_name, sparsities, unit_of
-from pruning.together.allocation import NORM, RANDOM, SENSITIVITY
+from pruning.together.allocation import RANDOM, SENSITIVITY
 from pruning.together.search import CONTROLS
 
 SEARCH_PLOT, SLIM_PLOT = "model_search.png", "slim.png"
-COLORS = {SENSITIVITY: GREEN, RANDOM: GREY, RECONSTRUCTED: BLUE, NORM: GREY}
+COLORS = {SENSITIVITY: GREEN, RANDOM: GREY, RECONSTRUCTED: BLUE}
 
 
 def accuracies(dense: float, entries: Sequence[dict]) -> np.ndarray:

@@ -86,7 +86,7 @@ def explain_names(entries: Sequence[dict]) -> str:
     if entries[0]["scope"] == CHANNELS:
         explanation += (
             " Pruned: of the multiply-adds. Reconstructed: channels chosen and made up for on "
-            "training images, blocks as wide as they need. Norm: the largest filters, for control."
+            "training images, layers as wide as they need."
         )
     if epochs := max(entry["finetune_epochs"] for entry in entries):
         explanation += f" Tuned: trained after pruning, zeros held ({counted(epochs, 'epoch')})."

@@ -19,9 +19,7 @@ from common.network.graph import CONVOLUTION, LINEAR, WEIGHTED
 from pruning.masks import l1_mask, pruned_count
 
 SENSITIVITY, GLOBAL = "sensitivity", "global"
-# The controls: random weights, the same fraction of every layer; whole channels, those whose
-# filters have the smallest norm.
-RANDOM, NORM = "random", "norm"
+RANDOM = "random"  # the control: the same fraction of every layer, chosen at random
 
 Masks = dict[str, torch.Tensor]
 

@@ -17,7 +17,6 @@ from pruning.alone.scan import Scan
 from pruning.masks import copy_without
 from pruning.together.allocation import (
     GLOBAL,
-    NORM,
     RANDOM,
     SENSITIVITY,
     DamageCurve,
@@ -34,8 +33,7 @@ from pruning.together.recalibration import recalibrate_batch_norm
 COMPRESSIONS = (2, 4, 8, 16, 32)
 WHERE = Range(start=8, least=1.03, most=64, trials=8, stride=2)
 DAMAGE_IMAGES = 500
-# Allocations to compare with: random pruning, and channels by norm alone.
-CONTROLS = (RANDOM, NORM)
+CONTROLS = (RANDOM,)  # allocations that are only there to compare with
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import torch
 
 from common.network.execution import Layer, Network
 from common.network.graph import (
-    ACTIVATIONS,
     ADAPTIVE_POOL,
     ADD,
     AFFINE,
@@ -36,7 +35,6 @@ from quantization.settings import Settings
 MAX_LEVEL = 255
 FUSED_ACTIVATIONS = ("relu", "relu6")  # run by the operation before them: they only clip
 ACTIVATED = (CONVOLUTION, LINEAR, ADD, AFFINE)  # operations that can run such an activation
-TABULATED = ACTIVATIONS  # one input: a table of 256 levels gives the output
 # Operations whose output has the range of their input, since they only move or average levels.
 SAME_RANGE = (MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL, GLOBAL_POOL, PAD, *VIEWS)
 
