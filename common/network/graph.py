@@ -27,6 +27,21 @@ KINDS = (
     GLOBAL_POOL, *VIEWS, PAD, *ACTIVATIONS,
 )  # fmt: skip
 
+# Attributes of each kind, in the order in which torch's function takes them after its tensors. Pairs
+# of numbers are for height and width.
+ATTRIBUTES = {
+    INPUT: ("shape",),  # channels, height, width
+    CONVOLUTION: ("stride", "padding", "dilation", "groups"),
+    MAX_POOL: ("kernel", "stride", "padding", "dilation", "ceil"),
+    AVERAGE_POOL: ("kernel", "stride", "padding", "ceil", "count_padding"),
+    ADAPTIVE_POOL: ("size",),
+    GLOBAL_POOL: ("keep",),  # keep height and width, of 1
+    RESHAPE: ("shape",),  # without the batch dimension
+    PERMUTE: ("order",),  # of the dimensions; the batch's is the first
+    SLICE: ("parts",),  # each a dimension, start, stop and step
+    PAD: ("padding",),  # of zeros; before and after each dimension, the last one first
+}
+
 Value = TypeVar("Value")
 
 
@@ -38,8 +53,7 @@ class Operation:
         name: Unique name; of a layer the name of its module, such as ``layer1.0.conv1``.
         kind: One of ``KINDS``.
         inputs: Names of the operations whose values it reads.
-        attributes: Numbers, as JSON has them: ``stride``, ``padding``, ``dilation`` (height and
-            width) and ``groups`` of a convolution; see :mod:`common.network.execution` for each.
+        attributes: Numbers as JSON has them, by the names in ``ATTRIBUTES``.
     """
 
     name: str
@@ -51,6 +65,11 @@ class Operation:
     def is_layer(self) -> bool:
         """Whether the operation is a convolution or a linear layer."""
         return self.kind in WEIGHTED
+
+    @property
+    def arguments(self) -> list:
+        """The attributes, in the order of torch's function."""
+        return [self.attributes[name] for name in ATTRIBUTES.get(self.kind, ())]
 
 
 @dataclass(frozen=True)
