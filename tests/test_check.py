@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cifar import image_set
 from torch import nn
 
 from common.images.check import Subject, best_normalisation, find_mismatches
@@ -27,7 +28,7 @@ def coloured_images(seed: int) -> ImageSet:
     noise = 50 * torch.randn(COUNT, 3, 16, 16, generator=generator)
     pixels = COLOURS[labels][:, :, None, None] * light + noise
     classes = ("cherry", "lime", "plum", "quince")
-    return ImageSet(pixels.clamp(0, 255).to(torch.uint8), labels, classes)
+    return image_set(pixels.clamp(0, 255).to(torch.uint8), labels, classes=classes)
 
 
 def trained(normalisation: str, max_pool: bool = False, **changes: object) -> ResNet:

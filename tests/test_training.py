@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cifar import normalize
 from processes import run_here, run_together
 from resnet18 import ResNet18, Widths
 from torch import nn
 
 from common.command.cli import UserError
 from common.files.untrusted import read_sealed, write_sealed
-from common.images.data import load_images, normalize
+from common.images.data import load_images
 from common.images.sources import bundled_source
 from common.machine.workers import Workers
 from common.measure.evaluate import measure_accuracy, predict

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from common.command import cli
-from common.images.data import ImageSet, batches
+from common.images.data import ImageSet
 
 CONFIDENCE = 0.95
 # Of the standard normal distribution. What is needed of statistics is less than importing SciPy's,
@@ -100,7 +100,7 @@ def predict(
     Images are fed channels_last, which every CPU and GPU convolution of torch prefers.
     """
     count = math.ceil(len(dataset) / batch_size)
-    loader = cli.progress(batches(dataset, batch_size), description, count)
+    loader = cli.progress(dataset.batches(batch_size), description, count)
     return torch.cat([model(images).argmax(dim=1) for images, _ in loader]).cpu()
 
 

@@ -27,8 +27,8 @@ KINDS = (
     GLOBAL_POOL, *VIEWS, PAD, *ACTIVATIONS,
 )  # fmt: skip
 
-# Attributes of each kind, in the order in which torch's function takes them after its tensors. Pairs
-# of numbers are for height and width.
+# Attributes of each kind, in the order in which torch's function takes them after its tensors. Two
+# numbers are for height and width.
 ATTRIBUTES = {
     INPUT: ("shape",),  # channels, height, width
     CONVOLUTION: ("stride", "padding", "dilation", "groups"),
