@@ -274,7 +274,10 @@ def test_a_run_writes_weights_that_load_and_results_that_keep_the_contract(finis
     test = load_images(bundled_source(), "test", 10, seed=0)
     correct = int((predict(model, test) == test.labels).sum())
     assert correct == results["accuracy"]["correct"]
-    assert results["parameters"] == sum(weight.numel() for weight in model.parameters())
+    parameters = sum(weight.numel() for weight in model.parameters())
+    assert results["parameters"] == results["network"]["parameters"] == parameters
+    assert results["network"]["family"] == "resnet18-cifar"
+    assert results["network"]["layers"] == 21
     assert results["data"] == {
         "source": "bundled", "train_images": 20, "held_out_images": 10, "test_images": 10,
         **test.describe(),
