@@ -20,7 +20,7 @@ from common.machine.workers import ALONE, Workers
 from common.network.cascade import Cascade, Fp32Recheck
 from common.network.execution import Network
 from common.network.tracing import trace_network, weight_layers
-from pruning.alone.linear import Head
+from pruning.alone.head import Head
 from pruning.alone.walk import Chunk, PrunedVariants, Walk
 
 # Unit of partial results: all layers at all amounts, on this many batches of images.
