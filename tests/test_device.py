@@ -19,7 +19,8 @@ from common.images import data
 from common.images.data import ImageSet
 from common.machine import device
 from common.measure.evaluate import predict
-from common.network.cascade import Cascade, Classifier, Fp32Recheck
+from common.network.cascade import Cascade, Fp32Recheck
+from common.network.classifier import Classifier
 from common.network.tracing import trace_network
 from pruning.alone.walk import PrunedVariants, Walk
 from training.loop.augment import make_batch, plan_epoch

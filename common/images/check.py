@@ -136,15 +136,15 @@ def _better_max_pool(subject: Subject) -> str | None:
     model = subject.model
     if not isinstance(model, ResNet) or model.shape.stem_kernel != 3:
         return None
-    block = model.layer1[0]
-    pool = nn.MaxPool2d(3, 2, 1)
-    values: dict[str, list[torch.Tensor]] = {"on": [], "off": []}
-    for batch, _ in subject.train.rows(slice(CHECK_IMAGES // 2)).batches(CHUNK):
-        stem = model.relu(model.bn1(model.conv1(batch)))
-        values["off"].append(block.conv1(stem))
-        values["on"].append(block.conv1(pool(stem)))
+    images = subject.train.rows(slice(CHECK_IMAGES // 2))
+    scores = {
+        name: _mismatch(
+            model.second_norm(),
+            [model.into_second_norm(batch, pool) for batch, _ in images.batches(CHUNK)],
+        )
+        for name, pool in {"on": nn.MaxPool2d(3, 2, 1), "off": nn.Identity()}.items()
+    }
     present = "off" if isinstance(model.maxpool, nn.Identity) else "on"
-    scores = {name: _mismatch(block.bn1, outputs) for name, outputs in values.items()}
     if None in scores.values():
         return None
     best = min(scores, key=scores.get)

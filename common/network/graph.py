@@ -216,48 +216,6 @@ def evaluate(
     return {name: values[name] for name in wanted}
 
 
-def in_execution_order(
-    operations: Iterable[Operation], output: str, weight_counts: Mapping[str, int]
-) -> Graph:
-    """Return the graph of the operations that lead to ``output``, in the house's order.
-
-    Of the operands of an addition the one that took the fewest weights runs first. The coder relies
-    on it: the last operand makes up for the errors of the others.
-
-    Args:
-        operations: In any valid order, the input first.
-        output: Name of the operation that gives the logits.
-        weight_counts: Number of weights of each layer, by name.
-    """
-    by_name = {operation.name: operation for operation in operations}
-    positions = {name: index for index, name in enumerate(by_name)}
-    ancestors: dict[str, int] = {}  # sets of positions, as the bits of integers
-    for name, operation in by_name.items():
-        ancestors[name] = 1 << positions[name]
-        for source in operation.inputs:
-            ancestors[name] |= ancestors[source]
-    layers = [(1 << positions[name], count) for name, count in weight_counts.items()]
-
-    @functools.cache
-    def weights_before(name: str) -> int:
-        return sum(count for bit, count in layers if ancestors[name] & bit)
-
-    ordered: dict[str, Operation] = {}
-    stack = [output]
-    while stack:  # a recursion would be too deep for deep networks
-        operation = by_name[stack[-1]]
-        inputs = list(operation.inputs)
-        if operation.kind == ADD:
-            inputs.sort(key=weights_before)
-        missing = next((name for name in inputs if name not in ordered), None)
-        if missing is not None:
-            stack.append(missing)
-        else:
-            ordered.setdefault(operation.name, operation)
-            stack.pop()
-    return Graph(tuple(ordered.values()))
-
-
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError("a name that is no text")

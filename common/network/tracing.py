@@ -7,7 +7,8 @@ Running the module once on a blank image turns what depends on sizes, such as
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.command.cli import UserError
 from common.network.execution import Network
-from common.network.graph import in_execution_order
+from common.network.graph import ADD, Graph, Operation
 from common.network.recording import Recorder
 
 
@@ -72,6 +73,48 @@ def trace_network(model: nn.Module, image_shape: Sequence[int]) -> Network:
 def weight_layers(model: nn.Module, network: Network) -> dict[str, nn.Conv2d | nn.Linear]:
     """Return the modules of a network's layers by name, in the order of the state dict."""
     return {name: m for name, m in model.named_modules() if name in network.graph.layers}
+
+
+def in_execution_order(
+    operations: Iterable[Operation], output: str, weight_counts: Mapping[str, int]
+) -> Graph:
+    """Return the graph of the operations that lead to ``output``.
+
+    Operands of an addition run in the order of the weights that lead to them, the fewest first. The
+    coder relies on it: the last operand makes up for the errors of the others.
+
+    Args:
+        operations: Operations in any valid order, the input first.
+        output: Name of the operation that gives the logits.
+        weight_counts: Number of weights of each layer, by name.
+    """
+    by_name = {operation.name: operation for operation in operations}
+    positions = {name: index for index, name in enumerate(by_name)}
+    ancestors: dict[str, int] = {}  # sets of positions, as the bits of integers
+    for name, operation in by_name.items():
+        ancestors[name] = 1 << positions[name]
+        for source in operation.inputs:
+            ancestors[name] |= ancestors[source]
+    layers = [(1 << positions[name], count) for name, count in weight_counts.items()]
+
+    @functools.cache
+    def weights_before(name: str) -> int:
+        return sum(count for bit, count in layers if ancestors[name] & bit)
+
+    ordered: dict[str, Operation] = {}
+    stack = [output]
+    while stack:  # a recursion would be too deep for deep networks
+        operation = by_name[stack[-1]]
+        inputs = list(operation.inputs)
+        if operation.kind == ADD:
+            inputs.sort(key=weights_before)
+        missing = next((name for name in inputs if name not in ordered), None)
+        if missing is not None:
+            stack.append(missing)
+        else:
+            ordered.setdefault(operation.name, operation)
+            stack.pop()
+    return Graph(tuple(ordered.values()))
 
 
 class _Tracer(fx.Tracer):
