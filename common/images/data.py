@@ -212,7 +212,7 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
     Args:
         labels: int64, shape (N,).
         count: At most N.
-        seed: Of the choice.
+        seed: Seed of the choice.
         skip: Leave out the subset of this size; skip + count is at most N.
 
     Returns:

@@ -18,8 +18,8 @@ from common.command import cli
 from common.images.data import ImageSet
 
 CONFIDENCE = 0.95
-# Of the standard normal distribution. What is needed of statistics is less than importing SciPy's,
-# which takes longer than evaluating 50 images.
+# Quantile of the standard normal distribution. Importing SciPy's statistics would take longer than
+# evaluating 50 images.
 Z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
@@ -79,7 +79,7 @@ class Paired:
 
     @classmethod
     def of(cls, dense_correct: torch.Tensor, correct: torch.Tensor) -> Paired:
-        """Take both from per-image correctness (bool, shape (N,))."""
+        """Compute both from per-image correctness (bool, shape (N,))."""
         return cls(measure_accuracy(correct), compare(dense_correct, correct))
 
     def as_dict(self) -> dict:

@@ -1,6 +1,6 @@
 """Functions and methods of torch that a traced network may call.
 
-Each entry of ``FUNCTIONS`` takes the recorder `r` and the arguments of the call, which are nodes where
+Each entry of ``FUNCTIONS`` takes the recorder ``r`` and the call's arguments, which are nodes where
 they are images. It notes the operation and returns whether it could.
 """
 
