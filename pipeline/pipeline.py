@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import fraction, image_count, list_of, one_of, positive_int
+from common.command.argument_types import accuracy_loss, image_count, list_of, one_of, positive_int
 from pipeline import GOALS
 from quantization.settings import ENGINES
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(test_images="all")  # half of 2,000 would choose by luck
     asked = parser.add_argument_group("the question")
     asked.add_argument(
-        "--max-drop", type=fraction, metavar="D", default=0.01,
+        "--max-drop", type=accuracy_loss, metavar="D", default=0.01,
         help="accuracy that may be lost against the dense network, as a fraction",
     )  # fmt: skip
     asked.add_argument(

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.report.results import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
+from common.report.results import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    doubt,
+    mark_doubt,
+    new_figure,
+    save_figure,
+)
 from pipeline.story import label, size_of
 
 COLORS = {"int8": GREY, "size": BLUE, "speed": ORANGE, "both": GREEN}
@@ -22,7 +32,8 @@ def plot_frontier(results: dict, path: Path) -> None:
     batch_size = results["models"][0]["latency"][-1]["batch_size"]
     fp32_bytes = results["models"][0]["size_bytes"]
     _plot(axes[0], results, lambda entry: fp32_bytes / size_of(entry))
-    _plot(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"])
+    _plot(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"], of_speed=True)
+    mark_doubt(figure, [*results["models"], *results["answers"]])
     axes[0].set(xscale="log", title="How small", xlabel="times smaller than the FP32 file")
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
     axes[0].set_xticks(ticks, [f"{tick}×" for tick in ticks])
@@ -34,7 +45,9 @@ def plot_frontier(results: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> None:
+def _plot(
+    axis: object, results: dict, position: Callable[[dict], float], of_speed: bool = False
+) -> None:
     max_drop, fp32 = results["budget"]["max_drop"], results["models"][0]
     coded = results["weights"]["coded"]
     axis.axhline(-100 * max_drop, color=RED, lw=1, ls="--", label="the budget")
@@ -48,6 +61,10 @@ def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> Non
             yerr=[[100 * high + change], [-100 * low - change]], fmt="o", ms=8, capsize=4, lw=1.6,
             color=COLORS[entry["name"]], label=label(entry["name"], coded),
         )  # fmt: skip
+        if of_speed and doubt(entry["latency"][-1]):
+            axis.annotate(
+                "?", (position(entry), change), xytext=(8, -3), textcoords="offset points"
+            )
 
 
 def _plot_tried(

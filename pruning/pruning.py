@@ -23,7 +23,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import fraction, image_count, list_of, name, positive_int
+from common.command.argument_types import (
+    accuracy_loss,
+    fraction,
+    image_count,
+    list_of,
+    name,
+    positive_int,
+)
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
 # Images in a batch. Small batches keep the activations of all variants in a CPU's cache.
@@ -77,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     searching = parser.add_argument_group("search over the linear layers")
     searching.add_argument(
-        "--tolerance", type=fraction, metavar="T", default=0.02,
+        "--tolerance", type=accuracy_loss, metavar="T", default=0.02,
         help="accuracy that may be lost, as a fraction",
     )  # fmt: skip
     _add_model_search_arguments(parser.add_argument_group("search over many layers together"))

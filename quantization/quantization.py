@@ -19,7 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import AtMost, fraction, list_of, number, one_of, positive_int
+from common.command.argument_types import (
+    AtMost,
+    accuracy_loss,
+    list_of,
+    number,
+    one_of,
+    positive_int,
+)
 from quantization.settings import ENGINES, OBSERVERS
 
 DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
@@ -65,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget = parser.add_argument_group("accuracy")
     budget.add_argument(
         "--max-drop",
-        type=fraction,
+        type=accuracy_loss,
         metavar="F",
         help="accuracy that INT8 may lose, such as 0.005, with a standard error to spare: corrects "
         "what costs no time, then returns layers to FP32, worst first; exit code 3 where the "

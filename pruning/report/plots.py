@@ -164,6 +164,6 @@ def plot_search(linear: dict, path: Path) -> None:
               rotation=90, ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
     near.set_title("Near the answer")
     whole.set_ylabel("top-1 accuracy (%)")
-    whole.set_title(f"{floor_percent(found, 1)} of the weights of {linear_layers(linear)} can go")
+    whole.set_title(f"{floor_percent(found)} of the weights of {linear_layers(linear)} can go")
     whole.legend(loc="lower left")
     save_figure(figure, path)

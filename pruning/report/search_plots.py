@@ -13,7 +13,9 @@ from common.report.results import (
     GREY,
     RED,
     counted,
+    doubt,
     floor_percent,
+    mark_doubt,
     new_figure,
     save_figure,
 )
@@ -102,6 +104,8 @@ def plot_slim(models: list[dict], path: Path) -> None:
                     label=f"{model['name'].replace(precision, precision.upper())}, batch {batch}",
                 )  # fmt: skip
                 ends.append((rate, value))
+                if mark := doubt(model["latency"][index]):
+                    axes.annotate(mark, (rate, value), xytext=(7, 4), textcoords="offset points")
             arrow = {"arrowstyle": "->", "color": color, "shrinkA": 7, "shrinkB": 7}
             axes.annotate("", xy=ends[1], xytext=ends[0], arrowprops=arrow)
     axes.set_xscale("log")
@@ -109,4 +113,5 @@ def plot_slim(models: list[dict], path: Path) -> None:
     axes.set_ylabel("top-1 accuracy (%), held-out images")
     axes.set_title("Dense and slim, FP32 and INT8")
     axes.legend(fontsize=7, loc="lower left")
+    mark_doubt(figure, models)
     save_figure(figure, path)

@@ -58,17 +58,17 @@ def plot_overview(models: Sequence[dict], path: Path) -> None:
     width = 0.8 / len(models)
     for index, model in enumerate(models):
         speeds = [entry["images_per_second"] for entry in model["latency"]]
+        labels = [f"{e['images_per_second']:.0f}{report.doubt(e)}" for e in model["latency"]]
         positions = np.arange(len(batch_sizes)) + (index - (len(models) - 1) / 2) * width
         bars = speed_axis.bar(
             positions, speeds, width * 0.95, color=colors[label(model)], label=label(model)
         )
-        speed_axis.bar_label(
-            bars, [f"{speed:.0f}" for speed in speeds], padding=3, fontsize=8, rotation=90
-        )
+        speed_axis.bar_label(bars, labels, padding=3, fontsize=8, rotation=90)
     speed_axis.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
     speed_axis.set(title="Throughput on the CPU", ylabel="images a second")
     speed_axis.margins(y=0.15)  # for the numbers
     speed_axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=3, fontsize=8)
+    report.mark_doubt(figure, models)
     report.save_figure(figure, path)
 
 

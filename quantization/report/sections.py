@@ -86,7 +86,7 @@ def describe_coding(coding: dict) -> Facts:
     missed = misses(coding["bits_per_weight"], coding["bits_wanted"])
     asked = f" ({coding['bits_wanted']:g} asked for)" if missed else ""
     return Facts(
-        f"The smallest file: {coding['file']}",
+        f"The coded file: {coding['file']}",
         {
             "size": f"{megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
             f"FP32, {coding['size_ratio_given']:.1f}× smaller than the given file; "
