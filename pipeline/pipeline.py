@@ -23,7 +23,7 @@ from common.command.argument_types import accuracy_loss, image_count, list_of, o
 from pipeline import GOALS
 from quantization.settings import ENGINES
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pipeline"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "pipeline"
 PLOT = "frontier.png"
 NEEDED_FLAGS = {"--finetune-images": "--finetune-epochs"}
 

@@ -32,7 +32,7 @@ from common.command.argument_types import (
     positive_int,
 )
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "pruning"
 # Images in a batch. Small batches keep the activations of all variants in a CPU's cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
 NEEDED_FLAGS = {

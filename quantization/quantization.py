@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "quantization":  # imported from its own folder, where it hides the package
+    raise ImportError(f"this is the script; for the package set PYTHONPATH={sys.path[0]}")
 from common.command import arguments, cli
 from common.command.argument_types import (
     AtMost,
@@ -29,7 +31,7 @@ from common.command.argument_types import (
 )
 from quantization.settings import ENGINES, OBSERVERS
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "quantization"
 RANGES_PLOT, DIAGNOSIS_CSV = "ranges.png", "diagnosis.csv"
 NEEDED = {  # flags that do nothing without others
     "--held-out-images": "--max-drop",

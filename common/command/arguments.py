@@ -26,10 +26,10 @@ from common.command.argument_types import (
     seed_int,
     thread_count,
 )
-from common.command.cli import REPOSITORY
+from common.command.cli import WORKSPACE
 from common.images.normalisation import AUTO, NORMALISATIONS
 
-DEFAULT_DATA_DIR = REPOSITORY / "data"
+DEFAULT_DATA_DIR = WORKSPACE / "data"
 TEST_IMAGES, CALIBRATION_IMAGES = 2000, 512
 
 
@@ -278,7 +278,8 @@ def add_output_arguments(outputs: argparse._ArgumentGroup, output_dir: Path) -> 
     outputs.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the results of an earlier run; by default they are moved to earlier/",
+        help="delete the results of an earlier run in that folder; by default they are kept, in "
+        "earlier/DATE_TIME/",
     )
     outputs.add_argument(
         "--report",

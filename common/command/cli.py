@@ -22,6 +22,8 @@ from common.command import interruptions
 
 PROGRESS_WIDTH = 79
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Where data/ and results/ lie: in the repository; for an installed copy in the working directory.
+WORKSPACE = REPOSITORY if (REPOSITORY / "pyproject.toml").exists() else Path.cwd()
 
 # Turns that a waiting OpenMP thread spins before it sleeps. ResNet18 in INT8 takes 1.7 to 1.9 ms at
 # batch 1 on two idle cores; with OpenMP's default of 300,000 turns 1.6 to 1.7 ms, without spinning
