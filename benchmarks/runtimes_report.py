@@ -157,7 +157,7 @@ def plot(results: dict, path: Path) -> None:
     axis.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
     environment = results["environment"]
     axis.set(
-        title=f"INT8 on {environment['cpu']}, {environment['threads']} threads",
+        title=f"INT8 on {environment['cpu']}, {report.counted(environment['threads'], 'thread')}",
         ylabel="images a second",
     )
     axis.margins(x=0.01, y=0.3)

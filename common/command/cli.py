@@ -67,6 +67,12 @@ def visible(value: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
+def counted(number: float, noun: str) -> str:
+    """Format a number of things: 1 point, 0.5 points, 10,000 images."""
+    text = f"{number:,.10g}"
+    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
+
+
 def set_up_messages(quiet: bool) -> None:
     """Send notes and warnings to stderr, below any progress bar; ``quiet`` keeps warnings only."""
     log.handlers[:] = [_StderrHandler()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from common.command.cli import visible
+from common.command.cli import counted, visible
 from common.machine.device import cpu_name, has_vnni
 from common.report.provenance import describe_provenance
 from common.report.story import Column
@@ -143,12 +143,6 @@ def doubt(*entries: Mapping[str, Any]) -> str:
 def explain_doubt(models: Sequence[Mapping[str, Any]]) -> str:
     """Return what explains the question marks at the ``latency`` of models, if there are any."""
     return f" {DOUBT}" if any(doubt(*model["latency"]) for model in models) else ""
-
-
-def counted(number: float, noun: str) -> str:
-    """Format a number of things: 1 point, 0.5 points, 10,000 images."""
-    text = f"{number:,.10g}"
-    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
 
 
 def percent(value: float, digits: int = 2) -> str:

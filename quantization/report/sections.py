@@ -28,7 +28,8 @@ def tell_budget(budget: dict) -> list[Table | Facts]:
     verdict = "met" if budget["met"] else "NOT met: the best model found was written"
     facts = {
         "held-out images": f"{points(-budget['held_out_drop'])} points, "
-        f"{points(budget['held_out_spare'])} to spare ({budget['held_out_images']:,} images, "
+        f"{points(budget['held_out_spare'])} to spare "
+        f"({counted(budget['held_out_images'], 'image')}, "
         f"{budget['held_out_engine']})",
         "test images": f"{points(-budget['test_drop'])} points ({budget['test_engine']})",
     }
