@@ -32,7 +32,8 @@ def plot_frontier(results: dict, path: Path) -> None:
     batch_size = results["models"][0]["latency"][-1]["batch_size"]
     fp32_bytes = results["models"][0]["size_bytes"]
     _plot(axes[0], results, lambda entry: fp32_bytes / size_of(entry))
-    _plot(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"], of_speed=True)
+    _plot(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"])
+    _plot_doubt(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"])
     mark_doubt(figure, [*results["models"], *results["answers"]])
     axes[0].set(xscale="log", title="How small", xlabel="times smaller than the FP32 file")
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -45,9 +46,7 @@ def plot_frontier(results: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _plot(
-    axis: object, results: dict, position: Callable[[dict], float], of_speed: bool = False
-) -> None:
+def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> None:
     max_drop, fp32 = results["budget"]["max_drop"], results["models"][0]
     coded = results["weights"]["coded"]
     axis.axhline(-100 * max_drop, color=RED, lw=1, ls="--", label="the budget")
@@ -61,10 +60,15 @@ def _plot(
             yerr=[[100 * high + change], [-100 * low - change]], fmt="o", ms=8, capsize=4, lw=1.6,
             color=COLORS[entry["name"]], label=label(entry["name"], coded),
         )  # fmt: skip
-        if of_speed and doubt(entry["latency"][-1]):
-            axis.annotate(
-                "?", (position(entry), change), xytext=(8, -3), textcoords="offset points"
-            )
+
+
+def _plot_doubt(axis: object, results: dict, position: Callable[[dict], float]) -> None:
+    """Put a question mark beside what was timed while the machine was busy."""
+    for entry in [*results["models"], *results["answers"]]:
+        axis.annotate(
+            doubt(entry["latency"][-1]), (position(entry), -100 * entry["comparison"]["drop"]),
+            xytext=(9, 7), textcoords="offset points", color=RED, fontweight="bold",
+        )  # fmt: skip
 
 
 def _plot_tried(

@@ -53,6 +53,7 @@ def plot_overview(models: Sequence[dict], path: Path) -> None:
     accuracy_axis.set_xlim(-0.5, len(names) - 0.5)
     total = distinct[0]["accuracy"]["total"]
     images = report.counted(total, "image")
+    accuracy_axis.margins(y=0.12)  # for the numbers
     accuracy_axis.set(title="Accuracy, 95 % interval", ylabel=f"top-1 on {images}, %")
 
     batch_sizes = [entry["batch_size"] for entry in models[0]["latency"]]
