@@ -33,7 +33,7 @@ COMMON = {
     "environment": {
         "torch": "2", "vnni": True, "threads": 1, "cpu": "a CPU", "device": "cpu",
     },
-    "network": {"family": "resnet18-cifar"},
+    "network": {"family": "resnet18-cifar", "macs": 555422720},
     "weights": {
         "source": "bundled", "sha256": "ab12", "size_bytes": 22_440_000, "coded": False,
     },
@@ -116,7 +116,7 @@ ALWAYS = (
     "ResNet18 (CIFAR layout)", "10,000 test images (folder), 1 thread, a CPU", "took 62 s",
     "-3.12", "-7.00 to +1.10", "The given file takes 22.44 MB",
     "results.json, m.safetensors, another.png, overview.png",
-    "2026-01-02T03:04:05+00:00", "1.2.3", "abcdef012345", "torch 2.14.1, numpy 2.4",
+    "555,422,720", "2026-01-02T03:04:05+00:00", "1.2.3", "abcdef012345", "torch 2.14.1, numpy 2.4",
     "m.safetensors: from quantization import load_int8",
 )  # fmt: skip
 

@@ -60,4 +60,6 @@ def _as_text(value: object) -> object:
         return value
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
     return visible(", ".join(map(str, value)) if isinstance(value, list | tuple) else value)

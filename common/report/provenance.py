@@ -10,8 +10,8 @@ import subprocess
 from common import __version__
 from common.command.cli import REPOSITORY
 
-PACKAGES = (
-    "torch", "torchvision", "numpy", "pillow", "safetensors", "constriction", "onnx", "onnxruntime",
+PACKAGES = (  # torch's stands among the facts of the machine
+    "torchvision", "numpy", "pillow", "safetensors", "constriction", "onnx", "onnxruntime",
     "openvino",
 )  # fmt: skip
 

@@ -50,9 +50,19 @@ def steps_table(linear: dict) -> Table:
     return Table(f"{layers}: binary search within {tolerance} of dense", columns, steps)
 
 
-def describe_found(linear: dict) -> list[Facts | str]:
-    """Give the answer in one line, then how it compares with every amount and on other images."""
-    confirmed, total = linear["confirmed"], linear["pruned_weights"] + linear["kept_weights"]
+def describe_answer(linear: dict) -> str:
+    """Say in one line how far the linear layers can be pruned."""
+    total = linear["pruned_weights"] + linear["kept_weights"]
+    return (
+        f"Largest amount found: {floor_percent(linear['max_amount'])} of {linear_layers(linear)} "
+        f"({linear['pruned_weights']:,} of {total:,} weights) within "
+        f"{counted(100 * linear['tolerance'], 'point')}."
+    )
+
+
+def describe_certainty(linear: dict) -> Facts:
+    """Say how the answer does as a saved model, beside every other amount, and on other images."""
+    confirmed = linear["confirmed"]
     change = format_change(confirmed["comparison"])
     tolerance = counted(100 * linear["tolerance"], "point")
     facts = {
@@ -65,16 +75,11 @@ def describe_found(linear: dict) -> list[Facts | str]:
         splits = linear["splits"]
         outside = splits["splits"] - splits["within_tolerance"]
         facts["new images"] = (
-            f"an amount chosen like this loses more than {tolerance} on images that had no say in "
-            f"it {outside} times in {splits['splits']} (on average "
-            f"{points(-splits['drop']['mean'])} points): chosen on one random half of the images, "
-            "measured on the other"
+            f"such an amount lost more than {tolerance} on other images {outside} times in "
+            f"{splits['splits']} (on average {points(-splits['drop']['mean'])} points): each time "
+            "one random half of the images chose and the other half judged"
         )
-    return [
-        f"Largest amount found: {floor_percent(linear['max_amount'])} of {linear_layers(linear)} "
-        f"({linear['pruned_weights']:,} of {total:,} weights) within {tolerance}.",
-        Facts("How sure that is", facts),
-    ]
+    return Facts("How sure that is", facts)
 
 
 def describe_largest(linear: dict) -> str:

@@ -23,7 +23,8 @@ from common.report.story import Column, Headline, Story, Table
 from pruning.report.linear import (
     NO_LINEAR_LAYERS,
     curve_table,
-    describe_found,
+    describe_answer,
+    describe_certainty,
     describe_savings,
     linear_layers,
     steps_table,
@@ -52,7 +53,12 @@ def tell(results: dict) -> Story:
     parts += [ranking_table(results, ranking) for ranking in results["ranking"]]
     if "linear_search" in results:
         linear = results["linear_search"]
-        parts += [steps_table(linear), *describe_found(linear), describe_savings(results)]
+        parts += [
+            describe_answer(linear),
+            steps_table(linear),
+            describe_certainty(linear),
+            describe_savings(results),
+        ]
     else:
         parts.append(NO_LINEAR_LAYERS)
     if "model_search" in results:
