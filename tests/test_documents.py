@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +95,25 @@ def test_the_script_says_where_the_package_is():
         cwd=REPOSITORY / "quantization", env={}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stderr.endswith(f"for the package set PYTHONPATH={REPOSITORY}\n")
+
+
+@pytest.mark.full
+def test_pip_installs_the_packages(tmp_path):
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        pytest.skip("an older setuptools")
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    unneeded = shutil.ignore_patterns(".git", ".venv", "data", "results", "tests", "docs", ".*")
+    shutil.copytree(REPOSITORY, source, ignore=unneeded)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", installed]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, source], check=True)
+    environment = os.environ | {"PYTHONPATH": str(installed), "COLUMNS": "200"}
+    for module in ("quantization.quantization", "pruning.pruning", "pipeline.pipeline"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--help"], cwd=tmp_path, env=environment,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert f"(default: {tmp_path}/results/{module.split('.')[0]})" in done.stdout
+    packed = {path.name for path in (installed / "common" / "assets").iterdir()}
+    assert {path.name for path in (REPOSITORY / "common/assets").glob("*.tar.xz")} < packed
+    assert (installed / "common" / "report" / "page.html").exists()
