@@ -68,7 +68,7 @@ def prune_linear(
     expected = _classes_from_features(trace_network(reloaded, images.shape), head, scanned.features)
     predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
     confirmed = saved.confirm(scanned.dense_correct, expected == labels, predictions == labels)
-    sparse = f"{100 * saved.TIMED_AMOUNT:g} % zeros everywhere"
+    sparse = f"{100 * saved.TIMED_AMOUNT:g} % zeros in every layer"
     kept_last = {  # kernels take the same time whichever weights are zero
         name: torch.arange(weight.numel()).view_as(weight) >= saved.TIMED_AMOUNT * weight.numel()
         for name, weight in scan.weights.items()

@@ -97,6 +97,16 @@ def test_another_order_of_colours_is_told():
     assert any("with --channel-order bgr" in line for line in told)
 
 
+def test_fewer_labels_are_enough_where_the_batch_norm_speaks_for_the_other_order():
+    model = trained("cifar10", channel_order="bgr")
+    few = subject(model).first(12)  # half of which are classified correctly, all of them as BGR
+    assert any("12 are classified correctly with" in line for line in find_mismatches(few))
+    with torch.no_grad():  # as if folded: no statistics
+        model.bn1.running_var.fill_(1.0)
+        model.bn1.running_mean.zero_()
+    assert not any("--channel-order" in line for line in find_mismatches(few))
+
+
 @pytest.mark.parametrize("order", [[0, 2, 1, 3], [3, 0, 1, 2]])
 def test_classes_in_another_order_are_named(order):
     model = trained("cifar10")

@@ -51,7 +51,7 @@ def run(scan, tmp_path):
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
     monkeypatch.setattr(saved, "time_zeros", lambda models, images: [
-        {"name": name, "batch_size": 16, "median_ms": 1.0} for name in models
+        {"name": name, "batch_size": 16, "median_ms": 1.0, "noisy": False} for name in models
     ])  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def test_several_linear_layers(tmp_path):
     text = story.tell(results).text(tmp_path)
     assert "Linear layers: binary search within 5 points of dense" in text
     assert "where the linear layers hold 94.2" in text
-    assert "What the search found\n  found" in text
+    assert "\nLargest amount found: " in text
+    assert "How sure that is\n  saved model" in text
     assert (tmp_path / "linear_search.png").exists()
 
 

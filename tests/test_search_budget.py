@@ -93,4 +93,5 @@ def test_too_few_images_for_any_network_to_pass(random_images):
     assert "takes 100 test images, of which half choose, not 98" in why_too_strict(98, 0.02)
     assert why_too_strict(50, 0.02, held_out=True) is None
     assert "takes 50 held-out images, not 49" in why_too_strict(49, 0.02, held_out=True)
+    assert "to be within 1 point with" in why_too_strict(198, 0.01)
     assert "a budget of 0 points leaves" in why_too_strict(10_000, 0.0)

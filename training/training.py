@@ -21,7 +21,7 @@ from common.command import arguments, cli
 from common.command.argument_types import fraction, image_count, positive_float, positive_int
 from training.recipe import BUNDLED_RECIPE, Recipe
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "training"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "training"
 
 
 def build_parser() -> argparse.ArgumentParser:

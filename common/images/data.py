@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from common.command.argument_types import AtMost
-from common.command.cli import UserError, log
+from common.command.cli import UserError, counted, log
 from common.images.source import Source
 from common.images.storage import MAX_BYTES_IN_MEMORY, allocate
 
@@ -151,9 +151,10 @@ def load_images(
     if isinstance(count, AtMost) and total > skip:
         count = min(count, total - skip)
     if count is not None and skip + count > total:
-        asked = f"{flag} {count}" if flag else f"{count} {split} images asked for"
+        asked = f"{flag} {count}" if flag else f"{counted(count, f'{split} image')} asked for"
         beside = f", beside {skip} for another purpose" if skip else ""
-        raise UserError(f"{asked}{beside}: only {total} {split} images in {source.description}")
+        there = counted(total, f"{split} image")
+        raise UserError(f"{asked}{beside}: only {there} in {source.description}")
     if count is None:
         count = total - skip
     elif count < total:

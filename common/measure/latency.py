@@ -57,7 +57,7 @@ class Timing:
 
     def as_dict(self) -> dict:
         """Return the entry of results.json's ``latency``."""
-        return asdict(self)
+        return {**asdict(self), "noisy": self.is_noisy}
 
 
 def time_interleaved(
@@ -95,7 +95,7 @@ def time_interleaved(
     if noisy:
         cli.log.warning(
             "the middle half of the times spans over %.0f %% of the median for %s: the machine is "
-            "too busy for their ratios to mean much",
+            "too busy for their ratios to mean much; they are marked with ?",
             100 * NOISY_SPREAD, ", ".join(noisy),
         )  # fmt: skip
     return timings
