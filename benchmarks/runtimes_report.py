@@ -36,9 +36,8 @@ def describe(
     Args:
         runtimes: Runtimes by name.
         accuracies: Top-1 accuracy of each, a fraction.
-        timings: From :func:`common.measure.latency.time_interleaved`.
-        macs: Multiply-accumulates for an image in the ``dense`` network and, if any, the ``slim``
-            one.
+        timings: Result of :func:`common.measure.latency.time_interleaved`.
+        macs: Multiply-accumulates of the ``dense`` and, if any, the ``slim`` network for an image.
         gemm_rate: Multiply-accumulates a second of an INT8 matrix product.
     """
     ours = {n: t for n, t in timings.items() if n.startswith(OURS) and not n.endswith(SLIM)}
@@ -64,7 +63,7 @@ def describe(
 
 
 def label(name: str) -> str:
-    """Name a runtime for people."""
+    """Return a runtime's name as tables and plots show it."""
     if name in LABELS:
         return LABELS[name]
     engine = name.removeprefix(OURS)

@@ -16,7 +16,8 @@ from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.execution import Network
 from common.network.tracing import trace_network
-from pruning.alone.linear import Head, search_linear
+from pruning.alone.head import Head
+from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
 from pruning.channels import search as channels
 from pruning.channels.speed import measure_models

@@ -9,12 +9,12 @@ import pytest
 import torch
 from check_page import check_page
 from check_results import check_results, without_times
+from cifar import normalize
 from printed import read_table, shows
 from processes import REPOSITORY, run_here
 from resnet18 import Widths
 
 from common.files.output import UNFINISHED_NAME
-from common.images.data import normalize
 from common.network.checkpoint import load_model
 from common.search.trials import run_trials
 from pipeline import answers

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from check_results import check_pruning
+from cifar import image_set
 from torch import nn
 
-from common.images.data import ImageSet
 from pruning.alone.brute_force import verify
 from pruning.alone.scan import Scan, run_scan
 from pruning.files import saved
@@ -19,7 +19,7 @@ def make_scan(*modules):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), *modules).eval()
     pixels = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8)
-    images = ImageSet(pixels, torch.zeros(60, dtype=torch.int64))
+    images = image_set(pixels, torch.zeros(60, dtype=torch.int64))
     with torch.no_grad():
         images.labels[:] = model(images.normalize(pixels)).argmax(1)
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]

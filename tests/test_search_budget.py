@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cifar import image_set
 
 from common.images.data import ImageSet
 from common.measure.evaluate import compare
@@ -23,7 +24,7 @@ def make_budget(count: int, max_drop: float) -> Budget:
     labels = torch.arange(count) % 10
     images = (labels * 20).to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
     dense_correct = torch.ones(count, dtype=torch.bool)
-    return Budget(max_drop, EvaluationSplit(ImageSet(images, labels), dense_correct))
+    return Budget(max_drop, EvaluationSplit(image_set(images, labels), dense_correct))
 
 
 class Reader:

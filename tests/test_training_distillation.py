@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
+from cifar import normalize
 from resnet18 import BLOCKS
 from torch import nn
 
-from common.images.data import normalize
 from common.network.tracing import trace
 from training.loop import distillation
 from training.loop.distillation import (

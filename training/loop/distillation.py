@@ -1,10 +1,9 @@
-"""Distillation: a compressed network learns to answer as the network that it was made from.
+"""Distillation: a compressed network learns to imitate the network that it was made from.
 
-The teacher's logits say how alike the classes are. They still do where images are shifted, bent and
-pasted into one another, and no labels are needed (Hinton et al., 2015,
+The student learns the teacher's logits on augmented images, without labels (Hinton et al., 2015,
 https://arxiv.org/abs/1503.02531; Beyer et al., 2022, https://arxiv.org/abs/2106.05237). On images
-that the teacher was trained on they say little more than the class, so the student imitates the
-outputs of the teacher's blocks, too (Romero et al., 2015, https://arxiv.org/abs/1412.6550).
+that the teacher was trained on, its logits say little more than the class, so the student also
+learns the outputs of the teacher's blocks (Romero et al., 2015, https://arxiv.org/abs/1412.6550).
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from training.loop.state import TrainingState
 from training.recipe import Recipe
 
 TEMPERATURE = 3.0
+SMALLEST_SQUARE = 1e-6  # lower bound of the mean square that a block's error is divided by
 # A student starts close to its teacher. A higher learning rate first undoes what the repair of
 # removed channels has achieved, and so do batch norms that follow each batch.
-SMALLEST_SQUARE = 1e-6  # least mean square that a block's error is relative to
 RECIPE = Recipe(
     epochs=1, batch_size=64, learning_rate=5e-5, warmup=0.1, optimizer="adam", weight_decay=0.0,
     cutmix=0.5, jitter=0.5, hold_statistics=True,
@@ -39,7 +38,7 @@ RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Training:
-    """What compressed networks learn from.
+    """Training data of compressed networks.
 
     Attributes:
         images: Training images, on the device to train on; their labels are not used.
@@ -69,14 +68,12 @@ def distill(
     learning_rate: float = RECIPE.learning_rate,
     precision: str | None = None,
 ) -> None:
-    """Train ``student`` (changed in place, left in eval mode) to answer as the teacher does.
-
-    Its weights that are zero stay zero.
+    """Train a student to imitate its teacher; weights that are zero stay zero.
 
     Args:
-        student: In any mode, on any device; moved to the images' device. It has the teacher's
-            modules, and its blocks have as many output channels.
-        teacher: In eval mode, on the images' device.
+        student: Network to train in place; moved to the images' device, left in eval mode. It has
+            the teacher's modules, and its blocks have as many output channels.
+        teacher: Network to imitate, in eval mode, on the images' device.
         training: Images to learn from.
         seed: Seed of order and augmentation.
         learning_rate: Highest learning rate; the other settings are the recipe's.
@@ -115,13 +112,7 @@ def hold_zeros(layers: Mapping[str, nn.Module]) -> Callable[[nn.Module], None]:
 
 @contextlib.contextmanager
 def imitation_loss(student: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> Iterator[Loss]:
-    """Provide the loss: how far the student is from the teacher, in its blocks and logits.
-
-    Args:
-        student: Network that learns.
-        teacher: Network to imitate.
-        blocks: Names of the modules whose outputs to imitate; labels are not used.
-    """
+    """Provide the loss: divergence of the logits, and error of the outputs of some modules."""
     given: dict[str, torch.Tensor] = {}
     wanted: dict[str, torch.Tensor] = {}
 
