@@ -35,6 +35,7 @@ class Source:
         mean: Mean of each channel that is subtracted, from 0 to 1.
         std: Standard deviation of each channel that pixels are divided by.
         channel_order: ``rgb``, or ``bgr`` for networks that take blue first.
+        resize: Length that the short side is scaled to before the middle is cut out, if it is.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Source:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     channel_order: str = "rgb"
+    resize: int | None = None
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,10 @@ def batches_source(
         return Split(labels, lambda indices: resize_pixels(dataset.data[indices], sizing))
 
     if kind is CIFAR10:
-        return Source("cifar10", f"CIFAR-10 in {data_dir}", open_split, height=sizing.height)
-    classes = tuple(load("test").classes)
-    return Source("cifar100", f"CIFAR-100 in {data_dir}", open_split, classes, sizing.height)
+        name, place, classes = "cifar10", f"CIFAR-10 in {data_dir}", CLASSES
+    else:
+        name, place, classes = "cifar100", f"CIFAR-100 in {data_dir}", tuple(load("test").classes)
+    return Source(name, place, open_split, classes, sizing.height, resize=sizing.short_side)
 
 
 # --- bundled images ------------------------------------------------------------------------------
@@ -171,4 +172,7 @@ def bundled_source(size: SizeRequest = OWN_SIZE) -> Source:
 
         return Split(labels, read)
 
-    return Source("bundled", "the bundled JPEG images", open_split, height=sizing.height)
+    return Source(
+        "bundled", "the bundled JPEG images", open_split, height=sizing.height,
+        resize=sizing.short_side,
+    )  # fmt: skip

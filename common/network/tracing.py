@@ -403,7 +403,7 @@ def _note_adaptive_pool(recorder: _Recorder, node: fx.Node, call: _Call) -> bool
                 count_padding=True,
             )
         )  # fmt: skip
-    return bool(recorder._add(ADAPTIVE_POOL, [source], size=wanted))
+    return bool(recorder._add(ADAPTIVE_POOL, [source], source_size=list(size), size=wanted))
 
 
 def _note_mean(recorder: _Recorder, node: fx.Node, call: _Call) -> bool:
@@ -446,7 +446,7 @@ def _note_transpose(recorder: _Recorder, node: fx.Node, call: _Call) -> bool:
 def _note_pad(recorder: _Recorder, node: fx.Node, call: _Call) -> bool:
     padding = list(call.get(1, "pad", ()))
     is_zero = call.get(2, "mode", "constant") == "constant" and not call.get(3, "value", 0)
-    if not is_zero or min(padding) < 0 or len(padding) > 6:
+    if not is_zero or min(padding) < 0 or len(padding) > 6 or recorder._value.ndim != 4:
         return False
     return bool(recorder._add(PAD, [_source(node)], padding=padding))
 
