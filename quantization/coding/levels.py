@@ -8,7 +8,7 @@ OPTQ (Frantar et al., 2022, arXiv:2210.17323); and each weight becomes the level
 of squared error and λ times its bits, as in CERWU (Conzel et al., 2025, arXiv:2505.18758).
 
 How many bits a level takes is estimated from the levels of the pass before, by what
-:mod:`common.files.entropy` will look at: how many weights of its channels are not zero, and its
+:mod:`runtime.decode` will look at: how many weights of its channels are not zero, and its
 neighbours in the kernel. Those not yet coded count as the pass before left them.
 """
 
@@ -17,7 +17,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common.files.entropy import fit_logistic, neighbours
+from common.files.entropy import fit_logistic
+from runtime.decode import neighbours
 
 MAX_LEVEL = 127
 BLOCK = 128  # columns between two updates of all that follow
