@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cifar import normalize
 from processes import run_here, run_together
 from resnet18 import ResNet18, Widths
 from torch import nn
 
 from common.command.cli import UserError
 from common.files.untrusted import read_sealed, write_sealed
-from common.images.data import load_images, normalize
+from common.images.data import load_images
 from common.images.sources import bundled_source
 from common.machine.workers import Workers
 from common.measure.evaluate import measure_accuracy, predict
@@ -273,7 +274,10 @@ def test_a_run_writes_weights_that_load_and_results_that_keep_the_contract(finis
     test = load_images(bundled_source(), "test", 10, seed=0)
     correct = int((predict(model, test) == test.labels).sum())
     assert correct == results["accuracy"]["correct"]
-    assert results["parameters"] == sum(weight.numel() for weight in model.parameters())
+    parameters = sum(weight.numel() for weight in model.parameters())
+    assert results["parameters"] == results["network"]["parameters"] == parameters
+    assert results["network"]["family"] == "resnet18-cifar"
+    assert results["network"]["layers"] == 21
     assert results["data"] == {
         "source": "bundled", "train_images": 20, "held_out_images": 10, "test_images": 10,
         **test.describe(),

@@ -18,7 +18,7 @@ import numpy as np
 
 from common.command.arguments import DEFAULT_DATA_DIR
 from common.command.cli import UserError, log
-from common.images.cifar10 import CLASSES, IMAGE_SIZE
+from common.images.cifar10 import CLASSES, IMAGE_SIZE, MEAN, STD
 from common.images.decoding import decode_images, resize_pixels
 from common.images.download import BATCHES_FOLDER, CIFAR100_FOLDER, download_cifar10
 from common.images.folders import folder_source, has_image_folders
@@ -136,10 +136,10 @@ def batches_source(
         labels = np.asarray(dataset.targets, dtype=np.int64)
         return Split(labels, lambda indices: resize_pixels(dataset.data[indices], sizing))
 
-    if kind is CIFAR10:
-        return Source("cifar10", f"CIFAR-10 in {data_dir}", open_split, height=sizing.height)
-    classes = tuple(load("test").classes)
-    return Source("cifar100", f"CIFAR-100 in {data_dir}", open_split, classes, sizing.height)
+    classes = CLASSES if kind is CIFAR10 else tuple(load("test").classes)
+    description = f"CIFAR-{len(classes)} in {data_dir}"
+    name = kind.__name__.lower()
+    return Source(name, description, open_split, classes, sizing.height, MEAN, STD)
 
 
 # --- bundled images ------------------------------------------------------------------------------
@@ -171,4 +171,5 @@ def bundled_source(size: SizeRequest = OWN_SIZE) -> Source:
 
         return Split(labels, read)
 
-    return Source("bundled", "the bundled JPEG images", open_split, height=sizing.height)
+    description = "the bundled JPEG images"
+    return Source("bundled", description, open_split, CLASSES, sizing.height, MEAN, STD)

@@ -1,10 +1,9 @@
-"""Distillation: a compressed network learns to answer as the network that it was made from.
+"""Distillation: a compressed network learns to imitate the network that it was made from.
 
-The teacher's logits say how alike the classes are. They still do where images are shifted, bent and
-pasted into one another, and no labels are needed (Hinton et al., 2015,
+The student learns the teacher's logits on augmented images, without labels (Hinton et al., 2015,
 https://arxiv.org/abs/1503.02531; Beyer et al., 2022, https://arxiv.org/abs/2106.05237). On images
-that the teacher was trained on they say little more than the class, so the student imitates the
-outputs of the teacher's blocks, too (Romero et al., 2015, https://arxiv.org/abs/1412.6550).
+that the teacher was trained on, its logits say little more than the class, so the student also
+learns the outputs of the teacher's blocks (Romero et al., 2015, https://arxiv.org/abs/1412.6550).
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from training.recipe import Recipe
 Channels = Mapping[str, torch.Tensor]
 
 TEMPERATURE = 3.0
+SMALLEST_SQUARE = 1e-6  # lower bound of the mean square that a block's error is divided by
 # A student starts close to its teacher. A higher learning rate first undoes what the repair of
 # removed channels has achieved, and so do batch norms that follow each batch.
-SMALLEST_SQUARE = 1e-6  # least mean square that a block's error is relative to
 RECIPE = Recipe(
     epochs=1, batch_size=64, learning_rate=5e-5, warmup=0.1, optimizer="adam", weight_decay=0.0,
     cutmix=0.5, jitter=0.5, hold_statistics=True,
@@ -42,7 +41,7 @@ RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Training:
-    """What compressed networks learn from.
+    """Training data of compressed networks.
 
     Attributes:
         images: Training images, on the device to train on; their labels are not used.
@@ -73,14 +72,12 @@ def distill(
     precision: str | None = None,
     channels: Channels = MappingProxyType({}),
 ) -> None:
-    """Train ``student`` (changed in place, left in eval mode) to answer as the teacher does.
-
-    Its weights that are zero stay zero.
+    """Train a student to imitate its teacher; weights that are zero stay zero.
 
     Args:
-        student: In any mode, on any device; moved to the images' device. It has the teacher's
-            modules, whose layers may have fewer channels.
-        teacher: In eval mode, on the images' device.
+        student: Network to train in place; moved to the images' device, left in eval mode. It has
+            the teacher's modules, whose layers may have fewer channels.
+        teacher: Network to imitate, in eval mode, on the images' device.
         training: Images to learn from.
         seed: Seed of order and augmentation.
         learning_rate: Highest learning rate; the other settings are the recipe's.
@@ -136,13 +133,13 @@ def hold_zeros(layers: Mapping[str, nn.Module]) -> Callable[[nn.Module], None]:
 def imitation_loss(
     student: nn.Module, teacher: nn.Module, blocks: Mapping[str, torch.Tensor | None]
 ) -> Iterator[Loss]:
-    """Provide the loss: how far the student is from the teacher, in its blocks and logits.
+    """Provide the loss: divergence of the logits, and error of the outputs of some modules.
 
     Args:
         student: Network that learns.
         teacher: Network to imitate.
-        blocks: Names of the modules whose outputs to imitate, and which of the teacher's channels
-            the student's outputs are; None for all.
+        blocks: For each of these modules: the indices of the teacher's channels that the student
+            has, or None where it has all of them.
     """
     given: dict[str, torch.Tensor] = {}
     wanted: dict[str, torch.Tensor] = {}
@@ -151,7 +148,7 @@ def imitation_loss(
         with torch.no_grad():
             answers = teacher(images)
         lost = divergence(logits, answers)
-        kept = {n: wanted[n] if c is None else wanted[n][:, c] for n, c in blocks.items()}
+        kept = {n: w if blocks[n] is None else w[:, blocks[n]] for n, w in wanted.items()}
         return lost + block_error(given, kept) if kept else lost
 
     with _recorded(student, blocks, given), _recorded(teacher, blocks, wanted):
