@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import argument_types, arguments, cli
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "int8_runtimes"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "int8_runtimes"
 
 
 def build_parser() -> argparse.ArgumentParser:

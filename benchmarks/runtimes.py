@@ -1,7 +1,6 @@
-"""How each runtime comes to its model of the same weights, from the same calibration images.
+"""Runtimes with models of the same weights, made with the same calibration images.
 
-Every function returns a :class:`Runtime`: what maps normalised images to logits, at as many threads
-as torch has, and how many bytes the model takes on disk.
+All run on as many threads as torch has.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from quantization.int8.engines.onnx_engines import openvino_programs
 from quantization.int8.network import Int8Network
 
 OURS, SLIM = "int8-", "-slim"  # parts of rows' names
+ONNXRUNTIME_FILE = "onnxruntime_int8.onnx"
 CALIBRATION_BATCH = 64
 BYTES_PER_WEIGHT = 4
 GEMM_SIZES = (512, 1024, 2048)
@@ -52,7 +52,7 @@ class Runtime:
 
 
 def has_packages(names: tuple[str, ...], row: str) -> bool:
-    """Return whether packages are installed; says in one line which row is left out if not."""
+    """Return whether packages are installed; if not, log which row is left out."""
     missing = " ".join(name for name in names if not importlib.util.find_spec(name))
     if missing:
         log.warning("left out %s: pip install %s", row, missing)
@@ -63,7 +63,7 @@ def has_packages(names: tuple[str, ...], row: str) -> bool:
 
 
 def torch_fp32(network: Network) -> Runtime:
-    """FP32 at its best in torch."""
+    """FP32 on torch's fastest path."""
     weights = sum(x.weight.numel() + x.bias.numel() for x in network.layers.values())
     return Runtime(engines.fp32_runner(network), BYTES_PER_WEIGHT * weights)
 
@@ -98,7 +98,7 @@ def onnxruntime_own(network: Network, calibration: ImageSet, folder: Path) -> Ru
             images, _ = next(self._batches, (None, None))
             return None if images is None else {"images": images.contiguous().numpy()}
 
-    fp32, path = folder / "fp32.onnx", folder / "onnxruntime_int8.onnx"
+    fp32, path = folder / "fp32.onnx", folder / ONNXRUNTIME_FILE
     export_onnx(network, fp32)
     with _quiet_logging():
         ort.quantize_static(
@@ -153,11 +153,11 @@ def _quiet_logging() -> Iterator[None]:
         logging.disable(level)
 
 
-# --- the yardstick -------------------------------------------------------------------------------
+# --- reference rate ------------------------------------------------------------------------------
 
 
 def measure_gemm_rate() -> float:
-    """Return the INT8 multiply-accumulates a second of large square u8·s8 products in oneDNN."""
+    """Return the multiply-accumulates a second of large square uint8·int8 products in oneDNN."""
     rates = []
     for size in GEMM_SIZES:
         weight = torch.randint(-127, 128, (size, size), dtype=torch.int8)
@@ -165,7 +165,7 @@ def measure_gemm_rate() -> float:
         matrix = torch.randint(0, 256, (size, size), dtype=torch.uint8)
         scales, zeros = torch.full((size,), 1e-3), torch.zeros(size, dtype=torch.int64)
 
-        def multiply(_: torch.Tensor, args: tuple = (matrix, 1.0, 0, packed, scales, zeros)):
+        def multiply(images: torch.Tensor, args=(matrix, 1.0, 0, packed, scales, zeros)):
             return torch.ops.onednn.qlinear_pointwise(
                 *args, None, 1.0, 0, torch.uint8, "none", [], ""
             )

@@ -36,9 +36,8 @@ def describe(
     Args:
         runtimes: Runtimes by name.
         accuracies: Top-1 accuracy of each, a fraction.
-        timings: From :func:`common.measure.latency.time_interleaved`.
-        macs: Multiply-accumulates for an image in the ``dense`` network and, if any, the ``slim``
-            one.
+        timings: Result of :func:`common.measure.latency.time_interleaved`.
+        macs: Multiply-accumulates of the ``dense`` and, if any, the ``slim`` network for an image.
         gemm_rate: Multiply-accumulates a second of an INT8 matrix product.
     """
     ours = {n: t for n, t in timings.items() if n.startswith(OURS) and not n.endswith(SLIM)}
@@ -64,7 +63,7 @@ def describe(
 
 
 def label(name: str) -> str:
-    """Name a runtime for people."""
+    """Return a runtime's name as tables and plots show it."""
     if name in LABELS:
         return LABELS[name]
     engine = name.removeprefix(OURS)
@@ -88,6 +87,7 @@ def tell(results: dict) -> Story:
         for row in runtimes[BEST]
     )
     gemm_rate = results["gemm_macs_per_second"] / 1e9
+    doubts = report.explain_doubt([{"latency": results["rows"]}])
     note = (
         "Size in MB, top-1 in %; in brackets % of the rate of a large INT8 matrix product, "
         f"{gemm_rate:.0f} GMAC/s."
@@ -97,13 +97,13 @@ def tell(results: dict) -> Story:
         report.describe_setting(results),
         [
             Headline(
-                f"{row['images_per_second']:,.0f} images/s",
+                f"{row['images_per_second']:,.0f}{report.doubt(row)} images/s",
                 f"at batch {row['batch_size']}: {label(row['same_as'])}",
             )
             for row in runtimes[BEST]
         ],
         [
-            Table("", _columns(runtimes), [*runtimes.items()], note),
+            Table("", _columns(runtimes), [*runtimes.items()], note + doubts),
             f"Fastest engine at batch: {best}.",
         ],
         {PLOT: "Images a second at each batch size."},
@@ -116,7 +116,8 @@ def _columns(runtimes: Mapping[str, Sequence[dict]]) -> list[Column]:
         return lambda runtime: runtime[1][index]
 
     def show_speed(row: dict) -> str:
-        return f"{row['images_per_second']:.0f} ({100 * row['share_of_gemm_rate']:.0f})"
+        rate = f"{row['images_per_second']:.0f}{report.doubt(row)}"
+        return f"{rate} ({100 * row['share_of_gemm_rate']:.0f})"
 
     return [
         Column("images/s at batch", lambda runtime: label(runtime[0])),
@@ -144,7 +145,8 @@ def plot(results: dict, path: Path) -> None:
         positions = np.arange(len(sizes)) + (index - (len(shown) - 1) / 2) * width
         shade = shades.get(name) or (report.RED if name.endswith(SLIM) else next(blues))
         bars = axis.bar(positions, speeds, width * 0.94, color=shade, label=label(name))
-        axis.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=2, fontsize=6.8)
+        labels = [f"{row['images_per_second']:.0f}{report.doubt(row)}" for row in everything[name]]
+        axis.bar_label(bars, labels, padding=2, fontsize=6.8)
     ceiling = results["gemm_macs_per_second"] / results["macs_per_image"]
     axis.axhline(ceiling, color="#444444", lw=1, ls="--")
     axis.annotate(
@@ -154,9 +156,10 @@ def plot(results: dict, path: Path) -> None:
     axis.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
     environment = results["environment"]
     axis.set(
-        title=f"INT8 on {environment['cpu']}, {environment['threads']} threads",
+        title=f"INT8 on {environment['cpu']}, {report.counted(environment['threads'], 'thread')}",
         ylabel="images a second",
     )
     axis.margins(x=0.01, y=0.3)
     axis.legend(loc="upper left", ncols=4, fontsize=8.5)
+    report.mark_doubt(figure, [{"latency": results["rows"]}])
     report.save_figure(figure, path)

@@ -1,0 +1,3 @@
+"""What the scripts share."""
+
+__version__ = "1.0.0"

@@ -26,6 +26,7 @@ from common.images.sources import open_chosen_source
 from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import WEIGHTS_NAME, find_weights, load_network
 from common.network.layouts import Statistics
+from common.network.size import describe_network
 from common.network.tracing import Traced, trace
 
 
@@ -73,13 +74,7 @@ class Inputs:
 
     def describe_network(self) -> dict:
         """Return results.json's ``network``."""
-        network = self.traced.network
-        return {
-            "family": self.family,
-            "layers": len(network.graph.layers),
-            "macs": sum(network.macs.values()),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-        }
+        return describe_network(self.family, self.model, self.traced.network)
 
     def identify(self) -> dict[str, str]:
         """Return checksums, named for the user."""

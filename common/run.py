@@ -25,9 +25,9 @@ def start_run(
     """Join the processes that share the run; the first of them opens the output folder.
 
     Args:
-        device: Asked for; each process takes its own GPU.
-        output_dir: Of the results.
-        overwrite: Replace those of an earlier run.
+        device: Chosen device; each process takes its own GPU.
+        output_dir: Folder of the results.
+        overwrite: Whether to replace the results of an earlier run.
 
     Yields:
         The processes, and the folder: None in all but the first.

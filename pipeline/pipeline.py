@@ -4,10 +4,10 @@
     python pipeline.py --max-drop 0.005 --for size
     python pipeline.py --data-dir ~/cifar10 --finetune-epochs 2
 
-Three answers: the smallest file (channels that hold many weights removed, INT8 levels chosen for
-their bits), the fastest network (channels that take many multiply-adds removed), and the one that
-is both. One half of the test images chooses, the other half measures what was written, as a fresh
-process reads it back.
+Three answers. ``size`` is the smallest file: channels that hold many weights are removed, and INT8
+levels are chosen for their bits. ``speed`` is the fastest network: channels that take many
+multiply-adds are removed. ``both`` is small and fast. One half of the test images chooses; the
+other half measures what was written, read back by a fresh process.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import fraction, image_count, list_of, one_of, positive_int
+from common.command.argument_types import accuracy_loss, image_count, list_of, one_of, positive_int
 from pipeline import GOALS
 from quantization.settings import ENGINES
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pipeline"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "pipeline"
 PLOT = "frontier.png"
 NEEDED_FLAGS = {"--finetune-images": "--finetune-epochs"}
 
@@ -31,26 +31,29 @@ NEEDED_FLAGS = {"--finetune-images": "--finetune-epochs"}
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = arguments.make_parser(__doc__)
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
-    parser.set_defaults(test_images="all")  # half of 2,000 would choose by luck
     asked = parser.add_argument_group("the question")
     asked.add_argument(
-        "--max-drop", type=fraction, metavar="D", default=0.01,
-        help="accuracy that may be lost against the dense network, as a fraction",
+        "--max-drop", type=accuracy_loss, metavar="D", default=0.01,
+        help="accuracy that may be lost against the given network, as a fraction: 0.01 is a point",
     )  # fmt: skip
     asked.add_argument(
         "--for", dest="goals", type=list_of(one_of(*GOALS)), metavar="GOAL,...",
-        default=list(GOALS), help=f"what to find: {', '.join(GOALS)}",
+        default=list(GOALS),
+        help="what to find: size, the smallest file; speed, the fastest network; both, one that is "
+        "small and fast",
     )  # fmt: skip
     asked.add_argument(
         "--finetune-epochs", type=positive_int, metavar="N",
-        help="train slim networks too, for N epochs, to answer as the dense one does (long)",
+        help="also train narrower networks for N epochs, without labels, to answer as the given "
+        "network does (long)",
     )  # fmt: skip
     asked.add_argument(
         "--finetune-images", type=image_count, metavar="N|all", default="all",
         help="training images for --finetune-epochs",
     )  # fmt: skip
-    asked.add_argument("--engine", choices=ENGINES, help="INT8 kernels; by default the fastest")
+    asked.add_argument(
+        "--engine", choices=ENGINES, help="INT8 kernels; by default the fastest here"
+    )
     asked.add_argument(
         "--resume", action="store_true",
         help="continue a run that was stopped, if checkpoint, images and settings are the same",
@@ -60,8 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="write each answer as ONNX too, and compare its predictions in ONNX Runtime",
     )  # fmt: skip
     arguments.add_check_argument(asked)
-    arguments.add_calibration_argument(asked, 1000, "to compress on, without their labels")
+    arguments.add_calibration_argument(
+        asked, 1000, "that channels and levels are chosen on, without labels"
+    )
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32], seconds=5.0)
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    parser.set_defaults(test_images="all")  # half of 2,000 would choose by luck
     return parser
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.report.results import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure
+from common.report.results import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    doubt,
+    mark_doubt,
+    new_figure,
+    save_figure,
+)
 from pipeline.story import label, size_of
 
 COLORS = {"int8": GREY, "size": BLUE, "speed": ORANGE, "both": GREEN}
@@ -23,6 +33,8 @@ def plot_frontier(results: dict, path: Path) -> None:
     fp32_bytes = results["models"][0]["size_bytes"]
     _plot(axes[0], results, lambda entry: fp32_bytes / size_of(entry))
     _plot(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"])
+    _plot_doubt(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"])
+    mark_doubt(figure, [*results["models"], *results["answers"]])
     axes[0].set(xscale="log", title="How small", xlabel="times smaller than the FP32 file")
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
     axes[0].set_xticks(ticks, [f"{tick}×" for tick in ticks])
@@ -47,6 +59,15 @@ def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> Non
             position(entry), change,
             yerr=[[100 * high + change], [-100 * low - change]], fmt="o", ms=8, capsize=4, lw=1.6,
             color=COLORS[entry["name"]], label=label(entry["name"], coded),
+        )  # fmt: skip
+
+
+def _plot_doubt(axis: object, results: dict, position: Callable[[dict], float]) -> None:
+    """Put a question mark beside what was timed while the machine was busy."""
+    for entry in [*results["models"], *results["answers"]]:
+        axis.annotate(
+            doubt(entry["latency"][-1]), (position(entry), -100 * entry["comparison"]["drop"]),
+            xytext=(9, 7), textcoords="offset points", color=RED, fontweight="bold",
         )  # fmt: skip
 
 

@@ -87,6 +87,7 @@ def _speedups(measured: Mapping[str, dict], goal: str) -> list[dict]:
             "batch_size": answer["batch_size"],
             "over_fp32": fp32["median_ms"] / answer["median_ms"],
             "over_int8": int8["median_ms"] / answer["median_ms"],
+            "noisy": fp32["noisy"] or int8["noisy"] or answer["noisy"],
         }
         for fp32, int8, answer in zip(*latencies, strict=True)
     ]

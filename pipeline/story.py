@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from common.report.loading import how_to_load
 from common.report.results import (
     accuracy_columns,
     at_batch_sizes,
@@ -11,20 +12,16 @@ from common.report.results import (
     counted,
     describe_given,
     describe_setting,
+    doubt,
+    explain_doubt,
     format_change,
     format_cost,
     network_name,
     percent,
 )
-from common.report.story import Column, Facts, Headline, Story, Table
+from common.report.story import Column, Headline, Story, Table
+from pipeline import GOALS
 
-LABELS = {
-    "fp32": "dense FP32",
-    "int8": "dense INT8",
-    "size": "smallest",
-    "speed": "fastest",
-    "both": "both",
-}
 CAPTIONS = {
     "frontier.png": "Accuracy against size and speed: the answers with their 95 % intervals, and, "
     "small, what was tried on the images that choose.",
@@ -45,6 +42,7 @@ def tell(results: dict) -> Story:
             size_table(results),
             speed_table(results),
             *advise(results),
+            *how_to_load(results["artifacts"]),
         ],
         CAPTIONS,
         format_cost(results),
@@ -55,7 +53,7 @@ def _headline(answer: dict) -> Headline:
     change = format_change(answer["comparison"])
     return Headline(
         f"{answer['size_ratio']:.1f}× smaller",
-        f"{LABELS[answer['name']]}; as fast as FP32 at its best: "
+        f"{answer['name']}; as fast as FP32 at its best: "
         f"{at_batch_sizes(answer['speedup'], 'over_fp32')}; {change.points} points, 95 % interval "
         f"{change.low} to {change.high}" + ("" if answer["within_budget"] else "; not within the "
         "budget"),
@@ -64,7 +62,9 @@ def _headline(answer: dict) -> Headline:
 
 def label(name: str, coded: bool) -> str:
     """Name a row; a network that was read from a coded file is not called dense."""
-    return LABELS[name].removeprefix("dense ") if coded else LABELS[name]
+    if name in GOALS:
+        return name
+    return name.upper() if coded else f"dense {name.upper()}"
 
 
 def _label_column(results: dict, heading: str) -> Column:
@@ -83,8 +83,8 @@ def size_table(results: dict) -> Table:
     columns = [
         _label_column(results, ""),
         Column("MB", size_of, lambda size_bytes: f"{size_bytes / 1e6:.2f}"),
-        Column("smaller", lambda entry: fp32["size_bytes"] / size_of(entry), "{:.1f}×".format),
-        Column("than given", lambda entry: given / size_of(entry), "{:.1f}×".format),
+        Column("smaller", _compressed(lambda e: fp32["size_bytes"] / size_of(e)), "{:.1f}×".format),
+        Column("than given", _compressed(lambda e: given / size_of(e)), "{:.1f}×".format),
         *accuracy_columns(),
         *change_columns(),
         Column("MACs", lambda entry: entry.get("macs_kept", 1), lambda share: percent(share, 0)),
@@ -103,45 +103,58 @@ def speed_table(results: dict) -> Table:
     columns = [_label_column(results, "ms at")]
     for index, timing in enumerate(fp32["latency"]):
         columns += [
-            Column(f"batch {timing['batch_size']}", _median(index), "{:.1f}".format),
-            Column("as fast", _speedup(fp32, index), "{:.1f}×".format),
+            Column(f"batch {timing['batch_size']}", _timing(index), _show_median),
+            Column("as fast", _compressed(_timing(index)), _show_speedup(timing)),
         ]
-    note = "Medians of one call on a batch; as fast: as FP32 at its best. Models took turns."
-    return Table("How fast", columns, [*results["models"], *results["answers"]], note)
+    rows = [*results["models"], *results["answers"]]
+    note = (
+        "Medians of one call on a batch; as fast: as FP32 at its best. Models took turns."
+        + explain_doubt(rows)
+    )
+    return Table("How fast", columns, rows, note)
 
 
-def _median(index: int) -> Callable[[dict], float]:
-    return lambda entry: entry["latency"][index]["median_ms"]
+def _compressed(value: Callable[[dict], object]) -> Callable[[dict], object]:
+    """Leave the row of FP32 empty: it is what the others are compared with."""
+    return lambda entry: None if entry["name"] == "fp32" else value(entry)
 
 
-def _speedup(fp32: dict, index: int) -> Callable[[dict], float]:
-    return lambda entry: _median(index)(fp32) / _median(index)(entry)
+def _timing(index: int) -> Callable[[dict], dict]:
+    return lambda entry: entry["latency"][index]
 
 
-def advise(results: dict) -> list[Facts | str]:
-    """Say which file to ship, how to load it, and what is not within the budget."""
-    answers = results["answers"]
+def _show_median(timing: dict) -> str:
+    return f"{timing['median_ms']:.1f}{doubt(timing)}"
+
+
+def _show_speedup(fp32: dict) -> Callable[[dict], str]:
+    return lambda own: f"{fp32['median_ms'] / own['median_ms']:.1f}×{doubt(fp32, own)}"
+
+
+def advise(results: dict) -> list[str]:
+    """Say which file to ship and why, and what the images leave open."""
+    answers, max_drop = results["answers"], results["budget"]["max_drop"]
     within = [answer for answer in answers if answer["within_budget"]]
     parts = [
-        f"{LABELS[answer['name']]}: not within the budget; {answer['file']} is the nearest found."
+        f"{answer['name']}: not within the budget; {answer['file']} is the nearest found."
         for answer in answers
         if not answer["within_budget"]
     ]
     if within:
-        best = next((a for a in within if a["name"] == "both"), within[0])
-        parts += [
-            f"Ship {best['file']}: {best['size_ratio']:.1f}× smaller than FP32, "
+        best, reason = choose_to_ship(within)
+        parts.append(
+            f"Ship {best['file']}: {reason}. It is {best['size_ratio']:.1f}× smaller than FP32, "
             f"{best['size_ratio_given']:.1f}× smaller than the given file; as fast as "
             f"{label('int8', results['weights']['coded'])}: "
-            f"{at_batch_sizes(best['speedup'], 'over_int8')}.",
-            Facts(
-                "Load it, in this repository",
-                {
-                    "import": "from quantization import load_int8",
-                    "load": f'model = load_int8(folder / "{best["file"]}")',
-                },
-            ),
-        ]
+            f"{at_batch_sizes(best['speedup'], 'over_int8')}."
+        )
+    parts += [
+        f"{answer['name']}: on {counted(answer['accuracy']['total'], 'image')} a loss of up to "
+        f"{100 * answer['comparison']['ci95'][1]:.2f} points cannot be excluded, more than the "
+        "budget. More test images would tell."
+        for answer in within
+        if answer["comparison"]["ci95"][1] > max_drop
+    ]
     parts += [
         f"{answer['onnx']['file']} in ONNX Runtime: the same class on "
         f"{percent(answer['onnx']['agreement'])} of the images."
@@ -149,3 +162,35 @@ def advise(results: dict) -> list[Facts | str]:
         if "onnx" in answer
     ]
     return parts
+
+
+def choose_to_ship(within: Sequence[dict]) -> tuple[dict, str]:
+    """Return the answer to ship, and why: ``both``, unless another one is smaller and better.
+
+    Args:
+        within: Answers within the budget, one at least.
+    """
+    both = next((answer for answer in within if answer["name"] == "both"), within[0])
+
+    def is_better(answer: dict) -> bool:
+        return (
+            answer["file_bytes"] < both["file_bytes"]
+            and answer["comparison"]["drop"] <= both["comparison"]["drop"]
+        )
+
+    if better := min(filter(is_better, within), key=size_of, default=None):
+        return better, f"it is smaller than {both['file']} and loses no more"
+    if len(within) == 1:
+        return both, "it is the only answer within the budget"
+    others = {answer["name"]: answer for answer in within if answer is not both}
+    pieces = []
+    if "size" in others:
+        more = both["file_bytes"] / others["size"]["file_bytes"]
+        pieces.append(f"{more:.2f} times the bytes of {others['size']['file']}")
+    if "speed" in others:
+        now, least = (answer["latency"][-1] for answer in (both, others["speed"]))
+        pieces.append(
+            f"{now['median_ms'] / least['median_ms']:.2f}{doubt(now, least)} times the time of "
+            f"{others['speed']['file']} at batch {now['batch_size']}"
+        )
+    return both, f"it takes {' and '.join(pieces)}"

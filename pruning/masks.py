@@ -1,4 +1,8 @@
-"""Masks of L1 unstructured pruning: exactly those of ``torch.nn.utils.prune``."""
+"""Masks of L1 unstructured pruning: exactly those of ``torch.nn.utils.prune``.
+
+L2 would give the same masks: the norm of a single weight is its magnitude in both, so both rank
+weights alike. They differ only where whole channels are ranked.
+"""
 
 from __future__ import annotations
 

@@ -23,9 +23,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import fraction, image_count, list_of, name, positive_int
+from common.command.argument_types import (
+    accuracy_loss,
+    fraction,
+    image_count,
+    list_of,
+    name,
+    positive_int,
+)
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "pruning"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "pruning"
 # Images in a batch. Small batches keep the activations of all variants in a CPU's cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
 NEEDED_FLAGS = {
@@ -45,8 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
         f"A batch is {CPU_BATCH_SIZE} images on a CPU, where the activations of all variants then\n"
         f"stay in the cache, and {GPU_BATCH_SIZE} on a GPU, unless --batch-size says otherwise.",
     )
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
-    parser.set_defaults(batch_size=None)
     scanning = parser.add_argument_group("sensitivity scan")
     amounts = scanning.add_mutually_exclusive_group()
     amounts.add_argument(
@@ -55,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     amounts.add_argument(
         "--amounts", type=list_of(fraction), metavar="A,...",
-        help="several fractions: adds a curve a layer and a heat map",
+        help="several fractions; adds a plot of all of them",
     )  # fmt: skip
     scanning.add_argument(
         "--layers", type=list_of(name), metavar="NAME,...",
@@ -63,8 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     scanning.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="bf16: on a CPU, run variants in it and close cases again in FP32; auto: where bf16 "
-        "is faster",
+        help="arithmetic of the scan; bf16: decides close cases again in FP32; auto: bf16 on CPUs "
+        "where it is faster",
     )  # fmt: skip
     scanning.add_argument(
         "--resume", action="store_true",
@@ -72,37 +77,40 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     scanning.add_argument(
         "--verify", action="store_true",
-        help="scan and search by brute force too (slow); fail if more than 1 in 1,000 predictions "
-        "differ",
+        help="repeat scan and search by brute force (slow); fail if more than 1 in 1,000 "
+        "predictions differ",
     )  # fmt: skip
     searching = parser.add_argument_group("search over the linear layers")
     searching.add_argument(
-        "--tolerance", type=fraction, metavar="T", default=0.02,
-        help="accuracy that may be lost, as a fraction",
+        "--tolerance", type=accuracy_loss, metavar="T", default=0.02,
+        help="accuracy that may be lost, as a fraction: 0.01 is one point",
     )  # fmt: skip
     _add_model_search_arguments(parser.add_argument_group("search over many layers together"))
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    parser.set_defaults(batch_size=None)
     return parser
 
 
 def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--scope", choices=("linear", "conv", "all", "channels"),
-        help="search how far these layers can be pruned together, within --tolerance; the saved "
-        "model is then the sparsest one found; channels: how many multiply-adds can go by removing "
-        "whole channels, which makes the network faster",
+        help="search how far these layers can be pruned together within --tolerance, and save the "
+        "sparsest network found. channels: search how many multiply-adds can go by removing whole "
+        "channels, which makes the network faster",
     )  # fmt: skip
     group.add_argument(
         "--remove-macs", type=fraction, metavar="F",
-        help="with --scope channels: do not search, remove this fraction of the multiply-adds",
+        help="with --scope channels: remove this fraction of the multiply-adds instead of "
+        "searching",
     )  # fmt: skip
     group.add_argument(
         "--recalibrate-bn", action="store_true",
-        help="adds a row with batch-norm statistics re-estimated on training images after pruning",
+        help="add a row: batch-norm statistics re-estimated on training images after pruning",
     )  # fmt: skip
     group.add_argument(
         "--finetune-epochs", type=positive_int, metavar="N",
-        help="adds a row: the best of the others trained for N epochs, its zeros held, at its own "
-        "sparsity and at higher ones for as long as they are within --tolerance",
+        help="add a row: the best network found, trained for N epochs with its zeros kept, then at "
+        "higher sparsities for as long as it stays within --tolerance",
     )  # fmt: skip
     group.add_argument(
         "--finetune-images", type=image_count, metavar="N|all", default="all",

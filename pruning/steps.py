@@ -16,7 +16,8 @@ from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.execution import Network
 from common.network.tracing import trace_network
-from pruning.alone.linear import Head, search_linear
+from pruning.alone.head import Head
+from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
 from pruning.channels import search as channels
 from pruning.channels.speed import measure_models
@@ -67,7 +68,7 @@ def prune_linear(
     expected = _classes_from_features(trace_network(reloaded, images.shape), head, scanned.features)
     predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
     confirmed = saved.confirm(scanned.dense_correct, expected == labels, predictions == labels)
-    sparse = f"{100 * saved.TIMED_AMOUNT:g} % zeros everywhere"
+    sparse = f"{100 * saved.TIMED_AMOUNT:g} % zeros in every layer"
     kept_last = {  # kernels take the same time whichever weights are zero
         name: torch.arange(weight.numel()).view_as(weight) >= saved.TIMED_AMOUNT * weight.numel()
         for name, weight in scan.weights.items()

@@ -1,4 +1,8 @@
-"""INT8 for the CPU: ``from quantization import load_int8``, from the repository's root."""
+"""INT8 for the CPU: ``from quantization import load_int8``.
+
+Python finds it in the repository's root, with PYTHONPATH=/path/to/repository from anywhere, or
+after ``pip install .``.
+"""
 
 from __future__ import annotations
 

@@ -18,11 +18,20 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "quantization":  # imported from its own folder, where it hides the package
+    raise ImportError(f"this is the script; for the package set PYTHONPATH={sys.path[0]}")
 from common.command import arguments, cli
-from common.command.argument_types import AtMost, fraction, list_of, number, one_of, positive_int
+from common.command.argument_types import (
+    AtMost,
+    accuracy_loss,
+    list_of,
+    number,
+    one_of,
+    positive_int,
+)
 from quantization.settings import ENGINES, OBSERVERS
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "quantization"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "quantization"
 RANGES_PLOT, DIAGNOSIS_CSV = "ranges.png", "diagnosis.csv"
 NEEDED = {  # flags that do nothing without others
     "--held-out-images": "--max-drop",
@@ -33,28 +42,28 @@ NEEDED = {  # flags that do nothing without others
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = arguments.make_parser(__doc__)
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     quantizing = parser.add_argument_group("quantization")
     quantizing.add_argument(
         "--engines",
         type=list_of(one_of(*ENGINES, "auto")),
         metavar="NAME,...",
-        help=f"INT8 kernels to compare: {', '.join(ENGINES)}; the first makes the headline. auto: "
-        "all that suit this CPU, the fastest makes it (default: fbgemm, or qnnpack where torch has "
-        "no fbgemm)",
+        help=f"INT8 kernels to compare: {', '.join(ENGINES)}; the first is the headline. auto: all "
+        "that suit this CPU, of which the fastest is the headline (default: fbgemm, or qnnpack "
+        "where torch has no fbgemm)",
     )
     arguments.add_calibration_argument(quantizing)
     quantizing.add_argument(
         "--observer",
         choices=OBSERVERS,
         default="histogram",
-        help="how ranges follow from what calibration sees",
+        help="how the range of a value follows from the calibration images",
     )
     quantizing.add_argument(
         "--reduce-range",
         choices=("auto", "on", "off"),
         default="auto",
-        help="7-bit activations; auto: where sums of 8-bit products saturate (x86 without VNNI)",
+        help="use 7 of the 8 bits of activations; auto: where the CPU's sums of 8-bit products "
+        "overflow (x86 without VNNI)",
     )
     quantizing.add_argument(
         "--export-onnx",
@@ -66,40 +75,41 @@ def build_parser() -> argparse.ArgumentParser:
     budget = parser.add_argument_group("accuracy")
     budget.add_argument(
         "--max-drop",
-        type=fraction,
+        type=accuracy_loss,
         metavar="F",
-        help="accuracy that INT8 may lose, such as 0.005, with a standard error to spare: corrects "
-        "what costs no time, then returns layers to FP32, worst first; exit code 3 where the "
-        "budget cannot be met",
+        help="accuracy that INT8 may lose, as a fraction: 0.005 is half a point. Tries corrections "
+        "that cost no time, then returns layers to FP32, worst first, until the loss and one "
+        "standard error are within it; exit code 3 where they cannot be",
     )
     budget.add_argument(
         "--held-out-images",
         type=positive_int,
         metavar="N",
         default=AtMost(1400),
-        help="training images that decide for --max-drop; none of the calibration images",
+        help="training images, other than the calibration images, on which --max-drop decides",
     )
     budget.add_argument(
         "--diagnose",
         action="store_true",
-        help="measure what quantizing each layer costs: noise, and accuracy",
+        help="measure the noise and the loss of accuracy that quantizing each layer causes",
     )
     coding = parser.add_argument_group("coding")
     coding.add_argument(
         "--bits-per-weight",
         type=number(0.1, 8.0, "a number of bits from 0.1 to 8"),
         metavar="B",
-        help="write the network coded, in a file of about so many bits for each weight: each "
-        "weight becomes the INT8 level that costs least in error and bits",
+        help="also write a coded file of about B bits for each weight: the INT8 levels that cost "
+        "least in error and bits, compressed",
     )
     coding.add_argument(
         "--coding-images",
         type=positive_int,
         metavar="N",
         default=AtMost(2000),
-        help="training images to code on, without their labels",
+        help="training images, without labels, that --bits-per-weight uses",
     )
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32, 128], seconds=5.0)
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     return parser
 
 

@@ -56,7 +56,7 @@ def without_times(results: object) -> object:
     """Drop what differs between two runs of one thing: times, memory, how and where they ran."""
     varying = {
         "latency", "speedup", "speedup_over_nchw", "wall_seconds", "peak_memory_bytes", "seconds",
-        "brute_force_seconds",
+        "brute_force_seconds", "noisy", "made",
         "output_dir", "resume", "json", "quiet", "overwrite",
     }  # fmt: skip
     if isinstance(results, dict):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cifar import image_set, normalize
 from hypothesis import settings
 from PIL import Image
 from processes import undisturbed
@@ -21,7 +22,7 @@ from resnet18 import ResNet18, Widths, weight_modules
 from torch.nn.utils import prune
 
 from common.images.cifar10 import CLASSES
-from common.images.data import ImageSet, normalize
+from common.images.data import ImageSet
 from common.network.checkpoint import save_checkpoint
 from common.network.execution import Network
 from common.network.tracing import trace_network
@@ -81,7 +82,7 @@ def random_images() -> Callable[..., ImageSet]:
         colours = torch.randint(0, 192, (count, 3, 1, 1), dtype=torch.uint8, generator=generator)
         noise = torch.randint(0, 64, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
         images = colours + noise
-        return ImageSet(images, torch.arange(count) % 10)
+        return image_set(images, torch.arange(count) % 10)
 
     return make
 

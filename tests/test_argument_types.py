@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from common.command.argument_types import (
     MAX_BATCH_SIZE,
     MAX_THREADS,
+    accuracy_loss,
     batch_size,
     fraction,
     image_count,
@@ -36,6 +37,7 @@ from common.command.argument_types import (
         (fraction, "0", 0.0),
         (fraction, "1", 1.0),
         (fraction, "2.5e-1", 0.25),
+        (accuracy_loss, "0.499", 0.499),
         (image_count, "all", None),
         (image_count, "10000", 10_000),
         (list_of(fraction), "0.5, 0.9,0.5", [0.5, 0.9]),
@@ -74,6 +76,7 @@ def test_values(parse, text, value):
         (batch_size, ["0", "4097"]),
         (positive_float, ["0", "-1", "nan", "inf", "", "much", "1e999"]),
         (fraction, ["-0.1", "1.0001", "nan", "inf", "-inf", "half", "", "50%"]),
+        (accuracy_loss, ["0.5", "1", "2", "-0.01", "nan", "1%"]),
         (image_count, ["0", "ALL", "", "-3"]),
         (list_of(fraction), ["", "0.5,", "0.5;0.6"]),
         (list_of(name), ["", "conv1,", "linear, ,"]),
@@ -85,6 +88,18 @@ def test_values_out_of_range(parse, texts):
         with pytest.raises(argparse.ArgumentTypeError) as error:
             parse(text)
         assert str(error.value).startswith(repr(text.rpartition(",")[2]))
+
+
+def test_points_and_percentages_are_told_what_to_write():
+    for parse, text, message in (
+        (accuracy_loss, "1", "'1' is not below 0.5; it is a fraction: one point is 0.01"),
+        (accuracy_loss, "1%", "'1%': write 0.01"),
+        (fraction, "12.5%", "'12.5%': write 0.125"),
+        (fraction, "120%", "'120%' is not a fraction between 0 and 1"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            parse(text)
+        assert str(error.value) == message
 
 
 @given(st.text(max_size=12))

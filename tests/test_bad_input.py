@@ -468,7 +468,7 @@ def test_unfinished(row, script, folder, tiny_weights, monkeypatch):
     argv = ["--bundled", "--test-images", 120, "--output-dir", folder]
     argv += ["--train-images", 30, "--batch-size", 10] if script is training else []
     argv += ["--held-out-images", 10] if script is training else ["--weights", tiny_weights]
-    argv += ["--calibration-images", 10, "--max-drop", 0.5] if script is pipeline else []
+    argv += ["--calibration-images", 10, "--max-drop", 0.49] if script is pipeline else []
     if "other settings" in row:
         with monkeypatch.context() as patch:
             patch.setattr(OutputFolder, "keep_unfinished", keep_a_piece_and_stop)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from common.measure.evaluate import predict
-from common.network.cascade import BATCH_SIZE, Classifier, Fp32Recheck
+from common.network.cascade import Fp32Recheck
+from common.network.classifier import BATCH_SIZE, Classifier
 from common.network.tracing import trace_network
 
 COUNT = 2 * BATCH_SIZE + 7

@@ -9,11 +9,11 @@ import pytest
 import torch
 from check_page import check_page
 from check_results import check_model_search, check_results
+from cifar import image_set, normalize
 from processes import run_here
-from resnet18 import BLOCKS, ResNet18, Widths, weight_modules
+from resnet18 import ResNet18, Widths, weight_modules
 
 from common.command.cli import UserError
-from common.images.data import ImageSet, normalize
 from common.measure.evaluate import Accuracy
 from common.network.checkpoint import load_model
 from common.network.size import count_macs
@@ -37,7 +37,7 @@ def scan(tiny_model, random_images):
     images = random_images(120, seed=5).images
     with torch.no_grad():
         labels = tiny_model(normalize(images)).argmax(1)
-    return Scan(tiny_model, ImageSet(images, labels), ["linear"], [0.5], 16, False)
+    return Scan(tiny_model, image_set(images, labels), ["linear"], [0.5], 16, False)
 
 
 def prepare(scan, calibration, **choices):
@@ -58,7 +58,6 @@ def test_as_many_multiply_adds_go_as_asked_for(scan, random_images):
     for share in (0.25, 0.5):
         slim = search.prune(Method(RECONSTRUCTED, False), share)
         assert macs(slim) <= (1 - share) * macs(scan.model)
-        assert len(slim.layer1[0].conv2.weight) == len(scan.model.layer1[0].conv2.weight)
         assert not slim.training
 
 
@@ -76,7 +75,7 @@ def test_what_is_not_possible_is_told_before_the_scan(tiny_model, monkeypatch):
 def test_a_network_as_narrow_as_can_be_has_a_curve(scan, random_images, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "SECONDS_PER_BATCH_SIZE", 0.01)
     monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
-    narrow = ResNet18(Widths(scan.model.widths.stages, (1,) * len(BLOCKS))).eval()
+    narrow = ResNet18(Widths((1,) * 4)).eval()
     search = prepare(replace(scan, model=narrow), random_images(4))
     assert search.curve == (0.0,)
     assert search.prune(Method(RECONSTRUCTED, False), 0.0) is narrow
@@ -92,7 +91,7 @@ def test_a_run_on_a_slim_checkpoint_ends_in_a_slimmer_one(tiny_state, tmp_path, 
     torch.save(tiny_state, weights)
     done = run_here(
         main, "--bundled", "--threads", "1", "--test-images", "20", "--layers", "linear",
-        "--weights", weights, "--scope", "channels", "--tolerance", "0.5", "--remove-macs",
+        "--weights", weights, "--scope", "channels", "--tolerance", "0.49", "--remove-macs",
         "0.1", "--report", "--output-dir", folder, "--overwrite",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -136,7 +135,6 @@ def test_the_slim_network_is_written_timed_and_told(scan, random_images, tmp_pat
         for name, layer in weight_modules(slim).items()
         if len(layer.weight) < len(dense[name].weight)
     }
-    assert set(narrower) <= {f"{block}.conv1" for block in BLOCKS}
     models = told["slim"]["models"]
     assert [model["name"] for model in models] == [
         "dense fp32", "dense int8", "slim fp32", "slim int8",

@@ -142,7 +142,7 @@ def test_no_encoding_ends_a_run(encoding):
     )
     assert done.returncode == 0
     if encoding == "ascii":
-        assert done.stdout == "\\xd7 \\u2013 \\u2500\n"
+        assert (done.stdout, done.stderr) == ("x - -\n", "warning: caf\\xe9\n")
 
 
 def test_closed_streams_end_no_run():
@@ -178,6 +178,17 @@ def test_interrupted_while_torch_imports_numpy():
         "os._exit(9)  # the signal was lost"
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_threads_that_wait_spin_briefly_unless_the_user_says_otherwise():
+    show = "cli.import_torch(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    unset = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for chosen, count in (
+        ({}, cli.SPIN_COUNT),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ):
+        assert run(show, env=unset | chosen).stdout == f"{count}\n"
 
 
 def test_importing_what_answers_help_is_cheap():
@@ -225,6 +236,16 @@ def test_messages_go_to_stderr(quiet, capsys):
     warned = "warning: a risk\\x1b[2J\n"
     expected = warned if quiet else f"a note on café\n{warned}"
     assert capsys.readouterr() == ("", expected)
+
+
+def test_progress_fits_80_columns_of_a_log(capsys, monkeypatch):
+    monkeypatch.setattr(tqdm.std, "time", itertools.count(step=60).__next__)
+    cli.set_up_messages(quiet=False)
+    list(
+        cli.progress(range(5), "evaluate a network of a rather long name, once more", unit="image")
+    )
+    lines = capsys.readouterr().err.split("\r")
+    assert 70 < max(map(len, lines)) < 80
 
 
 @pytest.mark.parametrize("quiet", [False, True])

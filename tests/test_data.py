@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cifar import image_set, normalize, source
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -16,7 +17,7 @@ from common.command.argument_types import AtMost
 from common.command.cli import UserError, set_up_messages
 from common.images import data, storage
 from common.images.cifar10 import MEAN, STD
-from common.images.data import ImageSet, balanced_subset, batches, load_images, normalize
+from common.images.data import balanced_subset, load_images
 from common.images.source import Source, Split
 from common.images.storage import allocate
 
@@ -66,8 +67,8 @@ def test_unbalanced_classes_are_told(capsys):
     set_up_messages(quiet=False)
     labels = np.repeat([0, 1], [30, 10])
     read = lambda indices: np.zeros((len(indices), 3, 4, 4), np.uint8)  # noqa: E731
-    source = Source("folder", "a test", lambda split: Split(labels, read), ("cat", "dog"))
-    load_images(source, "test", 20, seed=0)
+    images_of = source(lambda split: Split(labels, read), ("cat", "dog"))
+    load_images(images_of, "test", 20, seed=0)
     assert capsys.readouterr().err == (
         "the classes have from 10 (dog) to 30 (cat) test images; subsets keep their proportions\n"
     )
@@ -79,7 +80,7 @@ def test_what_does_not_fit_in_memory_lies_in_a_file(monkeypatch):
     mapped = allocate((10, 3, 8, 8))
     assert isinstance(mapped, np.memmap)
     mapped[:] = np.arange(10, dtype=np.uint8)[:, None, None, None]
-    images = ImageSet(torch.from_numpy(mapped), torch.arange(10))
+    images = image_set(torch.from_numpy(mapped), torch.arange(10))
     for rows in (torch.tensor([7, 2, 2, 9, 0, 1]), torch.arange(10) % 2 == 0):
         chosen = images.rows(rows)
         assert torch.equal(chosen.images[:, 0, 0, 0].long(), images.labels[rows])
@@ -87,7 +88,7 @@ def test_what_does_not_fit_in_memory_lies_in_a_file(monkeypatch):
 
 
 def test_blue_first():
-    images = ImageSet(torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8), torch.zeros(2))
+    images = image_set(torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8), torch.zeros(2))
     swapped = replace(images, channel_order="bgr")
     assert torch.equal(
         swapped.normalize(swapped.images), images.normalize(images.images)[:, [2, 1, 0]]
@@ -114,8 +115,8 @@ def test_a_subset_is_shuffled_within_its_classes():
 
 def test_whole_splits_and_halves_are_shuffled_too():
     read = lambda indices: indices[:, None, None, None] * np.ones((1, 3, 1, 1), np.int64)  # noqa: E731
-    source = Source("folder", "a test", lambda split: Split(by_class(20), read))
-    whole = load_images(source, "test", None, seed=0)
+    images_of = source(lambda split: Split(by_class(20), read))
+    whole = load_images(images_of, "test", None, seed=0)
     for images in (whole, *map(whole.rows, whole.halves(0))):
         assert all(len(images.labels[i : i + 20].unique()) == 10 for i in range(0, 100, 20))
 
@@ -129,7 +130,7 @@ def test_balanced_subset_depends_on_the_seed():
 def test_halves(labels, seed):
     # Pixels that tell which image it is.
     images = torch.arange(len(labels))[:, None, None, None].expand(-1, 3, 1, 1)
-    whole = ImageSet(images, torch.from_numpy(labels))
+    whole = image_set(images, torch.from_numpy(labels))
     first, second = map(whole.rows, whole.halves(seed))
     ids = [half.images[:, 0, 0, 0].tolist() for half in (first, second)]
     assert sorted(ids[0] + ids[1]) == list(range(len(labels)))
@@ -147,7 +148,7 @@ def test_one_image_has_no_halves(random_images):
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 64])
 def test_batches_yield_each_image_once_in_order(random_images, batch_size):
     dataset = random_images(20)
-    images, labels = zip(*batches(dataset, batch_size), strict=True)
+    images, labels = zip(*dataset.batches(batch_size), strict=True)
     assert max(map(len, labels)) == min(batch_size, 20)
     assert torch.equal(torch.cat(images), normalize(dataset.images))
     assert torch.equal(torch.cat(labels), dataset.labels)
@@ -158,7 +159,7 @@ def counted_source(count: int, asked: list[np.ndarray]) -> Source:
         asked.append(indices)
         return indices.astype(np.uint8)[:, None, None, None] * np.ones((1, 3, 32, 32), np.uint8)
 
-    return Source("folder", "a test", lambda split: Split(np.arange(count) % 10, read))
+    return source(lambda split: Split(np.arange(count) % 10, read))
 
 
 def test_load_images_reads_only_what_is_asked_for():

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cifar import image_set, normalize
 from resnet18 import ResNet18, Widths
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from common.command.cli import UserError
 from common.images import data
-from common.images.data import ImageSet, normalize
+from common.images.data import ImageSet
 from common.machine import device
 from common.measure.evaluate import predict
-from common.network.cascade import Cascade, Classifier, Fp32Recheck
+from common.network.cascade import Cascade, Fp32Recheck
+from common.network.classifier import Classifier
 from common.network.tracing import trace_network
 from pruning.alone.walk import PrunedVariants, Walk
 from training.loop.augment import make_batch, plan_epoch
@@ -106,7 +108,7 @@ def imagined() -> Iterator[tuple[ResNet18, ImageSet]]:
             labels = torch.empty(64, dtype=torch.int64)
         normalize(images)  # whose constants go to the GPU once
         with torch.inference_mode():
-            yield model, ImageSet(images, labels)
+            yield model, image_set(images, labels)
     data._on_device.cache_clear()
 
 

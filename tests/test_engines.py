@@ -10,12 +10,12 @@ import warnings
 
 import pytest
 import torch
+from cifar import image_set
 from every_kind import EveryKind
 from torch import nn
 
 from common.command import cli
 from common.command.cli import UserError
-from common.images.data import ImageSet
 from common.machine import device
 from common.measure.latency import Timing
 from common.network.execution import Layer
@@ -80,7 +80,7 @@ NETWORKS = {"every kind": EveryKind, "residual": Residual, "mobile": Mobile}
 def make_images(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 3, 12, 12), dtype=torch.uint8, generator=generator)
-    return ImageSet(pixels, torch.arange(count) % 5, tuple("abcde"))
+    return image_set(pixels, torch.arange(count) % 5, classes=tuple("abcde"))
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cifar import normalize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from common.images.data import normalize
 from common.measure.evaluate import (
     Accuracy,
     compare,
@@ -181,14 +181,14 @@ def test_memory_does_not_grow_with_the_images():
 import sys
 import torch
 sys.path.append("tests")
+from cifar import image_set
 from common.machine.device import peak_memory_bytes
-from common.images.data import ImageSet
 from common.measure.evaluate import predict
 from resnet18 import ResNet18, Widths
 
 torch.set_num_threads(1)
 model = ResNet18(Widths((4, 8, 8, 8))).eval()
-images = ImageSet(torch.zeros(4000, 3, 32, 32, dtype=torch.uint8), torch.zeros(4000).long())
+images = image_set(torch.zeros(4000, 3, 32, 32, dtype=torch.uint8), torch.zeros(4000).long())
 predict(model, images.rows(slice(64)), 64)
 before = peak_memory_bytes()
 predict(model, images, 64)

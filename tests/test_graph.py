@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.network.graph import ADD, Graph, Operation, evaluate, in_execution_order
+from common.network.graph import ADD, Graph, Operation, evaluate
+from common.network.tracing import in_execution_order
 
 
 def diamond() -> list[Operation]:

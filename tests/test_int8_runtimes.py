@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cifar import normalize
 from resnet18 import ResNet18, Widths, weight_modules
 
 from benchmarks import int8_runtimes, runtimes, runtimes_report
-from common.images.data import normalize
 from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.settings import TORCH_ENGINES

@@ -134,6 +134,7 @@ def test_median_and_interquartile_range(clock):
     assert timings["steady"] == [Timing(2, 2.0, 0.0, 1000.0, 7)]
     assert timings["slow"][0].as_dict() == {
         "batch_size": 2, "median_ms": 4.0, "iqr_ms": 3.0, "images_per_second": 500.0, "rounds": 7,
+        "noisy": True,
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from common.files.output import OutputFolder
 from common.report.page import REPORT_NAME, render, write_page
+from common.report.results import DOUBT
 from common.report.story import Column, Facts, Headline, Story, Table
 from pipeline.story import tell as tell_pipeline
 from pruning.report.story import tell as tell_pruning
@@ -32,25 +33,31 @@ COMMON = {
     "environment": {
         "torch": "2", "vnni": True, "threads": 1, "cpu": "a CPU", "device": "cpu",
     },
-    "network": {"family": "resnet18-cifar"},
+    "network": {"family": "resnet18-cifar", "macs": 555422720},
     "weights": {
         "source": "bundled", "sha256": "ab12", "size_bytes": 22_440_000, "coded": False,
     },
     "data": {"source": "folder", "test_images": 10000, "calibration_images": 512},
+    "made": {
+        "date": "2026-01-02T03:04:05+00:00", "version": "1.2.3", "commit": "abcdef012345",
+        "packages": {"torch": "2.14.1", "numpy": "2.4"},
+    },
     "wall_seconds": 61.7,
     "peak_memory_bytes": None,
     "artifacts": {"model": "m.safetensors", "plots": ["another.png", "overview.png"]},
 }  # fmt: skip
-LATENCY = [{"batch_size": 32, "median_ms": 12.34, "images_per_second": 2593.2}]
+LATENCY = [{"batch_size": 32, "median_ms": 12.34, "images_per_second": 2593.2, "noisy": False}]
 INT8 = {
     "name": "int8", "engine": "fbgemm", "size_bytes": 11_250_000, "accuracy": accuracy(90),
     "latency": LATENCY, "int8_operations": [{"name": "conv1"}],
     "fp32_operations": [{"name": "layer1.0.conv1"}],
     "comparison": {
         "size_ratio": 0.25, "size_ratio_given": 0.5, "accuracy": COMPARISON,
-        "speedup": [{"batch_size": 1, "value": 1.5}, {"batch_size": 32, "value": 2.75}],
+        "speedup": [{"batch_size": 1, "value": 1.5, "noisy": False},
+                    {"batch_size": 32, "value": 2.75, "noisy": False}],
     },
-    "speedup_over_nchw": [{"batch_size": 1, "value": 3.5}, {"batch_size": 32, "value": 4.25}],
+    "speedup_over_nchw": [{"batch_size": 1, "value": 3.5, "noisy": False},
+                          {"batch_size": 32, "value": 4.25, "noisy": False}],
 }  # fmt: skip
 QUANTIZATION = COMMON | {
     "models": [
@@ -85,7 +92,8 @@ PRUNING = COMMON | {
         "sparsity": 0.82399, "macs_kept": 0.31, "accuracy": accuracy(89), "comparison": COMPARISON,
         "pruned_bytes": 40_000_000, "pruned_compressed_bytes": 5_000_000,
         "dense_compressed_bytes": 30_000_000,
-        "latency": [{"batch_size": 1, "median_ms": 3.0}, {"batch_size": 1, "median_ms": 4.0}],
+        "latency": [{"batch_size": 1, "median_ms": 3.0, "noisy": False},
+                    {"batch_size": 1, "median_ms": 4.0, "noisy": False}],
     },
 }  # fmt: skip
 PIPELINE = COMMON | {
@@ -99,8 +107,8 @@ PIPELINE = COMMON | {
         {"name": "both", "file": "both.safetensors", "file_bytes": 900_000, "size_ratio": 50.0,
          "size_ratio_given": 24.9, "accuracy": accuracy(89), "macs_kept": 0.51,
          "comparison": COMPARISON, "latency": LATENCY, "within_budget": False,
-         "speedup": [{"batch_size": 1, "over_fp32": 7.25, "over_int8": 1.5},
-                     {"batch_size": 32, "over_fp32": 8.5, "over_int8": 1.5}]},
+         "speedup": [{"batch_size": 1, "over_fp32": 7.25, "over_int8": 1.5, "noisy": False},
+                     {"batch_size": 32, "over_fp32": 8.5, "over_int8": 1.5, "noisy": False}]},
     ],
 }  # fmt: skip
 ALWAYS = (
@@ -108,6 +116,8 @@ ALWAYS = (
     "ResNet18 (CIFAR layout)", "10,000 test images (folder), 1 thread, a CPU", "took 62 s",
     "-3.12", "-7.00 to +1.10", "The given file takes 22.44 MB",
     "results.json, m.safetensors, another.png, overview.png",
+    "555,422,720", "2026-01-02T03:04:05+00:00", "1.2.3", "abcdef012345", "torch 2.14.1, numpy 2.4",
+    "m.safetensors: from quantization import load_int8",
 )  # fmt: skip
 
 
@@ -123,7 +133,8 @@ ALWAYS = (
          ["pruned", "91.00 %", "conv1", "≈", "82.3 %", "Linear layers: none at the end",
           "The whole network: the largest sparsity within 2 points", "sensitivity", "31 %",
           "tuned", "1 image with one standard error", "(1 epoch)", "-3.1 ±4.0",
-          "6.0× smaller than dense", "4.5× smaller than the given file", "4 ms for 1 image,"]),
+          "6.0× smaller than dense", "4.5× smaller than the given file",
+          "For 1 image the pruned network took 4 ms, the network as given 3 ms"]),
         (tell_pipeline, PIPELINE,
          ["At most 1 point lost", "50.0× smaller", "7.25× at batch 1, 8.50× at batch 32",
           "both: not within the budget; both.safetensors", "0.90", "51 %", "12.3", "24.9×"]),
@@ -143,6 +154,37 @@ def test_console_and_page_tell_the_same(tell, results, told, tmp_path):
             assert " ".join(cell.split()) in console
             assert cell in page.text
     assert max(map(len, story.text(tmp_path).splitlines()[:-1])) < 80
+
+
+def with_noise(value: object) -> object:
+    if isinstance(value, dict):
+        changed = {"noisy": True} if "noisy" in value else {}
+        return {name: with_noise(inner) for name, inner in value.items()} | changed
+    return [with_noise(inner) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    ("tell", "results", "told"),
+    [
+        (tell_quantization, QUANTIZATION,
+         ["1.50×? at batch 1, 2.75×? at batch 32", "3.50×?, 4.25×?", "2,593?", DOUBT]),
+        (tell_pruning, PRUNING, ["took 4? ms"]),
+        (tell_pipeline, PIPELINE, ["7.25×? at batch 1", "12.3?", "1.0×?", DOUBT]),
+    ],
+)  # fmt: skip
+def test_noisy_timings_are_doubted_beside_each_figure(tell, results, told):
+    noisy = with_noise(results)
+    page = check_page(render(tell(noisy), noisy, {}))
+    for piece in told:
+        assert piece in page.text
+    assert "?" not in check_page(render(tell(results), results, {})).text
+
+
+def test_fp32_is_not_compared_with_itself():
+    size, speed = (part for part in tell_pipeline(PIPELINE).parts if isinstance(part, Table))
+    fp32 = dict(zip(size.headings, size.cells[0], strict=True))
+    assert (fp32["smaller"], fp32["than given"], fp32["points"]) == ("", "", "")
+    assert speed.cells[0] == ["dense FP32", "12.3", ""]
 
 
 def test_a_coded_file_is_not_called_dense():

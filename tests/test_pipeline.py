@@ -9,12 +9,12 @@ import pytest
 import torch
 from check_page import check_page
 from check_results import check_results, without_times
+from cifar import normalize
 from printed import read_table, shows
 from processes import REPOSITORY, run_here
 from resnet18 import Widths
 
 from common.files.output import UNFINISHED_NAME
-from common.images.data import normalize
 from common.network.checkpoint import load_model
 from common.search.trials import run_trials
 from pipeline import answers
@@ -46,7 +46,7 @@ def _few_trials():
 def finished(tiny_weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     process = run_here(
-        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.6", "--report", "--export-onnx",
+        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.49", "--report", "--export-onnx",
         "--write-check", "--output-dir", folder, reads_back_here=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -82,8 +82,7 @@ def test_every_number_is_that_of_results_json(finished):
     told, given = process.stdout, results["weights"]["size_bytes"]
     fp32, *others = [*results["models"], *results["answers"]]
     first, *rows = read_table(told, " " * len("dense FP32"))
-    ratio = given / fp32["size_bytes"]
-    assert shows(" ".join(first[1:]), fp32["size_bytes"] / 1e6, 1, ratio,
+    assert shows(" ".join(first[1:]), fp32["size_bytes"] / 1e6,
                  100 * fp32["accuracy"]["value"], 100)  # fmt: skip
     for row, entry in zip(rows, others, strict=True):
         size_bytes = entry.get("file_bytes", entry.get("size_bytes"))
@@ -98,7 +97,11 @@ def test_every_number_is_that_of_results_json(finished):
         times = [
             number
             for dense, own in zip(fp32["latency"], entry["latency"], strict=True)
-            for number in (own["median_ms"], dense["median_ms"] / own["median_ms"])
+            for number in (
+                [own["median_ms"]]
+                if entry is fp32
+                else [own["median_ms"], dense["median_ms"] / own["median_ms"]]
+            )
         ]
         assert shows(" ".join(row[1:]), *times), row
 
@@ -165,7 +168,7 @@ def test_trained_networks_are_slimmer_and_are_coded_too(tiny_weights, tmp_path, 
     """Not asked for both: speed's networks are trained, and coded for size."""
     monkeypatch.setattr(answers, "TRAINED_SHARE", 1.0)  # what passes may be coded
     process = run_here(
-        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.6", "--for", "size,speed",
+        main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.49", "--for", "size,speed",
         "--finetune-epochs", "1", "--finetune-images", "40", "--output-dir", tmp_path / "out",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -183,7 +186,7 @@ def test_trained_networks_are_slimmer_and_are_coded_too(tiny_weights, tmp_path, 
 
 def test_a_killed_run_goes_on_where_it_was(finished, tiny_weights, tmp_path, monkeypatch):
     """Stopped before the second goal, resumed: the first goal's networks are not made again."""
-    run = [*QUICK, "--weights", tiny_weights, "--max-drop", "0.6", "--for", "size,speed"]
+    run = [*QUICK, "--weights", tiny_weights, "--max-drop", "0.49", "--for", "size,speed"]
 
     def stop(*_):
         raise KeyboardInterrupt

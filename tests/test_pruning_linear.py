@@ -9,16 +9,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common.network.tracing import trace_network, weight_layers
+from pruning.alone.head import AMOUNTS_OF_SEVERAL, Head, sweep_single
 from pruning.alone.linear import (
-    AMOUNTS_OF_SEVERAL,
     SPLITS,
-    Head,
     LinearSearch,
     binary_search,
     repeat_on_halves,
     required_correct,
     search_linear,
-    sweep_single,
 )
 
 

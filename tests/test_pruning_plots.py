@@ -24,3 +24,25 @@ def test_amounts_that_differ_in_any_digit_have_plots_of_their_own(monkeypatch):
         f"sensitivity_{amount}_sorted.png" for amount in told
     ]
     assert len(names) == len(set(names))
+
+
+def test_the_answer_is_rounded_down_and_no_label_lies_on_its_line(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    amounts = [0.5, 0.75, 0.875, 0.96, 0.99669]
+    plots.plot_search(
+        {
+            "layers": ["linear"], "tolerance": 0.02, "dense": {"value": 0.92},
+            "max_amount": 0.99669, "exhaustive_max_amount": 0.99669,
+            "curve": [[level / 1000, 0.92 - 0.0001 * level] for level in range(1001)],
+            "steps": [{"amount": a, "accuracy": {"value": 0.91}, "kept": True} for a in amounts],
+        },
+        tmp_path / "plot.png",
+    )  # fmt: skip
+    (figure,) = figures
+    whole, near = figure.axes
+    assert whole.get_title(loc="left") == "99.66 % of the weights of the linear layer can go"
+    assert [text.get_text() for text in whole.texts] == ["1", "2", "3", "4"]
+    assert not near.texts
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"found 99.66 %", "largest of all amounts 99.66 %"} <= set(told)

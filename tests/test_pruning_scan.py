@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torchvision
+from cifar import image_set, normalize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from resnet18 import ResNet18, Widths, weight_modules
@@ -13,7 +14,6 @@ from torch import nn
 
 from common.command.cli import UserError
 from common.files.output import OutputFolder
-from common.images.data import ImageSet, normalize
 from common.network import cascade
 from common.network.branching import branch_logits, start_values
 from common.network.execution import Layer
@@ -48,7 +48,7 @@ def make_model(seed, stage_channels=(4, 8, 8, 8)):
 def make_images(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return ImageSet(images, torch.randint(0, 10, (count,), generator=generator))
+    return image_set(images, torch.randint(0, 10, (count,), generator=generator))
 
 
 def plain_correct(model, dataset, layer, amount):
@@ -197,7 +197,7 @@ def test_close_bf16_predictions_are_decided_in_fp32(monkeypatch, second_look):
     model = make_close_model(images)
     with torch.inference_mode():
         classes = pruned_copy(model, {"conv1": 0.9})(normalize(images)).argmax(dim=1)
-    dataset = ImageSet(images, classes)
+    dataset = image_set(images, classes)
     result = run(model, dataset, [0.9], True, ["conv1"], batch_size=32)
     assert bool(result.correct[0.9, "conv1"].all()) == second_look
     assert result.recheck.predictions == 96

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from check_results import check_pruning
+from cifar import image_set
 from torch import nn
 
-from common.images.data import ImageSet
 from pruning.alone.brute_force import verify
 from pruning.alone.scan import Scan, run_scan
 from pruning.files import saved
@@ -19,7 +19,7 @@ def make_scan(*modules):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), *modules).eval()
     pixels = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8)
-    images = ImageSet(pixels, torch.zeros(60, dtype=torch.int64))
+    images = image_set(pixels, torch.zeros(60, dtype=torch.int64))
     with torch.no_grad():
         images.labels[:] = model(images.normalize(pixels)).argmax(1)
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -51,7 +51,7 @@ def run(scan, tmp_path):
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
     monkeypatch.setattr(saved, "time_zeros", lambda models, images: [
-        {"name": name, "batch_size": 16, "median_ms": 1.0} for name in models
+        {"name": name, "batch_size": 16, "median_ms": 1.0, "noisy": False} for name in models
     ])  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def test_several_linear_layers(tmp_path):
     text = story.tell(results).text(tmp_path)
     assert "Linear layers: binary search within 5 points of dense" in text
     assert "where the linear layers hold 94.2" in text
-    assert "What the search found\n  found" in text
+    assert "\nLargest amount found: " in text
+    assert "How sure that is\n  saved model" in text
     assert (tmp_path / "linear_search.png").exists()
 
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from check_results import check_model_search, check_results
+from cifar import normalize
 from processes import run_here
 from resnet18 import weight_modules
 from test_pruning import QUICK
 
-from common.images.data import normalize
 from common.measure.evaluate import Accuracy, Paired, predict
 from common.network.checkpoint import load_model
 from common.network.size import describe_layers

@@ -103,7 +103,7 @@ def test_a_budget_a_diagnosis_and_a_coded_file_in_one_run(tiny_weights, tmp_path
     coded = load_int8(folder / results["coding"]["file"])
     assert coded(torch.zeros(1, 3, 32, 32)).isfinite().all()
     for shown in (
-        "tried, on held-out training images", f"{restored} in FP32", "The smallest file",
+        "tried, on held-out training images", f"{restored} in FP32", "The coded file",
         "On held-out images the loss and one standard error", "(40 images",
     ):  # fmt: skip
         assert shown in " ".join(process.stdout.split())

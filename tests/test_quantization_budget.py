@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cifar import image_set
 from torch import nn
 
-from common.images.data import ImageSet
 from common.measure.evaluate import Accuracy, Comparison
 from common.search.budget import Verdict
 from quantization.accuracy import budget
@@ -111,7 +111,7 @@ def test_int8_must_leave_a_standard_error(monkeypatch, max_drop, passes):
     """10 of 1,000 images lost: 1 point, and a standard error of 0.31 points."""
     labels = torch.arange(1000) % 10
     pixels = labels.to(torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
-    images = ImageSet(pixels, labels, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    images = image_set(pixels, labels, mean=(0.0,) * 3, std=(1 / 255,) * 3)
 
     class LosesTen(ReadsLabels):
         seen = 0

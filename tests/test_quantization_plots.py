@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
+from cifar import image_set
 
-from common.images.data import ImageSet
 from common.network.execution import Layer
 from quantization.int8.conversion import observe
 from quantization.report import plots, ranges
@@ -34,7 +34,7 @@ def test_a_network_of_zeros_is_drawn_without_a_warning(tiny_network, tmp_path):
         }
     )
     labels = torch.zeros(2, dtype=torch.int64)
-    images = ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), labels, mean=(0.0, 0.0, 0.0))
+    images = image_set(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), labels, mean=(0.0, 0.0, 0.0))
     observation = observe(zeros, images, "histogram", 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cifar import image_set
 
 from common.command import cli
 from common.command.cli import UserError
-from common.images.data import ImageSet
 from common.measure import evaluate
 from common.measure.latency import Timing
 from quantization import steps
@@ -125,6 +125,6 @@ def test_sanity_of_fp32(random_images, caplog, right, warning):
     labels = torch.tensor([0] * right + [1] * (100 - right))
     with caplog.at_level(logging.WARNING, logger=cli.log.name):
         steps.warn_of_insane_fp32(
-            Certain(), ImageSet(images, labels), torch.zeros(100, dtype=torch.int64)
+            Certain(), image_set(images, labels), torch.zeros(100, dtype=torch.int64)
         )
     assert (warning in caplog.text) if warning else not caplog.records

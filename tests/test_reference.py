@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from cifar import image_set
 from every_kind import make_every_kind, make_images
 from torch import nn
 
-from common.images.data import ImageSet
 from common.network.tracing import trace_network
 from quantization.int8.conversion import convert, observe
 from quantization.int8.reference import ReferenceRunner
@@ -47,7 +47,7 @@ def test_a_convolution_and_a_linear_layer_by_hand():
     torch.manual_seed(0)
     network = trace_network(Two().eval(), (3, 8, 8))
     pixels = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
-    images = ImageSet(pixels, torch.zeros(8, dtype=torch.int64), tuple("abcde"))
+    images = image_set(pixels, torch.zeros(8, dtype=torch.int64), classes=tuple("abcde"))
     int8 = convert(observe(network, images, "minmax", 8), Settings())
     x = images.normalize(pixels)
     source, middle, last = int8.ranges["x"], int8.ranges["relu"], int8.ranges["fc"]

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import common
 from common.machine import device
 from common.machine.workers import ALONE
 from common.network.checkpoint import WeightsFile
+from common.report import provenance
+from common.report.provenance import find_commit
 from common.report.results import (
     BLUE,
     common_results,
     counted,
+    floor_factor,
     floor_percent,
     format_cost,
     megabytes,
@@ -63,6 +71,11 @@ def test_common_results(tmp_path):
     assert environment["cpu"]
     assert environment["device"] == "cpu"
     assert results["processes"] == 1
+    made = results["made"]
+    assert made["version"] == common.__version__
+    assert datetime.datetime.fromisoformat(made["date"]).utcoffset() == datetime.timedelta(0)
+    assert made["packages"]["numpy"] == np.__version__
+    assert made["commit"] == find_commit()
     assert json.loads(to_json(results)) == results
 
 
@@ -131,6 +144,8 @@ def test_a_table_keeps_every_cell(rows):
         (points(0), "+0.00"),
         (megabytes(44_776_525), "44.78 MB"),
         (floor_percent(0.99669), "99.66 %"),
+        (floor_factor(9.99), "9.9×"),
+        (floor_factor(1 / (1 - 0.9)), "10.0×"),
         (floor_percent(0.29), "29.00 %"),  # 100 × 0.29 is less than 29
         (counted(1, "image"), "1 image"),
         (counted(10_000, "image"), "10,000 images"),
@@ -140,6 +155,22 @@ def test_a_table_keeps_every_cell(rows):
 )
 def test_numbers(text, expected):
     assert text == expected
+
+
+def test_the_commit_is_told_where_git_knows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+    assert find_commit() is None  # no repository: not that of a folder above
+    run = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    run(["git", "init"])
+    (tmp_path / "file").write_text("one")
+    run(["git", "add", "file"])
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    run(["git", *author, "commit", "-m", "one"])
+    run(["git", *author, "tag", "-a", "v1", "-m", "v1"])
+    commit = find_commit()
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    (tmp_path / "file").write_text("two")
+    assert find_commit() == f"{commit}-dirty"
 
 
 def test_figures_need_no_display_and_repeat(tmp_path):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from cifar import normalize
 from resnet18 import ResNet18, Widths, fold_batch_norm, weight_modules
-
-from common.images.data import normalize
 
 
 def test_resnet18_has_the_published_size():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cifar import image_set
 
 from common.images.data import ImageSet
 from common.measure.evaluate import compare
@@ -23,7 +24,7 @@ def make_budget(count: int, max_drop: float) -> Budget:
     labels = torch.arange(count) % 10
     images = (labels * 20).to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
     dense_correct = torch.ones(count, dtype=torch.bool)
-    return Budget(max_drop, EvaluationSplit(ImageSet(images, labels), dense_correct))
+    return Budget(max_drop, EvaluationSplit(image_set(images, labels), dense_correct))
 
 
 class Reader:
@@ -92,4 +93,5 @@ def test_too_few_images_for_any_network_to_pass(random_images):
     assert "takes 100 test images, of which half choose, not 98" in why_too_strict(98, 0.02)
     assert why_too_strict(50, 0.02, held_out=True) is None
     assert "takes 50 held-out images, not 49" in why_too_strict(49, 0.02, held_out=True)
+    assert "to be within 1 point with" in why_too_strict(198, 0.01)
     assert "a budget of 0 points leaves" in why_too_strict(10_000, 0.0)

@@ -4,24 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cifar import normalize
 from processes import run_here, run_together
 from resnet18 import ResNet18, Widths
 from torch import nn
 
 from common.command.cli import UserError
-from common.files.untrusted import read_sealed, write_sealed
-from common.images.data import load_images, normalize
+from common.files.untrusted import read_untrusted
+from common.images.data import load_images
 from common.images.sources import bundled_source
 from common.machine.workers import Workers
 from common.measure.evaluate import measure_accuracy, predict
 from common.network import resnet
-from common.network.checkpoint import load_model
+from common.network.checkpoint import load_model, save_checkpoint
 from tests.check_results import check_results
 from tests.printed import read_table, shows
 from training.loop.fit import EpochSummary, fit
 from training.loop.state import TrainingState, make_optimizer
 from training.recipe import Recipe
-from training.record.epochs import CHECKPOINT_NAME, KIND, EpochRecorder
+from training.record.epochs import CHECKPOINT_NAME, EpochRecorder
 from training.record.measure import split_held_out
 from training.record.report import tell
 from training.training import main
@@ -212,9 +213,9 @@ def flip_bytes(path):
 
 def edit(change):
     def apply(path):
-        content = read_sealed(path, KIND)
+        content = read_untrusted(path)
         change(content)
-        write_sealed(content, KIND, path)
+        save_checkpoint(content, path)
 
     return apply
 
@@ -237,7 +238,7 @@ def put(name, value):
         (edit(lambda content: content["rows"].append(3)), "damaged"),
         (edit(lambda content: content["rows"][0].update(epoch=7)), "epochs are out of order"),
         (edit(lambda content: content.pop("rows")), "damaged \\('rows'\\)"),
-        (lambda path: torch.save([1], path), "not a file of the kind resnet18-cifar10-training"),
+        (lambda path: torch.save([1], path), "damaged"),
     ],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage, message, images, tmp_path):
@@ -273,7 +274,10 @@ def test_a_run_writes_weights_that_load_and_results_that_keep_the_contract(finis
     test = load_images(bundled_source(), "test", 10, seed=0)
     correct = int((predict(model, test) == test.labels).sum())
     assert correct == results["accuracy"]["correct"]
-    assert results["parameters"] == sum(weight.numel() for weight in model.parameters())
+    parameters = sum(weight.numel() for weight in model.parameters())
+    assert results["parameters"] == results["network"]["parameters"] == parameters
+    assert results["network"]["family"] == "resnet18-cifar"
+    assert results["network"]["layers"] == 21
     assert results["data"] == {
         "source": "bundled", "train_images": 20, "held_out_images": 10, "test_images": 10,
         **test.describe(),

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cifar import image_set, normalize
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.images.data import ImageSet, normalize
 from training.loop.augment import make_batch, plan_epoch
 from training.recipe import BUNDLED_RECIPE, Recipe
 
@@ -26,7 +26,7 @@ def images():
 def batch_of(images, recipe, rows=slice(0, 40), seed=0, epoch=0):
     labels = torch.arange(40) % 10
     plan = plan_epoch(40, 32, recipe, seed, epoch, CPU)
-    return plan, *make_batch(ImageSet(images, labels), images.permute(0, 2, 3, 1), plan, rows)
+    return plan, *make_batch(image_set(images, labels), images.permute(0, 2, 3, 1), plan, rows)
 
 
 def test_without_augmentation_a_batch_is_the_normalized_images(images):

@@ -1,6 +1,6 @@
-"""What a training run does, as plain values.
+"""Settings of a training run.
 
-Nothing here imports torch, so that the command line can show the defaults at once.
+This module does not import torch, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings that decide what is learned; seed and images aside.
+    """Settings that decide what is learned, apart from seed and images.
 
     Attributes:
         epochs: Passes over the training images.
-        batch_size: Images a step, over all processes together.
+        batch_size: Images in a step, over all processes together.
         learning_rate: Peak of the schedule.
         warmup: Fraction of all steps in which the learning rate rises.
         optimizer: ``sgd``, with Nesterov's momentum, or ``adam``.
-        momentum: Of SGD.
-        weight_decay: On weights only: biases and batch-norm tensors are left alone.
+        momentum: Momentum of SGD.
+        weight_decay: Decay of weights; biases and batch-norm tensors do not decay.
         label_smoothing: Probability spread over all classes.
         crop_padding: Largest shift of a random crop, in pixels.
-        flip: Mirror half of the images.
+        flip: Whether half of the images are mirrored.
         cutmix: Fraction of images of which a square shows another image of the batch.
-        jitter: Fraction of images that are turned, scaled and sheared a little, and of those whose
-            colours change.
-        hold_statistics: Batch norms go on normalising by the statistics that they came with.
-        precision: Of convolutions and products: ``fp32`` or ``bf16`` (autocast).
+        jitter: Fraction of images that are rotated, scaled and sheared a little, and of images
+            whose colours change.
+        hold_statistics: Whether batch norms keep their statistics and normalise by them.
+        precision: Precision of convolutions and products: ``fp32`` or ``bf16`` (autocast).
     """
 
     epochs: int
@@ -58,5 +58,5 @@ class Recipe:
         return self.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
 
 
-# Made the bundled weights: three such runs at once on one H100 took 8.5 minutes.
+# The recipe of the bundled weights. Three such runs at once on one H100 took 8.5 minutes.
 BUNDLED_RECIPE = Recipe(epochs=150, batch_size=512, learning_rate=0.4, cutmix=0.5, jitter=0.5)

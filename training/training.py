@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 4 training.py --data-dir ~/cifar10
 
 Some training images are held out, for choices among runs; the test images are used once, at the
-end. Writes resnet18_cifar10.pth, results.json that says how it was made, a CSV and a plot of the
-epochs. A checkpoint is written after each epoch: a run that was killed goes on with --resume.
+end. Writes resnet18_cifar10.pth, results.json with all settings, and a CSV and a plot of the
+epochs. A checkpoint is written after each epoch: --resume continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common.command import arguments, cli
 from common.command.argument_types import fraction, image_count, positive_float, positive_int
 from training.recipe import BUNDLED_RECIPE, Recipe
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "training"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "training"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     running = parser.add_argument_group("running")
     running.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished run in --output-dir"
+        "--resume", action="store_true", help="continue the unfinished run in --output-dir"
     )
     arguments.add_machine_arguments(running)
     arguments.add_output_arguments(parser.add_argument_group("outputs"), DEFAULT_OUTPUT_DIR)
@@ -61,7 +61,7 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         ("batch_size", positive_int, "images a step, over all processes together"),
         ("learning_rate", positive_float, "peak of the schedule"),
         ("cutmix", fraction, "fraction of images partly covered by another"),
-        ("jitter", fraction, "fraction of images bent, and of images recoloured"),
+        ("jitter", fraction, "fraction of images distorted, and of images recoloured"),
     ):
         flag, default = "--" + field.replace("_", "-"), getattr(BUNDLED_RECIPE, field)
         metavar = "N" if parse is positive_int else "X"
@@ -79,72 +79,67 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from common.images import data, sources
-    from common.machine import device
+    from common.machine.device import choose_device, set_up_cpu
     from common.network.resnet import ResNet, resnet18_shape
+    from common.network.size import describe_network
+    from common.network.tracing import trace_network
     from common.report.results import common_results
     from common.run import finish_run, print_results, start_run
     from training.loop.fit import choose_precision, fit
     from training.loop.state import TrainingState
     from training.record import epochs, measure, report
 
-    device.set_up_cpu(args.threads)
-    place = device.choose_device(args.device)
-    # On a CPU the choice is timed, and a run that is resumed could come to another.
-    precision = choose_precision(place) if place.type == "cuda" else "fp32"
+    set_up_cpu(args.threads)
+    device = choose_device(args.device)
+    # On a CPU the choice is timed, and a resumed run could choose another precision.
+    precision = choose_precision(device) if device.type == "cuda" else "fp32"
     recipe = Recipe(
         args.epochs, args.batch_size, args.learning_rate, cutmix=args.cutmix, jitter=args.jitter,
         precision=precision,
     )  # fmt: skip
-    with start_run(place, args.output_dir, args.overwrite) as (crew, folder):
-        with crew.one_a_machine_first():
+    with start_run(device, args.output_dir, args.overwrite) as (workers, folder):
+        with workers.one_a_machine_first():
             source = sources.open_chosen_source(args)
         images = data.load_images(
             source, "train", args.train_images, args.seed, flag="--train-images"
-        ).to(crew.device)
+        ).to(workers.device)
         train, held_out = measure.split_held_out(images, args.held_out_images)
-        # Not used before the end, but what is amiss with them must not cost the training.
+        # Used at the end only, but an error in them must not cost the training.
         test = data.load_images(source, "test", args.test_images, args.seed, flag="--test-images")
         data.check_disjoint(images, test, source.description)
         cli.log.info("images: %d to train on, %d held out, from %s",
                      len(train), len(held_out), source.description)  # fmt: skip
 
         torch.manual_seed(args.seed)
-        state = TrainingState.start(ResNet(resnet18_shape(len(train.classes))), recipe, crew.device)
-        identity = epochs.identify(recipe, args.seed, crew.count, train)
-        crew.require_same(identity)
-        kept = folder.keep_unfinished(identity, args.resume).folder if crew.is_first else None
-        recorder = epochs.EpochRecorder(
-            held_out, recipe.epochs, crew.broadcast(kept) / epochs.CHECKPOINT_NAME
-        )
+        shape = resnet18_shape(len(train.classes))
+        state = TrainingState.start(ResNet(shape), recipe, workers.device)
+        identity = epochs.identify(recipe, args.seed, workers.count, train)
+        workers.require_same(identity)
+        partial = folder.keep_unfinished(identity, args.resume).folder if workers.is_first else None
+        checkpoint = workers.broadcast(partial) / epochs.CHECKPOINT_NAME
+        recorder = epochs.EpochRecorder(held_out, recipe.epochs, checkpoint)
         if args.resume:
             recorder.resume(state)
-        crew.require_same({"what they resume from": data.checksum(state.tensors().values())})
-        fit(state, train, recipe, args.seed, crew, after_epoch=recorder if crew.is_first else None)
-        if not crew.is_first:
+        workers.require_same({"the resumed state": data.checksum(state.tensors().values())})
+        fit(state, train, recipe, args.seed, workers,
+            after_epoch=recorder if workers.is_first else None)  # fmt: skip
+        if not workers.is_first:
             return cli.EXIT_DONE
 
-        weights = save_weights(state.model, folder)
-        described = {"source": source.name, "train_images": len(train),
-                     "held_out_images": len(held_out), "test_images": len(test),
-                     **test.describe()}  # fmt: skip
-        results = common_results("training", args, crew, described, weights)
+        model = state.model.eval()
+        counts = {"train_images": len(train), "held_out_images": len(held_out)}
+        counts = {"source": source.name, **counts, "test_images": len(test), **test.describe()}
+        network = describe_network(shape.family, model, trace_network(model, train.shape))
+        results = common_results(
+            "training", args, workers, counts, report.save_weights(model, folder), network
+        )
         results["recipe"] = dataclasses.asdict(recipe)
-        results["parameters"] = sum(p.numel() for p in state.model.parameters())
-        results |= measure.describe_accuracy(state.model.eval(), held_out, test.to(crew.device))
+        results["parameters"] = network["parameters"]
+        results |= measure.describe_accuracy(model, held_out, test.to(workers.device))
         results["artifacts"] = report.save_epochs(recorder.rows, folder)
         told = finish_run(results, folder, started, report.tell, args.report)
     print_results(results, told, args.output_dir, args.json)
     return cli.EXIT_DONE
-
-
-def save_weights(model, folder) -> dict:
-    """Write the weights in the course's layout, a plain FP32 state dict; return ``weights``."""
-    from common.network.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
-
-    file = WeightsFile(folder.file(WEIGHTS_NAME), "this run")
-    state = model.state_dict()
-    save_checkpoint({name: value.cpu().contiguous() for name, value in state.items()}, file.path)
-    return file.describe()
 
 
 if __name__ == "__main__":

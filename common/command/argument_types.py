@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 MAX_THREADS = 1024  # far more of them crash the OpenMP runtime
+MAX_LOSS = 0.5  # whoever writes 1 for --max-drop means one point, not all images
 MAX_BATCH_SIZE = 4096  # peaks at 6 GB; far more, and the system kills the run
 
 Item = TypeVar("Item")
@@ -52,8 +53,29 @@ positive_int = integer(1, 10**18, "a positive integer")
 seed_int = integer(0, 2**32 - 1, "an integer of at least 0 and below 2^32")
 thread_count = integer(1, MAX_THREADS, f"a number of threads from 1 to {MAX_THREADS}")
 batch_size = integer(1, MAX_BATCH_SIZE, f"a number of images from 1 to {MAX_BATCH_SIZE}")
-fraction = number(0.0, 1.0, "a fraction between 0 and 1")
 positive_float = number(math.ulp(0.0), sys.float_info.max, "a number above 0")
+_number_to_one = number(0.0, 1.0, "a fraction between 0 and 1")
+
+
+def fraction(text: str) -> float:
+    """Parse a fraction; for a percentage, the message says what to write instead."""
+    try:
+        percentage = float(text.removesuffix("%")) if text.endswith("%") else math.nan
+    except ValueError:
+        percentage = math.nan
+    if 0 <= percentage <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r}: write {percentage / 100:.10g}")
+    return _number_to_one(text)
+
+
+def accuracy_loss(text: str) -> float:
+    """Parse the accuracy that may be lost. Half of all images and more is taken for points."""
+    value = fraction(text)
+    if value >= MAX_LOSS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not below {MAX_LOSS:g}; it is a fraction: one point is 0.01"
+        )
+    return value
 
 
 def image_count(text: str) -> int | None:

@@ -26,10 +26,10 @@ from common.command.argument_types import (
     seed_int,
     thread_count,
 )
-from common.command.cli import REPOSITORY
+from common.command.cli import WORKSPACE
 from common.images.normalisation import AUTO, NORMALISATIONS
 
-DEFAULT_DATA_DIR = REPOSITORY / "data"
+DEFAULT_DATA_DIR = WORKSPACE / "data"
 TEST_IMAGES, CALIBRATION_IMAGES = 2000, 512
 
 
@@ -60,6 +60,7 @@ def make_parser(script_doc: str | None, epilog: str | None = None) -> argparse.A
         lines = [line for line in script_doc.splitlines() if line.startswith("    ")]
         epilog = "\n".join(["examples:", *(f"  {line.split(' #')[0].strip()}" for line in lines)])
     return argparse.ArgumentParser(
+        usage="%(prog)s [flags]",  # argparse would list them all, above every error
         # The formatter keeps lines as they are, and those of a docstring may be longer than 80.
         description=textwrap.fill((script_doc or "").split("\n\n")[0], width=80),
         epilog=epilog,
@@ -127,7 +128,8 @@ def add_shared_arguments(
         "--max-pool",
         choices=("auto", "on", "off"),
         default="auto",
-        help="a max pool after a ResNet's first convolution; auto: after one of 7×7 pixels",
+        help="whether a max pool follows a ResNet's first convolution; auto: after one of 7×7 "
+        "pixels only",
     )
     add_image_arguments(inputs, test_images=TEST_IMAGES, with_auto=True)
     inputs.add_argument(
@@ -138,7 +140,7 @@ def add_shared_arguments(
     )
     running = parser.add_argument_group("running")
     running.add_argument(
-        "--batch-size", type=batch_size, metavar="N", default=64, help="images evaluated at once"
+        "--batch-size", type=batch_size, metavar="N", default=64, help="images to evaluate at once"
     )
     add_machine_arguments(running, with_device)
     add_output_arguments(parser.add_argument_group("outputs"), output_dir)
@@ -273,10 +275,10 @@ def add_machine_arguments(running: argparse._ArgumentGroup, with_device: bool = 
         "--threads",
         type=thread_count,
         metavar="N",
-        help="CPU threads; by default what torch chooses, one a physical core",
+        help="CPU threads; by default one for each physical core, as torch chooses",
     )
     running.add_argument(
-        "--seed", type=seed_int, metavar="N", default=0, help="of every random choice"
+        "--seed", type=seed_int, metavar="N", default=0, help="seed of every random choice"
     )
 
 
@@ -288,7 +290,8 @@ def add_output_arguments(outputs: argparse._ArgumentGroup, output_dir: Path) -> 
     outputs.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the results of an earlier run; by default they are moved to earlier/",
+        help="delete the results of an earlier run in that folder; by default they are kept, in "
+        "earlier/DATE_TIME/",
     )
     outputs.add_argument(
         "--report",

@@ -159,7 +159,7 @@ class OutputFolder:
             archive = self._new_archive(kept[0].lstat().st_mtime, undo)
             for path in kept:
                 _move(path, archive / path.name, undo)
-            log.info("earlier results moved to %s", archive)
+            log.info("earlier results moved to %s (--overwrite deletes them instead)", archive)
 
     def _new_trash(self) -> Path:
         """Make a folder that goes when the run ends."""

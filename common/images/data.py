@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from common.command.argument_types import AtMost
-from common.command.cli import UserError, log
-from common.images.cifar10 import CLASSES, MEAN, STD
+from common.command.cli import UserError, counted, log
 from common.images.source import Source
 from common.images.storage import MAX_BYTES_IN_MEMORY, allocate
 
@@ -45,9 +44,9 @@ class ImageSet:
 
     images: torch.Tensor
     labels: torch.Tensor
-    classes: tuple[str, ...] = CLASSES
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     channel_order: str = "rgb"
     resize: int | None = None
 
@@ -152,9 +151,10 @@ def load_images(
     if isinstance(count, AtMost) and total > skip:
         count = min(count, total - skip)
     if count is not None and skip + count > total:
-        asked = f"{flag} {count}" if flag else f"{count} {split} images asked for"
+        asked = f"{flag} {count}" if flag else f"{counted(count, f'{split} image')} asked for"
         beside = f", beside {skip} for another purpose" if skip else ""
-        raise UserError(f"{asked}{beside}: only {total} {split} images in {source.description}")
+        there = counted(total, f"{split} image")
+        raise UserError(f"{asked}{beside}: only {there} in {source.description}")
     if count is None:
         count = total - skip
     elif count < total:
@@ -213,7 +213,7 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
     Args:
         labels: int64, shape (N,).
         count: At most N.
-        seed: Of the choice.
+        seed: Seed of the choice.
         skip: Leave out the subset of this size; skip + count is at most N.
 
     Returns:
@@ -232,8 +232,8 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
 
 def normalize(
     pixels: torch.Tensor,
-    mean: tuple[float, ...] = MEAN,
-    std: tuple[float, ...] = STD,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     channel_order: str = "rgb",
 ) -> torch.Tensor:
     """Turn uint8 RGB images (N, 3, H, W) into the network's float32 input, laid out channels_last.
@@ -253,8 +253,3 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Return values as (1, C, 1, 1); made once, for each copy to a GPU waits for its queue."""
     with torch.inference_mode(False):  # usable in training, whoever asks first
         return torch.tensor(values, device=device).view(1, -1, 1, 1)
-
-
-def batches(dataset: ImageSet, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield normalised batches, in order: images float32 (n, 3, 32, 32), labels."""
-    return dataset.batches(batch_size)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.images.cifar10 import CLASSES, IMAGE_SIZE, MEAN, STD
 from common.images.decoding import Sizing
 
 
@@ -41,10 +40,10 @@ class Source:
     name: str
     description: str
     open_split: Callable[[str], Split]
-    classes: tuple[str, ...] = CLASSES
-    height: int = IMAGE_SIZE
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
+    classes: tuple[str, ...]
+    height: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     channel_order: str = "rgb"
     resize: int | None = None
 

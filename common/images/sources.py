@@ -18,7 +18,7 @@ import numpy as np
 
 from common.command.arguments import DEFAULT_DATA_DIR
 from common.command.cli import UserError, log
-from common.images.cifar10 import CLASSES, IMAGE_SIZE
+from common.images.cifar10 import CLASSES, IMAGE_SIZE, MEAN, STD
 from common.images.decoding import decode_images, resize_pixels
 from common.images.download import BATCHES_FOLDER, CIFAR100_FOLDER, download_cifar10
 from common.images.folders import folder_source, has_image_folders
@@ -136,11 +136,12 @@ def batches_source(
         labels = np.asarray(dataset.targets, dtype=np.int64)
         return Split(labels, lambda indices: resize_pixels(dataset.data[indices], sizing))
 
-    if kind is CIFAR10:
-        name, place, classes = "cifar10", f"CIFAR-10 in {data_dir}", CLASSES
-    else:
-        name, place, classes = "cifar100", f"CIFAR-100 in {data_dir}", tuple(load("test").classes)
-    return Source(name, place, open_split, classes, sizing.height, resize=sizing.short_side)
+    classes = CLASSES if kind is CIFAR10 else tuple(load("test").classes)
+    description = f"CIFAR-{len(classes)} in {data_dir}"
+    name = kind.__name__.lower()
+    return Source(
+        name, description, open_split, classes, sizing.height, MEAN, STD, resize=sizing.short_side
+    )  # fmt: skip
 
 
 # --- bundled images ------------------------------------------------------------------------------
@@ -172,7 +173,8 @@ def bundled_source(size: SizeRequest = OWN_SIZE) -> Source:
 
         return Split(labels, read)
 
+    description = "the bundled JPEG images"
     return Source(
-        "bundled", "the bundled JPEG images", open_split, height=sizing.height,
+        "bundled", description, open_split, CLASSES, sizing.height, MEAN, STD,
         resize=sizing.short_side,
     )  # fmt: skip

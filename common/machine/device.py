@@ -1,4 +1,4 @@
-"""The machine: its processor, the device and the number of CPU threads, and its memory."""
+"""The machine: its processor, device, CPU threads and memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 
 from common.command.cli import UserError, log
 
-# Totals of this process and of one that it started, an entry for each that has ended.
+# Memory of this process together with another one, for each process that it started.
 _totals_bytes = [0]
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that ``--device`` names; ``auto`` takes a GPU where there is one.
+    """Return the device that ``--device`` names; ``auto`` takes a GPU if there is one.
 
-    On a GPU, TF32 stays off, so that predictions are those of the CPU up to FP32 rounding.
+    TF32 stays off, so that predictions are those of the CPU up to FP32 rounding.
 
     Raises:
-        UserError: The device asked for is not there.
+        UserError: There is no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -41,13 +41,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_up_cpu(threads: int | None) -> None:
-    """Use so many CPU threads, or as many as torch chooses, and keep freed memory.
+    """Set the number of CPU threads, None for torch's choice, and keep freed memory.
 
-    The processes that ``torchrun`` starts on a machine share its cores equally. It would give each
-    one thread, by an ``OMP_NUM_THREADS`` of 1; another number is the user's, and holds.
+    The processes that ``torchrun`` starts on a machine share its cores equally. It sets
+    ``OMP_NUM_THREADS`` to 1, which is overridden; another number is the user's.
 
-    Every process does this that evaluates or times: without the memory FP32 takes a sixth more time
-    at batch 128, and is no fair opponent.
+    Every process that evaluates or times calls this. Without the kept memory FP32 takes a sixth
+    more time at batch 128, which would make INT8 look faster than it is.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if threads is None and processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -64,11 +64,10 @@ def _usable_cores() -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensor; elsewhere nothing changes.
+    """Have glibc keep freed memory for the next tensor; do nothing elsewhere.
 
-    By default it returns blocks of more than 32 MB to the system at once, which then maps and
-    zeroes the same pages again for the next layer. At batch 128 the first layers' FP32 activations
-    are that large.
+    By default it returns blocks of more than 32 MB to the system, which maps and zeroes the same
+    pages again for the next layer. At batch 128 the first layers' FP32 activations are that large.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
@@ -82,9 +81,9 @@ def _keep_freed_memory() -> None:
 def bf16_pays() -> bool:
     """Return whether convolutions run faster in bf16 than in FP32 on this CPU.
 
-    Instructions for it (AVX-512 BF16, AMX) are not enough: on two Zen 5 cores bf16 ran at more than
+    Instructions for bf16 (AVX-512 BF16, AMX) do not tell: on two Zen 5 cores bf16 ran at more than
     twice FP32's rate, on two cores of a Xeon (Emerald Rapids, its AMX hidden by a hypervisor) at
-    half of it. So a convolution of the network's is timed, once a process, in some 30 ms.
+    half of it. So a convolution is timed once in each process, in about 30 ms.
     """
     flags = torch.cpu.get_capabilities()
     if not (flags.get("avx512_bf16") or flags.get("amx_bf16")):
@@ -101,7 +100,7 @@ def bf16_pays() -> bool:
 
 
 def _example_convolution(dtype: torch.dtype) -> tuple[torch.nn.Conv2d, torch.Tensor]:
-    """Return a convolution of the third stage, and maps of 16 images to run it on."""
+    """Return a convolution of 256 channels, and the maps of 16 images to run it on."""
     layout = {"dtype": dtype, "memory_format": torch.channels_last}
     convolution = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False).to(**layout)
     return convolution, torch.ones(16, 256, 8, 8).to(**layout)
@@ -127,21 +126,20 @@ def has_vnni() -> bool:
 
 
 def peak_memory_bytes() -> int | None:
-    """Return the most main memory that the run has held at once, in bytes.
+    """Return the most main memory that the run has held at once, in bytes; None if unknown.
 
     This is the peak of this process or, if larger, the total of this process and one that it
-    started, see :func:`count_memory_of_other`. Pages that both share, such as libraries, count
-    twice. None where the system cannot say.
+    started, see :func:`count_memory_of_other`. Pages that both share count twice.
     """
     own = _own_peak_bytes()
     return own and max(own, *_totals_bytes)
 
 
 def count_memory_of_other(peak_bytes: int | None) -> None:
-    """Count the peak of a process that ends now, which ran beside this one.
+    """Count the peak of another process of the run, which ends now.
 
-    What this process holds now is added: it gives no memory back while it runs (see
-    :func:`set_up_cpu`), so it held no more when the other was at its peak.
+    What this process holds now is added. It gives no memory back (see :func:`set_up_cpu`), so it
+    held no more when the other process was at its peak.
     """
     held_bytes = _status_bytes("VmRSS") or _own_peak_bytes()
     if peak_bytes is not None and held_bytes is not None:
@@ -149,7 +147,7 @@ def count_memory_of_other(peak_bytes: int | None) -> None:
 
 
 def _status_bytes(entry: str) -> int | None:
-    """Return an entry of this process's status on Linux; sandboxes lack some of them."""
+    """Return an entry of this process's status on Linux; some sandboxes lack it."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
         if found := re.search(rf"^{entry}:\s+(\d+) kB", status, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""A call in a process that knows nothing of this one: proof that files alone are enough."""
+"""A function call in a new process, which proves that files alone are enough."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ def start_fresh(
 ) -> Iterator[Callable[[], Value]]:
     """Call ``function(*arguments)`` in a new Python process at equal threads.
 
-    The new process belongs to no terminal: Ctrl-C comes to this one, which ends it. Where this one
-    is killed, the new one ends by itself (not on Windows).
+    The new process has no terminal: Ctrl-C reaches this one, which ends it. If this one is killed,
+    the new one ends by itself (not on Windows).
 
     Args:
-        function: Of a module, for it is looked up by name there.
-        arguments: As the value that is returned, whatever can be pickled.
+        function: Function of a module, where it is looked up by name.
+        arguments: Arguments that can be pickled, as the returned value must be.
 
     Yields:
-        What waits for the value and returns it. It raises a UserError where the call failed as a
-        user can mend (see :func:`common.command.cli.tell`) or the system ended the process, and a
-        RuntimeError where it failed otherwise: its traceback is on stderr.
+        A function that waits for the value and returns it. It raises a UserError if the call failed
+        in a way that the user can correct (see :func:`common.command.cli.tell`) or the system ended
+        the process. It raises a RuntimeError if the call failed otherwise; the traceback is on
+        stderr.
     """
-    with tempfile.TemporaryFile() as task:  # a pipe holds too little for nobody to wait
+    with tempfile.TemporaryFile() as task:  # a pipe is too small: writing to it would block
         pickle.dump(sys.path, task)
         pickle.dump((torch.get_num_threads(), function, arguments), task)
         task.seek(0)
@@ -60,7 +61,7 @@ def start_fresh(
         try:
             yield lambda: _answer_of(process)
         finally:
-            process.kill()  # it has ended, or nobody waits for its answer any more
+            process.kill()  # it has ended, or its answer is no longer needed
 
 
 def _answer_of(process: subprocess.Popen) -> object:
@@ -80,11 +81,11 @@ def _answer_of(process: subprocess.Popen) -> object:
 
 
 def answer() -> None:
-    """Do what :func:`start_fresh` asks on stdin; its answer goes where stdout was."""
+    """Run the call that :func:`start_fresh` sends on stdin; the answer goes to stdout."""
     with os.fdopen(os.dup(1), "wb") as pipe:
         if hasattr(select, "poll"):
             threading.Thread(target=_end_with_reader, args=[pipe.fileno()], daemon=True).start()
-        os.dup2(2, 1)  # whatever a library prints is no part of the answer
+        os.dup2(2, 1)  # what libraries print goes to stderr
         cli.set_up_messages(quiet=True)
         threads, function, arguments = pickle.load(sys.stdin.buffer)
         set_up_cpu(threads)
@@ -98,7 +99,7 @@ def answer() -> None:
 
 
 def _end_with_reader(pipe: int) -> None:
-    """End this process once nobody holds the other end of its pipe: the process that asked died."""
+    """End this process once the other end of its pipe is closed: the process that asked died."""
     watched = select.poll()
     watched.register(pipe, 0)  # errors are reported all the same
     watched.poll()

@@ -1,8 +1,7 @@
-"""The processes of one run under ``torchrun``: which this one is, its share, what they exchange.
+"""The processes of a run under ``torchrun``: rank, share of the images, exchange of results.
 
-Every process goes through the same code on its share of the images, and gathers what the others
-found; the first alone speaks and writes. Without ``torchrun`` there is one process, and nothing is
-exchanged.
+Every process runs the same code on its share of the images and gathers the results of the others;
+only the first prints and writes. Without ``torchrun`` there is one process.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import distributed
 
 from common.command.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError, log
 
-# A process that ends is noticed at once; this is for a machine that falls silent.
+# A process that ends is noticed at once; the timeout is for a machine that no longer answers.
 TIMEOUT = timedelta(minutes=10)
 
 Value = TypeVar("Value")
@@ -28,13 +27,13 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that share one run.
+    """The processes that share a run.
 
     Attributes:
-        device: Of this process.
+        device: Device of this process.
         rank: Number of this process, from 0.
-        count: How many there are.
-        is_first_on_machine: Whether this is the process that downloads for its machine.
+        count: Number of processes.
+        is_first_on_machine: Whether this process downloads for its machine.
     """
 
     device: torch.device
@@ -44,13 +43,13 @@ class Workers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
     def share_of(self, start: int, stop: int, unit: int = 1) -> slice:
         """Return this process's rows of ``start … stop``, in whole units but for the last one.
 
-        With a batch as unit, all processes together make the very batches that one would make.
+        With a batch as unit, all processes together make the same batches as one process.
         """
         units = -(-(stop - start) // unit)
         first, last = (units * rank // self.count for rank in (self.rank, self.rank + 1))
@@ -64,17 +63,17 @@ class Workers:
         return values
 
     def broadcast(self, value: Value | None) -> Value:
-        """Return the first process's ``value``; what the others give is dropped."""
+        """Return the first process's ``value``, in every process."""
         values = [value]
         if self.count > 1:
             distributed.broadcast_object_list(values)
         return values[0]
 
     def require_same(self, inputs: Mapping[str, object]) -> None:
-        """Check that all processes work on the same inputs, which are named for the user.
+        """Check that all processes have the same inputs, by names for the user.
 
         Raises:
-            UserError: On another machine another file was found, say.
+            UserError: They differ, such as where another machine has another file.
         """
         for rank, others in enumerate(self.gather(dict(inputs))):
             if different := [name for name in inputs if others[name] != inputs[name]]:
@@ -84,7 +83,7 @@ class Workers:
 
     @contextlib.contextmanager
     def one_a_machine_first(self) -> Iterator[None]:
-        """Let one process a machine go through the block before its others do: it may download."""
+        """Run the block in one process of each machine first, then in the others."""
         if self.count > 1 and not self.is_first_on_machine:
             distributed.barrier()
         yield
@@ -96,10 +95,10 @@ ALONE = Workers(torch.device("cpu"))
 
 
 def require_one_process() -> None:
-    """Check that ``torchrun`` started no other processes: for scripts that have no work to share.
+    """Check that ``torchrun`` started no other processes, for scripts with no work to share.
 
     Raises:
-        UserError: It did.
+        UserError: There are other processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this script runs in one process: start without torchrun")
@@ -107,15 +106,13 @@ def require_one_process() -> None:
 
 @contextlib.contextmanager
 def join_workers(device: torch.device) -> Iterator[Workers]:
-    """Join the processes that ``torchrun`` started; without it, be the only one.
-
-    From here on the first process alone logs.
+    """Join the processes that ``torchrun`` started, if it did; only the first goes on logging.
 
     Args:
-        device: Each process takes the GPU of its number on its machine.
+        device: Chosen device; for ``cuda``, each process takes the GPU of its number.
 
     Raises:
-        UserError: The processes cannot meet, are too many for the GPUs, or one of them ended.
+        UserError: The processes cannot connect, are too many for the GPUs, or one of them ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Workers(device)
@@ -143,10 +140,10 @@ def join_workers(device: torch.device) -> Iterator[Workers]:
     try:
         yield workers
     except RuntimeError as error:
-        # Of gloo they are plain RuntimeErrors that name its source file.
+        # gloo raises plain RuntimeErrors that name its source file.
         if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
             raise
-        if not workers.is_first:  # which tells it once for all, or has told why it failed
+        if not workers.is_first:  # the first process prints the error
             raise SystemExit(EXIT_FAILED) from None
         raise UserError("another process of this run ended, or no longer answers") from None
     except KeyboardInterrupt:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from common.command import cli
-from common.images.data import ImageSet, batches
+from common.images.data import ImageSet
 
 CONFIDENCE = 0.95
-# Of the standard normal distribution. What is needed of statistics is less than importing SciPy's,
-# which takes longer than evaluating 50 images.
+# Quantile of the standard normal distribution. Importing SciPy's statistics would take longer than
+# evaluating 50 images.
 Z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
@@ -79,7 +79,7 @@ class Paired:
 
     @classmethod
     def of(cls, dense_correct: torch.Tensor, correct: torch.Tensor) -> Paired:
-        """Take both from per-image correctness (bool, shape (N,))."""
+        """Compute both from per-image correctness (bool, shape (N,))."""
         return cls(measure_accuracy(correct), compare(dense_correct, correct))
 
     def as_dict(self) -> dict:
@@ -100,7 +100,7 @@ def predict(
     Images are fed channels_last, which every CPU and GPU convolution of torch prefers.
     """
     count = math.ceil(len(dataset) / batch_size)
-    loader = cli.progress(batches(dataset, batch_size), description, count)
+    loader = cli.progress(dataset.batches(batch_size), description, count)
     return torch.cat([model(images).argmax(dim=1) for images, _ in loader]).cpu()
 
 

@@ -1,7 +1,7 @@
-"""Fair timing: several models on the same inputs, interleaved round by round, at equal threads.
+"""Fair timing: several models on the same inputs and threads, interleaved round by round.
 
-A shared machine drifts: its clock and its neighbours change within seconds. Models that take turns
-meet the same drift, so the *ratio* of their medians can be trusted where a lone time cannot.
+The speed of a shared machine changes within seconds. Models that take turns see the same changes,
+so the *ratio* of their medians is reliable where a single time is not.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 from common.command import cli
 
-# The threads of a model that was called just before, by torch or by another runtime, spin for some
-# milliseconds on the cores that the next model needs: let them fall asleep.
+# The threads of the model before spin for some milliseconds on the cores that the next model needs:
+# let them fall asleep.
 SETTLE_SECONDS = 0.005
-# Of calls before the one that is timed, one at least: the model's own threads must wake, and its
-# weights come back into the caches that the others filled.
+# Time of the calls before the timed one, at least one: they wake the model's threads and bring its
+# weights back into the caches.
 UNTIMED_MS = 20.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 ORDER_SEED = 0
@@ -30,9 +30,9 @@ NOISY_SPREAD = 0.20
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to time: ``run`` maps a float32 batch (N, 3, 32, 32) in ``memory_format`` to logits.
+    """A model to time: ``run`` maps a float32 batch (N, C, H, W) in ``memory_format`` to logits.
 
-    ``run`` must return when the result is there: on a GPU it synchronises.
+    ``run`` returns when the result is ready: on a GPU it synchronises.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Timing:
 
     def as_dict(self) -> dict:
         """Return the entry of results.json's ``latency``."""
-        return asdict(self)
+        return {**asdict(self), "noisy": self.is_noisy}
 
 
 def time_interleaved(
@@ -66,22 +66,21 @@ def time_interleaved(
     batch_sizes: Sequence[int] = (1, 32, 128),
     seconds_per_batch_size: float = 5.0,
 ) -> dict[str, list[Timing]]:
-    """Time every contender at every batch size; warns where the spread is large.
+    """Time every contender at every batch size; warn where the spread is large.
 
     Args:
-        contenders: Timed in turns, in another random order each round: no model always follows the
-            same one, and meets what that leaves of clock and caches.
-        images: Normalised float32 images (N, 3, 32, 32), repeated where a batch needs more.
-        batch_sizes: In images.
+        contenders: Models to time in turns, in another random order each round, so that no model
+            always follows the same one.
+        images: Normalised float32 images (N, C, H, W), repeated where a batch needs more.
+        batch_sizes: Batch sizes in images.
         seconds_per_batch_size: Time to aim for; at least ``MIN_ROUNDS`` rounds are run.
 
     Returns:
-        For each contender's name its timings, one a batch size.
+        Timings of each contender by name, one for each batch size.
     """
     timings = {contender.name: [] for contender in contenders}
     with torch.inference_mode():
-        # Some compile or prepare themselves when they are first called.
-        for contender in contenders:
+        for contender in contenders:  # the first call may compile or prepare
             contender.run(_batch(contender, images, batch_sizes[0]))
     for batch_size in batch_sizes:
         samples_ms = _sample(contenders, images, batch_size, seconds_per_batch_size)
@@ -96,7 +95,7 @@ def time_interleaved(
     if noisy:
         cli.log.warning(
             "the middle half of the times spans over %.0f %% of the median for %s: the machine is "
-            "too busy for their ratios to mean much",
+            "too busy for their ratios to mean much; they are marked with ?",
             100 * NOISY_SPREAD, ", ".join(noisy),
         )  # fmt: skip
     return timings
@@ -119,7 +118,7 @@ def _sample(
                 samples_ms[contender.name].append(timed_ms)
             rounds += 1
             bar.update()
-            if rounds == 1:  # in which some prepared themselves for this batch size
+            if rounds == 1:  # it may have included preparation for this batch size
                 start = time.perf_counter_ns()
     return samples_ms
 

@@ -1,10 +1,9 @@
-"""Networks in bf16 whose close predictions FP32 decides: FP32's predictions at bf16's speed.
+"""FP32's predictions at bf16's speed: FP32 decides the predictions of bf16 that are close.
 
-Networks run in bf16 where the CPU is faster in it: on AMD's Zen 4 and 5 more than twice as fast as
-in FP32. A bf16 prediction can differ from FP32's only where the two largest logits are close. So
-each image whose margin is below a bound on the rounding error runs again in FP32. The bound is
-estimated on a sample of the same images. This is a heuristic, so every run records how near the
-bound a prediction changed.
+Some CPUs run bf16 faster, AMD's Zen 4 and 5 more than twice as fast as FP32. A bf16 prediction can
+differ from FP32's only where the two largest logits are close. So each image whose margin is below
+a bound on the rounding error runs again in FP32. The bound is estimated on a sample of the same
+images. This is a heuristic, so every run records how near the bound a prediction changed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ SAMPLE_IMAGES = 32
 SAFETY_FACTOR = 3.0
 # Warn if FP32 changed a prediction whose margin exceeded two thirds of the bound.
 NEAR_BOUND = 2 / 3
-BATCH_SIZE = 50
 
 
 @dataclass
@@ -37,8 +35,8 @@ class Fp32Recheck:
         predictions: Number of all predictions.
         recomputed: Number of predictions with a margin below the bound, which FP32 decided.
         changed: Number of those where FP32 gave another class.
-        largest_change: Largest margin of a changed prediction, as a fraction of its bound. A value
-            near 1 says that the bound is too tight.
+        largest_change: Largest margin of a changed prediction, as a fraction of its bound; near 1,
+            the bound is too tight.
     """
 
     predictions: int = 0
@@ -67,12 +65,8 @@ class Fp32Recheck:
 def bounds_of(fast: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Return the margin (networks,) below which a bf16 prediction may be wrong.
 
-    A prediction depends on differences of logits, so an error that all logits of an image share
-    does not count.
-
-    Args:
-        fast: bf16 logits on a sample, shape (networks, n, classes).
-        exact: FP32 logits on the same sample.
+    The logits, (networks, n, classes), are of the same sample. An error that all logits of an image
+    share does not count, for a prediction depends on their differences.
     """
     errors = fast - exact
     largest = (errors.amax(dim=2) - errors.amin(dim=2)).amax(dim=1)
@@ -90,8 +84,7 @@ def decide(
     Args:
         fast: bf16 logits, shape (networks, n, classes).
         bounds: Result of :func:`bounds_of`.
-        look_again: Returns the FP32 classes where a mask (bool, networks × n) is true, in its
-            order.
+        look_again: Returns the FP32 classes where a mask, bool, (networks, n), is true, in order.
         record: Counts, which are added to.
     """
     best, classes = fast.topk(2, dim=2)
@@ -108,15 +101,12 @@ def decide(
     return predictions
 
 
-# --- many variants of a network -------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Variants:
-    """Variants of a network, each with one layer replaced.
+    """Variants of a network: for each layer, what replaces it alone.
 
     Attributes:
-        exact: For each layer, what replaces it in FP32.
+        exact: Replacements in FP32.
         fast: The same in bf16; None where only FP32 runs.
     """
 
@@ -126,19 +116,14 @@ class Variants:
 
 @dataclass(frozen=True)
 class Cascade:
-    """A network in the precisions that its variants run in.
-
-    Attributes:
-        network: FP32.
-        fast_network: bf16; None to run everything in FP32.
-    """
+    """A network in FP32, and in bf16 unless everything runs in FP32."""
 
     network: Network
     fast_network: Network | None
 
     @classmethod
     def of(cls, network: Network, fast: bool) -> Cascade:
-        """Prepare a network; ``fast`` runs bf16 first."""
+        """Prepare a network, to run in bf16 first if ``fast``."""
         return cls(network, network.to(torch.bfloat16) if fast else None)
 
     def predict(
@@ -148,13 +133,13 @@ class Cascade:
         bounds: torch.Tensor | None,
         record: Fp32Recheck,
     ) -> torch.Tensor:
-        """Return the classes (variants, n) that FP32 predicts; in FP32 never waits for a GPU.
+        """Return the classes (variants, n) that FP32 predicts, without waiting for a GPU in FP32.
 
         Args:
-            dense: FP32 values of the dense network on a batch of n images, of the operations that
+            dense: FP32 values of the dense network on n images, of the operations that
                 :func:`common.network.branching.start_values` names.
-            variants: What to run.
-            bounds: Result of :meth:`measure_bounds`; not used where everything runs in FP32.
+            variants: Variants to run.
+            bounds: Result of :meth:`measure_bounds`; None if everything runs in FP32.
             record: Counts, which are added to.
         """
         if self.fast_network is None:
@@ -194,45 +179,3 @@ def _all_logits(
     """Return the logits (variants, n, classes) of all variants on the whole batch."""
     logits = branch_logits(network, dense, variants)
     return logits.view(len(variants), -1, logits.shape[1])
-
-
-# --- one network ----------------------------------------------------------------------------------
-
-
-class Classifier:
-    """One network that classifies whole sets of images.
-
-    Args:
-        network: FP32, on the images' device.
-        sample: Images to measure the rounding error on.
-        fast: Run in bf16 first.
-        record: Counts, which are added to.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, network: Network, sample: ImageSet, fast: bool, record: Fp32Recheck):
-        cascade = Cascade.of(network, fast)
-        self._exact, self._fast, self._record = cascade.network, cascade.fast_network, record
-        if fast:
-            images = sample.rows(slice(SAMPLE_IMAGES))
-            self._bounds = bounds_of(logits_of(self._fast, images), logits_of(self._exact, images))
-
-    @torch.inference_mode()
-    def find_correct(self, dataset: ImageSet) -> torch.Tensor:
-        """Return per-image correctness (bool, shape (N,)) on the CPU, as FP32 gives it."""
-
-        def look_again(close: torch.Tensor) -> torch.Tensor:
-            # All of them together: full batches run faster than the few of each batch.
-            return logits_of(self._exact, dataset.rows(close[0]))[0].argmax(dim=1)
-
-        if self._fast is None:
-            predictions = logits_of(self._exact, dataset).argmax(dim=2)
-        else:
-            fast = logits_of(self._fast, dataset)
-            predictions = decide(fast, self._bounds, look_again, self._record)
-        return (predictions[0] == dataset.labels).cpu()
-
-
-def logits_of(network: Network, dataset: ImageSet) -> torch.Tensor:
-    """Return FP32 logits (1, N, classes)."""
-    return torch.cat([network(images) for images, _ in dataset.batches(BATCH_SIZE)])[None]

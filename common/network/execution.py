@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from common.network.graph import (
-    ACTIVATIONS,
-    ADAPTIVE_POOL,
-    ADD,
-    AFFINE,
-    AVERAGE_POOL,
-    CONCATENATE,
-    CONVOLUTION,
-    FLATTEN,
-    GLOBAL_POOL,
-    INPUT,
-    LINEAR,
-    MAX_POOL,
-    MULTIPLY,
-    PAD,
-    PERMUTE,
-    RESHAPE,
-    SLICE,
-    VIEWS,
-    Graph,
-    Operation,
-    evaluate,
-)
+from common.network import graph as kinds
+from common.network.graph import Graph, Operation, evaluate
 from common.network.shapes import infer_shapes
+
+HAVE_WEIGHTS = (*kinds.WEIGHTED, kinds.AFFINE)
+MAY_OVERWRITE = (kinds.ADD, *kinds.ACTIVATIONS)  # their first input, see `may_overwrite`
 
 
 @dataclass(frozen=True)
@@ -100,12 +83,12 @@ class Network:
             in_place: Whether the first input's memory may be used for the result.
             layer: Weights in place of the network's own.
         """
-        run = _RUN[operation.kind]
-        if operation.kind in (CONVOLUTION, LINEAR, AFFINE):
-            return run(operation, *inputs, layer or self.layers[operation.name])
-        if operation.kind == ADD or operation.kind in ACTIVATIONS:
-            return run(operation, *inputs, in_place)
-        return run(operation, *inputs)
+        run, arguments = _RUN[operation.kind], operation.arguments
+        if operation.kind in HAVE_WEIGHTS:
+            return run(*inputs, layer or self.layers[operation.name], *arguments)
+        if operation.kind in MAY_OVERWRITE:
+            return run(*inputs, in_place)
+        return run(*inputs, *arguments)
 
     @functools.cached_property
     def overwriting(self) -> frozenset[str]:
@@ -113,13 +96,13 @@ class Network:
         return frozenset(
             operation.name
             for operation in self.graph.operations
-            if operation.kind == ADD or operation.kind in ACTIVATIONS
-            if self.may_overwrite(operation, operation.inputs[0])
+            if operation.kind in MAY_OVERWRITE
+            and self.may_overwrite(operation, operation.inputs[0])
         )
 
     def may_overwrite(self, operation: Operation, source: str) -> bool:
         """Return whether an input's value is new memory that no other operation reads."""
-        is_new = self.graph[source].kind not in (INPUT, *VIEWS)
+        is_new = self.graph[source].kind not in (kinds.INPUT, *kinds.VIEWS)
         return is_new and self.graph.users[source] == (operation.name,)
 
     def to(self, dtype: torch.dtype) -> Network:
@@ -132,7 +115,7 @@ class Network:
             {
                 name: layer.to(dtype)
                 for name, layer in self.layers.items()
-                if self.graph[name].kind != LINEAR
+                if self.graph[name].kind != kinds.LINEAR
             }
         )
 
@@ -153,136 +136,60 @@ class Network:
     def macs(self) -> Mapping[str, int]:
         """Multiply-accumulates of each layer for one image, weights of zero included."""
         return {
-            name: self.layers[name].weight.numel() * _positions(self.shapes[name])
+            name: self.layers[name].weight.numel() * math.prod(self.shapes[name][1:])
             for name in self.graph.layers
         }
-
-
-def _positions(shape: tuple[int, ...]) -> int:
-    return shape[1] * shape[2] if len(shape) == 3 else 1
 
 
 # --- how each kind runs ---------------------------------------------------------------------------
 
 
-def _convolution(operation: Operation, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """Run a convolution: ``stride``, ``padding``, ``dilation`` (height, width), ``groups``."""
-    settings = operation.attributes
-    return F.conv2d(
-        x.to(layer.weight.dtype), layer.weight, layer.bias, settings["stride"],
-        settings["padding"], settings["dilation"], settings["groups"],
-    )  # fmt: skip
-
-
-def _linear(operation: Operation, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
-
-
-def _affine(operation: Operation, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _affine(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     """Scale and shift each channel: a batch norm that follows no convolution."""
     shape = (1, -1, *[1] * (x.ndim - 2))
     return torch.addcmul(layer.bias.view(shape), x.to(layer.weight.dtype), layer.weight.view(shape))
 
 
-def _add(operation: Operation, x: torch.Tensor, y: torch.Tensor, in_place: bool) -> torch.Tensor:
+def _add(x: torch.Tensor, y: torch.Tensor, in_place: bool) -> torch.Tensor:
     return x.add_(y) if in_place and x.shape == y.shape else x + y
 
 
-def _multiply(operation: Operation, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Multiply two values, one of which may be one number a channel, in the other's precision."""
     gate, value = sorted((x, y), key=torch.numel)
     return value * gate.to(value.dtype)
 
 
-def _concatenate(operation: Operation, *values: torch.Tensor) -> torch.Tensor:
-    return torch.cat(values, dim=1)
-
-
-def _max_pool(operation: Operation, x: torch.Tensor) -> torch.Tensor:
-    """Pool: ``kernel``, ``stride``, ``padding``, ``dilation`` (height, width), ``ceil``."""
-    settings = operation.attributes
-    return F.max_pool2d(
-        x, settings["kernel"], settings["stride"], settings["padding"], settings["dilation"],
-        settings["ceil"],
-    )  # fmt: skip
-
-
-def _average_pool(operation: Operation, x: torch.Tensor) -> torch.Tensor:
-    """Pool: ``kernel``, ``stride``, ``padding`` (height, width), ``ceil``, ``count_padding``."""
-    settings = operation.attributes
-    return F.avg_pool2d(
-        x, settings["kernel"], settings["stride"], settings["padding"], settings["ceil"],
-        settings["count_padding"],
-    )  # fmt: skip
-
-
-def _adaptive_pool(operation: Operation, x: torch.Tensor) -> torch.Tensor:
-    """Pool to ``size`` (height, width)."""
-    return F.adaptive_avg_pool2d(x, operation.attributes["size"])
-
-
-def _global_pool(operation: Operation, x: torch.Tensor) -> torch.Tensor:
-    """Average over the image, in FP32; ``keep`` the two dimensions or not."""
-    return x.mean(dim=(2, 3), keepdim=operation.attributes["keep"], dtype=torch.float32)
-
-
-def _flatten(operation: Operation, x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(1)
-
-
-def _reshape(operation: Operation, x: torch.Tensor) -> torch.Tensor:
-    """Give the value of each image another ``shape``."""
-    return x.reshape(len(x), *operation.attributes["shape"])
-
-
-def _permute(operation: Operation, x: torch.Tensor) -> torch.Tensor:
-    """Reorder the dimensions, ``order`` of which begins with the batch's, 0."""
-    return x.permute(operation.attributes["order"])
-
-
-def _slice(operation: Operation, x: torch.Tensor) -> torch.Tensor:
-    """Take ``parts``: a list of dimension, start, stop and step."""
-    for dimension, start, stop, step in operation.attributes["parts"]:
-        index = [slice(None)] * dimension + [slice(start, stop, step)]
-        x = x[tuple(index)]
+def _slice(x: torch.Tensor, parts: Sequence[Sequence[int]]) -> torch.Tensor:
+    for dimension, start, stop, step in parts:
+        x = x[(*[slice(None)] * dimension, slice(start, stop, step))]
     return x
 
 
-def _pad(operation: Operation, x: torch.Tensor) -> torch.Tensor:
-    """Add zeros around: ``padding`` as of ``torch.nn.functional.pad``, the last dimension first."""
-    return F.pad(x, operation.attributes["padding"])
+def _in_own_precision(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(x: torch.Tensor, layer: Layer, *arguments: object) -> torch.Tensor:
+        return function(x.to(layer.weight.dtype), layer.weight, layer.bias, *arguments)
+
+    return run
 
 
-def _activation(
-    function: Callable[..., torch.Tensor],
-) -> Callable[[Operation, torch.Tensor, bool], torch.Tensor]:
-    return lambda operation, x, in_place: function(x, inplace=in_place)
-
-
-def _sigmoid(operation: Operation, x: torch.Tensor, in_place: bool) -> torch.Tensor:
-    return x.sigmoid_() if in_place else x.sigmoid()
-
-
+# Functions of the inputs, then the layer or whether to work in place, then the attributes.
 _RUN: dict[str, Callable[..., torch.Tensor]] = {
-    CONVOLUTION: _convolution,
-    LINEAR: _linear,
-    AFFINE: _affine,
-    ADD: _add,
-    MULTIPLY: _multiply,
-    CONCATENATE: _concatenate,
-    MAX_POOL: _max_pool,
-    AVERAGE_POOL: _average_pool,
-    ADAPTIVE_POOL: _adaptive_pool,
-    GLOBAL_POOL: _global_pool,
-    FLATTEN: _flatten,
-    RESHAPE: _reshape,
-    PERMUTE: _permute,
-    SLICE: _slice,
-    PAD: _pad,
-    "relu": _activation(F.relu),
-    "relu6": _activation(F.relu6),
-    "hardswish": _activation(F.hardswish),
-    "hardsigmoid": _activation(F.hardsigmoid),
-    "silu": _activation(F.silu),
-    "sigmoid": _sigmoid,
+    kinds.CONVOLUTION: _in_own_precision(F.conv2d),
+    kinds.LINEAR: _in_own_precision(F.linear),
+    kinds.AFFINE: _affine,
+    kinds.ADD: _add,
+    kinds.MULTIPLY: _multiply,
+    kinds.CONCATENATE: lambda *values: torch.cat(values, dim=1),
+    kinds.MAX_POOL: F.max_pool2d,
+    kinds.AVERAGE_POOL: F.avg_pool2d,
+    kinds.ADAPTIVE_POOL: F.adaptive_avg_pool2d,
+    kinds.GLOBAL_POOL: lambda x, keep: x.mean((2, 3), keepdim=keep, dtype=torch.float32),
+    kinds.FLATTEN: lambda x: x.flatten(1),
+    kinds.RESHAPE: lambda x, shape: x.reshape(len(x), *shape),
+    kinds.PERMUTE: torch.permute,
+    kinds.SLICE: _slice,
+    kinds.PAD: F.pad,
+    **{kind: getattr(F, kind) for kind in ("relu", "relu6", "hardswish", "hardsigmoid", "silu")},
+    "sigmoid": lambda x, in_place: x.sigmoid_() if in_place else x.sigmoid(),
 }

@@ -27,6 +27,21 @@ KINDS = (
     GLOBAL_POOL, *VIEWS, PAD, *ACTIVATIONS,
 )  # fmt: skip
 
+# Attributes of each kind, in the order in which torch's function takes them after its tensors. Two
+# numbers are for height and width.
+ATTRIBUTES = {
+    INPUT: ("shape",),  # channels, height, width
+    CONVOLUTION: ("stride", "padding", "dilation", "groups"),
+    MAX_POOL: ("kernel", "stride", "padding", "dilation", "ceil"),
+    AVERAGE_POOL: ("kernel", "stride", "padding", "ceil", "count_padding"),
+    ADAPTIVE_POOL: ("size",),  # and source_size, of the input, for readers that infer no shapes
+    GLOBAL_POOL: ("keep",),  # keep height and width, of 1
+    RESHAPE: ("shape",),  # without the batch dimension
+    PERMUTE: ("order",),  # of the dimensions; the batch's is the first
+    SLICE: ("parts",),  # each a dimension, start, stop and step
+    PAD: ("padding",),  # of zeros; before and after each dimension, the last one first
+}
+
 Value = TypeVar("Value")
 
 
@@ -38,8 +53,7 @@ class Operation:
         name: Unique name; of a layer the name of its module, such as ``layer1.0.conv1``.
         kind: One of ``KINDS``.
         inputs: Names of the operations whose values it reads.
-        attributes: Numbers, as JSON has them: ``stride``, ``padding``, ``dilation`` (height and
-            width) and ``groups`` of a convolution; see :mod:`common.network.execution` for each.
+        attributes: Numbers as JSON has them, by the names in ``ATTRIBUTES``.
     """
 
     name: str
@@ -51,6 +65,11 @@ class Operation:
     def is_layer(self) -> bool:
         """Whether the operation is a convolution or a linear layer."""
         return self.kind in WEIGHTED
+
+    @property
+    def arguments(self) -> list:
+        """The attributes, in the order of torch's function."""
+        return [self.attributes[name] for name in ATTRIBUTES.get(self.kind, ())]
 
 
 @dataclass(frozen=True)
@@ -195,48 +214,6 @@ def evaluate(
             if not uses[name] and name not in wanted:
                 del values[name]
     return {name: values[name] for name in wanted}
-
-
-def in_execution_order(
-    operations: Iterable[Operation], output: str, weight_counts: Mapping[str, int]
-) -> Graph:
-    """Return the graph of the operations that lead to ``output``, in the house's order.
-
-    Of the operands of an addition the one that took the fewest weights runs first. The coder relies
-    on it: the last operand makes up for the errors of the others.
-
-    Args:
-        operations: In any valid order, the input first.
-        output: Name of the operation that gives the logits.
-        weight_counts: Number of weights of each layer, by name.
-    """
-    by_name = {operation.name: operation for operation in operations}
-    positions = {name: index for index, name in enumerate(by_name)}
-    ancestors: dict[str, int] = {}  # sets of positions, as the bits of integers
-    for name, operation in by_name.items():
-        ancestors[name] = 1 << positions[name]
-        for source in operation.inputs:
-            ancestors[name] |= ancestors[source]
-    layers = [(1 << positions[name], count) for name, count in weight_counts.items()]
-
-    @functools.cache
-    def weights_before(name: str) -> int:
-        return sum(count for bit, count in layers if ancestors[name] & bit)
-
-    ordered: dict[str, Operation] = {}
-    stack = [output]
-    while stack:  # a recursion would be too deep for deep networks
-        operation = by_name[stack[-1]]
-        inputs = list(operation.inputs)
-        if operation.kind == ADD:
-            inputs.sort(key=weights_before)
-        missing = next((name for name in inputs if name not in ordered), None)
-        if missing is not None:
-            stack.append(missing)
-        else:
-            ordered.setdefault(operation.name, operation)
-            stack.pop()
-    return Graph(tuple(ordered.values()))
 
 
 def _text(value: object) -> str:

@@ -1,9 +1,9 @@
-"""Least squares for a layer: what it reads at sampled positions, and the weights that fit best.
+"""Ridge regression for a layer, on what it reads at sampled positions.
 
-The coder and the removal of channels both ask which weights bring a layer closest to the outputs
-that are wanted of it, on the inputs that it now gets. Outputs are looked at in a few random
-positions of each image. A grouped convolution is as many regressions as it has groups, so moments
-have a dimension of groups; a depthwise convolution has one group for each channel.
+The coder and the removal of channels both ask which weights bring a layer closest to wanted
+outputs, on the inputs that it now gets. Outputs are sampled at a few random positions of each
+image. A grouped convolution is one regression for each group, so moments have a dimension of
+groups.
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from common.network.execution import Layer, Network
-from common.network.graph import ADD, LINEAR, Graph, Operation
+from common.network.graph import ADD, LINEAR, Operation
 
-# Regressions of more inputs than this would take gigabytes.
-MAX_COLUMNS = 10_000
-ROUNDING = 1e-6  # variance of outputs that are constant but for rounding, in shares of their square
-SMALLEST_SPREAD = 1e-12  # ridge of inputs that are always zero, so that no matrix is singular
+MAX_COLUMNS = 10_000  # a regression of more inputs would take gigabytes
+ROUNDING = 1e-6  # variance of constant outputs, by rounding, as a share of their square
+SMALLEST_SPREAD = 1e-12  # mean square of inputs that are always zero, so that no matrix is singular
 
 
 def draw_positions(
     value: torch.Tensor, count: int, generator: torch.Generator
 ) -> torch.Tensor | None:
-    """Draw positions of each image's outputs.
-
-    Args:
-        value: Outputs of a layer, (N, O, H, W) or (N, O).
-        count: Number of positions for each image, or all of them where there are fewer.
-        generator: Source of randomness, on the CPU.
+    """Draw up to ``count`` positions of each image's outputs (N, O, H, W) or (N, O).
 
     Returns:
         int64, (N, P), each ``row * W + column``; None for a linear layer's outputs.
@@ -56,10 +50,10 @@ def inputs_at(
     """Return what a layer reads for its outputs at some positions.
 
     Args:
-        operation: A convolution or linear layer.
-        layer: Its weights, whose shape counts.
-        x: Input, (N, I, H, W) or (N, I).
-        positions: From :func:`draw_positions` for the layer's outputs.
+        operation: Convolution or linear layer.
+        layer: Its weights, for their shape.
+        x: Input of the layer, (N, I, H, W) or (N, I).
+        positions: Result of :func:`draw_positions` for the layer's outputs.
 
     Returns:
         float32, (rows, groups, columns), the columns in the order of ``weight.flatten(1)``.
@@ -69,8 +63,7 @@ def inputs_at(
     settings = operation.attributes
     kernel, groups = layer.weight.shape[2:], settings["groups"]
     (top, left), stride, dilation = settings["padding"], settings["stride"], settings["dilation"]
-    width = x.shape[3] + 2 * left - dilation[1] * (kernel[1] - 1)
-    width = (width - 1) // stride[1] + 1
+    width = (x.shape[3] + 2 * left - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
     steps = [torch.arange(k, device=x.device) * d for k, d in zip(kernel, dilation, strict=True)]
     rows = stride[0] * (positions // width)[:, :, None, None] + steps[0][:, None]
     columns = stride[1] * (positions % width)[:, :, None, None] + steps[1]
@@ -83,33 +76,29 @@ def inputs_at(
 def completed_sum(network: Network, layer: str) -> tuple[str, str] | None:
     """Return the addition that a layer completes, and the addition's other operand.
 
-    None where the layer's outputs are read otherwise too, or the other operand is computed later.
+    None if another operation reads the layer's outputs too, or the other operand is computed later.
     """
-    graph = network.graph
-    user = graph.sole_user(layer)
+    user = network.graph.sole_user(layer)
     if user is None or user.kind != ADD or len(set(user.inputs)) != 2:
         return None
     other = next(name for name in user.inputs if name != layer)
-    is_later = _position(graph, other) > _position(graph, layer)
+    order = [operation.name for operation in network.graph.operations]
+    is_later = order.index(other) > order.index(layer)
     if is_later or network.shapes[other] != network.shapes[layer]:
         return None
     return user.name, other
 
 
-def _position(graph: Graph, name: str) -> int:
-    return next(i for i, operation in enumerate(graph.operations) if operation.name == name)
-
-
 @dataclass(frozen=True)
 class Moments:
-    """Moments of a layer's inputs, and of what its outputs lack of those that are wanted.
+    """Moments of a layer's inputs and of its residuals: wanted outputs minus given ones.
 
     Attributes:
         mean: Mean of the inputs, (groups, columns).
         covariance: Covariance of the inputs, (groups, columns, columns).
-        lacking: Mean of what the outputs lack, (O,).
-        cross: Covariance of what the outputs lack and the inputs, (groups, O / groups, columns).
-        variance: Variance of the wanted outputs, added up over them.
+        lacking: Mean of the residuals, (O,).
+        cross: Covariance of the residuals and the inputs, (groups, O / groups, columns).
+        variance: Sum over the outputs of the variance of what is wanted.
     """
 
     mean: torch.Tensor
@@ -128,7 +117,7 @@ class Moments:
         """Return the layer fitted to the wanted outputs by ridge regression.
 
         Args:
-            layer: The layer whose outputs the moments are about; the fit stays near it.
+            layer: Layer of the moments, near which the fit stays.
             ridge: Penalty on the squared change of a weight, (groups,).
         """
         factor = torch.linalg.cholesky(with_ridge(self.covariance, ridge))
@@ -151,12 +140,7 @@ class Moments:
 
 
 class MomentSums:
-    """Sums over the samples of a layer, from which its moments follow.
-
-    Args:
-        layer: The layer, in FP32.
-        groups: Number of its groups.
-    """
+    """Sums over the samples of an FP32 layer, from which its moments follow."""
 
     def __init__(self, layer: Layer, groups: int):
         self._layer, self._groups, self._count = layer, groups, 0
@@ -167,12 +151,7 @@ class MomentSums:
         self._lacking, self._wanted, self._square = (new(len(layer.bias)) for _ in range(3))
 
     def add(self, rows: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
-        """Add samples.
-
-        Args:
-            rows: Inputs, (n, groups, columns).
-            wanted: Outputs that are wanted of them, (n, O); None for those that the layer gives.
-        """
+        """Add inputs (n, groups, columns) and wanted outputs (n, O); None for those given."""
         rows = rows.transpose(0, 1)
         self._inner.baddbmm_(rows.transpose(1, 2), rows)
         self._rows += rows.sum(1)

@@ -1,9 +1,9 @@
 """The ResNet family (He et al., 2016, https://arxiv.org/abs/1512.03385), built from a checkpoint.
 
-The names and shapes of its tensors say all there is to know about a network: CIFAR ResNets of depth
-6n+2, ResNet-18 and 34 (basic blocks), 50, 101 and 152 (bottlenecks), a stem of 3×3 pixels or of
-7×7 with a max pool after it, any widths and any number of classes. Modules bear the names that the
-checkpoint uses: those of kuangliu/pytorch-cifar, or ``downsample`` and ``fc`` as in torchvision.
+The names and shapes of a checkpoint's tensors determine the network: CIFAR ResNets of depth 6n+2,
+ResNet-18 and 34 (basic blocks), 50, 101 and 152 (bottlenecks), a 3×3 stem or a 7×7 stem followed by
+a max pool, any widths and any number of classes. Modules bear the names that the checkpoint uses:
+those of kuangliu/pytorch-cifar, or ``downsample`` and ``fc`` as in torchvision.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ResNetShape:
 
     @classmethod
     def of(cls, state: Mapping[str, torch.Tensor]) -> ResNetShape:
-        """Read the shape off a state dict, in which single tensors may be missing or wrong.
+        """Read the shape from a state dict, in which single tensors may be missing or wrong.
 
         Raises:
             ValueError: The tensors are not those of a ResNet.
@@ -93,7 +93,7 @@ def resnet18_shape(class_count: int) -> ResNetShape:
 
 
 class ZeroPaddedShortcut(nn.Module):
-    """A shortcut without weights ("option A"): skips pixels, and adds channels of zeros."""
+    """The shortcut of "option A", without weights: skip pixels and add channels of zeros."""
 
     def __init__(self, stride: int, added_channels: int):
         super().__init__()
@@ -109,39 +109,28 @@ class ZeroPaddedShortcut(nn.Module):
 class Block(nn.Module):
     """Convolutions around which the input is added back: two of 3×3, or 1×1, 3×3 and 1×1.
 
-    Args:
-        in_channels: Input channels.
-        shape: Widths of the block.
-        stride: Stride of the first 3×3 convolution, and of the shortcut.
-        shortcut: Name of the shortcut.
+    The first 3×3 convolution and the shortcut have the block's stride.
     """
 
     def __init__(self, in_channels: int, shape: BlockShape, stride: int, shortcut: str):
         super().__init__()
         kernels = BASIC if len(shape.widths) == 2 else BOTTLENECK
-        self.depth, self.shortcut_name, out_channels = len(kernels), shortcut, shape.widths[-1]
+        self.depth, self.shortcut_name = len(kernels), shortcut
         channels = in_channels
         for index, (kernel, width) in enumerate(zip(kernels, shape.widths, strict=True)):
             own_stride = stride if index == kernels.index(3) else 1
             conv = nn.Conv2d(channels, width, kernel, own_stride, kernel // 2, bias=False)
             self.add_module(f"conv{index + 1}", conv)
             self.add_module(f"bn{index + 1}", nn.BatchNorm2d(width))
-            if index + 1 < self.depth:
-                self.add_module(f"relu{index + 1}", nn.ReLU(inplace=True))
+            self.add_module(f"relu{index + 1}", nn.ReLU(inplace=True))
             channels = width
+        skip = nn.Sequential()
         if shape.projects:
-            self.add_module(
-                shortcut,
-                nn.Sequential(
-                    nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                    nn.BatchNorm2d(out_channels),
-                ),
-            )
-        elif stride != 1 or in_channels != out_channels:
-            self.add_module(shortcut, ZeroPaddedShortcut(stride, out_channels - in_channels))
-        else:
-            self.add_module(shortcut, nn.Sequential())
-        self.add_module(f"relu{self.depth}", nn.ReLU(inplace=True))
+            conv = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            skip = nn.Sequential(conv, nn.BatchNorm2d(channels))
+        elif stride != 1 or in_channels != channels:
+            skip = ZeroPaddedShortcut(stride, channels - in_channels)
+        self.add_module(shortcut, skip)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
@@ -155,12 +144,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet.
-
-    Args:
-        shape: Sizes and names.
-        max_pool: Whether a max pool follows the first convolution; by default after one of 7×7.
-    """
+    """A ResNet; by default a max pool follows the first convolution if that has 7×7 pixels."""
 
     def __init__(self, shape: ResNetShape, max_pool: bool | None = None):
         super().__init__()
@@ -188,6 +172,14 @@ class ResNet(nn.Module):
         for index in range(len(self.shape.stages)):
             x = getattr(self, f"layer{index + 1}")(x)
         return getattr(self, self.shape.head)(torch.flatten(self.avgpool(x), 1))
+
+    def second_norm(self) -> nn.BatchNorm2d:
+        """Return the first block's first batch norm."""
+        return self.layer1[0].bn1
+
+    def into_second_norm(self, x: torch.Tensor, pool: nn.Module) -> torch.Tensor:
+        """Return what the second batch norm reads if ``pool`` follows the stem."""
+        return self.layer1[0].conv1(pool(self.relu(self.bn1(self.conv1(x)))))
 
 
 def _read_stages(

@@ -8,31 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from common.network.graph import (
-    ACTIVATIONS,
-    ADAPTIVE_POOL,
-    ADD,
-    AFFINE,
-    AVERAGE_POOL,
-    CONCATENATE,
-    CONVOLUTION,
-    FLATTEN,
-    GLOBAL_POOL,
-    INPUT,
-    LINEAR,
-    MAX_POOL,
-    MULTIPLY,
-    PAD,
-    PERMUTE,
-    RESHAPE,
-    SLICE,
-    Graph,
-)
+from common.network import graph as kinds
+from common.network.graph import Graph
 
 Shape = tuple[int, ...]
-Attributes = Mapping[str, Any]
 
 
 def infer_shapes(graph: Graph, weights: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
@@ -49,9 +29,9 @@ def infer_shapes(graph: Graph, weights: Mapping[str, Sequence[int]]) -> dict[str
     shapes: dict[str, Shape] = {}
     for operation in graph.operations:
         inputs = [shapes[name] for name in operation.inputs]
-        if operation.kind in (CONVOLUTION, LINEAR, AFFINE):
+        if operation.kind in (*kinds.WEIGHTED, kinds.AFFINE):
             inputs.append(tuple(weights[operation.name]))
-        shape = _INFER[operation.kind](operation.attributes, *inputs)
+        shape = tuple(_INFER[operation.kind](*inputs, *operation.arguments))
         if not all(type(size) is int and size > 0 for size in shape):
             raise ValueError(f"{operation.name[:60]} gives a value of shape {shape}")
         shapes[operation.name] = shape
@@ -63,14 +43,9 @@ def _require(fits: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _input(settings: Attributes) -> Shape:
-    return tuple(settings["shape"])
-
-
-def _convolution(settings: Attributes, x: Shape, weight: Shape) -> Shape:
+def _convolution(x: Shape, weight: Shape, stride, padding, dilation, groups: int) -> Shape:
     channels, *size = x
     outputs, per_group, *kernel = weight
-    groups = settings["groups"]
     _require(
         len(size) == len(kernel) == 2
         and groups > 0
@@ -78,20 +53,20 @@ def _convolution(settings: Attributes, x: Shape, weight: Shape) -> Shape:
         and outputs % groups == 0,
         "a convolution's weight does not fit its input",
     )
-    return (outputs, *_windows(settings, size, kernel))
+    return (outputs, *_windows(size, kernel, stride, padding, dilation))
 
 
-def _linear(settings: Attributes, x: Shape, weight: Shape) -> Shape:
+def _linear(x: Shape, weight: Shape) -> Shape:
     _require(x[-1:] == weight[1:], "a linear layer's weight does not fit its input")
     return (*x[:-1], weight[0])
 
 
-def _affine(settings: Attributes, x: Shape, weight: Shape) -> Shape:
+def _affine(x: Shape, weight: Shape) -> Shape:
     _require(x[:1] == weight, "an affine operation's weight does not fit its input")
     return x
 
 
-def _broadcast(settings: Attributes, *values: Shape) -> Shape:
+def _broadcast(*values: Shape) -> Shape:
     rank = max(map(len, values))
     padded = [(1,) * (rank - len(value)) + value for value in values]
     shape = tuple(map(max, zip(*padded, strict=True)))
@@ -101,92 +76,81 @@ def _broadcast(settings: Attributes, *values: Shape) -> Shape:
     return shape
 
 
-def _concatenate(settings: Attributes, *values: Shape) -> Shape:
+def _concatenate(*values: Shape) -> Shape:
     _require(len({value[1:] for value in values}) == 1, "values of different shapes meet")
     return (sum(value[0] for value in values), *values[0][1:])
 
 
-def _pool(settings: Attributes, x: Shape) -> Shape:
-    return (x[0], *_windows(settings, x[1:], settings["kernel"]))
+def _max_pool(x: Shape, kernel, stride, padding, dilation, ceil: bool) -> Shape:
+    return (x[0], *_windows(x[1:], kernel, stride, padding, dilation, ceil))
 
 
-def _windows(settings: Attributes, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
-    """Return how often a window fits into an image, in height and width."""
+def _average_pool(x: Shape, kernel, stride, padding, ceil: bool, count_padding: bool) -> Shape:
+    return _max_pool(x, kernel, stride, padding, (1, 1), ceil)
+
+
+def _windows(size, kernel, strides, paddings, dilations, ceil: bool = False) -> list[int]:
+    """Return how often a window fits into an image; all arguments are for height and width."""
     found = []
     for n, k, stride, padding, dilation in zip(
-        size, kernel, settings["stride"], settings["padding"], settings.get("dilation", (1, 1)),
-        strict=True,
-    ):  # fmt: skip
+        size, kernel, strides, paddings, dilations, strict=True
+    ):
         _require(min(k, stride, dilation) > 0 and padding >= 0, "a window that cannot be")
         room = n + 2 * padding - dilation * (k - 1) - 1
-        count = (-(-room // stride) if settings.get("ceil") else room // stride) + 1
-        if settings.get("ceil") and (count - 1) * stride >= n + padding:
+        count = (-(-room // stride) if ceil else room // stride) + 1
+        if ceil and (count - 1) * stride >= n + padding:
             count -= 1  # the last window would begin in the padding
         found.append(count)
     return found
 
 
-def _adaptive_pool(settings: Attributes, x: Shape) -> Shape:
-    return (x[0], *settings["size"])
-
-
-def _global_pool(settings: Attributes, x: Shape) -> Shape:
+def _global_pool(x: Shape, keep: bool) -> Shape:
     _require(len(x) == 3, "an average over something that is no image")
-    return (x[0], 1, 1) if settings["keep"] else x[:1]
+    return (x[0], 1, 1) if keep else x[:1]
 
 
-def _flatten(settings: Attributes, x: Shape) -> Shape:
-    return (math.prod(x),)
-
-
-def _reshape(settings: Attributes, x: Shape) -> Shape:
-    shape = tuple(settings["shape"])
+def _reshape(x: Shape, shape: Sequence[int]) -> Sequence[int]:
     _require(math.prod(shape) == math.prod(x), "a value of another size than its new shape")
     return shape
 
 
-def _permute(settings: Attributes, x: Shape) -> Shape:
-    order = settings["order"]
+def _permute(x: Shape, order: Sequence[int]) -> Shape:
     _require(sorted(order) == list(range(len(x) + 1)) and order[0] == 0, "no order of dimensions")
     return tuple(x[dimension - 1] for dimension in order[1:])
 
 
-def _slice(settings: Attributes, x: Shape) -> Shape:
+def _slice(x: Shape, parts: Sequence[Sequence[int]]) -> list[int]:
     shape = list(x)
-    for dimension, start, stop, step in settings["parts"]:
+    for dimension, start, stop, step in parts:
         _require(0 < dimension <= len(x) and step > 0, "a slice that cannot be")
         shape[dimension - 1] = len(range(*slice(start, stop, step).indices(shape[dimension - 1])))
-    return tuple(shape)
+    return shape
 
 
-def _pad(settings: Attributes, x: Shape) -> Shape:
-    shape, padding = list(x), settings["padding"]
+def _pad(x: Shape, padding: Sequence[int]) -> list[int]:
     _require(len(padding) % 2 == 0 and min(padding) >= 0, "a padding that cannot be")
+    shape = list(x)
     for index in range(0, len(padding), 2):
         shape[-1 - index // 2] += padding[index] + padding[index + 1]
-    return tuple(shape)
+    return shape
 
 
-def _same(settings: Attributes, x: Shape) -> Shape:
-    return x
-
-
-_INFER: dict[str, Callable[..., Shape]] = {
-    INPUT: _input,
-    CONVOLUTION: _convolution,
-    LINEAR: _linear,
-    AFFINE: _affine,
-    ADD: _broadcast,
-    MULTIPLY: _broadcast,
-    CONCATENATE: _concatenate,
-    MAX_POOL: _pool,
-    AVERAGE_POOL: _pool,
-    ADAPTIVE_POOL: _adaptive_pool,
-    GLOBAL_POOL: _global_pool,
-    FLATTEN: _flatten,
-    RESHAPE: _reshape,
-    PERMUTE: _permute,
-    SLICE: _slice,
-    PAD: _pad,
-    **dict.fromkeys(ACTIVATIONS, _same),
+# Functions of the inputs' shapes, then the weight's, then the attributes.
+_INFER: dict[str, Callable[..., Sequence[int]]] = {
+    kinds.INPUT: lambda shape: shape,
+    kinds.CONVOLUTION: _convolution,
+    kinds.LINEAR: _linear,
+    kinds.AFFINE: _affine,
+    **dict.fromkeys((kinds.ADD, kinds.MULTIPLY), _broadcast),
+    kinds.CONCATENATE: _concatenate,
+    kinds.MAX_POOL: _max_pool,
+    kinds.AVERAGE_POOL: _average_pool,
+    kinds.ADAPTIVE_POOL: lambda x, size: (x[0], *size),
+    kinds.GLOBAL_POOL: _global_pool,
+    kinds.FLATTEN: lambda x: (math.prod(x),),
+    kinds.RESHAPE: _reshape,
+    kinds.PERMUTE: _permute,
+    kinds.SLICE: _slice,
+    kinds.PAD: _pad,
+    **dict.fromkeys(kinds.ACTIVATIONS, lambda x: x),
 }

@@ -43,6 +43,22 @@ def count_macs(network: Network) -> int:
     return sum(network.macs.values())
 
 
+def describe_network(family: str, model: nn.Module, network: Network) -> dict:
+    """Return results.json's ``network``.
+
+    Args:
+        family: Name of the architecture.
+        model: Holds the parameters.
+        network: The same model, traced.
+    """
+    return {
+        "family": family,
+        "layers": len(network.graph.layers),
+        "macs": count_macs(network),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
 def describe_layers(model: nn.Module, network: Network) -> list[LayerDescription]:
     """Describe every convolution and linear layer, in the order of the state dict.
 

@@ -1,7 +1,7 @@
-"""All images on their way through a network, an operation at a time.
+"""A network on all images, one operation at a time.
 
-The coder and the repair of slim networks fix a layer on what all images give there, and only then
-go on. A value is kept until its last use, batch by batch.
+The coder and the repair of slim networks fit a layer on the values of all images before the next
+operation runs. A value is kept until its last use, in batches.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ class Walk:
     """Values of a network for all images.
 
     Args:
-        network: The network.
-        images: Normalised images in batches, (n, C, H, W); they stay as they are.
-        order: The graph in whose order operations are computed: the network's own, or that of one
-            with the same names.
-        storage: Precision in which values are kept and FP32 in which they are computed; None for
-            both in what the network computes in.
+        network: Network to run.
+        images: Normalised images in batches, (n, C, H, W); not changed.
+        order: Graph whose order the calls of :meth:`step` follow; it has the network's names.
+        storage: Precision in which values are kept, while FP32 computes; None to keep values as
+            they are computed.
     """
 
     def __init__(

@@ -8,13 +8,13 @@ page forbids the browser to load or run anything.
 from __future__ import annotations
 
 import base64
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.command.cli import visible
 from common.files.atomic import replace_file
 from common.files.output import RESULTS_NAME, OutputFolder
+from common.report.loading import list_files
 from common.report.story import Story
 
 REPORT_NAME = "report.html"
@@ -50,14 +50,8 @@ def render(story: Story, results: Mapping[str, object], plots: Mapping[str, byte
     told_first = [name for name in dict.fromkeys([*story.captions, *plots]) if name in plots]
     images = {name: base64.b64encode(plots[name]).decode() for name in told_first}
     template = environment.get_template(TEMPLATE.name)
-    files = [RESULTS_NAME, *_names(results["artifacts"])]
+    files = [RESULTS_NAME, *list_files(results["artifacts"])]
     return template.render(story=story, results=results, images=images, files=files).lstrip()
-
-
-def _names(artifacts: Mapping[str, str | list[str]]) -> list[str]:
-    """Return the names of the files that results.json lists, each once."""
-    lists = [[entry] if isinstance(entry, str) else entry for entry in artifacts.values()]
-    return list(dict.fromkeys(itertools.chain(*lists)))
 
 
 def _as_text(value: object) -> object:
@@ -66,4 +60,6 @@ def _as_text(value: object) -> object:
         return value
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
     return visible(", ".join(map(str, value)) if isinstance(value, list | tuple) else value)

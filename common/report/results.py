@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from common.command.cli import visible
+from common.command.cli import counted, visible
 from common.machine.device import cpu_name, has_vnni
+from common.report.provenance import describe_provenance
 from common.report.story import Column
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ SCHEMA = 1
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, GREY = "#CC79A7", "#999999"
+DOUBT = "?: the machine was busy while this was timed, so it may be far off."
 
 
 # --- results.json --------------------------------------------------------------------------------
@@ -68,6 +70,7 @@ def common_results(
             "device": device,
             "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         },
+        "made": describe_provenance(),
         "processes": workers.count,
         "data": data,
         "weights": weights,
@@ -127,13 +130,24 @@ def describe_given(weights: Mapping[str, Any]) -> str:
 
 def at_batch_sizes(entries: Sequence[Mapping[str, Any]], name: str = "value") -> str:
     """Format a factor at each batch size; ``name`` is its key in the entries."""
-    return ", ".join(f"{entry[name]:.2f}× at batch {entry['batch_size']}" for entry in entries)
+    return ", ".join(
+        f"{entry[name]:.2f}×{doubt(entry)} at batch {entry['batch_size']}" for entry in entries
+    )
 
 
-def counted(number: float, noun: str) -> str:
-    """Format a number of things: 1 point, 0.5 points, 10,000 images."""
-    text = f"{number:,.10g}"
-    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
+def doubt(*entries: Mapping[str, Any]) -> str:
+    """Return a question mark where one of the timings, or ratios of timings, is noisy."""
+    return "?" if any(entry["noisy"] for entry in entries) else ""
+
+
+def show_rate(timing: Mapping[str, Any]) -> str:
+    """Format images a second, with a question mark where they are noisy."""
+    return f"{timing['images_per_second']:,.0f}{doubt(timing)}"
+
+
+def explain_doubt(models: Sequence[Mapping[str, Any]]) -> str:
+    """Return what explains the question marks at the ``latency`` of models, if there are any."""
+    return f" {DOUBT}" if any(doubt(*model["latency"]) for model in models) else ""
 
 
 def percent(value: float, digits: int = 2) -> str:
@@ -144,6 +158,11 @@ def percent(value: float, digits: int = 2) -> str:
 def floor_percent(value: float, digits: int = 2) -> str:
     """Format a largest fraction as a percentage, rounded down: more would be too much."""
     return f"{math.floor(100 * value * 10**digits + 1e-9) / 10**digits:.{digits}f} %"
+
+
+def floor_factor(value: float) -> str:
+    """Format a largest factor, rounded down."""
+    return f"{math.floor(10 * value + 1e-9) / 10:,.1f}×"
 
 
 def p_value(value: float, digits: int = 2) -> str:
@@ -212,11 +231,11 @@ def change_columns() -> list[Column]:
 def rate_columns(latency: Sequence[dict]) -> list[Column]:
     """Return a column of images a second for each batch size of ``latency``."""
 
-    def at(index: int) -> Callable[[dict], float]:
-        return lambda row: row["latency"][index]["images_per_second"]
+    def at(index: int) -> Callable[[dict], dict]:
+        return lambda row: row["latency"][index]
 
     return [
-        Column(f"batch {timing['batch_size']}", at(index), "{:,.0f}".format)
+        Column(f"batch {timing['batch_size']}", at(index), show_rate)
         for index, timing in enumerate(latency)
     ]
 
@@ -248,6 +267,11 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     )
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
     return figure, figure.subplots(rows, columns, **options)
+
+
+def mark_doubt(figure: Figure, models: Sequence[Mapping[str, Any]]) -> None:
+    """Explain the question marks of a figure below it, if there are any."""
+    figure.supxlabel(explain_doubt(models).strip(), fontsize=8, color=RED)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

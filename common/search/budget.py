@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.command.cli import counted
 from common.images.data import ImageSet
 from common.measure.evaluate import Comparison, Paired
 from common.search.split import EvaluationSplit
@@ -106,8 +107,8 @@ def why_too_strict(count: int, max_drop: float, held_out: bool = False) -> str |
         else f"{2 * choosing:,} test images, of which half choose"
     )
     return (
-        f"to be within {100 * max_drop:g} points with one standard error to spare takes {needed}, "
-        f"not {count:,}"
+        f"to be within {counted(100 * max_drop, 'point')} with one standard error to spare takes "
+        f"{needed}, not {count:,}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from common.machine.workers import ALONE, Workers
 from common.network.cascade import Cascade, Fp32Recheck
 from common.network.execution import Network
 from common.network.tracing import trace_network, weight_layers
-from pruning.alone.linear import Head
+from pruning.alone.head import Head
 from pruning.alone.walk import Chunk, PrunedVariants, Walk
 
 # Unit of partial results: all layers at all amounts, on this many batches of images.
@@ -29,10 +30,10 @@ CHUNK_BATCHES = 16
 
 @dataclass(frozen=True)
 class Scan:
-    """What is scanned, and how.
+    """What to scan, and how.
 
     Attributes:
-        model: The network, in eval mode, on the images' device; not changed.
+        model: Network in eval mode, on the images' device; not changed.
         images: Images to measure on.
         layers: Names of the layers to prune, each alone.
         amounts: Fractions to prune.
@@ -128,8 +129,8 @@ def run_scan(
         The result, and the scan's seconds; None where an earlier run did part of it.
 
     Raises:
-        UserError: The workers do not have the same model, images and settings, or the partial
-            results belong to another scan.
+        UserError: The workers differ in model, images or settings, or the partial results belong
+            to another scan.
     """
     identity = scan.identity()
     scan.workers.require_same(identity)
@@ -148,20 +149,17 @@ def run_scan(
 
 @torch.inference_mode()
 def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
-    """Go through the images once, except for chunks that are ``finished``.
+    """Run all images, but variants only on chunks that are not ``finished``.
 
     Memory holds the weights of all variants and one batch. Every worker returns the whole result.
     """
     layers, workers, total_images = scan.layers, scan.workers, len(scan.images)
     weights = {name: scan.weights[name] for name in layers}
-    variants = [
-        PrunedVariants.of(scan.network, weights, amount, scan.fast) for amount in scan.amounts
-    ]
-    features_name = scan.head.features if scan.head else None
-    walk = Walk(Cascade.of(scan.network, scan.fast), layers, features_name)
-    if scan.fast:
-        walk.bounds = _bounds(walk, variants, scan, finished)
-    dense_correct, features, packed, total = [], [], [], Fp32Recheck()
+    variants = [PrunedVariants.of(scan.network, weights, a, scan.fast) for a in scan.amounts]
+    cascade = Cascade.of(scan.network, scan.fast)
+    bounds = _bounds(cascade, variants, scan, finished) if scan.fast else {}
+    walk = Walk(cascade, layers, scan.head.features if scan.head else None, bounds)
+    dense_correct, features, correct, total = [], [], [], Fp32Recheck()
     chunk_size = scan.batch_size * CHUNK_BATCHES * workers.count
     with cli.progress(None, "scan", total=total_images, unit="image") as bar:
         for first in range(0, total_images, chunk_size):
@@ -180,35 +178,34 @@ def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
             if key not in finished:
                 bits = np.packbits(chunk.correct.cpu().numpy()).tobytes().hex()
                 finished[key] = {"correct": bits, "recheck": asdict(chunk.recheck)}
-            packed.append((finished[key]["correct"], last - first))
+            bits = np.frombuffer(bytes.fromhex(finished[key]["correct"]), dtype=np.uint8)
+            shape = (len(variants) * len(layers), last - first)
+            flat = np.unpackbits(bits, count=math.prod(shape))
+            correct.append(torch.from_numpy(flat.reshape(shape).astype(bool)))
             total.add(Fp32Recheck(**finished[key]["recheck"]))
-    rows = len(scan.amounts) * len(layers)
-    correct = torch.cat([_unpack(bits, rows, columns) for bits, columns in packed], dim=1)
-    names = [(variant.amount, layer) for variant in variants for layer in layers]
+    achieved = {(v.amount, layer): v.achieved[layer] for v in variants for layer in layers}
     return ScanResult(
         torch.cat(dense_correct).cpu(),
         torch.cat(features).cpu(),
-        dict(zip(names, correct, strict=True)),
-        {(v.amount, layer): v.achieved[layer] for v in variants for layer in layers},
+        dict(zip(achieved, torch.cat(correct, dim=1), strict=True)),
+        achieved,
         total if scan.fast else None,
     )
 
 
-def _unpack(bits: str, rows: int, columns: int) -> torch.Tensor:
-    flat = np.unpackbits(np.frombuffer(bytes.fromhex(bits), dtype=np.uint8), count=rows * columns)
-    return torch.from_numpy(flat.reshape(rows, columns).astype(bool))
-
-
 def _bounds(
-    walk: Walk, variants: Sequence[PrunedVariants], scan: Scan, finished: MutableMapping[str, dict]
+    cascade: Cascade,
+    variants: Sequence[PrunedVariants],
+    scan: Scan,
+    finished: MutableMapping[str, dict],
 ) -> dict[float, torch.Tensor]:
-    """Return the bounds for bf16: those of the partial results, if there are any.
+    """Return the bounds for bf16: those of the partial results, or else measure them.
 
-    All workers measure them on the same images and use those of the first worker.
+    All workers measure on the same images and use the first worker's bounds.
     """
     if "bounds" not in finished:
         bounds = {
-            str(v.amount): walk.cascade.measure_bounds(scan.images, v, scan.batch_size).tolist()
+            str(v.amount): cascade.measure_bounds(scan.images, v, scan.batch_size).tolist()
             for v in variants
         }
         finished["bounds"] = scan.workers.broadcast(bounds)

@@ -38,11 +38,11 @@ class PrunedVariants(Variants):
         """Prune each of some layers alone.
 
         Args:
-            network: Dense.
-            weights: For each layer to prune, its weight without the batch norm, by whose
-                magnitudes the weights are chosen; on any device.
+            network: Dense network.
+            weights: For each layer to prune, its weight without the batch norm, whose magnitudes
+                decide; on any device.
             amount: Fraction to prune.
-            fast: Make variants in bf16, too.
+            fast: Whether to make variants in bf16 too.
         """
         exact, achieved = {}, {}
         for name, weight in weights.items():
@@ -92,13 +92,13 @@ class Chunk:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Walk:
-    """The networks to run, and the bounds for bf16.
+    """The network to run, and what to keep of it.
 
     Attributes:
-        cascade: The network.
-        layers: Layers that are pruned.
+        cascade: Dense network.
+        layers: Names of the layers that are pruned.
         features: Name of the operation whose value is kept for every image; None for none.
         bounds: For each amount, the margins below which FP32 decides.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from common.report.results import (
     accuracy_columns,
     counted,
+    doubt,
     floor_percent,
     format_change,
     megabytes,
@@ -37,7 +38,7 @@ def steps_table(linear: dict) -> Table:
     dense = linear["dense"]["value"]
     columns = [
         Column("step", lambda step: step["number"]),
-        Column("amount", lambda step: step["amount"], percent),
+        Column("amount", lambda step: step["amount"], floor_percent),
         Column("weights", lambda step: step["pruned_weights"], "{:,}".format),
         *accuracy_columns(),
         Column("points", lambda step: step["accuracy"]["value"] - dense, points),
@@ -49,28 +50,64 @@ def steps_table(linear: dict) -> Table:
     return Table(f"{layers}: binary search within {tolerance} of dense", columns, steps)
 
 
-def describe_found(linear: dict) -> Facts:
-    """Say what the binary search found, and how it compares with every amount."""
+def describe_answer(linear: dict) -> str:
+    """Say in one line how far the linear layers can be pruned."""
+    total = linear["pruned_weights"] + linear["kept_weights"]
+    return (
+        f"Largest amount found: {floor_percent(linear['max_amount'])} of {linear_layers(linear)} "
+        f"({linear['pruned_weights']:,} of {total:,} weights) within "
+        f"{counted(100 * linear['tolerance'], 'point')}."
+    )
+
+
+def describe_certainty(linear: dict) -> Facts:
+    """Say how the answer does as a saved model, beside every other amount, and on other images."""
     confirmed = linear["confirmed"]
     change = format_change(confirmed["comparison"])
+    tolerance = counted(100 * linear["tolerance"], "point")
     facts = {
-        "found": f"{floor_percent(linear['max_amount'])} pruned, "
-        f"{counted(linear['kept_weights'], 'weight')} kept",
-        "true max": f"{floor_percent(linear['exhaustive_max_amount'])}, of all "
-        f"{len(linear['curve']):,} possible amounts",
-        "that is": linear["explanation"],
-        "confirmed": f"{percent(confirmed['accuracy']['value'])} by the saved, reloaded model on "
+        "saved model": f"{percent(confirmed['accuracy']['value'])}, reloaded, on "
         f"{counted(confirmed['accuracy']['total'], 'image')}: {change.points} points, 95 % "
         f"interval {change.low} to {change.high}",
+        "all amounts": describe_largest(linear),
     }
     if "splits" in linear:
         splits = linear["splits"]
-        facts["elsewhere"] = (
-            f"chosen on random halves, judged on the others, {counted(splits['splits'], 'time')}: "
-            f"on average {points(-splits['drop']['mean'])} points, within the tolerance in "
-            f"{splits['within_tolerance']} of {splits['splits']}"
+        outside = splits["splits"] - splits["within_tolerance"]
+        facts["new images"] = (
+            f"such an amount lost more than {tolerance} on other images {outside} times in "
+            f"{splits['splits']} (on average {points(-splits['drop']['mean'])} points): each time "
+            "one random half of the images chose and the other half judged"
         )
-    return Facts("What the search found", facts)
+    return Facts("How sure that is", facts)
+
+
+def describe_largest(linear: dict) -> str:
+    """Say how the answer compares with the largest of all amounts that is within the tolerance."""
+    tried = f"{len(linear['curve']):,} amounts were tried"
+    if linear["exhaustive_max_amount"] == linear["max_amount"]:
+        return f"no larger amount is within the tolerance; {tried}"
+    return (
+        f"a larger amount, {floor_percent(linear['exhaustive_max_amount'])}, is within the "
+        "tolerance too, because accuracy does not fall steadily: the binary search stepped over "
+        f"it ({tried})"
+    )
+
+
+def compare_zeros(dense: dict, sparse: dict, what: str) -> str:
+    """Say that zeros make nothing faster, and how long both networks took.
+
+    Args:
+        dense: Timing of the network as given.
+        sparse: Timing of the network with zeros.
+        what: What the network with zeros is.
+    """
+    return (
+        f"no faster: dense kernels multiply zeros too. For {counted(dense['batch_size'], 'image')} "
+        f"{what} took {sparse['median_ms']:.0f}{doubt(sparse)} ms, the network as given "
+        f"{dense['median_ms']:.0f}{doubt(dense)} ms; they do the same work, so any difference is "
+        f"noise"
+    )
 
 
 def describe_savings(results: dict) -> Facts:
@@ -87,7 +124,6 @@ def describe_savings(results: dict) -> Facts:
             "pruned file": f"{megabytes(savings['pruned_bytes'])}, compressed "
             f"{megabytes(savings['pruned_compressed_bytes'])}",
             "written as": artifacts.get("linear_model", artifacts["model"]),
-            "speed": f"{sparse['name']}: {sparse['median_ms']:.0f} ms for "
-            f"{counted(dense['batch_size'], 'image')}, dense {dense['median_ms']:.0f} ms",
+            "speed": compare_zeros(dense, sparse, f"a copy with {sparse['name']}"),
         },
     )

@@ -29,6 +29,7 @@ from pruning.report.search_plots import (
 )
 
 MAX_CURVE_POINTS = 1500
+LABEL_GAP = 3  # of the axis's 100 %, between a step's number and the line of the answer
 
 
 def draw_all(results: dict, file: Callable[[str], Path]) -> None:
@@ -92,7 +93,7 @@ def plot_sensitivity(
         f"{worse} of {len(rows)} layers lose more than {counted(100 * tolerance, 'point')} "
         f"when {100 * amount:g} % of their weights go" + (" (sorted by drop)" if by_drop else "")
     )
-    axes.legend(ncols=2, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     save_figure(figure, path)
 
 
@@ -101,7 +102,8 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     amounts = sorted({row["amount"] for row in rows})
     found = {(row["layer"], row["amount"]): row["comparison"]["drop"] for row in rows}
-    changes = -100 * np.array([[found[layer, amount] for amount in amounts] for layer in layers])
+    drops = np.array([[found[layer, amount] for amount in amounts] for layer in layers])
+    changes = 0.0 - 100 * drops  # no minus before a zero
     figure, (curves, heat) = new_figure(11, 5.6, 1, 2, width_ratios=(1, 1))
     worst = set(np.argsort(changes[:, -1])[:5])
     palette = iter((RED, BLUE, GREEN, ORANGE, "#CC79A7"))
@@ -155,15 +157,22 @@ def plot_search(linear: dict, path: Path) -> None:
             axes.scatter(x, y, color=color, s=24, zorder=3, label=label)
         axes.set_xlabel(f"weights of {linear_layers(linear)} pruned (%)")
     for number, point in enumerate(points[:5], start=1):
-        whole.annotate(str(number), point, xytext=(3, 6), textcoords="offset points", fontsize=8)
-    near.axvline(100 * largest, color=GREY, ls=":", lw=1.5)
+        if abs(point[0] - 100 * found) > LABEL_GAP:
+            whole.annotate(
+                str(number), point, xytext=(0, 6), textcoords="offset points", ha="center",
+                fontsize=8,
+            )  # fmt: skip
+    near.axvline(
+        100 * largest, color=GREY, ls=":", lw=2,
+        label=f"largest of all amounts {floor_percent(largest)}",
+    )  # fmt: skip
     left = max(0.0, 100 * found - 4)
     near.set_xlim(left, min(100.0, 100 * max(largest, found) + 0.5))
     near.set_ylim(limit - 3, values[int(levels * left / 100) :].max() + 0.5)
-    near.text(100 * largest, near.get_ylim()[0], f" true maximum {floor_percent(largest)}",
-              rotation=90, ha="right", va="bottom", fontsize=8, color="#555555")  # fmt: skip
     near.set_title("Near the answer")
     whole.set_ylabel("top-1 accuracy (%)")
-    whole.set_title(f"{floor_percent(found, 1)} of the weights of {linear_layers(linear)} can go")
-    whole.legend(loc="lower left")
+    whole.set_title(f"{floor_percent(found)} of the weights of {linear_layers(linear)} can go")
+    figure.legend(
+        *near.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
+    )
     save_figure(figure, path)

@@ -13,7 +13,9 @@ from common.report.results import (
     GREY,
     RED,
     counted,
+    doubt,
     floor_percent,
+    mark_doubt,
     new_figure,
     save_figure,
 )
@@ -57,8 +59,9 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
             y = 100 * (dense - entry["comparison"]["drop"])
             face = "white" if entry["recalibrated"] else color
             axes.plot(found, y, "*", ms=12, color=color, mfc=face, zorder=4)
-    axes.axhline(100 * dense, color="black", lw=1)
-    axes.axhline(100 * (dense - tolerance), color="black", ls=":", lw=1.2)
+    axes.axhline(100 * dense, color="black", lw=1, label="dense")
+    limit = f"dense − {counted(100 * tolerance, 'point')}"
+    axes.axhline(100 * (dense - tolerance), color="black", ls=":", lw=1.2, label=limit)
     axes.set_xscale("log", base=2)
     marks = sparsities(entries)
     ticks = [1, *(1 / (1 - sparsity) for sparsity in marks)]
@@ -72,7 +75,7 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
         f"{floor_percent(best, 1)} of the {unit} can go within "
         f"{counted(100 * tolerance, 'point')} (star: where each search ended)"
     )
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
     save_figure(figure, path)
 
 
@@ -102,11 +105,14 @@ def plot_slim(models: list[dict], path: Path) -> None:
                     label=f"{model['name'].replace(precision, precision.upper())}, batch {batch}",
                 )  # fmt: skip
                 ends.append((rate, value))
+                if mark := doubt(model["latency"][index]):
+                    axes.annotate(mark, (rate, value), xytext=(7, 4), textcoords="offset points")
             arrow = {"arrowstyle": "->", "color": color, "shrinkA": 7, "shrinkB": 7}
             axes.annotate("", xy=ends[1], xytext=ends[0], arrowprops=arrow)
     axes.set_xscale("log")
     axes.set_xlabel("images a second (median)")
     axes.set_ylabel("top-1 accuracy (%), held-out images")
     axes.set_title("Dense and slim, FP32 and INT8")
-    axes.legend(fontsize=7, loc="lower left")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
+    mark_doubt(figure, models)
     save_figure(figure, path)

@@ -87,6 +87,7 @@ def describe_slim(dense: nn.Module, slim: nn.Module, models: Sequence[dict]) -> 
             {
                 "batch_size": one["batch_size"],
                 "over_dense": one["median_ms"] / other["median_ms"],
+                "noisy": one["noisy"] or other["noisy"],
             }
             for one, other in pairs
         ],

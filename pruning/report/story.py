@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from common.report.loading import how_to_load
 from common.report.results import (
     accuracy_columns,
     change_columns,
@@ -22,7 +23,8 @@ from common.report.story import Column, Headline, Story, Table
 from pruning.report.linear import (
     NO_LINEAR_LAYERS,
     curve_table,
-    describe_found,
+    describe_answer,
+    describe_certainty,
     describe_savings,
     linear_layers,
     steps_table,
@@ -51,7 +53,12 @@ def tell(results: dict) -> Story:
     parts += [ranking_table(results, ranking) for ranking in results["ranking"]]
     if "linear_search" in results:
         linear = results["linear_search"]
-        parts += [steps_table(linear), describe_found(linear), describe_savings(results)]
+        parts += [
+            describe_answer(linear),
+            steps_table(linear),
+            describe_certainty(linear),
+            describe_savings(results),
+        ]
     else:
         parts.append(NO_LINEAR_LAYERS)
     if "model_search" in results:
@@ -60,6 +67,7 @@ def tell(results: dict) -> Story:
         parts += tell_slim(results["slim"])
     if "verification" in results:
         parts.append(describe_verification(results))
+    parts += how_to_load(results["artifacts"])
     return Story(
         f"{network_name(results)}, pruned",
         describe_setting(results),
@@ -138,7 +146,11 @@ def structure_table(results: dict) -> Table:
         Column("non-zero", lambda layer: layer["nonzeros"], "{:,}".format),
     ]
     layers = results["layers"]
-    return Table(f"The layers ({len(layers)}), before pruning", columns, [*layers, whole])
+    note = (
+        "MMAC: millions of multiply-adds for one image. Non-zero: weights of the given file that "
+        "are not exactly 0; a few zeros are weights too small for its precision."
+    )
+    return Table(f"The layers ({len(layers)}), before pruning", columns, [*layers, whole], note)
 
 
 def describe_structure(structure: Mapping[str, int]) -> str:

@@ -9,6 +9,9 @@ from common.report.results import (
     at_batch_sizes,
     change_columns,
     counted,
+    doubt,
+    explain_doubt,
+    floor_factor,
     floor_percent,
     format_change,
     megabytes,
@@ -18,6 +21,7 @@ from common.report.results import (
 )
 from common.report.story import Column, Facts, Table
 from pruning.channels.search import SCOPE as CHANNELS
+from pruning.report.linear import compare_zeros
 
 SCOPES = {
     "linear": "all linear layers",
@@ -65,7 +69,7 @@ def largest_table(entries: Sequence[dict], title: str) -> Table:
     columns = [
         Column("", method_name),
         Column("pruned", lambda row: row["max_sparsity"], lambda share: floor_percent(share, 1)),
-        Column("fewer", lambda row: 1 / (1 - row["max_sparsity"]), "{:.1f}×".format),
+        Column("fewer", lambda row: 1 / (1 - row["max_sparsity"]), floor_factor),
         *accuracy_columns(),
         *change_columns(),
         Column("within", lambda row: "yes" if row["within_tolerance"] else "NO"),
@@ -134,8 +138,11 @@ def describe_saved(results: dict) -> Facts:
             "written as": results["artifacts"]["model"],
             "in theory": f"{percent(1 - saved['macs_kept'], 0)} of the multiply-adds are saved"
             + ("" if saved["scope"] == CHANNELS else "; dense kernels do them all"),
-            "measured": f"{sparse['median_ms']:.0f} ms for "
-            f"{counted(dense['batch_size'], 'image')}, dense {dense['median_ms']:.0f} ms",
+            "speed": f"{sparse['median_ms']:.0f}{doubt(sparse)} ms for "
+            f"{counted(dense['batch_size'], 'image')}, dense "
+            f"{dense['median_ms']:.0f}{doubt(dense)} ms"
+            if saved["scope"] == CHANNELS
+            else compare_zeros(dense, sparse, "the pruned network"),
         },
     )
 
@@ -151,8 +158,9 @@ def tell_slim(slim: dict) -> list[Table | Facts]:
         *rate_columns(models[0]["latency"]),
     ]
     title = f"Slim and dense in turns, {models[0]['accuracy']['total']:,} held-out images"
+    note = f"Points are against dense FP32 on the same images.{explain_doubt(models)}"
     return [
-        Table(title, columns, models, "Points are against dense FP32 on the same images."),
+        Table(title, columns, [models[0] | {"comparison": None}, *models[1:]], note),
         Facts(
             "What removing channels gained",
             {

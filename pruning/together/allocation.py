@@ -1,7 +1,7 @@
-"""How many weights each layer loses when the network as a whole loses a given fraction.
+"""How many weights of each layer are pruned when the whole network loses a given fraction.
 
-The smallest weights of a layer go first. How many go in each layer is decided by what they cost:
-see :func:`sensitivity_masks`. The more go in total, the more go in each layer.
+The smallest weights of a layer go first. What they cost decides how many go in each layer, see
+:func:`sensitivity_masks`. A higher total prunes at least as many weights of each layer.
 """
 
 from __future__ import annotations
@@ -27,12 +27,7 @@ Masks = dict[str, torch.Tensor]
 def weights_in_scope(
     network: Network, weights: Mapping[str, torch.Tensor], scope: str
 ) -> dict[str, torch.Tensor]:
-    """Return the weights that a search may prune, by layer, on the CPU.
-
-    Args:
-        network: The dense network.
-        weights: Weight of every layer; on any device.
-        scope: ``linear``, ``conv`` or ``all``.
+    """Return the weights on the CPU of the layers in a scope: ``linear``, ``conv`` or ``all``.
 
     Raises:
         UserError: The network has no layer of that kind.
@@ -49,20 +44,14 @@ def global_masks(weights: Mapping[str, torch.Tensor], sparsity: float) -> Masks:
     together = torch.cat([weight.flatten() for weight in weights.values()])
     kept = l1_mask(together, pruned_count(together.numel(), sparsity))
     parts = kept.split([weight.numel() for weight in weights.values()])
-    return {
-        name: part.view_as(weight)
-        for (name, weight), part in zip(weights.items(), parts, strict=True)
-    }
+    return {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
 
 
 def random_masks(weights: Mapping[str, torch.Tensor], sparsity: float, seed: int) -> Masks:
     """Prune the same fraction of every layer, at random; with one seed, choices are nested."""
     generator = torch.Generator().manual_seed(seed)
     scores = {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
-    return {
-        name: l1_mask(score, pruned_count(score.numel(), sparsity))
-        for name, score in scores.items()
-    }
+    return {n: l1_mask(s, pruned_count(s.numel(), sparsity)) for n, s in scores.items()}
 
 
 # --- by sensitivity ------------------------------------------------------------------------------
@@ -70,20 +59,20 @@ def random_masks(weights: Mapping[str, torch.Tensor], sparsity: float, seed: int
 
 @dataclass(frozen=True)
 class DamageCurve:
-    """What pruning one layer costs.
+    """The cost of pruning one layer.
 
     Attributes:
-        counts: Numbers of pruned weights, rising from 0; int64, shape (points,).
-        damage: Cost of each, in a unit that adds up over layers; shape (points,).
+        counts: Numbers of pruned weights, rising from 0; int64, (points,).
+        damage: Cost of each, in a unit that adds up over layers; (points,).
     """
 
     counts: np.ndarray
     damage: np.ndarray
 
     def convex(self) -> DamageCurve:
-        """Return the lower convex hull: the points that a budget ever needs.
+        """Return the lower convex hull.
 
-        Between two of its points part of the weights of the step are taken, at its mean cost.
+        Between two of its points the cost is interpolated: part of the weights are pruned.
         """
         hull: list[int] = []
         for point in range(len(self.counts)):
@@ -98,17 +87,10 @@ class DamageCurve:
 
 
 def greedy_counts(curves: Mapping[str, DamageCurve], total: int) -> dict[str, int]:
-    """Share out ``total`` pruned weights: always where the next weights cost least.
+    """Distribute ``total`` pruned weights over layers, always where the next weights cost least.
 
-    On convex curves that is the least damage for the total (Fox, 1966, doi:10.1287/opre.14.2.210),
-    exactly so wherever the total ends a step.
-
-    Args:
-        curves: Damage curve of each layer.
-        total: Number of weights; at most the sum of the curves' last points.
-
-    Returns:
-        For each layer, its number of pruned weights; they add up to ``total``.
+    On convex curves this gives the least damage (Fox, 1966, doi:10.1287/opre.14.2.210), exactly
+    wherever the total ends a step. The total is at most the sum of the curves' last counts.
     """
     steps = []
     for name, curve in curves.items():
@@ -129,9 +111,9 @@ def greedy_counts(curves: Mapping[str, DamageCurve], total: int) -> dict[str, in
 def sensitivity_masks(
     weights: Mapping[str, torch.Tensor], curves: Mapping[str, DamageCurve], sparsity: float
 ) -> Masks:
-    """Prune where it costs least by the layers' damage curves."""
+    """Prune the weights that cost least according to the layers' damage curves."""
     total = sum(weight.numel() for weight in weights.values())
     ends = sum(int(curve.counts[-1]) for curve in curves.values())
-    # Curves end on whole weights, which may add up to a few less than the share of the total.
+    # The curves' ends are rounded: together they may be a few weights short of the total.
     counts = greedy_counts(curves, min(pruned_count(total, sparsity), ends))
     return {name: l1_mask(weight, counts[name]) for name, weight in weights.items()}

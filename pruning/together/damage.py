@@ -1,9 +1,9 @@
 """What pruning each layer costs where the other layers are pruned too.
 
-A layer's sensitivity in the dense network says little about a network that is pruned everywhere:
-the errors of many layers, each harmless alone, add up. So the curves are measured in context. In
-the network that global pruning left, each layer in turn goes from all its weights to few, while the
-others stay as they are. The branching walk does that for all layers at once.
+A layer's sensitivity in the dense network says little about a network that is pruned everywhere,
+for the errors of many layers add up. So the curves are measured in the network that global pruning
+left: each layer in turn goes from all its weights to few, while the others stay pruned. The
+branching walk does this for all layers at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def measure_damage(
     images: ImageSet,
     fast: bool,
 ) -> dict[str, DamageCurve]:
-    """Measure how many predictions change as each layer alone goes through ``AMOUNTS``.
+    """Measure how many predictions change as each layer alone is pruned by each of ``AMOUNTS``.
 
     A change is counted against the dense network's prediction, right or wrong. That needs no
     labels and has less noise than the difference of two accuracies.
@@ -45,12 +45,12 @@ def measure_damage(
     Args:
         model: Dense network; not changed.
         context: The same network with all layers pruned; not changed.
-        weights: For each layer to measure, its dense weight.
+        weights: Dense weight of each layer to measure.
         images: Images to run, on the models' device.
-        fast: Run in bf16.
+        fast: Whether to run in bf16.
 
     Returns:
-        For each layer, its curve from nothing pruned; the damage is a fraction of the images.
+        Curve of each layer, from nothing pruned; the damage is a fraction of the images.
     """
     regrown = copy.deepcopy(context)  # dense weights, but with the batch norms of the context
     for name, weight in weights.items():
@@ -90,9 +90,9 @@ def _count_changed(
 def _curve(weights: int, damage: np.ndarray, images: int) -> DamageCurve:
     """Make a curve from the damage at ``AMOUNTS``; gains by chance count as no damage.
 
-    Each step costs one image more than was seen. Where no prediction of a few hundred changed, one
-    of the next few hundred may. If such steps were free, those of small layers would all come
-    first, although they save next to nothing and together cost a point.
+    Each step costs one image more than was seen, for a change may be too rare to be seen in a few
+    hundred images. If such steps were free, those of small layers would come first, although they
+    save next to nothing and together cost a point.
     """
     counts = [pruned_count(weights, amount) for amount in AMOUNTS]
     distinct = np.unique(counts, return_index=True)[1]  # tiny layers round to the same count

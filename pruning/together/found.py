@@ -14,9 +14,9 @@ from common.report.results import format_change
 from common.search.trials import Trial
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
 from pruning.together.search import CONTROLS, Method, ModelSearch
-from training.loop.distillation import Training, distill
+from training.loop.distillation import Channels, Training, distill
 
-# The curve is for orientation, and losses on it are large or none.
+# Losses on the curve are large or none, so fewer images are enough.
 CURVE_IMAGES = 2000
 # Learning rate after pruning single weights, which does more harm than removing channels and
 # repairing. At 1/16 of the weights, 9,600 images reduced a loss of 15.0 points (on 4,000 test
@@ -31,13 +31,12 @@ class Found:
     Attributes:
         method: Method of the search.
         finetune_epochs: Epochs of training after pruning; 0 for none.
-        sparsity: Sparsity that was given or, of a search, the largest within the tolerance; 0 if
-            there is none.
-        model: The network of that sparsity.
-        measured: Its result on all held-out images.
-        on_curve: Its result on the curve's images.
+        sparsity: Sparsity that was given, or the largest within the tolerance; 0 if there is none.
+        model: Network of that sparsity.
+        measured: Result of the network on all held-out images.
+        on_curve: Result of the network on the curve's images.
         points: Results by sparsity, on the first ``CURVE_IMAGES`` held-out images.
-        trials: All that was tried, in order.
+        trials: Trials of the search, in order.
     """
 
     method: Method
@@ -51,7 +50,7 @@ class Found:
 
     @property
     def is_control(self) -> bool:
-        """Whether it is there only for comparison."""
+        """Whether the method serves only as a comparison."""
         return self.method.allocation in CONTROLS
 
     @classmethod
@@ -71,7 +70,7 @@ def measure(search: ModelSearch, model: nn.Module, most: int | None) -> Paired:
 
 
 def search_all(search: ModelSearch) -> list[Found]:
-    """Search with every method; controls come last."""
+    """Search with every method, controls last."""
     found = []
     for method in search.methods():
         found.append(search_with(search, method))
@@ -94,9 +93,9 @@ def search_with(search: ModelSearch, method: Method) -> Found:
 
 
 def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
-    """Return the sparsest network; of equals, the most accurate on the images to choose on.
+    """Return the sparsest network, no control; of several, the most accurate on choosing images.
 
-    Held-out images play no part, or they would no longer be held out. Controls are no candidates.
+    Held-out images play no part, or they would no longer be held out.
     """
     candidates = [one for one in found if not one.is_control]
     largest = max(one.sparsity for one in candidates)
@@ -107,10 +106,12 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
     return max(equals, key=lambda one: int(search.classifier(one.model).find_correct(images).sum()))
 
 
-def finetune(model: nn.Module, dense: nn.Module, training: Training, seed: int) -> None:
-    """Train a pruned model to answer as the dense one does; its zeros stay zeros.
+def finetune(
+    model: nn.Module, dense: nn.Module, training: Training, seed: int, channels: Channels
+) -> None:
+    """Train a pruned model to imitate the dense one; its zeros stay zeros.
 
-    Training holds the statistics of batch norms, so they are re-estimated first, unless channels
+    Training keeps the statistics of batch norms, so they are re-estimated first, unless channels
     were removed: then the repair has done so.
 
     Args:
@@ -118,29 +119,30 @@ def finetune(model: nn.Module, dense: nn.Module, training: Training, seed: int) 
         dense: Dense network, in eval mode.
         training: Images to learn from, on the models' device.
         seed: Seed of order and augmentation.
+        channels: Output channels that are left of each layer that channels were removed of.
 
     Raises:
         UserError: The loss is no longer finite.
     """
-    shapes, dense_shapes = ([p.shape for p in m.parameters()] for m in (model, dense))
-    if shapes != dense_shapes:
-        distill(model, dense, training, seed)
+    if channels:
+        distill(model, dense, training, seed, channels=channels)
     else:
         recalibrate_batch_norm(model, training.images.rows(slice(RECALIBRATION_IMAGES)))
         distill(model, dense, training, seed, SPARSE_RATE)
 
 
 def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Found:
-    """Train at ``best``'s sparsity, then at each higher compression for as long as it passes.
+    """Train at ``best``'s sparsity, then at higher ones until one exceeds the tolerance.
 
-    Each starts from the dense weights, pruned at once, and learns from the dense network. If not
-    even the first passes, the answer is that nothing can go, unless the sparsity is given.
+    Each network starts from the dense weights, pruned in one step, and learns from the dense
+    network. If not even the first is within the tolerance, nothing can be pruned, unless the
+    sparsity is given.
     """
     best_so_far, points, trials = (0.0, search.model), {}, []
     wanted = {s for s in (best.sparsity, *search.curve) if s >= best.sparsity}
     for sparsity in sorted(wanted - {0.0} or wanted):
         model = copy.deepcopy(search.prune(best.method, sparsity))
-        finetune(model, search.model, training, search.seed)
+        finetune(model, search.model, training, search.seed, search.kept_channels(model))
         trials.append(Trial(1 / (1 - sparsity), search.judge(model)))
         points[sparsity] = measure(search, model, CURVE_IMAGES)
         if not (trials[-1].verdict.passes or search.is_given):

@@ -1,4 +1,4 @@
-"""Batch-norm statistics that fit a pruned network.
+"""Batch-norm statistics of a pruned network.
 
 Pruning shrinks the activations and shifts their means, but the batch norms still expect those of
 the dense network. Measuring mean and variance again on training images undoes much of the harm
@@ -32,17 +32,12 @@ def require_batch_norm(model: nn.Module) -> None:
 
 @torch.no_grad()
 def recalibrate_batch_norm(model: nn.Module, images: ImageSet) -> None:
-    """Measure the running means and variances of ``model`` again.
+    """Measure the running means and variances of ``model`` again; it is left in eval mode.
 
     Each layer is measured with the layers before it normalised by their batch's own statistics.
-    Every image weighs the same. In ``torch.optim.swa_utils.update_bn`` every batch does, however
-    many images it has.
-
-    Args:
-        model: Changed in place, left in eval mode.
-        images: Training images, on the model's device.
+    Every image has the same weight; in ``torch.optim.swa_utils.update_bn`` every batch has.
     """
-    model.eval()  # all else, such as dropout, stays so
+    model.eval()  # dropout and the like stay in eval mode
     norms = _batch_norms(model).values()
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -61,13 +56,13 @@ def recalibrate_batch_norm(model: nn.Module, images: ImageSet) -> None:
 
 @torch.no_grad()
 def adopt_statistics(model: nn.Module, images: ImageSet) -> None:
-    """Give batch norms that were folded the statistics of images, without another effect.
+    """Give batch norms without statistics those of images; what they compute stays the same.
 
-    A network read from a coded file has none: its batch norms only add a bias. Measuring their
-    statistics after pruning would change what they compute, but for this.
+    In a network read from a coded file, batch norms only add a bias. Without this, measuring their
+    statistics after pruning would change what they compute.
 
     Args:
-        model: In eval mode; changed in place where all its means are zero.
+        model: Network in eval mode; changed in place if all running means are zero.
         images: Training images, on the model's device.
     """
     norms = _batch_norms(model)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from common.images.data import ImageSet
-from common.network.cascade import Classifier, Fp32Recheck
+from common.network.cascade import Fp32Recheck
+from common.network.classifier import Classifier
 from common.network.tracing import trace_network, weight_layers
 from common.search.budget import Budget, Verdict
 from common.search.split import EvaluationSplit, split_test
@@ -33,7 +35,7 @@ from pruning.together.recalibration import recalibrate_batch_norm
 COMPRESSIONS = (2, 4, 8, 16, 32)
 WHERE = Range(start=8, least=1.03, most=64, trials=8, stride=2)
 DAMAGE_IMAGES = 500
-CONTROLS = (RANDOM,)  # allocations that are only there to compare with
+CONTROLS = (RANDOM,)  # allocations that only serve as a comparison
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,15 @@ class ModelSearch:
     """The search over one checkpoint.
 
     Attributes:
-        unit: Name of what sparsity counts.
-        where: Compressions to try.
-        curve: Sparsities to measure every method at.
+        unit: Unit of sparsity, in words.
+        where: Range of compressions to search.
+        curve: Sparsities at which every method is measured.
         model: Dense network, on the images' device; not changed.
         scope: Layers that may be pruned: ``linear``, ``conv`` or ``all``.
-        budget: Accuracy that may be lost, and the images that choose.
-        held_out: Images that results are measured on.
+        budget: Accuracy that may be lost, and the images to choose on.
+        held_out: Images to measure results on.
         seed: Seed of random pruning.
-        fast: Classify in bf16 first.
+        fast: Whether to classify in bf16 first.
         calibration: Training images for batch-norm statistics; None to keep the statistics.
         record: Counts of what FP32 checked.
     """
@@ -115,12 +117,16 @@ class ModelSearch:
         """Return a pruned copy, its batch norms re-estimated if the method says so."""
         device = self.budget.choosing.images.images.device
         pruned = copy_without(self.model, self.masks(method, sparsity)).to(device)
-        if method.recalibrated and sparsity > 0:  # where nothing goes it is the dense one
+        if method.recalibrated and sparsity > 0:  # at 0 it is the dense network
             recalibrate_batch_norm(pruned, self.calibration)
         return pruned
 
+    def kept_channels(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
+        """Return which output channels are left of layers that channels were removed of."""
+        return {}
+
     def find_largest(self, method: Method) -> tuple[float, list[Trial]]:
-        """Return the largest sparsity within the budget, and what was tried, by compression."""
+        """Return the largest sparsity within the budget, and all trials, by compression."""
         if method not in self._found:
 
             def attempt(times: float) -> Trial:

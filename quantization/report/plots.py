@@ -52,23 +52,25 @@ def plot_overview(models: Sequence[dict], path: Path) -> None:
     accuracy_axis.set_xticks(range(len(names)), names)
     accuracy_axis.set_xlim(-0.5, len(names) - 0.5)
     total = distinct[0]["accuracy"]["total"]
-    accuracy_axis.set(title="Accuracy, 95 % interval", ylabel=f"top-1 on {total:,} images, %")
+    images = report.counted(total, "image")
+    accuracy_axis.margins(y=0.12)  # for the numbers
+    accuracy_axis.set(title="Accuracy, 95 % interval", ylabel=f"top-1 on {images}, %")
 
     batch_sizes = [entry["batch_size"] for entry in models[0]["latency"]]
     width = 0.8 / len(models)
     for index, model in enumerate(models):
         speeds = [entry["images_per_second"] for entry in model["latency"]]
+        labels = [f"{e['images_per_second']:.0f}{report.doubt(e)}" for e in model["latency"]]
         positions = np.arange(len(batch_sizes)) + (index - (len(models) - 1) / 2) * width
         bars = speed_axis.bar(
             positions, speeds, width * 0.95, color=colors[label(model)], label=label(model)
         )
-        speed_axis.bar_label(
-            bars, [f"{speed:.0f}" for speed in speeds], padding=3, fontsize=8, rotation=90
-        )
+        speed_axis.bar_label(bars, labels, padding=3, fontsize=8, rotation=90)
     speed_axis.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
     speed_axis.set(title="Throughput on the CPU", ylabel="images a second")
     speed_axis.margins(y=0.15)  # for the numbers
     speed_axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=3, fontsize=8)
+    report.mark_doubt(figure, models)
     report.save_figure(figure, path)
 
 

@@ -118,7 +118,11 @@ def _describe_conversion(candidate: Quantized) -> dict:
 def _speedups(fp32: dict, int8: dict) -> list[dict]:
     """Return the ratio of median latencies by batch size; above 1 the INT8 entry is faster."""
     return [
-        {"batch_size": b["batch_size"], "value": a["median_ms"] / b["median_ms"]}
+        {
+            "batch_size": b["batch_size"],
+            "value": a["median_ms"] / b["median_ms"],
+            "noisy": a["noisy"] or b["noisy"],
+        }
         for a, b in zip(fp32["latency"], int8["latency"], strict=True)
     ]
 
@@ -128,8 +132,13 @@ def _fastest_engines(entries: Sequence[dict]) -> list[dict]:
     found = []
     for timings in zip(*(entry["latency"] for entry in entries), strict=True):
         times = [timing["median_ms"] for timing in timings]
-        engine = entries[times.index(min(times))]["engine"]
-        found.append({"batch_size": timings[0]["batch_size"], "engine": engine})
+        found.append(
+            {
+                "batch_size": timings[0]["batch_size"],
+                "engine": entries[times.index(min(times))]["engine"],
+                "noisy": any(timing["noisy"] for timing in timings),
+            }
+        )
     return found
 
 

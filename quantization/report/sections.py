@@ -28,7 +28,8 @@ def tell_budget(budget: dict) -> list[Table | Facts]:
     verdict = "met" if budget["met"] else "NOT met: the best model found was written"
     facts = {
         "held-out images": f"{points(-budget['held_out_drop'])} points, "
-        f"{points(budget['held_out_spare'])} to spare ({budget['held_out_images']:,} images, "
+        f"{points(budget['held_out_spare'])} to spare "
+        f"({counted(budget['held_out_images'], 'image')}, "
         f"{budget['held_out_engine']})",
         "test images": f"{points(-budget['test_drop'])} points ({budget['test_engine']})",
     }
@@ -86,7 +87,7 @@ def describe_coding(coding: dict) -> Facts:
     missed = misses(coding["bits_per_weight"], coding["bits_wanted"])
     asked = f" ({coding['bits_wanted']:g} asked for)" if missed else ""
     return Facts(
-        f"The smallest file: {coding['file']}",
+        f"The coded file: {coding['file']}",
         {
             "size": f"{megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
             f"FP32, {coding['size_ratio_given']:.1f}× smaller than the given file; "

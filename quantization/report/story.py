@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from common.report.loading import how_to_load
 from common.report.results import (
     accuracy_columns,
     at_batch_sizes,
     counted,
     describe_given,
     describe_setting,
+    doubt,
+    explain_doubt,
     format_change,
     format_cost,
     megabytes,
@@ -56,6 +59,7 @@ def tell(results: dict) -> Story:
         parts.append(describe_sparsity(results["sparsity"]))
     if "coding" in results:
         parts.append(describe_coding(results["coding"]))
+    parts += how_to_load(results["artifacts"])
     return Story(
         f"{network_name(results)} in INT8",
         f"{describe_setting(results)} Calibrated on "
@@ -105,14 +109,17 @@ def model_table(models: Sequence[dict]) -> Table:
         *accuracy_columns(),
         *rate_columns(models[0]["latency"]),
     ]
-    return Table("", columns, models, "Models took turns on the same images.")
+    note = f"Models took turns on the same images.{explain_doubt(models)}"
+    return Table("", columns, models, note)
 
 
 def describe_comparison(model: dict) -> Facts:
     """Say what an INT8 model gains and costs."""
     comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
     change = format_change(accuracy)
-    over_nchw = ", ".join(f"{entry['value']:.2f}×" for entry in model["speedup_over_nchw"])
+    over_nchw = ", ".join(
+        f"{entry['value']:.2f}×{doubt(entry)}" for entry in model["speedup_over_nchw"]
+    )
     return Facts(
         f"{label(model)} against FP32 on the same images",
         {
@@ -140,7 +147,7 @@ def describe_coverage(model: dict) -> str:
 
 def describe_fastest(fastest: Sequence[dict]) -> str:
     """Name the fastest engine for each batch size."""
-    engines = [f"{entry['engine']} at batch {entry['batch_size']}" for entry in fastest]
+    engines = [f"{e['engine']}{doubt(e)} at batch {e['batch_size']}" for e in fastest]
     return f"Fastest: {', '.join(engines)}."
 
 

@@ -1,4 +1,4 @@
-"""Random crops, flips, patches and changes, done on whole batches where the images lie.
+"""Augmentation of whole batches: crops, flips, CutMix, affine and colour jitter.
 
 All random choices of an epoch are drawn at once, from the seed and the epoch's number alone. So a
 resumed run draws what an unbroken one would have, and processes agree without talking.
@@ -15,24 +15,24 @@ import torch.nn.functional as F
 from common.images.data import ImageSet
 from training.recipe import Recipe
 
-# Half-widths of what jitter draws: turn (radians), log zoom, two shears; saturation, log contrast,
-# brightness (in standard deviations).
+# Jitter draws each of these from -maximum to +maximum: angle (radians), log zoom, two shears;
+# saturation, log contrast, brightness (in standard deviations).
 MAX_AFFINE = np.array([[0.26], [0.2], [0.2], [0.2]])
 MAX_COLOUR = np.array([[0.5], [0.4], [0.4]])
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The random choices of one epoch, one row for each image in the order of their use.
+    """Random choices of an epoch, one row for each of N images in the order of their use.
 
     Attributes:
-        order: Indices of the images, int64, shape (N,).
-        shift: Rows and columns by which each image moves, int64, shape (N, 2).
-        flip: Whether it is mirrored, bool, shape (N,).
-        patch: First row and column of the square that another image covers, int64, shape (N, 2).
-        patch_size: Its side in pixels, int64, shape (N,); 0 where there is none.
-        affine: Where each position is taken from, float32, shape (N, 2, 3); None without jitter.
-        colour: Factors of saturation and contrast, and a brightness to add, float32, shape (N, 3);
+        order: Indices of the images, int64, (N,).
+        shift: Rows and columns by which each image moves, int64, (N, 2).
+        flip: Whether each image is mirrored, bool, (N,).
+        patch: First row and column of the square that another image covers, int64, (N, 2).
+        patch_size: Side of that square in pixels, int64, (N,); 0 for none.
+        affine: Where each position is taken from, float32, (N, 2, 3); None without jitter.
+        colour: Factor of saturation, factor of contrast and added brightness, float32, (N, 3);
             None without jitter.
     """
 
@@ -48,20 +48,7 @@ class EpochPlan:
 def plan_epoch(
     count: int, size: int, recipe: Recipe, seed: int, epoch: int, device: torch.device
 ) -> EpochPlan:
-    """Draw an epoch's random choices.
-
-    Args:
-        count: Number of images, N.
-        size: Side of an image in pixels.
-        recipe: Says how far to shift, whether to flip, how much to cover and to change.
-        seed: Of the run.
-        epoch: From 0.
-        device: Where the plan is used.
-    """
-
-    def place(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(device)
-
+    """Draw an epoch's random choices for ``count`` images of ``size`` pixels a side."""
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(count)
     shift = rng.integers(-recipe.crop_padding, recipe.crop_padding, (count, 2), endpoint=True)
@@ -71,11 +58,9 @@ def plan_epoch(
     patch_size *= rng.random(count) < recipe.cutmix
     # Centred anywhere, so that part of the square may lie outside, as published.
     patch = rng.integers(0, size, (count, 2)) - patch_size[:, None] // 2
-    affine = colour = None
-    if recipe.jitter:
-        affine, colour = (place(values) for values in _draw_jitter(rng, count, recipe.jitter))
-    placed = map(place, (order, shift, flip, patch, patch_size))
-    return EpochPlan(*placed, affine, colour)
+    jitter = _draw_jitter(rng, count, recipe.jitter) if recipe.jitter else (None, None)
+    drawn = (order, shift, flip, patch, patch_size, *jitter)
+    return EpochPlan(*(x if x is None else torch.from_numpy(x).to(device) for x in drawn))
 
 
 def _draw_jitter(
@@ -106,13 +91,12 @@ def make_batch(
 
     Args:
         train: All images, which are square.
-        pixels: The same images as gathers want them, uint8, shape (N, size, size, 3).
-        plan: The epoch's random choices.
-        rows: The part of the plan that makes up this batch.
+        pixels: Pixels of the same images, uint8, (N, size, size, 3).
+        plan: Random choices of the epoch.
+        rows: Rows of the plan that make up this batch.
 
     Returns:
-        Images float32, shape (n, 3, size, size), channels_last; probabilities float32, shape
-        (n, classes).
+        Images float32, (n, 3, size, size), channels_last; probabilities float32, (n, classes).
     """
     last = pixels.shape[1] - 1
     line = torch.arange(last + 1, device=pixels.device)
@@ -126,7 +110,10 @@ def make_batch(
     if plan.affine is not None:
         batch = _change_positions(batch, plan.affine[rows])
         batch = _change_colours(batch, plan.colour[rows])
-    covered = _squares(line, plan.patch[rows], plan.patch_size[rows])
+    # The pixels of the square that another image covers, bool, (n, 1, size, size).
+    offset = line - plan.patch[rows, :, None]
+    inside = (offset >= 0) & (offset < plan.patch_size[rows, None, None])
+    covered = inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
     batch = torch.where(covered, batch.roll(1, 0), batch)
     share = covered.float().mean((1, 2, 3))[:, None]
     return batch, targets + share * (targets.roll(1, 0) - targets)
@@ -146,13 +133,6 @@ def _change_colours(batch: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
     batch = torch.lerp(grey, batch, saturation)
     mean = batch.mean((1, 2, 3), keepdim=True)
     return torch.lerp(mean, batch, contrast) + brightness
-
-
-def _squares(line: torch.Tensor, start: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
-    """Return masks, bool, shape (n, 1, size, size), of squares from ``start`` (n, 2)."""
-    offset = line - start[:, :, None]  # (n, 2, size)
-    inside = (offset >= 0) & (offset < side[:, None, None])
-    return inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
 
 
 def _reflect(position: torch.Tensor, last: int) -> torch.Tensor:

@@ -1,15 +1,16 @@
-"""The training loop: any network on any CIFAR-10 images, epoch by epoch.
+"""The training loop.
 
     state = TrainingState.start(model, recipe, device)
     fit(state, images, recipe, seed=0, workers=Workers(device))
 
-``loss`` is for another aim than the labels, such as a teacher's answers; ``after_step`` for what
-must hold after every step, such as the mask of a pruned network; ``after_epoch`` for measuring and
-saving.
+``loss`` serves another aim than the labels, such as a teacher's answers; ``after_step`` restores
+what must hold after every step, such as the zeros of a pruned network; ``after_epoch`` measures and
+saves.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -30,13 +31,13 @@ from training.loop.augment import make_batch, plan_epoch
 from training.loop.state import TrainingState
 from training.recipe import Recipe
 
-# Of normalised images, logits and class probabilities: the mean loss.
+# Maps normalised images, logits and class probabilities to the mean loss.
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """What one epoch of training came to; accuracy is that on augmented images, while learning."""
+    """Results of one epoch; the accuracy is that on augmented images, during training."""
 
     epoch: int
     learning_rate: float
@@ -67,36 +68,33 @@ def fit(
     """Train from where ``state`` is to the recipe's last epoch.
 
     Args:
-        state: Changed in place.
+        state: Network and optimizer; changed in place.
         train: Images, on the device of ``workers``.
-        recipe: What to do.
-        seed: Of order and augmentation.
-        workers: The processes that share each batch.
-        loss: By default the cross-entropy, labels smoothed as the recipe says.
+        recipe: Settings of the training.
+        seed: Seed of order and augmentation.
+        workers: Processes that share each batch.
+        loss: Loss of a batch; by default the cross-entropy, labels smoothed as the recipe says.
         after_step: Called with the network after every step.
         after_epoch: Called after every epoch.
 
     Raises:
-        UserError: There are fewer images than a batch takes, the processes cannot share a batch
-            equally, or the loss is no longer finite.
+        UserError: There are fewer images than a batch takes, the images are not square, the
+            processes cannot share a batch equally, or the loss is no longer finite.
     """
     if recipe.batch_size % workers.count:
         raise UserError(f"{workers.count} processes cannot share a batch of {recipe.batch_size}")
     if recipe.batch_size > len(train):
         raise UserError(f"a batch of {recipe.batch_size} from only {len(train)} training images")
-
-    def smoothed_cross_entropy(images, logits, targets) -> torch.Tensor:
-        return F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-
-    # Gradients are averaged over the processes; batch-norm statistics are those of the first, each
-    # normalises its own images.
-    network = DistributedDataParallel(state.model) if workers.count > 1 else state.model
     if train.shape[1] != train.shape[2]:
         raise UserError("training needs square images: --image-size cuts them")
+    # Gradients are averaged over the processes. Each normalises its own images; the batch-norm
+    # statistics of the first are kept.
+    network = DistributedDataParallel(state.model) if workers.count > 1 else state.model
+    loss = loss or functools.partial(_smoothed_cross_entropy, recipe.label_smoothing)
     pixels = train.images.permute(0, 2, 3, 1)
     if pixels.numel() <= MAX_BYTES_IN_MEMORY:
         pixels = pixels.contiguous()  # for gathers
-    steps = len(train) // recipe.batch_size  # what is left over waits for the next shuffle
+    steps = len(train) // recipe.batch_size  # images that are left over wait for the next shuffle
     while state.epochs_done < recipe.epochs:
         started, epoch = time.perf_counter(), state.epochs_done
         plan = plan_epoch(len(train), pixels.shape[1], recipe, seed, epoch, pixels.device)
@@ -104,37 +102,47 @@ def fit(
         _set_training(network, recipe)
         for step in cli.progress(range(steps), f"epoch {epoch + 1}/{recipe.epochs}"):
             rate = recipe.learning_rate_at((epoch + (step + 0.5) / steps) / recipe.epochs)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
             first = step * recipe.batch_size
             rows = workers.share_of(first, first + recipe.batch_size)
             images, targets = make_batch(train, pixels, plan, rows)
-            is_bf16 = recipe.precision == "bf16"
-            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=is_bf16):
-                logits = network(images)
-                lost = (loss or smoothed_cross_entropy)(images, logits, targets)
-            state.optimizer.zero_grad(set_to_none=True)
-            lost.backward()
-            state.optimizer.step()
+            totals += _step(network, state.optimizer, images, targets, loss, rate, recipe)
             if after_step is not None:
                 after_step(state.model)
-            correct = (logits.argmax(1) == targets.argmax(1)).sum()
-            totals += torch.stack((lost.detach().float(), correct.float()))
         total_loss, correct = torch.stack(workers.gather(totals.cpu())).sum(0).tolist()
         if not math.isfinite(total_loss):
             raise UserError(
                 f"the loss is {total_loss} in epoch {epoch + 1}; try a lower learning rate"
             )
         state.epochs_done += 1
-        summary = EpochSummary(
-            epoch=state.epochs_done,
-            learning_rate=rate,
-            loss=total_loss / (steps * workers.count),
-            train_accuracy=correct / (steps * recipe.batch_size),
-            seconds=time.perf_counter() - started,
-        )
         if after_epoch is not None:
-            after_epoch(state, summary)
+            seconds = time.perf_counter() - started
+            mean_loss = total_loss / (steps * workers.count)
+            accuracy = correct / (steps * recipe.batch_size)
+            after_epoch(state, EpochSummary(epoch + 1, rate, mean_loss, accuracy, seconds))
+
+
+def _step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor,
+    targets: torch.Tensor, loss: Loss, rate: float, recipe: Recipe,
+) -> torch.Tensor:  # fmt: skip
+    """Update the network once; return loss and number of correct images, (2,)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    is_bf16 = recipe.precision == "bf16"
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+        logits = network(images)
+        lost = loss(images, logits, targets)
+    optimizer.zero_grad(set_to_none=True)
+    lost.backward()
+    optimizer.step()
+    correct = (logits.argmax(1) == targets.argmax(1)).sum()
+    return torch.stack((lost.detach().float(), correct.float()))
+
+
+def _smoothed_cross_entropy(
+    smoothing: float, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 def _set_training(network: nn.Module, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""The state of a training run: the network and the optimizer's momentum."""
+"""The state of a training run: the network, its optimizer and the epochs done."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 
 from training.recipe import Recipe
 
-ADAM_BETAS = (0.9, 0.99)  # short runs: 0.999 would remember all of one
+ADAM_BETAS = (0.9, 0.99)  # 0.999 would average over all steps of a short run
 
 
 @dataclass
 class TrainingState:
-    """All that the next step depends on, recipe, images and seed aside.
+    """What the next step depends on, apart from recipe, images and seed.
 
     Attributes:
-        model: The network being trained, changed in place.
-        optimizer: Holds the momentum; only that of SGD can be saved and loaded.
-        epochs_done: Finished epochs.
+        model: Network that is trained, in place.
+        optimizer: Optimizer; only the momentum of SGD can be saved and loaded.
+        epochs_done: Number of finished epochs.
     """
 
     model: nn.Module
@@ -42,11 +42,11 @@ class TrainingState:
         return {f"model.{name}": t for name, t in self.model.state_dict().items()} | momentum
 
     def load(self, tensors: Mapping[str, torch.Tensor], epochs_done: int) -> None:
-        """Take over the tensors of another such state.
+        """Copy the tensors of a saved state.
 
         Raises:
-            ValueError: They are not those of this network and optimizer, or not all finite; nothing
-                is changed.
+            ValueError: The tensors are not those of this network and optimizer, or not all finite;
+                nothing is changed.
         """
         own = self.tensors()
         for name in own.keys() | tensors.keys():

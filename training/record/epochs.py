@@ -1,4 +1,4 @@
-"""The epochs of a training run: a row for each, and a checkpoint of the last one."""
+"""Epochs of a training run: one row each, and a checkpoint of the last one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from common.command import cli
 from common.command.cli import UserError
 from common.files.unfinished import SCRIPT
-from common.files.untrusted import read_sealed, write_sealed
+from common.files.untrusted import read_untrusted
 from common.images.data import ImageSet, checksum
 from common.measure.evaluate import measure_accuracy
+from common.network.checkpoint import save_checkpoint
 from common.report.results import percent
 from training.loop.fit import EpochSummary
 from training.loop.state import TrainingState
@@ -19,18 +20,17 @@ from training.recipe import Recipe
 from training.record.measure import find_correct
 
 CHECKPOINT_NAME = "checkpoint.pt"
-KIND = "resnet18-cifar10-training"
 
 
 @dataclass(frozen=True)
 class EpochRow(EpochSummary):
-    """An epoch, and the accuracy on held-out images after it."""
+    """Summary of an epoch, with the accuracy on held-out images after it."""
 
     held_out_accuracy: float
 
 
 def identify(recipe: Recipe, seed: int, processes: int, train: ImageSet) -> dict[str, object]:
-    """Return what decides the weights; the images stand for themselves by their SHA-256."""
+    """Return what decides the weights, by name; images by their SHA-256."""
     return {
         SCRIPT: "training",
         **asdict(recipe),
@@ -44,9 +44,9 @@ class EpochRecorder:
     """Measures and saves after every epoch (``after_epoch`` of :func:`training.loop.fit.fit`).
 
     Args:
-        held_out: To measure on.
-        epochs: Of the whole run.
-        checkpoint: Written whole or not at all, after every epoch.
+        held_out: Images to measure on.
+        epochs: Number of epochs of the whole run.
+        checkpoint: File to write after every epoch, whole or not at all.
     """
 
     def __init__(self, held_out: ImageSet, epochs: int, checkpoint: Path):
@@ -54,7 +54,7 @@ class EpochRecorder:
         self.rows: list[EpochRow] = []
 
     def __call__(self, state: TrainingState, summary: EpochSummary) -> None:
-        """Take in an epoch, and save all so far."""
+        """Measure after an epoch, and save all epochs so far."""
         accuracy = measure_accuracy(find_correct(state.model.eval(), self.held_out)).value
         row = EpochRow(**asdict(summary), held_out_accuracy=accuracy)
         self.rows.append(row)
@@ -63,18 +63,18 @@ class EpochRecorder:
             len(str(self.epochs)), row.epoch, self.epochs, row.loss, percent(accuracy), row.seconds,
         )  # fmt: skip
         content = {"rows": [asdict(row) for row in self.rows], "tensors": state.tensors()}
-        write_sealed(content, KIND, self.checkpoint)
+        save_checkpoint(content, self.checkpoint)
 
     def resume(self, state: TrainingState) -> None:
-        """Load the checkpoint into ``state``, where there is one.
+        """Load the checkpoint into ``state``, if there is one.
 
         Raises:
-            UserError: It is damaged, or of another network. Nothing is changed, the file neither.
+            UserError: The checkpoint is damaged or of another network; nothing is changed.
         """
         if not self.checkpoint.exists():
             return
         try:
-            saved = read_sealed(self.checkpoint, KIND)
+            saved = read_untrusted(self.checkpoint)
             rows = [_read_row(row) for row in saved["rows"]]
             if [row.epoch for row in rows] != [*range(1, len(rows) + 1)]:
                 raise ValueError("its epochs are out of order")

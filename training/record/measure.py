@@ -1,4 +1,4 @@
-"""What a network is measured on: images held out of the training images, and test images."""
+"""Accuracy of a trained network on held-out training images and on test images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PREDICT_BATCH = 500
 
 
 def split_held_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
-    """Return the images to train on and ``count`` class-balanced ones to make choices on.
+    """Split training images into those to train on and ``count`` class-balanced held-out ones.
 
     Raises:
-        UserError: That would leave none to train on.
+        UserError: No image would be left to train on.
     """
     if count >= len(images):
         raise UserError(f"{count} held-out images leave none of {len(images)} to train on")

@@ -1,4 +1,4 @@
-"""What a training run shows: the plot of its epochs, and its story."""
+"""Files and report of a training run: weights, epochs and their plot, and the story."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 
+from torch import nn
+
 from common.files.output import OutputFolder
-from common.network.checkpoint import WEIGHTS_NAME
+from common.network.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
 from common.report import results as report
 from common.report.results import counted, describe_setting, format_cost, percent
 from common.report.story import Column, Headline, Story, Table
@@ -16,6 +18,14 @@ from training.record.epochs import EpochRow
 
 EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
 IMAGES = {"held-out": "held_out", "test": "accuracy"}  # and their entry of results.json
+
+
+def save_weights(model: nn.Module, folder: OutputFolder) -> dict:
+    """Write a plain FP32 state dict; return results.json's ``weights``."""
+    file = WeightsFile(folder.file(WEIGHTS_NAME), "this run")
+    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    save_checkpoint(state, file.path)
+    return file.describe()
 
 
 def save_epochs(rows: Sequence[EpochRow], folder: OutputFolder) -> dict:

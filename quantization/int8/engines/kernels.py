@@ -6,21 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from common.network.graph import (
-    ACTIVATIONS,
-    ADAPTIVE_POOL,
-    ADD,
-    AVERAGE_POOL,
-    CONCATENATE,
-    FLATTEN,
-    GLOBAL_POOL,
-    MAX_POOL,
-    MULTIPLY,
-    PAD,
-    PERMUTE,
-    RESHAPE,
-    SLICE,
-)
+from common.network import graph as kinds
 from quantization.int8.network import MAX_LEVEL, FusedOperation, Int8Network, ValueRange
 
 QUANTIZED, ATEN = torch.ops.quantized, torch.ops.aten
@@ -42,7 +28,7 @@ def fp32_activations(network: Int8Network, engine: str) -> dict[str, str]:
     return {
         step.name: "no integer kernel in torch: computed between a dequantize and a quantize"
         for step in network.steps()
-        if step.operation.kind in ACTIVATIONS and kernel_of(step, engine) is None
+        if step.operation.kind in kinds.ACTIVATIONS and kernel_of(step, engine) is None
     }
 
 
@@ -86,23 +72,6 @@ def _concatenate(step: FusedOperation, kept: ValueRange) -> Function:
     return lambda *values: QUANTIZED.cat.default(values, 1, kept.scale, kept.zero_point)
 
 
-def _max_pool(step: FusedOperation, kept: ValueRange) -> Function:
-    a = step.operation.attributes
-    settings = [*(list(a[key]) for key in ("kernel", "stride", "padding", "dilation")), a["ceil"]]
-    return lambda x: ATEN.max_pool2d.default(x, *settings)
-
-
-def _average_pool(step: FusedOperation, kept: ValueRange) -> Function:
-    a = step.operation.attributes
-    settings = [*(list(a[key]) for key in ("kernel", "stride", "padding")), a["ceil"]]
-    return lambda x: ATEN.avg_pool2d.default(x, *settings, a["count_padding"])
-
-
-def _adaptive_pool(step: FusedOperation, kept: ValueRange) -> Function:
-    size = list(step.operation.attributes["size"])
-    return lambda x: ATEN.adaptive_avg_pool2d.default(x, size)
-
-
 def _global_pool(step: FusedOperation, kept: ValueRange) -> Function:
     if step.operation.attributes["keep"]:
         return lambda x: ATEN.adaptive_avg_pool2d.default(x, [1, 1])
@@ -118,11 +87,6 @@ def _reshape(step: FusedOperation, kept: ValueRange) -> Function:
     return lambda x: ATEN.reshape.default(x, shape)
 
 
-def _permute(step: FusedOperation, kept: ValueRange) -> Function:
-    order = list(step.operation.attributes["order"])
-    return lambda x: ATEN.permute.default(x, order)
-
-
 def _slice(step: FusedOperation, kept: ValueRange) -> Function:
     def run(x: torch.Tensor) -> torch.Tensor:
         for part in step.operation.attributes["parts"]:
@@ -132,32 +96,34 @@ def _slice(step: FusedOperation, kept: ValueRange) -> Function:
     return run
 
 
-def _pad(step: FusedOperation, kept: ValueRange) -> Function:
-    padding = list(step.operation.attributes["padding"])
-    return lambda x: ATEN.constant_pad_nd.default(x, padding, 0.0)
-
-
-def _activation(kernel: Function) -> Callable[[FusedOperation, ValueRange], Function]:
+def _in_range(kernel: Function) -> Callable[[FusedOperation, ValueRange], Function]:
     return lambda step, kept: lambda x: kernel(x, kept.scale, kept.zero_point)
 
 
-# They look a level up, or compute it from the real value, in one pass.
-ACTIVATION_KERNELS = {
-    "hardswish": _activation(QUANTIZED.hardswish.default),
-    "sigmoid": _activation(QUANTIZED.sigmoid.default),
-}
+def _on_levels(kernel: Function) -> Callable[[FusedOperation, ValueRange], Function]:
+    """Return what makes the function of a kernel that takes FP32's arguments, and any dtype."""
+
+    def make(step: FusedOperation, kept: ValueRange) -> Function:
+        arguments = step.operation.arguments
+        return lambda x: kernel(x, *arguments)
+
+    return make
+
+
 KERNELS: dict[str, Callable[[FusedOperation, ValueRange], Function]] = {
-    ADD: _add,
-    MULTIPLY: _multiply,
-    CONCATENATE: _concatenate,
-    MAX_POOL: _max_pool,
-    AVERAGE_POOL: _average_pool,
-    ADAPTIVE_POOL: _adaptive_pool,
-    GLOBAL_POOL: _global_pool,
-    FLATTEN: _flatten,
-    RESHAPE: _reshape,
-    PERMUTE: _permute,
-    SLICE: _slice,
-    PAD: _pad,
-    **ACTIVATION_KERNELS,
+    kinds.ADD: _add,
+    kinds.MULTIPLY: _multiply,
+    kinds.CONCATENATE: _concatenate,
+    kinds.MAX_POOL: _on_levels(ATEN.max_pool2d.default),
+    kinds.AVERAGE_POOL: _on_levels(ATEN.avg_pool2d.default),
+    kinds.ADAPTIVE_POOL: _on_levels(ATEN.adaptive_avg_pool2d.default),
+    kinds.GLOBAL_POOL: _global_pool,
+    kinds.FLATTEN: _flatten,
+    kinds.RESHAPE: _reshape,
+    kinds.PERMUTE: _on_levels(ATEN.permute.default),
+    kinds.SLICE: _slice,
+    kinds.PAD: _on_levels(ATEN.constant_pad_nd.default),
+    # These look a level up, or compute it from the real value, in one pass.
+    "hardswish": _in_range(QUANTIZED.hardswish.default),
+    "sigmoid": _in_range(QUANTIZED.sigmoid.default),
 }
