@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--export-onnx", action="store_true",
         help="write each answer as ONNX too, and compare its predictions in ONNX Runtime",
     )  # fmt: skip
+    arguments.add_check_argument(asked)
     arguments.add_calibration_argument(
         asked, 1000, "that channels and levels are chosen on, without labels"
     )
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.candidates import CandidateBuilder
     from pipeline.store import Store
     from quantization.calibration import CalibrationSetup
+    from quantization.files.check import write_checks
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
     from quantization.steps import predict_fp32
@@ -131,11 +133,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         if args.export_onnx:
             steps.export_answers_to_onnx(results["answers"], files, confirming, args.batch_size)
+        if args.write_check:
+            write_checks(files.values(), confirming, folder.file, settings.engine)
         plots.plot_frontier(results, folder.file(PLOT))
         results["artifacts"] = {
             "model": results["answers"][-1]["file"],
             "models": [*folder.names(".safetensors"), *folder.names(".pth"),
                        *folder.names(".onnx")],
+            "checks": folder.names(".check"),
             "plots": [PLOT],
         }  # fmt: skip
         told = finish_run(results, folder, started, story.tell, args.report)
