@@ -16,7 +16,6 @@ from common.search.trials import Range, Spare, nearest, of_budget, run_trials, s
 from pipeline import GOALS
 from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.channels.costs import MACS, WEIGHTS
-from pruning.channels.slimmer import search_range
 
 # Prices of a bit; of the bundled weights one point allows about as much of each goal.
 FIRST_PRICE = {"size": 0.028, "both": 0.018}
@@ -77,14 +76,13 @@ def choose_best(goal: str, tried: Mapping[str, Sequence[Candidate]]) -> Candidat
 
 
 def _find_size(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
-    room = _room(builder, SIZE_SHARE)
-    slim = _search_slim(builder, "size", WEIGHTS, 3, room)
-    base = strongest(slim, room) or nearest(slim)
+    slim = _search_slim(builder, "size", WEIGHTS, 3, SIZE_SHARE)
+    base = strongest(slim, _room(builder, SIZE_SHARE)) or nearest(slim)
     tried["size"] = [*slim, *_search_coded(builder, "size", base)]
 
 
 def _find_speed(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
-    slim = _search_slim(builder, "speed", MACS, 5, of_budget)
+    slim = _search_slim(builder, "speed", MACS, 5, 1.0)
     if builder.training:
         reached = 1 / (strongest(slim) or nearest(slim)).strength
         least = builder.least_share(MACS)
@@ -120,10 +118,11 @@ def _room(builder: CandidateBuilder, share: float) -> Spare:
 
 
 def _search_slim(
-    builder: CandidateBuilder, goal: str, unit: str, trials: int, spare: Spare
+    builder: CandidateBuilder, goal: str, unit: str, trials: int, budget_share: float
 ) -> list[Candidate]:
-    """Look for the least share of the ``unit`` that leaves something to ``spare``."""
-    where = search_range(builder.least_share(unit), unit, trials)
+    """Look for the least share of the ``unit`` that is within a share of the budget."""
+    where = builder.search_range(unit, budget_share, trials)
+    spare = _room(builder, budget_share)
     return _try_all(goal, lambda times: builder.try_slim(goal, 1 / times, unit), where, spare)
 
 

@@ -139,8 +139,8 @@ def test_channels_that_never_fire_and_layers_of_zeros_are_removed_like_others(ge
 @pytest.mark.parametrize(
     ("width", "grid"),
     [
-        (512, [*range(64, 513, 64)]),
-        (256, [*range(32, 257, 32)]),
+        (512, [64, 96, *range(128, 513, 64)]),
+        (256, [32, 48, *range(64, 257, 32)]),
         (64, [16, 32, 48, 64]),
         (40, [16, 32, 40]),
         (5, [1, 2, 3, 4, 5]),

@@ -35,12 +35,14 @@ Curves = Mapping[str, Mapping[int, float]]
 def width_grid(width: int) -> list[int]:
     """Return the widths that a group of ``width`` channels may get, itself the last.
 
-    Eight of them; fewer where that would be finer than ``STEP``, except in networks so narrow that
-    they have no two steps. Not less than an eighth: so narrow a layer leaves no room to make up for
-    what the others lost, which the curves, measured before the repair, do not see.
+    Eighths, and three sixteenths of wide groups, many of whose channels can go; fewer where that
+    would be finer than ``STEP``, except in networks so narrow that they have no two steps. Not less
+    than an eighth: so narrow a layer leaves no room to make up for what the others lost, which the
+    curves, measured before the repair, do not see.
     """
     step = max(width // 8 // STEP * STEP, STEP if width >= 2 * STEP else 1)
-    return [*range(step, width, step), width]
+    half = step // 2 // STEP * STEP
+    return [*sorted({*range(step, width, step), step + half}), width]
 
 
 @torch.inference_mode()
