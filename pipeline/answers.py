@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.command import cli
-from common.search.trials import Range, Spare, nearest, of_budget, run_trials, strongest
+from common.search.trials import Range, Spare, nearest, run_trials, strongest
 from pipeline import GOALS
 from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.channels.costs import MACS, WEIGHTS
@@ -76,8 +76,8 @@ def choose_best(goal: str, tried: Mapping[str, Sequence[Candidate]]) -> Candidat
 
 
 def _find_size(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
-    slim = _search_slim(builder, "size", WEIGHTS, 3, SIZE_SHARE)
-    base = strongest(slim, _room(builder, SIZE_SHARE)) or nearest(slim)
+    slim = _search_slim(builder, "size", WEIGHTS, 1, SIZE_SHARE)
+    base = strongest(slim) or nearest(slim)
     tried["size"] = [*slim, *_search_coded(builder, "size", base)]
 
 
@@ -120,21 +120,21 @@ def _room(builder: CandidateBuilder, share: float) -> Spare:
 def _search_slim(
     builder: CandidateBuilder, goal: str, unit: str, trials: int, budget_share: float
 ) -> list[Candidate]:
-    """Look for the least share of the ``unit`` that is within a share of the budget."""
+    """Look for the least share of the ``unit`` within the budget.
+
+    The first guess is what should use up a share of it.
+    """
     where = builder.search_range(unit, budget_share, trials)
-    spare = _room(builder, budget_share)
-    return _try_all(goal, lambda times: builder.try_slim(goal, 1 / times, unit), where, spare)
+    return _try_all(goal, lambda times: builder.try_slim(goal, 1 / times, unit), where)
 
 
 def _search_coded(builder: CandidateBuilder, goal: str, base: Candidate) -> list[Candidate]:
     """Look for the dearest bits that leave the network within the budget."""
     where = Range(FIRST_PRICE[goal], LEAST_PRICE, MOST_PRICE, resolution=1.1, trials=3)
-    return _try_all(goal, lambda price: builder.try_coded(goal, price, base), where, of_budget)
+    return _try_all(goal, lambda price: builder.try_coded(goal, price, base), where)
 
 
-def _try_all(
-    goal: str, attempt: Callable[[float], Candidate], where: Range, spare: Spare
-) -> list[Candidate]:
+def _try_all(goal: str, attempt: Callable[[float], Candidate], where: Range) -> list[Candidate]:
     """Search, saying what it is doing and how long it may take."""
     started = time.perf_counter()
     made = 0
@@ -148,7 +148,7 @@ def _try_all(
         return attempt(strength)
 
     cli.log.info("%s: up to %d networks are tried, more if none passes", goal, where.trials)
-    return run_trials(make, where, spare)
+    return run_trials(make, where)
 
 
 _SEARCHES = {"size": _find_size, "speed": _find_speed, "both": _find_both}
