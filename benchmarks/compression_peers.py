@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import argument_types, arguments, cli
 
-DEFAULT_OUTPUT_DIR = cli.REPOSITORY / "results" / "compression_peers"
-DEFAULT_PIPELINE = cli.REPOSITORY / "results" / "pipeline"
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "compression_peers"
+DEFAULT_PIPELINE = cli.WORKSPACE / "results" / "pipeline"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -45,15 +45,16 @@ def tell(results: dict) -> Story:
         *(
             Column(
                 f"batch {timing['batch_size']}",
-                lambda row, index=index: (
-                    row["latency"][index]["images_per_second"] if "latency" in row else None
-                ),
-                "{:,.0f}".format,
+                lambda row, index=index: row["latency"][index] if "latency" in row else None,
+                report.show_rate,
             )
             for index, timing in enumerate(timed)
         ),
     ]
-    note = "At a batch size: INT8 images a second. NNCodec's networks run as the dense one does."
+    note = (
+        "At a batch size: INT8 images a second. NNCodec's networks run as the dense one does."
+        + report.explain_doubt([row for row in rows if "latency" in row])
+    )
     return Story(
         f"{report.network_name(results)}: compressed without training",
         report.describe_setting(results)
@@ -91,7 +92,7 @@ def _summary(results: dict) -> list[str]:
         f"{method} {fp32_bytes / row['size_bytes']:.1f}×" for method, row in best(rows).items()
     )
     fastest = ", ".join(
-        f"{method} {row['latency'][-1]['images_per_second']:,.0f} images/s"
+        f"{method} {report.show_rate(row['latency'][-1])} images/s"
         for method, row in best(rows, speed=True).items()
     )
     return [f"Smallest within one point: {smallest}.", f"Fastest within one point: {fastest}."]
@@ -123,4 +124,5 @@ def plot(results: dict, path: Path) -> None:
     batch_size = timed[0]["latency"][-1]["batch_size"] if timed else ""
     axes[1].set(title="Speed", xlabel=f"INT8 images a second at batch {batch_size}")
     axes[0].legend(loc="lower left")
+    report.mark_doubt(figure, timed)
     report.save_figure(figure, path)

@@ -153,7 +153,10 @@ class CandidateBuilder:
         device = self.training.images.images.device
         trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.inputs.model))
         precision = self.store.precision(device)
-        distill(trained, dense, self.training, self.inputs.seed, precision=precision)
+        channels = self._slimmer.channels_of(trace_network(slim, self.inputs.calibration.shape))
+        distill(
+            trained, dense, self.training, self.inputs.seed, precision=precision, channels=channels
+        )
         return trained.cpu()
 
     @property

@@ -4,10 +4,10 @@
     python pipeline.py --max-drop 0.005 --for size
     python pipeline.py --data-dir ~/cifar10 --finetune-epochs 2
 
-Three answers: the smallest file (channels that hold many weights removed, INT8 levels chosen for
-their bits), the fastest network (channels that take many multiply-adds removed), and the one that
-is both. One half of the test images chooses, the other half measures what was written, as a fresh
-process reads it back.
+Three answers. ``size`` is the smallest file: channels that hold many weights are removed, and INT8
+levels are chosen for their bits. ``speed`` is the fastest network: channels that take many
+multiply-adds are removed. ``both`` is small and fast. One half of the test images chooses; the
+other half measures what was written, read back by a fresh process.
 """
 
 from __future__ import annotations

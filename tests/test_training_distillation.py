@@ -54,7 +54,7 @@ def test_only_the_teacher_s_twin_has_no_loss(tiny_model, random_images):
     with torch.no_grad():
         other.layer2[0].conv1.weight.mul_(0.5)
     for student, is_twin in ((twin, True), (other, False)):
-        with imitation_loss(student, tiny_model, BLOCKS) as loss:
+        with imitation_loss(student, tiny_model, dict.fromkeys(BLOCKS)) as loss:
             found = float(loss(inputs, student(inputs), torch.tensor([])).detach())
         assert (found < 1e-9) == is_twin
 
@@ -72,7 +72,7 @@ def test_network_without_joins_learns_from_logits_alone(random_images):
     inputs = images.normalize(images.images)
     blocks = trace(teacher, images.shape).blocks
     assert blocks == ()
-    with imitation_loss(student, teacher, blocks) as loss, torch.no_grad():
+    with imitation_loss(student, teacher, {}) as loss, torch.no_grad():
         found = loss(inputs, student(inputs), torch.tensor([]))
         assert torch.equal(found, divergence(student(inputs), teacher(inputs)))
     distill(student, teacher, Training(images, 1), seed=0)

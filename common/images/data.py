@@ -38,6 +38,8 @@ class ImageSet:
         mean: Mean of each channel that the network expects to be subtracted, from 0 to 1.
         std: Standard deviation of each channel that it expects to be divided by.
         channel_order: ``rgb``, or ``bgr`` if the network expects blue first.
+        resize: Length that the short side of an image was scaled to before its middle was cut
+            out; None if the images have their own size.
     """
 
     images: torch.Tensor
@@ -46,6 +48,7 @@ class ImageSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channel_order: str = "rgb"
+    resize: int | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -75,10 +78,7 @@ class ImageSet:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn some of the uint8 images, (n, 3, H, W), into float32 inputs, channels_last."""
-        images = normalize(pixels, self.mean, self.std)
-        if self.channel_order == "bgr":
-            return images.flip(1).contiguous(memory_format=torch.channels_last)
-        return images
+        return normalize(pixels, self.mean, self.std, self.channel_order)
 
     def describe(self) -> dict:
         """Return what results.json says of the images themselves."""
@@ -163,7 +163,7 @@ def load_images(
     pixels = available.read(indices)
     return ImageSet(
         torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]), source.classes,
-        source.mean, source.std, source.channel_order,
+        source.mean, source.std, source.channel_order, source.resize,
     )  # fmt: skip
 
 
@@ -231,16 +231,21 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
 
 
 def normalize(
-    pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+    pixels: torch.Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    channel_order: str = "rgb",
 ) -> torch.Tensor:
-    """Turn uint8 images (N, 3, H, W) into the network's float32 input, laid out channels_last.
+    """Turn uint8 RGB images (N, 3, H, W) into the network's float32 input, laid out channels_last.
 
     The same arithmetic, in the same order, as torchvision's ``ToTensor`` and ``Normalize``.
     """
     mean, std = _on_device(mean, pixels.device), _on_device(std, pixels.device)
-    return (
-        pixels.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
-    )
+    images = pixels.to(torch.float32, memory_format=torch.channels_last)
+    images = images.div_(255).sub_(mean).div_(std)
+    if channel_order == "bgr":
+        return images.flip(1).contiguous(memory_format=torch.channels_last)
+    return images
 
 
 @functools.cache

@@ -139,7 +139,9 @@ def batches_source(
     classes = CLASSES if kind is CIFAR10 else tuple(load("test").classes)
     description = f"CIFAR-{len(classes)} in {data_dir}"
     name = kind.__name__.lower()
-    return Source(name, description, open_split, classes, sizing.height, MEAN, STD)
+    return Source(
+        name, description, open_split, classes, sizing.height, MEAN, STD, resize=sizing.short_side
+    )  # fmt: skip
 
 
 # --- bundled images ------------------------------------------------------------------------------
@@ -172,4 +174,7 @@ def bundled_source(size: SizeRequest = OWN_SIZE) -> Source:
         return Split(labels, read)
 
     description = "the bundled JPEG images"
-    return Source("bundled", description, open_split, CLASSES, sizing.height, MEAN, STD)
+    return Source(
+        "bundled", description, open_split, CLASSES, sizing.height, MEAN, STD,
+        resize=sizing.short_side,
+    )  # fmt: skip

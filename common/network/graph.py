@@ -34,7 +34,7 @@ ATTRIBUTES = {
     CONVOLUTION: ("stride", "padding", "dilation", "groups"),
     MAX_POOL: ("kernel", "stride", "padding", "dilation", "ceil"),
     AVERAGE_POOL: ("kernel", "stride", "padding", "ceil", "count_padding"),
-    ADAPTIVE_POOL: ("size",),
+    ADAPTIVE_POOL: ("size",),  # and source_size, of the input, for readers that infer no shapes
     GLOBAL_POOL: ("keep",),  # keep height and width, of 1
     RESHAPE: ("shape",),  # without the batch dimension
     PERMUTE: ("order",),  # of the dimensions; the batch's is the first

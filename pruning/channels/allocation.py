@@ -55,7 +55,7 @@ def measure_curves(
 
     Args:
         dense: Dense network in the precision to run in.
-        groups: Groups of free channels by name.
+        groups: Groups of channels by name.
         choices: For each group and width the channels that are kept.
         context: Width of each group.
         images: Images, whose labels are not used.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from common.command.cli import UserError
 from common.network.execution import Network
-from common.network.tracing import trace
+from common.network.tracing import trace, trace_network
 from common.report.results import percent
 from common.search.trials import Trial
 from pruning.channels.costs import MACS, ChannelCosts
@@ -87,6 +88,10 @@ class ChannelSearch(ModelSearch):
         if sparsity not in self._slim:
             self._slim[sparsity] = self.slimmer.slim(1 - sparsity).model
         return self._slim[sparsity]
+
+    def kept_channels(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
+        """Return which output channels are left of the layers of a slim network."""
+        return self.slimmer.channels_of(trace_network(model, self.held_out.images.shape))
 
     def find_largest(self, method: Method) -> tuple[float, list[Trial]]:
         """Return the share that was asked for, or the largest one within the budget."""

@@ -8,8 +8,8 @@ al., 2022, arXiv:2210.17323). Each weight becomes the level with the least sum o
 λ times its bits, as in CERWU (Conzel et al., 2025, arXiv:2505.18758).
 
 The bits of a level are estimated from the levels of the pass before, by the contexts of
-:mod:`common.files.entropy`: how many weights of its channels are not zero, and its neighbours in
-the kernel.
+:mod:`runtime.decode`: how many weights of its channels are not zero, and its neighbours in the
+kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common.files.entropy import fit_logistic, neighbours
+from common.files.entropy import fit_logistic
+from runtime.decode import neighbours
 
 MAX_LEVEL = 127
 BLOCK = 128  # columns between two updates of all that follow

@@ -142,6 +142,9 @@ class Int8Network:
         mean: Mean of each channel that is subtracted from images whose values go from 0 to 1.
         std: Standard deviation of each channel that they are then divided by.
         settings: How it was made.
+        channel_order: ``rgb``, or ``bgr`` if the network expects blue first.
+        resize: Length that the short side of an image is scaled to before its middle is cut out;
+            None if images have the network's size.
     """
 
     graph: Graph
@@ -152,6 +155,8 @@ class Int8Network:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     settings: Settings
+    channel_order: str = "rgb"
+    resize: int | None = None
 
     def steps(self) -> tuple[FusedOperation, ...]:
         """Return the steps in execution order; the first is the input."""
