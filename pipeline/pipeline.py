@@ -111,12 +111,13 @@ def main(argv: list[str] | None = None) -> int:
             cli.log.warning("--max-drop: %s: only a network that gains can pass", reason)
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, chosen_device)
-        identity = steps.identify(inputs, settings, args.batch_size, training)
+        batch_size = inputs.fit_batch_size(args.batch_size)
+        identity = steps.identify(inputs, settings, batch_size, training)
         store = Store(folder.keep_unfinished(identity, args.resume), inputs.model)
-        setup = CalibrationSetup(inputs.calibration, choosing, args.batch_size)
+        setup = CalibrationSetup(inputs.calibration, choosing, batch_size)
         dense = predict_fp32(inputs.model, setup, chosen_device)
         budget = Budget(args.max_drop, EvaluationSplit(choosing, dense == choosing.labels))
-        builder = CandidateBuilder(inputs, settings, budget, store, args.batch_size, training)
+        builder = CandidateBuilder(inputs, settings, budget, store, batch_size, training)
         found = find_answers(builder, args.goals)
         results = common_results(
             "pipeline",
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             builder, found, files, confirming, args.batch_sizes, args.timing_seconds
         )
         if args.export_onnx:
-            steps.export_answers_to_onnx(results["answers"], files, confirming, args.batch_size)
+            steps.export_answers_to_onnx(results["answers"], files, confirming, batch_size)
         if args.write_check:
             write_checks(files.values(), confirming, folder.file, settings.engine)
         plots.plot_frontier(results, folder.file(PLOT))

@@ -109,7 +109,7 @@ def test_every_number_is_that_of_results_json(finished):
 @pytest.fixture(scope="module")
 def confirming(finished):
     """The images that did not choose: the split made again by hand."""
-    from common.images.data import load_images
+    from common.images.loading import load_images
     from common.images.sources import open_source
 
     test = load_images(open_source(finished[1], bundled=True), "test", 120, 0)

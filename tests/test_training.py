@@ -11,7 +11,7 @@ from torch import nn
 
 from common.command.cli import UserError
 from common.files.untrusted import read_untrusted
-from common.images.data import load_images
+from common.images.loading import load_images
 from common.images.sources import bundled_source
 from common.machine.workers import Workers
 from common.measure.evaluate import measure_accuracy, predict

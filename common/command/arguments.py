@@ -140,7 +140,12 @@ def add_shared_arguments(
     )
     running = parser.add_argument_group("running")
     running.add_argument(
-        "--batch-size", type=batch_size, metavar="N", default=64, help="images to evaluate at once"
+        "--batch-size",
+        type=batch_size,
+        metavar="N",
+        default=AtMost(64),
+        help="images to evaluate at once; the default is smaller where the network's values are "
+        "large",
     )
     add_machine_arguments(running, with_device)
     add_output_arguments(parser.add_argument_group("outputs"), output_dir)
