@@ -73,7 +73,7 @@ def test_run_keeps_the_contract(finished):
     assert str(folder) in written_to
     named = results["artifacts"]
     assert {p.name for p in folder.iterdir()} == {
-        *named["models"], *named["plots"], named["report"], "results.json",
+        *named["models"], *named["checks"], *named["plots"], named["report"], "results.json",
     }  # fmt: skip
 
 
