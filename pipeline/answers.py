@@ -20,9 +20,10 @@ from pruning.channels.costs import MACS, WEIGHTS
 # Prices of a bit; of the bundled weights one point allows about as much of each goal.
 FIRST_PRICE = {"size": 0.028, "both": 0.018}
 LEAST_PRICE, MOST_PRICE = 0.001, 0.5
-# Of the budget, what the channels of a network may use that is then coded. Those that hold many
-# weights hardly cost accuracy, and at a given price of a bit a point buys more of those. A trained
-# network may have used more: nothing else is as fast.
+# Of the budget, what the channels of a network may use that is then coded. For size that is what
+# the search for them begins with: channels that hold many weights hardly cost accuracy. For both it
+# is what the images that choose measure; a trained network may have used more, for nothing else is
+# as fast.
 SIZE_SHARE, BOTH_SHARE, TRAINED_SHARE = 0.25, 0.5, 0.65
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
 # of the multiply-adds, shares smaller by so much than without it. After two epochs of 50,000 images
