@@ -24,7 +24,7 @@ LEAST_PRICE, MOST_PRICE = 0.001, 0.5
 # the search for them begins with: channels that hold many weights hardly cost accuracy. For both it
 # is what the images that choose measure; a trained network may have used more, for nothing else is
 # as fast.
-SIZE_SHARE, BOTH_SHARE, TRAINED_SHARE = 0.25, 0.5, 0.65
+SIZE_SHARE, BOTH_SHARE, TRAINED_SHARE = 0.6, 0.5, 0.65
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
 # of the multiply-adds, shares smaller by so much than without it. After two epochs of 50,000 images
 # 1.12 has passed and failed, 1.25 just failed.
