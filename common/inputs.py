@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.command.argument_types import AtMost
 from common.command.cli import UserError, log
 from common.images.check import (
     AUTO_IMAGES,
@@ -29,6 +31,8 @@ from common.network.checkpoint import WEIGHTS_NAME, find_weights, load_network
 from common.network.layouts import Statistics
 from common.network.size import describe_network
 from common.network.tracing import Traced, trace
+
+MAX_VALUE_BYTES = 1 << 26  # of an operation's FP32 result for a batch; a few exist at a time
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,12 @@ class Inputs:
         training = load_images(self.source, "train", count, self.seed, skip, flag)
         check_disjoint(training, self.test, self.source.description)
         return training
+
+    def fit_batch_size(self, asked: int) -> int:
+        """Return a default batch size bounded by memory; one that the user chose stays."""
+        largest_bytes = 4 * max(map(math.prod, self.traced.network.shapes.values()))
+        fitting = max(1, MAX_VALUE_BYTES // largest_bytes)
+        return min(asked, fitting) if isinstance(asked, AtMost) else asked
 
     def to(self, device: torch.device) -> Inputs:
         """Move the model to a device; return the inputs with it and the test images there."""

@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--export-onnx", action="store_true",
         help="write each answer as ONNX too, and compare its predictions in ONNX Runtime",
     )  # fmt: skip
+    arguments.add_check_argument(asked)
     arguments.add_calibration_argument(
         asked, 1000, "that channels and levels are chosen on, without labels"
     )
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.candidates import CandidateBuilder
     from pipeline.store import Store
     from quantization.calibration import CalibrationSetup
+    from quantization.files.check import write_checks
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
     from quantization.steps import predict_fp32
@@ -109,12 +111,13 @@ def main(argv: list[str] | None = None) -> int:
             cli.log.warning("--max-drop: %s: only a network that gains can pass", reason)
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, chosen_device)
-        identity = steps.identify(inputs, settings, args.batch_size, training)
+        batch_size = inputs.fit_batch_size(args.batch_size)
+        identity = steps.identify(inputs, settings, batch_size, training)
         store = Store(folder.keep_unfinished(identity, args.resume), inputs.model)
-        setup = CalibrationSetup(inputs.calibration, choosing, args.batch_size)
+        setup = CalibrationSetup(inputs.calibration, choosing, batch_size)
         dense = predict_fp32(inputs.model, setup, chosen_device)
         budget = Budget(args.max_drop, EvaluationSplit(choosing, dense == choosing.labels))
-        builder = CandidateBuilder(inputs, settings, budget, store, args.batch_size, training)
+        builder = CandidateBuilder(inputs, settings, budget, store, batch_size, training)
         found = find_answers(builder, args.goals)
         results = common_results(
             "pipeline",
@@ -130,12 +133,15 @@ def main(argv: list[str] | None = None) -> int:
             builder, found, files, confirming, args.batch_sizes, args.timing_seconds
         )
         if args.export_onnx:
-            steps.export_answers_to_onnx(results["answers"], files, confirming, args.batch_size)
+            steps.export_answers_to_onnx(results["answers"], files, confirming, batch_size)
+        if args.write_check:
+            write_checks(files.values(), confirming, folder.file, settings.engine)
         plots.plot_frontier(results, folder.file(PLOT))
         results["artifacts"] = {
             "model": results["answers"][-1]["file"],
             "models": [*folder.names(".safetensors"), *folder.names(".pth"),
                        *folder.names(".onnx")],
+            "checks": folder.names(".check"),
             "plots": [PLOT],
         }  # fmt: skip
         told = finish_run(results, folder, started, story.tell, args.report)

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write the INT8 model as ONNX too and measure it in ONNX Runtime; needs onnx and "
         "onnxruntime",
     )
+    arguments.add_check_argument(quantizing)
     budget = parser.add_argument_group("accuracy")
     budget.add_argument(
         "--max-drop",
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.accuracy.diagnosis import diagnose
     from quantization.calibration import CalibrationSetup
     from quantization.coding import smallest
-    from quantization.files import artifact, onnx_export
+    from quantization.files import artifact, check, onnx_export
     from quantization.int8 import engines
     from quantization.report import plots, ranges, results, sections, story
 
@@ -151,7 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     with OutputFolder(args.output_dir, args.overwrite) as folder:
         inputs = load_inputs(args, Path(__file__).parent)
         model, dense, test = inputs.model, inputs.traced.network, inputs.test
-        setup = CalibrationSetup(inputs.calibration, test, args.batch_size)
+        batch_size = inputs.fit_batch_size(args.batch_size)
+        setup = CalibrationSetup(inputs.calibration, test, batch_size)
         source, plan = dense, None
         if args.max_drop is not None:
             held_out = inputs.load_training(
@@ -191,17 +193,19 @@ def main(argv: list[str] | None = None) -> int:
         if plan is not None:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)
         if args.diagnose:
-            found |= diagnose(first.observation, first.settings, test, args.batch_size)
+            found |= diagnose(first.observation, first.settings, test, batch_size)
             sections.diagnosis_table(found["diagnosis"]).write_csv(folder.file(DIAGNOSIS_CSV))
         found |= results.describe_sparsity(dense, first.network)
         if args.bits_per_weight is not None:
             all_int8 = replace(first.settings, fp32_layers=())
             fp32_bytes = found["models"][0]["size_bytes"]
             coding = smallest.CodingSetup(
-                inputs, coding_images, fp32, all_int8, args.batch_size, fp32_bytes
+                inputs, coding_images, fp32, all_int8, batch_size, fp32_bytes
             )
-            path = folder.file(f"{inputs.file_stem}_coded.safetensors")
-            found["coding"] = smallest.write_smallest(coding, args.bits_per_weight, path)
+            files["coded"] = folder.file(f"{inputs.file_stem}_coded.safetensors")
+            found["coding"] = smallest.write_smallest(coding, args.bits_per_weight, files["coded"])
+        if args.write_check:
+            check.write_checks(set(files.values()), test, folder.file, first.settings.engine)
         saved = steps.models_by_file(quantized, files)
         with artifact.verifying_reloaded(saved, test):
             plots.plot_overview(found["models"], folder.file("overview.png"))

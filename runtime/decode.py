@@ -28,12 +28,13 @@ The metadata hold a mark, a version, and the SHA-256 of the file with zeros in i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ CHECK_MARK = "int8-check"
 MAX_FILE_BYTES, MAX_JSON_BYTES = 1 << 31, 1 << 24
 MAX_OPERATIONS, MAX_SIZE, MAX_KERNEL = 10_000, 1 << 24, 1 << 12
 MAX_VALUES = 1 << 28  # of all operations on one image
+MAX_ONNX_VALUES = 4 * MAX_VALUES  # with weights, and each value as it is, rounded and restored
 MIN_BITS = 0.01  # of the stream for each weight
 
 IMAGES, PIXELS, LOGITS = "images", "pixels", "logits"
@@ -648,9 +650,15 @@ def load(path: str | Path, threads: int = 0) -> Classifier:
     Raises:
         FileError: The file is missing, damaged or something else.
     """
-    network, model = _convert(path, pixels=True)
-    session = start_session(model.SerializeToString(), threads)
-    return Classifier(session, tuple(network.operations[0]["shape"]), network.facts)
+    content = _read(path)
+    with _telling_damage(path):
+        network = parse(content)
+        session = start_session(to_onnx(network, pixels=True), threads)
+        classify = Classifier(session, tuple(network.operations[0]["shape"]), network.facts)
+        logits = classify(np.zeros((1, *classify.shape), np.uint8))
+        if logits.shape != (1, len(network.facts["classes"])):
+            raise ValueError("another number of logits than of classes")
+    return classify
 
 
 def start_session(model: bytes | str, threads: int = 0) -> Any:
@@ -659,6 +667,7 @@ def start_session(model: bytes | str, threads: int = 0) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors are raised
     # Idle threads that spin would take the cores from whatever runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # WeightBiasQuantization would quantize layers that were left in FP32 between INT8 ones.
@@ -667,28 +676,33 @@ def start_session(model: bytes | str, threads: int = 0) -> Any:
     )
 
 
-def _convert(path: str | Path, pixels: bool) -> tuple[Network, Any]:
-    """Return a file's network and its model, which onnx has checked."""
-    content = _read(path)
-    try:
-        network = parse(content)
-        model = build_model(network, pixels)
-        check_model(model)
-    except Exception as error:  # a damaged file makes its readers fail in too many ways to list
-        reason = str(error).strip().split("\n")[0][:120]
-        raise FileError(f"{path}: damaged or no INT8 network ({reason})") from None
-    return network, model
+def to_onnx(network: Network, pixels: bool = False) -> bytes:
+    """Return the content of an ONNX file, checked; see :func:`build_model`.
 
-
-def check_model(model: Any) -> None:
-    """Check that a model's operations fit together, and that its values are not far too large."""
+    Raises:
+        Exception: The operations do not fit together, or their values are far too large.
+    """
     import onnx
 
+    model = build_model(network, pixels)
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     shapes = [value.type.tensor_type.shape.dim for value in inferred.graph.value_info]
-    if sum(math.prod(max(d.dim_value, 1) for d in shape) for shape in shapes) > 4 * MAX_VALUES:
+    if sum(math.prod(max(d.dim_value, 1) for d in shape) for shape in shapes) > MAX_ONNX_VALUES:
         raise ValueError("values too large")
+    return model.SerializeToString()
+
+
+@contextlib.contextmanager
+def _telling_damage(path: str | Path) -> Iterator[None]:
+    """Turn what a damaged file causes, in too many ways to list, into one line."""
+    try:
+        yield
+    except ImportError:  # a package is missing
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise FileError(f"{path}: damaged or no INT8 network ({reason})") from None
 
 
 def _read(path: str | Path) -> bytes:
@@ -735,17 +749,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("name an ONNX file to write, or --check")
     try:
         if args.model:
-            content = _convert(args.file, args.input == PIXELS)[1].SerializeToString()
+            content = _read(args.file)
+            with _telling_damage(args.file):
+                content = to_onnx(parse(content), args.input == PIXELS)
             Path(args.model).write_bytes(content)
             print(f"{args.model}: {len(content):,} bytes, takes {args.input}")
         if args.check:
             images, same, difference = check(load(args.file), args.check)
+            verdict = "passed" if difference <= MAX_DIFFERENCE else "failed"
             print(
-                f"{same} of {images} images get the expected class; logits differ by "
-                f"{difference:.3f} standard deviations"
+                f"{verdict}: {same} of {images} images get the expected class; logits differ by "
+                f"{difference:.3f} standard deviations (up to {MAX_DIFFERENCE} is rounding)"
             )
-            return 0 if same == images and difference <= MAX_DIFFERENCE else 1
-    except (FileError, OSError) as error:
+            return 0 if verdict == "passed" else 1
+    except (FileError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -9,7 +9,7 @@ import torch
 from cifar import image_set
 from torch import nn
 
-from common.images.check import Subject, best_normalisation, find_mismatches
+from common.images.check import Subject, _moments, best_normalisation, find_mismatches
 from common.images.data import ImageSet
 from common.images.normalisation import NORMALISATIONS
 from common.network.resnet import BlockShape, ResNet, ResNetShape
@@ -124,3 +124,11 @@ def test_a_network_that_answers_one_class_alone_has_no_order():
     with torch.no_grad():
         model.linear.bias[0] = 1e4
     assert find_mismatches(subject(model)) == []
+
+
+def test_moments_of_batches_are_those_of_all_values():
+    values = torch.randn(7, 3, 5, 4, generator=torch.Generator().manual_seed(0)) * 3 + 10
+    mean, variance = _moments(iter(values.split(3)))
+    assert torch.allclose(mean, values.double().mean((0, 2, 3)))
+    expected = values.double().var((0, 2, 3), correction=0)
+    assert torch.allclose(variance, expected, rtol=1e-5)

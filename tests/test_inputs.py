@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.command.argument_types import AtMost
 from common.command.cli import UserError, set_up_messages
 from common.images.cifar10 import CLASSES, MEAN, STD
 from common.images.folders import folder_source
@@ -119,3 +120,12 @@ def test_moving_takes_model_and_test_images(load):
     inputs = load().to(torch.device("meta"))
     assert inputs.test.images.is_meta
     assert next(inputs.model.parameters()).is_meta
+
+
+def test_a_default_batch_size_is_bounded_by_the_largest_value(load, monkeypatch):
+    inputs = load()
+    largest_bytes = 4 * 64 * 32 * 32
+    monkeypatch.setattr("common.inputs.MAX_VALUE_BYTES", 8 * largest_bytes)
+    assert inputs.fit_batch_size(AtMost(64)) == 8
+    assert inputs.fit_batch_size(AtMost(4)) == 4
+    assert inputs.fit_batch_size(64) == 64  # the user's choice

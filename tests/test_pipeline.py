@@ -21,6 +21,7 @@ from pipeline import answers
 from pipeline.pipeline import main
 from quantization.files.artifact import load_int8
 from quantization.files.onnx_export import load_onnx
+from runtime.decode import MAX_DIFFERENCE, check, load
 
 SCRIPT = REPOSITORY / "pipeline" / "pipeline.py"
 QUICK = [
@@ -46,10 +47,21 @@ def finished(tiny_weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     process = run_here(
         main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.49", "--report", "--export-onnx",
-        "--output-dir", folder, reads_back_here=False,
+        "--write-check", "--output-dir", folder, reads_back_here=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return process, folder, json.loads((folder / "results.json").read_text())
+
+
+def test_each_file_passes_its_check(finished):
+    _, folder, results = finished
+    for answer in results["answers"]:
+        path = folder / answer["file"]
+        images, same, difference = check(load(path), path.with_suffix(".check"))
+        assert images == 16
+        assert same >= 15
+        assert difference < MAX_DIFFERENCE
+    assert len(results["artifacts"]["checks"]) == len(results["answers"])
 
 
 def test_run_keeps_the_contract(finished):

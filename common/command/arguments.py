@@ -140,7 +140,12 @@ def add_shared_arguments(
     )
     running = parser.add_argument_group("running")
     running.add_argument(
-        "--batch-size", type=batch_size, metavar="N", default=64, help="images to evaluate at once"
+        "--batch-size",
+        type=batch_size,
+        metavar="N",
+        default=AtMost(64),
+        help="images to evaluate at once; the default is smaller where the network's values are "
+        "large",
     )
     add_machine_arguments(running, with_device)
     add_output_arguments(parser.add_argument_group("outputs"), output_dir)
@@ -228,6 +233,16 @@ def add_calibration_argument(
         metavar="N",
         default=AtMost(default),
         help=f"training images {purpose}: seeded, in the proportions of the classes",
+    )
+
+
+def add_check_argument(group: argparse._ActionsContainer) -> None:
+    """Add the flag that writes what a device checks its copy of a model with."""
+    group.add_argument(
+        "--write-check",
+        action="store_true",
+        help="write a few test images and their logits beside each INT8 file, for "
+        "runtime/decode.py --check on the device",
     )
 
 

@@ -8,7 +8,7 @@ training images. What that cannot tell, the labels of training images can. Test 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,7 +130,7 @@ def _mismatch_after_stem(subject: Subject, images: ImageSet) -> float | None:
         if norm is not None:
             stem, norm = map(subject.model.get_submodule, (name, norm))
             few = images.rows(slice(CHECK_IMAGES))
-            return _mismatch(norm, [stem(batch) for batch, _ in few.batches(CHUNK)])
+            return _mismatch(norm, (stem(batch) for batch, _ in few.batches(CHUNK)))
     return None
 
 
@@ -143,7 +143,7 @@ def _better_max_pool(subject: Subject) -> str | None:
     scores = {
         name: _mismatch(
             model.second_norm(),
-            [model.into_second_norm(batch, pool) for batch, _ in images.batches(CHUNK)],
+            (model.into_second_norm(batch, pool) for batch, _ in images.batches(CHUNK)),
         )
         for name, pool in {"on": nn.MaxPool2d(3, 2, 1), "off": nn.Identity()}.items()
     }
@@ -155,22 +155,38 @@ def _better_max_pool(subject: Subject) -> str | None:
     return best if is_better else None
 
 
-def _mismatch(norm: nn.Module, outputs: Sequence[torch.Tensor]) -> float | None:
+def _mismatch(norm: nn.Module, outputs: Iterable[torch.Tensor]) -> float | None:
     """Return how far a batch norm's inputs are from its running statistics; None if it has none.
 
     It is the divergence of two normal distributions, KL(observed || running), mean over channels.
+
+    Args:
+        norm: The batch norm.
+        outputs: What the layer before it gives for each batch of images, (N, C, H, W).
     """
     mean, variance = norm.running_mean, norm.running_var
     if variance is None or torch.equal(variance, variance[:1].expand_as(variance)):
         return None  # folded into the weights, as in a file of coded weights
-    values = torch.cat([output.transpose(0, 1).flatten(1) for output in outputs], dim=1)
-    observed = values.var(dim=1)
+    observed_mean, observed = _moments(outputs)
     alive = (variance > 1e-6 * variance.max()) & (observed > 1e-6 * observed.max())
     if not alive.any():
         return None
     ratio = observed[alive] / variance[alive]
-    shift = (values.mean(dim=1) - mean)[alive].square() / variance[alive]
+    shift = (observed_mean - mean)[alive].square() / variance[alive]
     return float(0.5 * (ratio + shift - 1 - ratio.log()).mean())
+
+
+def _moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and variance of each channel (float64) over batches, of which one is kept."""
+    count, sums, squares = 0, 0.0, 0.0
+    for values in batches:
+        variance, mean = (x.double() for x in torch.var_mean(values, (0, 2, 3), correction=0))
+        size = values.numel() // len(mean)
+        count += size
+        sums += size * mean
+        squares += size * (variance + mean.square())
+    mean = sums / count
+    return mean, squares / count - mean.square()
 
 
 # --- labels --------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def time_interleaved(
     timings = {contender.name: [] for contender in contenders}
     with torch.inference_mode():
         for contender in contenders:  # the first call may compile or prepare
-            contender.run(_batch(contender, images, batch_sizes[0]))
+            contender.run(_batch(images, batch_sizes[0], contender.memory_format))
     for batch_size in batch_sizes:
         samples_ms = _sample(contenders, images, batch_size, seconds_per_batch_size)
         for name, values in samples_ms.items():
@@ -105,7 +105,8 @@ def time_interleaved(
 def _sample(
     contenders: Sequence[Contender], images: torch.Tensor, batch_size: int, seconds: float
 ) -> dict[str, list[float]]:
-    inputs = {c.name: _batch(c, images, batch_size) for c in contenders}
+    formats = {contender.memory_format for contender in contenders}
+    inputs = {layout: _batch(images, batch_size, layout) for layout in formats}
     samples_ms = {c.name: [] for c in contenders}
     orders = np.random.default_rng(ORDER_SEED)
     rounds, start = 0, 0
@@ -114,7 +115,7 @@ def _sample(
             rounds < MAX_ROUNDS and time.perf_counter_ns() - start < 1e9 * seconds
         ):
             for contender in (contenders[i] for i in orders.permutation(len(contenders))):
-                timed_ms = _settled_call_ms(contender, inputs[contender.name])
+                timed_ms = _settled_call_ms(contender, inputs[contender.memory_format])
                 samples_ms[contender.name].append(timed_ms)
             rounds += 1
             bar.update()
@@ -131,9 +132,11 @@ def _settled_call_ms(contender: Contender, batch: torch.Tensor) -> float:
     return _call_ms(contender, batch)
 
 
-def _batch(contender: Contender, images: torch.Tensor, size: int) -> torch.Tensor:
-    batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
-    return torch.empty_like(batch, memory_format=contender.memory_format).copy_(batch)
+def _batch(images: torch.Tensor, size: int, layout: torch.memory_format) -> torch.Tensor:
+    if size > len(images):
+        images = images.repeat(-(-size // len(images)), 1, 1, 1)
+    batch = images[:size]
+    return torch.empty_like(batch, memory_format=layout).copy_(batch)
 
 
 def _call_ms(contender: Contender, batch: torch.Tensor) -> float:

@@ -41,16 +41,12 @@ def export_onnx(network: Int8Network | Network, path: Path) -> None:
 
 def to_onnx(network: Int8Network | Network) -> bytes:
     """Return a network as the content of an ONNX file; see :func:`export_onnx`."""
-    import onnx
-
     if isinstance(network, Int8Network):
         plain = to_plain(network)
     else:
         weights = {name: plain_weights(layer) for name, layer in network.layers.items()}
         plain = decode.Network(network.graph.to_json(), weights)
-    model = decode.build_model(plain)
-    onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString()
+    return decode.to_onnx(plain)
 
 
 def load_onnx(source: Path | bytes) -> Callable[[torch.Tensor], torch.Tensor]:

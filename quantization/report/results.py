@@ -217,6 +217,7 @@ def list_artifacts(folder: OutputFolder, model: Path) -> dict:
     return {
         "model": model.name,
         "models": [name for suffix in MODEL_SUFFIXES for name in names(suffix)],
+        "checks": names(".check"),
         "csv": names(".csv"),
         "plots": names(".png"),
     }

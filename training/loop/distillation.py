@@ -138,8 +138,8 @@ def imitation_loss(
     Args:
         student: Network that learns.
         teacher: Network to imitate.
-        blocks: Names of the modules whose outputs to imitate, and which of the teacher's channels
-            the student's outputs are; None for all.
+        blocks: For each of these modules: the indices of the teacher's channels that the student
+            has, or None where it has all of them.
     """
     given: dict[str, torch.Tensor] = {}
     wanted: dict[str, torch.Tensor] = {}
@@ -148,7 +148,7 @@ def imitation_loss(
         with torch.no_grad():
             answers = teacher(images)
         lost = divergence(logits, answers)
-        kept = {n: wanted[n] if c is None else wanted[n][:, c] for n, c in blocks.items()}
+        kept = {n: w if blocks[n] is None else w[:, blocks[n]] for n, w in wanted.items()}
         return lost + block_error(given, kept) if kept else lost
 
     with _recorded(student, blocks, given), _recorded(teacher, blocks, wanted):
