@@ -20,7 +20,7 @@ from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.tracing import trace_network
 from common.search.budget import Budget
-from common.search.trials import Trial
+from common.search.trials import Range, Trial
 from pipeline.store import Store
 from pruning.channels.costs import MACS
 from pruning.channels.slimmer import Slimmer
@@ -162,6 +162,10 @@ class CandidateBuilder:
     @property
     def _range_images(self) -> ImageSet:
         return self.inputs.calibration.rows(slice(RANGE_IMAGES))
+
+    def search_range(self, unit: str, budget_share: float, trials: int) -> Range:
+        """Return how many times fewer of the ``unit`` to try for a share of the budget."""
+        return self._slimmer.search_range(unit, budget_share * self.budget.max_drop, trials)
 
     def least_share(self, unit: str) -> float:
         """Return the smallest share of the ``unit`` that can be left."""

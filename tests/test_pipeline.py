@@ -37,7 +37,7 @@ def _few_trials():
         patch.setattr(
             answers,
             "run_trials",
-            lambda make, where, spare: run_trials(make, replace(where, trials=2), spare),
+            lambda make, where: run_trials(make, replace(where, trials=2)),
         )
         yield
 
@@ -73,7 +73,7 @@ def test_run_keeps_the_contract(finished):
     assert str(folder) in written_to
     named = results["artifacts"]
     assert {p.name for p in folder.iterdir()} == {
-        *named["models"], *named["plots"], named["report"], "results.json",
+        *named["models"], *named["checks"], *named["plots"], named["report"], "results.json",
     }  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
     tiny_weights, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("common.search.budget.standard_error", lambda *_: 1.0)  # none to spare
-    monkeypatch.setattr(answers, "run_trials", lambda make, where, spare: [make(where.start)])
+    monkeypatch.setattr(answers, "run_trials", lambda make, where: [make(where.start)])
     arguments = ["--max-drop", "0", "--for", "size", "--output-dir", tmp_path / "out"]
     process = run_here(main, *QUICK, "--weights", tiny_weights, *arguments)
     assert process.returncode == 3, process.stderr

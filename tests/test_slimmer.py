@@ -139,3 +139,23 @@ def test_a_network_without_free_channels_stays_as_it_is(random_images):
     slimmer = slimmer_of(torch.nn.Sequential(conv, pool, torch.nn.Flatten()).eval(), images)
     assert slimmer.costs.least_share() == 1
     assert slimmer.slim(1.0).network.layers.keys() == {"0"}
+
+
+@pytest.mark.parametrize("unit", [MACS, WEIGHTS])
+def test_a_search_begins_where_the_curves_add_up_to_the_budget(tiny_model, random_images, unit):
+    slimmer = slimmer_of(tiny_model, random_images(40))
+    curves = {
+        name: {width: (1 - width / group.width) / 10 for width in slimmer.costs.grid[name]}
+        for name, group in slimmer.costs.groups.items()
+    }
+    vars(slimmer)["_curves"] = curves
+
+    def divergence(share):
+        widths = slimmer.costs.choose(curves, share, unit)
+        return sum(curves[name][width] for name, width in widths.items())
+
+    for max_drop in (0.05, 0.2):
+        where = slimmer.search_range(unit, max_drop)
+        assert divergence(1 / where.start) <= max_drop < divergence(1 / where.start - 0.02)
+        assert 1 / where.most == slimmer.costs.least_share(unit)
+    assert 1 / slimmer.search_range(unit, 10.0).start < 1 / where.most + 0.02  # all that can go

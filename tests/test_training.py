@@ -350,8 +350,8 @@ def test_two_processes_train_the_network_of_one(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--held-out-images", "30"], "leave none"),
-        (["--train-images", "2001"], "only 2000"),
-        (["--test-images", "10001"], "only 10000"),
+        (["--train-images", "2001"], "only 2,000"),
+        (["--test-images", "10001"], "only 10,000"),
         (["--batch-size", "21"], "only 20 training images"),
     ],
 )

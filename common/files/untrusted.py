@@ -38,16 +38,9 @@ def read_untrusted(path: Path) -> object:
             return load_file(path)
         except SafetensorError:
             raise UserError(f"{path}: truncated, damaged or no safetensors file") from None
-    is_zip = head[:4] == b"PK\x03\x04"
-    if is_zip:
+    if head[:4] == b"PK\x03\x04":
         _check_archive(path)
-    try:
-        return _unpickle(path)
-    except _ObjectFoundError as found:
-        content = _read_around_objects(path, is_zip)
-        if isinstance(content, Inert) and not content:
-            raise object_refused(path, found.name) from None
-        return content
+    return _unpickle(path)
 
 
 def is_safetensors(head: bytes, size_bytes: int) -> bool:
@@ -103,33 +96,22 @@ def check_file(path: Path) -> bytes:
     return head
 
 
-class _ObjectFoundError(UserError):
-    """A pickle names a class or function that is not built."""
-
-    def __init__(self, path: Path, name: str):
-        super().__init__(str(object_refused(path, name)))
-        self.name = name
-
-
-def _read_around_objects(path: Path, is_zip: bool) -> object:
+def _unpickle(path: Path) -> object:
+    """Read with torch, and where the file names Python objects a second time around them."""
     try:
-        return read_inert(path, is_zip)
+        with warnings.catch_warnings():  # torch's remarks on odd pickles
+            warnings.simplefilter("ignore")
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                if not (found := re.search(r"GLOBAL (\S+)", str(error))):
+                    raise
+                content = read_inert(path)
+        if isinstance(content, Inert) and not content:
+            raise object_refused(path, found[1])
+        return content
     except UserError:
         raise
-    except Exception:  # as below
-        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
-
-
-def _unpickle(path: Path) -> object:
-    """Read with torch, which builds nothing but tensors and plain values."""
-    try:
-        with warnings.catch_warnings():  # torch's remarks on odd pickles; what counts is said here
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise _ObjectFoundError(path, found[1]) from None
-        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
     except Exception:  # a hostile or cut file makes torch's reader fail in too many ways to list
         raise UserError(f"{path}: {NO_CHECKPOINT}") from None
 

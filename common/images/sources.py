@@ -7,6 +7,7 @@ pixels that are asked for: 512 calibration images of a folder cost 512 JPEGs, no
 from __future__ import annotations
 
 import argparse
+import functools
 import http.client
 import io
 import lzma
@@ -159,6 +160,7 @@ def bundled_source(size: SizeRequest = OWN_SIZE) -> Source:
     """Read the bundled JPEG re-encodings: 10,000 test and 2,000 training images."""
     sizing = size.sizing((IMAGE_SIZE, IMAGE_SIZE))
 
+    @functools.cache  # training images are opened again for other purposes
     def open_split(split: str) -> Split:
         archive = BUNDLED_ARCHIVES[split]
         try:

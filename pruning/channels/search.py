@@ -13,9 +13,9 @@ from common.command.cli import UserError
 from common.network.execution import Network
 from common.network.tracing import trace, trace_network
 from common.report.results import percent
-from common.search.trials import Trial
+from common.search.trials import Range, Trial
 from pruning.channels.costs import MACS, ChannelCosts
-from pruning.channels.slimmer import Slimmer, search_range
+from pruning.channels.slimmer import Slimmer
 from pruning.together.search import Method, ModelSearch
 from quantization.int8.engines import fastest_engine
 
@@ -66,11 +66,15 @@ class ChannelSearch(ModelSearch):
         traced = trace(self.model, self.held_out.images.shape)
         self.slimmer = Slimmer(self.model, traced, self.calibration, self.seed, dtype)
         most = most_removed(self.slimmer.costs)
-        self.where = search_range(1 - most, MACS)
         if self.is_given:
             self.curve = (self.macs_removed,)
         else:
             self.curve = tuple(share for share in CURVE if share <= most) or (most,)
+
+    @property
+    def where(self) -> Range:
+        """Where to look for how many times fewer multiply-adds the network may have."""
+        return self.slimmer.search_range(MACS, self.budget.max_drop)
 
     @property
     def is_given(self) -> bool:
