@@ -2,7 +2,8 @@
 # make pipeline  the smallest and the fastest network within a point
 # make test      the test suite; make test-all adds full-size and repeated runs
 # make lint      ruff
-# make bench     compare with other runtimes (installs them into .venv)
+# make bench     compare with other runtimes and tools (installs them into .venv);
+#                after make pipeline, whose answers it takes
 # make clean     remove what make and the tests put here; results/ stays
 #
 # PYTHON chooses the interpreter, ARGS adds flags: make run ARGS='--test-images all'
@@ -34,6 +35,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/int8_runtimes.py $(ARGS)
+	$(BIN)/python benchmarks/compression_peers.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
@@ -51,4 +53,5 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 
 $(VENV)/.bench: requirements-bench.txt $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nncodec torch-pruning
 	touch $@

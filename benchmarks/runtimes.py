@@ -27,6 +27,7 @@ from quantization.int8.engines.onnx_engines import openvino_programs
 from quantization.int8.network import Int8Network
 
 OURS, SLIM = "int8-", "-slim"  # parts of rows' names
+ONNXRUNTIME_FILE = "onnxruntime_int8.onnx"
 CALIBRATION_BATCH = 64
 BYTES_PER_WEIGHT = 4
 GEMM_SIZES = (512, 1024, 2048)
@@ -97,7 +98,7 @@ def onnxruntime_own(network: Network, calibration: ImageSet, folder: Path) -> Ru
             images, _ = next(self._batches, (None, None))
             return None if images is None else {"images": images.contiguous().numpy()}
 
-    fp32, path = folder / "fp32.onnx", folder / "onnxruntime_int8.onnx"
+    fp32, path = folder / "fp32.onnx", folder / ONNXRUNTIME_FILE
     export_onnx(network, fp32)
     with _quiet_logging():
         ort.quantize_static(

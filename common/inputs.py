@@ -22,7 +22,8 @@ from common.images.check import (
     best_normalisation,
     find_mismatches,
 )
-from common.images.data import ImageSet, check_disjoint, checksum, load_images
+from common.images.data import ImageSet, checksum
+from common.images.loading import check_disjoint, load_images
 from common.images.normalisation import AUTO, NORMALISATIONS
 from common.images.source import Source
 from common.images.sources import open_chosen_source
@@ -92,7 +93,7 @@ class Inputs:
         }
 
     def load_training(self, count: int | None, skip: int = 0, flag: str | None = None) -> ImageSet:
-        """Load training images; arguments as of :func:`common.images.data.load_images`.
+        """Load training images; arguments as of :func:`common.images.loading.load_images`.
 
         Warns if some of them are test images.
 

@@ -12,18 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.command import cli
-from common.search.trials import Range, Spare, nearest, of_budget, run_trials, strongest
+from common.search.trials import Range, Spare, nearest, run_trials, strongest
 from pipeline import GOALS
 from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.channels.costs import MACS, WEIGHTS
-from pruning.channels.slimmer import search_range
 
 # Prices of a bit; of the bundled weights one point allows about as much of each goal.
 FIRST_PRICE = {"size": 0.028, "both": 0.018}
 LEAST_PRICE, MOST_PRICE = 0.001, 0.5
-# Of the budget, what the channels of a network may use that is then coded. Those that hold many
-# weights hardly cost accuracy, and at a given price of a bit a point buys more of those. A trained
-# network may have used more: nothing else is as fast.
+# Of the budget, what the channels of a network may use that is then coded. For size that is what
+# the search for them begins with: channels that hold many weights hardly cost accuracy. For both it
+# is what the images that choose measure; a trained network may have used more, for nothing else is
+# as fast.
 SIZE_SHARE, BOTH_SHARE, TRAINED_SHARE = 0.25, 0.5, 0.65
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
 # of the multiply-adds, shares smaller by so much than without it. After two epochs of 50,000 images
@@ -77,14 +77,13 @@ def choose_best(goal: str, tried: Mapping[str, Sequence[Candidate]]) -> Candidat
 
 
 def _find_size(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
-    room = _room(builder, SIZE_SHARE)
-    slim = _search_slim(builder, "size", WEIGHTS, 3, room)
-    base = strongest(slim, room) or nearest(slim)
+    slim = _search_slim(builder, "size", WEIGHTS, 1, SIZE_SHARE)
+    base = strongest(slim) or nearest(slim)
     tried["size"] = [*slim, *_search_coded(builder, "size", base)]
 
 
 def _find_speed(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
-    slim = _search_slim(builder, "speed", MACS, 5, of_budget)
+    slim = _search_slim(builder, "speed", MACS, 5, 1.0)
     if builder.training:
         reached = 1 / (strongest(slim) or nearest(slim)).strength
         least = builder.least_share(MACS)
@@ -120,22 +119,23 @@ def _room(builder: CandidateBuilder, share: float) -> Spare:
 
 
 def _search_slim(
-    builder: CandidateBuilder, goal: str, unit: str, trials: int, spare: Spare
+    builder: CandidateBuilder, goal: str, unit: str, trials: int, budget_share: float
 ) -> list[Candidate]:
-    """Look for the least share of the ``unit`` that leaves something to ``spare``."""
-    where = search_range(builder.least_share(unit), unit, trials)
-    return _try_all(goal, lambda times: builder.try_slim(goal, 1 / times, unit), where, spare)
+    """Look for the least share of the ``unit`` within the budget.
+
+    The first guess is what should use up a share of it.
+    """
+    where = builder.search_range(unit, budget_share, trials)
+    return _try_all(goal, lambda times: builder.try_slim(goal, 1 / times, unit), where)
 
 
 def _search_coded(builder: CandidateBuilder, goal: str, base: Candidate) -> list[Candidate]:
     """Look for the dearest bits that leave the network within the budget."""
     where = Range(FIRST_PRICE[goal], LEAST_PRICE, MOST_PRICE, resolution=1.1, trials=3)
-    return _try_all(goal, lambda price: builder.try_coded(goal, price, base), where, of_budget)
+    return _try_all(goal, lambda price: builder.try_coded(goal, price, base), where)
 
 
-def _try_all(
-    goal: str, attempt: Callable[[float], Candidate], where: Range, spare: Spare
-) -> list[Candidate]:
+def _try_all(goal: str, attempt: Callable[[float], Candidate], where: Range) -> list[Candidate]:
     """Search, saying what it is doing and how long it may take."""
     started = time.perf_counter()
     made = 0
@@ -149,7 +149,7 @@ def _try_all(
         return attempt(strength)
 
     cli.log.info("%s: up to %d networks are tried, more if none passes", goal, where.trials)
-    return run_trials(make, where, spare)
+    return run_trials(make, where)
 
 
 _SEARCHES = {"size": _find_size, "speed": _find_speed, "both": _find_both}

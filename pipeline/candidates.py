@@ -20,7 +20,7 @@ from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.tracing import trace_network
 from common.search.budget import Budget
-from common.search.trials import Trial
+from common.search.trials import Range, Trial
 from pipeline.store import Store
 from pruning.channels.costs import MACS
 from pruning.channels.slimmer import Slimmer
@@ -153,12 +153,19 @@ class CandidateBuilder:
         device = self.training.images.images.device
         trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.inputs.model))
         precision = self.store.precision(device)
-        distill(trained, dense, self.training, self.inputs.seed, precision=precision)
+        channels = self._slimmer.channels_of(trace_network(slim, self.inputs.calibration.shape))
+        distill(
+            trained, dense, self.training, self.inputs.seed, precision=precision, channels=channels
+        )
         return trained.cpu()
 
     @property
     def _range_images(self) -> ImageSet:
         return self.inputs.calibration.rows(slice(RANGE_IMAGES))
+
+    def search_range(self, unit: str, budget_share: float, trials: int) -> Range:
+        """Return how many times fewer of the ``unit`` to try for a share of the budget."""
+        return self._slimmer.search_range(unit, budget_share * self.budget.max_drop, trials)
 
     def least_share(self, unit: str) -> float:
         """Return the smallest share of the ``unit`` that can be left."""

@@ -4,10 +4,10 @@
     python pipeline.py --max-drop 0.005 --for size
     python pipeline.py --data-dir ~/cifar10 --finetune-epochs 2
 
-Three answers: the smallest file (channels that hold many weights removed, INT8 levels chosen for
-their bits), the fastest network (channels that take many multiply-adds removed), and the one that
-is both. One half of the test images chooses, the other half measures what was written, as a fresh
-process reads it back.
+Three answers. ``size`` is the smallest file: channels that hold many weights are removed, and INT8
+levels are chosen for their bits. ``speed`` is the fastest network: channels that take many
+multiply-adds are removed. ``both`` is small and fast. One half of the test images chooses; the
+other half measures what was written, read back by a fresh process.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--export-onnx", action="store_true",
         help="write each answer as ONNX too, and compare its predictions in ONNX Runtime",
     )  # fmt: skip
+    arguments.add_check_argument(asked)
     arguments.add_calibration_argument(
         asked, 1000, "that channels and levels are chosen on, without labels"
     )
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.candidates import CandidateBuilder
     from pipeline.store import Store
     from quantization.calibration import CalibrationSetup
+    from quantization.files.check import write_checks
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
     from quantization.steps import predict_fp32
@@ -132,11 +134,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         if args.export_onnx:
             steps.export_answers_to_onnx(results["answers"], files, confirming, batch_size)
+        if args.write_check:
+            write_checks(files.values(), confirming, folder.file, settings.engine)
         plots.plot_frontier(results, folder.file(PLOT))
         results["artifacts"] = {
             "model": results["answers"][-1]["file"],
             "models": [*folder.names(".safetensors"), *folder.names(".pth"),
                        *folder.names(".onnx")],
+            "checks": folder.names(".check"),
             "plots": [PLOT],
         }  # fmt: skip
         told = finish_run(results, folder, started, story.tell, args.report)

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write the INT8 model as ONNX too and measure it in ONNX Runtime; needs onnx and "
         "onnxruntime",
     )
+    arguments.add_check_argument(quantizing)
     budget = parser.add_argument_group("accuracy")
     budget.add_argument(
         "--max-drop",
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.accuracy.diagnosis import diagnose
     from quantization.calibration import CalibrationSetup
     from quantization.coding import smallest
-    from quantization.files import artifact, onnx_export
+    from quantization.files import artifact, check, onnx_export
     from quantization.int8 import engines
     from quantization.report import plots, ranges, results, sections, story
 
@@ -201,8 +202,10 @@ def main(argv: list[str] | None = None) -> int:
             coding = smallest.CodingSetup(
                 inputs, coding_images, fp32, all_int8, batch_size, fp32_bytes
             )
-            path = folder.file(f"{inputs.file_stem}_coded.safetensors")
-            found["coding"] = smallest.write_smallest(coding, args.bits_per_weight, path)
+            files["coded"] = folder.file(f"{inputs.file_stem}_coded.safetensors")
+            found["coding"] = smallest.write_smallest(coding, args.bits_per_weight, files["coded"])
+        if args.write_check:
+            check.write_checks(set(files.values()), test, folder.file, first.settings.engine)
         saved = steps.models_by_file(quantized, files)
         with artifact.verifying_reloaded(saved, test):
             plots.plot_overview(found["models"], folder.file("overview.png"))

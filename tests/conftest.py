@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import resource
@@ -21,6 +22,7 @@ from processes import undisturbed
 from resnet18 import ResNet18, Widths, weight_modules
 from torch.nn.utils import prune
 
+from common.images import sources
 from common.images.cifar10 import CLASSES
 from common.images.data import ImageSet
 from common.network.checkpoint import save_checkpoint
@@ -37,7 +39,7 @@ NOBODY = 65534
 # Whole runs, the longest first: so that no process is left with one of them at the end.
 LONGEST = (
     "test_pruning.py", "test_pipeline.py", "test_quantization.py", "test_interruptions.py",
-    "test_pruning_together.py", "test_channel_search.py", "test_training.py", "test_coded.py",
+    "test_pruning_together.py", "test_channel_search.py", "test_training.py",
 )  # fmt: skip
 
 # How long an example takes says what else the machine does.
@@ -63,6 +65,14 @@ def _imports_frozen() -> None:
     """Spare the garbage collector what is imported: quantizing calls it at every step."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _archives_opened_once() -> Iterator[None]:
+    """Unpack the bundled images once in each process, which takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "open_archive", functools.cache(sources.open_archive))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from check_page import check_page
 from check_results import check_model_search, check_results
 from cifar import image_set, normalize
 from processes import run_here
-from resnet18 import BLOCKS, ResNet18, Widths, weight_modules
+from resnet18 import ResNet18, Widths, weight_modules
 
 from common.command.cli import UserError
 from common.measure.evaluate import Accuracy
@@ -58,7 +58,6 @@ def test_as_many_multiply_adds_go_as_asked_for(scan, random_images):
     for share in (0.25, 0.5):
         slim = search.prune(Method(RECONSTRUCTED, False), share)
         assert macs(slim) <= (1 - share) * macs(scan.model)
-        assert len(slim.layer1[0].conv2.weight) == len(scan.model.layer1[0].conv2.weight)
         assert not slim.training
 
 
@@ -76,7 +75,7 @@ def test_what_is_not_possible_is_told_before_the_scan(tiny_model, monkeypatch):
 def test_a_network_as_narrow_as_can_be_has_a_curve(scan, random_images, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "SECONDS_PER_BATCH_SIZE", 0.01)
     monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
-    narrow = ResNet18(Widths(scan.model.widths.stages, (1,) * len(BLOCKS))).eval()
+    narrow = ResNet18(Widths((1,) * 4)).eval()
     search = prepare(replace(scan, model=narrow), random_images(4))
     assert search.curve == (0.0,)
     assert search.prune(Method(RECONSTRUCTED, False), 0.0) is narrow
@@ -136,7 +135,6 @@ def test_the_slim_network_is_written_timed_and_told(scan, random_images, tmp_pat
         for name, layer in weight_modules(slim).items()
         if len(layer.weight) < len(dense[name].weight)
     }
-    assert set(narrower) <= {f"{block}.conv1" for block in BLOCKS}
     models = told["slim"]["models"]
     assert [model["name"] for model in models] == [
         "dense fp32", "dense int8", "slim fp32", "slim int8",

@@ -14,7 +14,7 @@ from common.network.execution import Layer
 from common.network.regression import MomentSums
 from common.network.tracing import trace
 from pruning.channels import repair as repair_module
-from pruning.channels.allocation import choose_widths, measure_curves, width_grid
+from pruning.channels.allocation import as_curve, choose_widths, measure_curves, width_grid
 from pruning.channels.groups import find_groups
 from pruning.channels.repair import measure_dense, repair
 from pruning.channels.slimming import slim_network
@@ -139,8 +139,8 @@ def test_channels_that_never_fire_and_layers_of_zeros_are_removed_like_others(ge
 @pytest.mark.parametrize(
     ("width", "grid"),
     [
-        (512, [*range(64, 513, 64)]),
-        (256, [*range(32, 257, 32)]),
+        (512, [64, 96, *range(128, 513, 64)]),
+        (256, [32, 48, *range(64, 257, 32)]),
         (64, [16, 32, 48, 64]),
         (40, [16, 32, 40]),
         (5, [1, 2, 3, 4, 5]),
@@ -232,7 +232,7 @@ def test_a_network_of_doubled_channels_is_as_good_at_half_its_width(model, rando
     torch.testing.assert_close(slim.model(x), slim.network(x), rtol=1e-3, atol=1e-3)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     curves = measure_curves(dense.network, dense.groups, dense.choices, half, images)
-    assert all(abs(curve[half[name]]) < 2e-3 for name, curve in curves.items())
+    assert all(curve[half[name]] < 5e-3 for name, curve in curves.items())
 
 
 @torch.no_grad()
@@ -265,12 +265,20 @@ def test_curves_are_those_of_whole_networks(model, random_images):
     def divergence(widths):
         choices = {name: dense.choices[name][width] for name, width in widths.items()}
         logits = slim_network(dense.network, dense.groups, choices)(x).log_softmax(1)
-        return float(F.kl_div(logits, expected, reduction="batchmean", log_target=True))
+        return F.kl_div(logits, expected, reduction="none", log_target=True).sum(1)
 
     for name, group in dense.groups.items():
         over = divergence(context) - divergence({**context, name: group.width})
-        assert found[name][context[name]] == pytest.approx(over, abs=1e-5)
+        mean, error = float(over.mean()), float(over.std(correction=0)) / len(images) ** 0.5
+        assert found[name][context[name]] == pytest.approx(max(mean + error, 0), abs=1e-5)
         assert found[name][group.width] == 0
+
+
+def test_no_width_loses_less_than_a_larger_one():
+    lost = {8: [0.0, 0.0], 6: [0.3, 0.3], 4: [0.1, 0.1], 2: [0.2, 0.6]}
+    curve = as_curve({width: torch.tensor(of_images) for width, of_images in lost.items()})
+    assert list(curve) == [2, 4, 6, 8]
+    assert curve == pytest.approx({2: 0.4 + 0.2 / 2**0.5, 4: 0.3, 6: 0.3, 8: 0.0})
 
 
 @torch.no_grad()
@@ -278,6 +286,8 @@ def test_layers_make_up_for_those_before_them(random_images, monkeypatch):
     model = build(lambda: ResNet18(FULL), random_images(64))
     images = random_images(200)
     dense, widths = prepare(model, images, lambda width: width - 2)
+    for stream in ("conv1", *(f"layer{stage}.0.shortcut.0" for stage in (2, 3, 4))):
+        widths[stream] = dense.groups[stream].width
     x = images.normalize(images.images)
 
     def error():

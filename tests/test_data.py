@@ -17,7 +17,8 @@ from common.command.argument_types import AtMost
 from common.command.cli import UserError, set_up_messages
 from common.images import data, storage
 from common.images.cifar10 import MEAN, STD
-from common.images.data import balanced_subset, load_images
+from common.images.data import balanced_subset
+from common.images.loading import load_images
 from common.images.source import Source, Split
 from common.images.storage import allocate
 

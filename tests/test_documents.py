@@ -67,7 +67,7 @@ def test_constraints_hold_a_version_of_each_requirement():
     pinned = {
         one.name: next(iter(one.specifier)).version for one in requirements("constraints.txt")
     }
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-bench.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt"):
         for one in requirements(name):
             assert one.specifier.contains(pinned[one.name]), one
 

@@ -13,8 +13,8 @@ import torch
 from common.command.argument_types import AtMost
 from common.command.cli import UserError, set_up_messages
 from common.images.cifar10 import CLASSES, MEAN, STD
-from common.images.data import load_images
 from common.images.folders import folder_source
+from common.images.loading import load_images
 from common.inputs import load_inputs
 from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import WEIGHTS_NAME

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import onnx
@@ -15,11 +16,12 @@ from test_engines import NETWORKS, make_images
 
 from common.command.cli import UserError
 from common.network.tracing import trace_network
-from quantization.files import onnx_export, qdq
+from quantization.files import onnx_export
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
 from quantization.int8.network import Int8Layer
 from quantization.settings import Settings
+from runtime.decode import MEANINGS, window_means
 
 
 def trace(name):
@@ -89,6 +91,10 @@ def test_class_names_and_normalisation_travel_with_the_file(network, exported):
         "classes": list(network.classes),
         "mean": list(network.mean),
         "std": list(network.std),
+        "channel_order": "rgb",
+        "resize": None,
+        "settings": {**asdict(network.settings), "fp32_layers": []},
+        "input": MEANINGS["images"],
     }
 
 
@@ -128,7 +134,7 @@ def test_a_bias_beyond_int32_stays_fp32(network):
 def test_adaptive_pooling_averages_torchs_windows(old, new):
     values = torch.rand(2, old)
     expected = torch.nn.functional.adaptive_avg_pool1d(values, new)
-    assert np.allclose(values.numpy() @ qdq._means(old, new).T, expected, atol=1e-6)
+    assert np.allclose(values.numpy() @ window_means(old, new).T, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("missing", [{"onnx"}, {"onnxruntime"}, {"onnx", "onnxruntime"}])

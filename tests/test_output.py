@@ -338,7 +338,7 @@ def test_a_disk_that_fills_up_keeps_earlier_results(tmp_path, full_disk):
 
     with full_disk(), pytest.raises(OSError, match="too large") as full:
         fill()
-    assert cli.tell(full.value) == "results.json: File too large"
+    assert cli.user_message(full.value) == "results.json: File too large"
     assert read(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(before)
 

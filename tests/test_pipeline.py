@@ -21,6 +21,7 @@ from pipeline import answers
 from pipeline.pipeline import main
 from quantization.files.artifact import load_int8
 from quantization.files.onnx_export import load_onnx
+from runtime.decode import MAX_DIFFERENCE, check, load
 
 SCRIPT = REPOSITORY / "pipeline" / "pipeline.py"
 QUICK = [
@@ -36,7 +37,7 @@ def _few_trials():
         patch.setattr(
             answers,
             "run_trials",
-            lambda make, where, spare: run_trials(make, replace(where, trials=2), spare),
+            lambda make, where: run_trials(make, replace(where, trials=2)),
         )
         yield
 
@@ -46,10 +47,21 @@ def finished(tiny_weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     process = run_here(
         main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.49", "--report", "--export-onnx",
-        "--output-dir", folder, reads_back_here=False,
+        "--write-check", "--output-dir", folder, reads_back_here=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return process, folder, json.loads((folder / "results.json").read_text())
+
+
+def test_each_file_passes_its_check(finished):
+    _, folder, results = finished
+    for answer in results["answers"]:
+        path = folder / answer["file"]
+        images, same, difference = check(load(path), path.with_suffix(".check"))
+        assert images == 16
+        assert same >= 15
+        assert difference < MAX_DIFFERENCE
+    assert len(results["artifacts"]["checks"]) == len(results["answers"])
 
 
 def test_run_keeps_the_contract(finished):
@@ -61,7 +73,7 @@ def test_run_keeps_the_contract(finished):
     assert str(folder) in written_to
     named = results["artifacts"]
     assert {p.name for p in folder.iterdir()} == {
-        *named["models"], *named["plots"], named["report"], "results.json",
+        *named["models"], *named["checks"], *named["plots"], named["report"], "results.json",
     }  # fmt: skip
 
 
@@ -97,7 +109,7 @@ def test_every_number_is_that_of_results_json(finished):
 @pytest.fixture(scope="module")
 def confirming(finished):
     """The images that did not choose: the split made again by hand."""
-    from common.images.data import load_images
+    from common.images.loading import load_images
     from common.images.sources import open_source
 
     test = load_images(open_source(finished[1], bundled=True), "test", 120, 0)
@@ -207,7 +219,7 @@ def test_a_budget_that_nothing_meets_gives_the_nearest_and_exit_code_3(
     tiny_weights, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("common.search.budget.standard_error", lambda *_: 1.0)  # none to spare
-    monkeypatch.setattr(answers, "run_trials", lambda make, where, spare: [make(where.start)])
+    monkeypatch.setattr(answers, "run_trials", lambda make, where: [make(where.start)])
     arguments = ["--max-drop", "0", "--for", "size", "--output-dir", tmp_path / "out"]
     process = run_here(main, *QUICK, "--weights", tiny_weights, *arguments)
     assert process.returncode == 3, process.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from common.measure.evaluate import Accuracy, Comparison
 from common.search.budget import Verdict
+from common.search.trials import Range
 from pipeline import GOALS
 from pipeline.answers import choose_best, find_answers
 from pipeline.candidates import Candidate
@@ -70,6 +71,9 @@ class FakeBuilder:
 
     def least_share(self, unit):
         return 0.1
+
+    def search_range(self, unit, budget_share, trials):
+        return Range(1 / 0.6, 1 / 0.97, 1 / 0.1, trials=trials)
 
     def try_slim(self, goal, share, unit="macs", trained=False):
         spare = share - self.passes_from + 0.1 * trained

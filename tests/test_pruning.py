@@ -79,9 +79,8 @@ def test_artifacts_are_what_was_reported(finished):
         assert float(row["drop"]) == entry["comparison"]["drop"]
 
 
-def test_pruned_model_can_be_pruned_again_from_another_folder(finished, tmp_path):
-    _, folder = finished
-    weights = folder / "resnet18_cifar10_pruned.pth"
+def test_pruned_model_can_be_pruned_again_from_another_folder(whole, tmp_path):
+    weights = whole[0] / "resnet18_cifar10_pruned.pth"
     again = run_here(
         main, *QUICK, "--layers", "linear", "--weights", weights, "--json", "--quiet", "--report",
         "--output-dir", tmp_path / "out", folder=tmp_path,
@@ -242,12 +241,15 @@ def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole,
          "error: --scope: to be within 2 points with one standard error to spare takes"),
         (["--scope", "all", "--tolerance", "0.49", "--finetune-epochs", "1", "--finetune-images",
           "2001"],
-         "error: 2001 train images asked for: only 2000 train images in the bundled JPEG images"),
+         "error: 2,001 train images asked for: only 2,000 train images in the bundled JPEG images"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_before_the_scan(arguments, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_before_the_scan(
+    arguments, message, tiny_weights, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(scan_module, "run_scan", None)
-    arguments = ["--bundled", "--test-images", "20", *arguments]
+    weights = ["--weights", str(tiny_weights)]  # another in the arguments takes its place
+    arguments = ["--bundled", "--test-images", "20", *weights, *arguments]
     assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith(message)

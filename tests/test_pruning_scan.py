@@ -4,12 +4,10 @@ import contextlib
 
 import pytest
 import torch
-import torchvision
 from cifar import image_set, normalize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from resnet18 import ResNet18, Widths, weight_modules
-from test_tracing import FAMILIES, with_statistics
 from torch import nn
 
 from common.command.cli import UserError
@@ -17,10 +15,9 @@ from common.files.output import OutputFolder
 from common.network import cascade
 from common.network.branching import branch_logits, start_values
 from common.network.execution import Layer
-from common.network.tracing import trace_network, weight_layers
+from common.network.tracing import trace_network
 from pruning.alone.brute_force import pruned_copy
 from pruning.alone.scan import Scan, run_scan, scan_images
-from pruning.alone.walk import PrunedVariants
 
 
 @pytest.fixture(autouse=True)
@@ -102,36 +99,6 @@ def test_branches_equal_full_forward_passes(seed, channels, amount, data):
         )
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert all(torch.equal(value, dense[name]) for name, value in before.items())
-
-
-LARGE = ("resnet50", "vgg11_bn", "densenet121", "googlenet")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.full] * (n in LARGE)) for n in FAMILIES]
-)
-def test_every_family_is_scanned_exactly(name):
-    """Against one pass of the module for each layer, pruned by torch."""
-    options = {"init_weights": False} if name == "googlenet" else {}
-    torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None, num_classes=5, **options)
-    model, images = with_statistics(model), torch.randn(2, 3, 64, 64)
-    network = trace_network(model, (3, 64, 64))
-    weights = {n: m.weight.detach() for n, m in weight_layers(model, network).items()}
-    some = [*list(weights)[:: 1 + len(weights) // 8], list(weights)[-1]]
-    with torch.inference_mode():
-        variants = PrunedVariants.of(network, weights, 0.9, fast=False).exact
-        wanted = start_values(network.graph, weights)
-        dense = network.run({network.graph.input: images}, wanted)
-        found = branch_logits(network, dense, variants).view(len(weights), 2, 5)
-        by_layer = dict(zip(weights, found, strict=True))
-        expected = torch.stack([pruned_copy(model, {layer: 0.9})(images) for layer in some])
-    found = torch.stack([by_layer[layer] for layer in some])
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-5 * scale)
-    best = expected.topk(2).values
-    clear = best[..., 0] - best[..., 1] > 1e-4 * scale
-    assert torch.equal(found.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
 class Joins(nn.Module):

@@ -89,7 +89,7 @@ def test_a_budget_a_diagnosis_and_a_coded_file_in_one_run(tiny_weights, tmp_path
     folder = tmp_path / "out"
     process = run_here(
         main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.05", "--held-out-images", "40",
-        "--diagnose", "--bits-per-weight", "2", "--coding-images", "20",
+        "--diagnose", "--bits-per-weight", "2", "--coding-images", "20", "--write-check",
         "--output-dir", folder,
     )  # fmt: skip
     results = json.loads((folder / "results.json").read_text())
@@ -97,6 +97,9 @@ def test_a_budget_a_diagnosis_and_a_coded_file_in_one_run(tiny_weights, tmp_path
     check_results(results, folder)
     (restored,) = results["budget"]["fp32_layers"]
     assert [row["layer"] for row in results["diagnosis"]][::20] == ["conv1", "linear"]
+    checks = {path.name for path in folder.glob("*.check")}
+    assert checks == {path.with_suffix(".check").name for path in folder.glob("*.safetensors")}
+    assert checks == set(results["artifacts"]["checks"])
     coded = load_int8(folder / results["coding"]["file"])
     assert coded(torch.zeros(1, 3, 32, 32)).isfinite().all()
     for shown in (

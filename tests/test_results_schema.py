@@ -59,6 +59,13 @@ EXAMPLES = {
     "int8_runtimes": {
         "rows": [{"runtime": "torch-fp32", "accuracy": 0.9, "size_bytes": 1, **TIMING}],
     },
+    "compression_peers": {
+        "fp32": {"size_bytes": 9, "accuracy": ACCURACY},
+        "rows": [
+            {"method": "NNCodec", "setting": "qp -28", "size_bytes": 1, "accuracy": ACCURACY,
+             "comparison": COMPARISON},
+        ],
+    },
 }  # fmt: skip
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-import torchvision
 from resnet18 import ResNet18
-from test_tracing import FAMILIES
-from torch.utils.flop_counter import FlopCounterMode
 
 from common.network.checkpoint import save_checkpoint
-from common.network.size import count_macs, describe_layers, saved_size_bytes
+from common.network.size import describe_layers, saved_size_bytes
 from common.network.tracing import trace_network
 
 
@@ -37,25 +33,6 @@ def test_nonzeros_are_counted(tiny_model):
     tiny_model.layer1[0].conv1.weight.data[:, 0] = 0
     layer = next(x for x in describe(tiny_model) if x.name == "layer1.0.conv1")
     assert (layer.weights, layer.nonzeros) == (4 * 4 * 9, 4 * 3 * 9)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_multiply_adds_are_those_that_torch_counts(name):
-    """Grouped and depthwise convolutions, too; torch counts two operations for each."""
-    options = {"init_weights": False} if name == "googlenet" else {}
-    model = torchvision.models.get_model(name, weights=None, num_classes=5, **options).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, 64, 64))
-    network = trace_network(model, (3, 64, 64))
-    assert 2 * count_macs(network) == counter.get_total_flops()
-    layers = describe_layers(model, network)
-    assert sum(layer.macs for layer in layers) == count_macs(network)
-    state = [key.removesuffix(".weight") for key in model.state_dict()]
-    names = [layer.name for layer in layers]
-    assert names == [key for key in state if key in set(names)]
-    assert all(
-        layer.shape == tuple(model.get_submodule(layer.name).weight.shape) for layer in layers
-    )
 
 
 def test_describe_layers_leaves_the_model_alone(tiny_model):

@@ -105,7 +105,8 @@ def test_its_channels_are_those_of_the_dense_network(slimmer):
     assert all(torch.equal(found[name], channels) for name, channels in slim.channels.items())
     for name, group in slimmer.costs.groups.items():
         assert len(found[name]) == len(slim.network.layers[name].bias)
-        assert all(torch.equal(found[name], found[other]) for other in group.between)
+        others = (*group.producers, *group.between)
+        assert all(torch.equal(found[name], found[other]) for other in others)
 
 
 @pytest.mark.parametrize(("images", "fitted"), [(40, 30), (2, 2), (1, 1)])
@@ -123,9 +124,8 @@ def test_widths_are_measured_on_images_that_chose_nothing(
     )
     slimmer = slimmer_of(tiny_model, pixels)
     slim = slimmer.slim(0.8)
-    assert all(
-        len(channels) <= slimmer.costs.groups[n].width for n, channels in slim.channels.items()
-    )
+    dense = slimmer.traced.network.layers
+    assert all(len(channels) <= len(dense[n].bias) for n, channels in slim.channels.items())
     assert dict(calls)["fitted"] == fitted
     measured = [seen.images for kind, seen in calls if kind == "unseen"]
     assert len(measured) == 2  # among blocks of half their width, then in a network of that kind
@@ -139,3 +139,23 @@ def test_a_network_without_free_channels_stays_as_it_is(random_images):
     slimmer = slimmer_of(torch.nn.Sequential(conv, pool, torch.nn.Flatten()).eval(), images)
     assert slimmer.costs.least_share() == 1
     assert slimmer.slim(1.0).network.layers.keys() == {"0"}
+
+
+@pytest.mark.parametrize("unit", [MACS, WEIGHTS])
+def test_a_search_begins_where_the_curves_add_up_to_the_budget(tiny_model, random_images, unit):
+    slimmer = slimmer_of(tiny_model, random_images(40))
+    curves = {
+        name: {width: (1 - width / group.width) / 10 for width in slimmer.costs.grid[name]}
+        for name, group in slimmer.costs.groups.items()
+    }
+    vars(slimmer)["_curves"] = curves
+
+    def divergence(share):
+        widths = slimmer.costs.choose(curves, share, unit)
+        return sum(curves[name][width] for name, width in widths.items())
+
+    for max_drop in (0.05, 0.2):
+        where = slimmer.search_range(unit, max_drop)
+        assert divergence(1 / where.start) <= max_drop < divergence(1 / where.start - 0.02)
+        assert 1 / where.most == slimmer.costs.least_share(unit)
+    assert 1 / slimmer.search_range(unit, 10.0).start < 1 / where.most + 0.02  # all that can go

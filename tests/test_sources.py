@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR100
 
 from common.command.cli import UserError, set_up_messages
 from common.images import sources
-from common.images.data import load_images
+from common.images.loading import load_images
 from common.images.normalisation import NORMALISATIONS
 from common.images.source import SizeRequest
 from common.images.sources import open_source

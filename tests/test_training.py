@@ -10,19 +10,19 @@ from resnet18 import ResNet18, Widths
 from torch import nn
 
 from common.command.cli import UserError
-from common.files.untrusted import read_sealed, write_sealed
-from common.images.data import load_images
+from common.files.untrusted import read_untrusted
+from common.images.loading import load_images
 from common.images.sources import bundled_source
 from common.machine.workers import Workers
 from common.measure.evaluate import measure_accuracy, predict
 from common.network import resnet
-from common.network.checkpoint import load_model
+from common.network.checkpoint import load_model, save_checkpoint
 from tests.check_results import check_results
 from tests.printed import read_table, shows
 from training.loop.fit import EpochSummary, fit
 from training.loop.state import TrainingState, make_optimizer
 from training.recipe import Recipe
-from training.record.epochs import CHECKPOINT_NAME, KIND, EpochRecorder
+from training.record.epochs import CHECKPOINT_NAME, EpochRecorder
 from training.record.measure import split_held_out
 from training.record.report import tell
 from training.training import main
@@ -213,9 +213,9 @@ def flip_bytes(path):
 
 def edit(change):
     def apply(path):
-        content = read_sealed(path, KIND)
+        content = read_untrusted(path)
         change(content)
-        write_sealed(content, KIND, path)
+        save_checkpoint(content, path)
 
     return apply
 
@@ -238,7 +238,7 @@ def put(name, value):
         (edit(lambda content: content["rows"].append(3)), "damaged"),
         (edit(lambda content: content["rows"][0].update(epoch=7)), "epochs are out of order"),
         (edit(lambda content: content.pop("rows")), "damaged \\('rows'\\)"),
-        (lambda path: torch.save([1], path), "not a file of the kind resnet18-cifar10-training"),
+        (lambda path: torch.save([1], path), "damaged"),
     ],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage, message, images, tmp_path):
@@ -350,8 +350,8 @@ def test_two_processes_train_the_network_of_one(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--held-out-images", "30"], "leave none"),
-        (["--train-images", "2001"], "only 2000"),
-        (["--test-images", "10001"], "only 10000"),
+        (["--train-images", "2001"], "only 2,000"),
+        (["--test-images", "10001"], "only 10,000"),
         (["--batch-size", "21"], "only 20 training images"),
     ],
 )

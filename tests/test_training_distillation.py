@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from cifar import normalize
-from resnet18 import BLOCKS
+from resnet18 import BLOCKS, ResNet18, Widths
 from torch import nn
 
 from common.network.tracing import trace
@@ -54,7 +54,7 @@ def test_only_the_teacher_s_twin_has_no_loss(tiny_model, random_images):
     with torch.no_grad():
         other.layer2[0].conv1.weight.mul_(0.5)
     for student, is_twin in ((twin, True), (other, False)):
-        with imitation_loss(student, tiny_model, BLOCKS) as loss:
+        with imitation_loss(student, tiny_model, dict.fromkeys(BLOCKS)) as loss:
             found = float(loss(inputs, student(inputs), torch.tensor([])).detach())
         assert (found < 1e-9) == is_twin
 
@@ -72,7 +72,7 @@ def test_network_without_joins_learns_from_logits_alone(random_images):
     inputs = images.normalize(images.images)
     blocks = trace(teacher, images.shape).blocks
     assert blocks == ()
-    with imitation_loss(student, teacher, blocks) as loss, torch.no_grad():
+    with imitation_loss(student, teacher, {}) as loss, torch.no_grad():
         found = loss(inputs, student(inputs), torch.tensor([]))
         assert torch.equal(found, divergence(student(inputs), teacher(inputs)))
     distill(student, teacher, Training(images, 1), seed=0)
@@ -121,3 +121,25 @@ def test_a_damaged_student_comes_closer_and_keeps_its_zeros(tiny_model, random_i
     assert (weight[hole] == 0).all()
     assert weight[~hole].count_nonzero() == (~hole).sum()
     assert all(torch.equal(v, teacher_before[k]) for k, v in tiny_model.state_dict().items())
+
+
+def test_a_narrower_student_imitates_the_channels_that_it_has(tiny_model, random_images):
+    images, kept = random_images(16), torch.tensor([0, 2, 3])
+    widths = tiny_model.widths
+    student = ResNet18(Widths((len(kept), *widths.stages[1:]), widths.inner)).eval()
+    given = {"conv1": kept, "layer1.0.conv2": kept, "layer1.1.conv2": kept}
+    blocks = distillation._block_channels(trace(tiny_model, images.shape), given)
+    assert {name for name, channels in blocks.items() if channels is not None} == {
+        "layer1.0", "layer1.1",
+    }  # fmt: skip
+    inputs, outputs = images.normalize(images.images), []
+    for model in (student, tiny_model):
+        model.layer1[1].register_forward_hook(lambda module, read, given: outputs.append(given))
+    with imitation_loss(student, tiny_model, {"layer1.1": kept}) as loss, torch.no_grad():
+        logits = student(inputs)
+        found = float(loss(inputs, logits, torch.tensor([])))
+        mine, wanted = outputs[0], outputs[1][:, [0, 2, 3]]
+        error = (mine - wanted).square().mean() / wanted.square().mean()
+        expected = float(error + divergence(logits, tiny_model(inputs)))
+    assert found == pytest.approx(expected, rel=1e-4)
+    distill(student, tiny_model, Training(images, 1), seed=0, channels=given)

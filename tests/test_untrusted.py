@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from common.command.cli import UserError
-from common.files.untrusted import read_sealed, serialize, write_sealed
 from common.network.checkpoint import read_checkpoint
 from common.network.layouts import NESTING_KEYS
 
@@ -175,85 +174,6 @@ def test_a_legacy_file_may_not_claim_huge_storages(tmp_path):
 def test_protocols_of_pickle(tmp_path):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         assert read_bytes(tmp_path, pickle.dumps({"conv1.weight": None}, protocol)) is None
-
-
-# --- sealed files --------------------------------------------------------------------------------
-
-
-def sealed_file(folder: Path) -> Path:
-    quantized = torch.quantize_per_tensor(torch.rand(2000), 0.01, 3, torch.qint8)
-    path = folder / "model.pth"
-    write_sealed({"weights": {"conv1": quantized}, "steps": [1, 2.5, None, "a"]}, "test", path)
-    return path
-
-
-def test_sealed_files_come_back_bit_for_bit(tmp_path):
-    content = {"weights": {"w": torch.rand(3, 4), "n": torch.tensor(3)}, "steps": [1, 0.1, None]}
-    quantized = torch.quantize_per_tensor(torch.rand(20), 0.01, 3, torch.qint8)
-    write_sealed(content | {"int8": quantized}, "test", tmp_path / "a.pth")
-    read = read_sealed(tmp_path / "a.pth", "test")
-    assert read["steps"] == content["steps"]
-    assert all(torch.equal(read["weights"][name], content["weights"][name]) for name in "wn")
-    assert torch.equal(read["int8"].int_repr(), quantized.int_repr())
-    assert (read["int8"].q_scale(), read["int8"].q_zero_point()) == (0.01, 3)
-
-
-def test_flipped_bits_of_a_sealed_file(tmp_path):
-    """Even where the archive's own checksums are made to fit again."""
-    path = sealed_file(tmp_path)
-    sealed = torch.load(path, weights_only=True)
-    for position in range(0, len(sealed["content"]), 97):
-        damaged = sealed["content"].clone()
-        damaged[position] ^= 4
-        path.write_bytes(serialize(sealed | {"content": damaged}))
-        with pytest.raises(UserError, match="checksum differs"):
-            read_sealed(path, "test")
-
-
-def test_bytes_overwritten_in_a_sealed_file(tmp_path):
-    path = sealed_file(tmp_path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
-        read_sealed(path, "test")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format": "other"}, "not a file of the kind test"),
-        ({"sha256": None}, "checksum differs"),
-        ({"sha256": "00"}, "checksum differs"),
-        ({"content": None}, "damaged"),
-        ({"content": torch.zeros(1 << 40, dtype=torch.uint8, device="meta")}, "damaged"),
-        ({"content": torch.zeros(1, dtype=torch.uint8).expand(1 << 40)}, "damaged"),
-        ({"content": torch.zeros(9, dtype=torch.uint8).to_sparse()}, "damaged"),
-        ({"content": torch.zeros(9)}, "damaged"),
-    ],
-)
-def test_forged_seals_are_refused(tmp_path, changes, message):
-    path = sealed_file(tmp_path)
-    path.write_bytes(serialize(torch.load(path, weights_only=True) | changes))
-    with pytest.raises(UserError, match=message):
-        read_sealed(path, "test")
-
-
-def test_a_seal_around_code_runs_none(tmp_path):
-    class Payload:
-        def __reduce__(self) -> tuple:
-            return print, ("this must not run",)
-
-    path = tmp_path / "model.pth"
-    write_sealed({"weights": Payload()}, "test", path)
-    with pytest.raises(UserError, match="Python object"):
-        read_sealed(path, "test")
-
-
-def test_a_seal_without_a_checksum_is_of_an_earlier_version(tmp_path):
-    torch.save({"format": "test", "state_dict": {}}, tmp_path / "model.pth")
-    with pytest.raises(UserError, match="earlier version"):
-        read_sealed(tmp_path / "model.pth", "test")
 
 
 def test_a_safetensors_file_that_begins_like_markup_is_none(tiny_state, tmp_path):

@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     import torch
 
-    from common.images import data, sources
+    from common.images import sources
+    from common.images.data import checksum
+    from common.images.loading import check_disjoint, load_images
     from common.machine.device import choose_device, set_up_cpu
     from common.network.resnet import ResNet, resnet18_shape
     from common.network.size import describe_network
@@ -100,13 +102,13 @@ def main(argv: list[str] | None = None) -> int:
     with start_run(device, args.output_dir, args.overwrite) as (workers, folder):
         with workers.one_a_machine_first():
             source = sources.open_chosen_source(args)
-        images = data.load_images(
+        images = load_images(
             source, "train", args.train_images, args.seed, flag="--train-images"
         ).to(workers.device)
         train, held_out = measure.split_held_out(images, args.held_out_images)
         # Used at the end only, but an error in them must not cost the training.
-        test = data.load_images(source, "test", args.test_images, args.seed, flag="--test-images")
-        data.check_disjoint(images, test, source.description)
+        test = load_images(source, "test", args.test_images, args.seed, flag="--test-images")
+        check_disjoint(images, test, source.description)
         cli.log.info("images: %d to train on, %d held out, from %s",
                      len(train), len(held_out), source.description)  # fmt: skip
 
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         recorder = epochs.EpochRecorder(held_out, recipe.epochs, checkpoint)
         if args.resume:
             recorder.resume(state)
-        workers.require_same({"the resumed state": data.checksum(state.tensors().values())})
+        workers.require_same({"the resumed state": checksum(state.tensors().values())})
         fit(state, train, recipe, args.seed, workers,
             after_epoch=recorder if workers.is_first else None)  # fmt: skip
         if not workers.is_first:

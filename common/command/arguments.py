@@ -236,6 +236,16 @@ def add_calibration_argument(
     )
 
 
+def add_check_argument(group: argparse._ActionsContainer) -> None:
+    """Add the flag that writes what a device checks its copy of a model with."""
+    group.add_argument(
+        "--write-check",
+        action="store_true",
+        help="write a few test images and their logits beside each INT8 file, for "
+        "runtime/decode.py --check on the device",
+    )
+
+
 def add_timing_arguments(
     parser: argparse.ArgumentParser, batch_sizes: list[int], seconds: float
 ) -> None:

@@ -154,7 +154,7 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
                     return _stop()
                 if isinstance(error, BrokenPipeError):  # `| head`: nobody is left to be told
                     return EXIT_FAILED
-                if (message := tell(error)) is None:
+                if (message := user_message(error)) is None:
                     raise
                 return _fail(message)
             finally:
@@ -163,7 +163,7 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
     return guarded
 
 
-def tell(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """Return what to tell the user of an expected failure; None of a bug."""
     if isinstance(error, UserError):
         return str(error)

@@ -1,8 +1,8 @@
 """The output folder: results appear complete or not at all, and never destroy earlier ones.
 
 A run writes into a hidden staging folder. :meth:`OutputFolder.commit` moves everything into place
-at the end; a failed, interrupted or killed run leaves the folder as it was, but for what it has
-finished (:mod:`common.files.unfinished`).
+at the end. A failed, interrupted or killed run leaves nothing but partial results, if it keeps any
+(:mod:`common.files.unfinished`).
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class OutputFolder:
     """A folder for one run's results; use as a context manager.
 
     Entering checks, before any long work, that the folder can be written, has room, is used by no
-    other run, and can take earlier results aside. Leaving without :meth:`commit` removes all that
-    the run wrote.
+    other run, and that earlier results can be moved aside. Leaving without :meth:`commit` removes
+    all that the run wrote.
 
     Args:
-        path: Created when missing.
-        overwrite: Delete an earlier run's files instead of moving them to ``earlier/``. Anything
-            else that has a result's name is always moved there, and all other files stay.
+        path: Path of the folder; created when missing.
+        overwrite: Whether to delete an earlier run's files instead of moving them to ``earlier/``.
+            Any other file with a result's name is always moved there.
     """
 
     def __init__(self, path: Path, overwrite: bool = False):
@@ -77,7 +77,7 @@ class OutputFolder:
                 self._staging.cleanup()
             if self._unfinished is not None:
                 self._unfinished.leave()
-            for folder in self._created:  # and left empty by a run that failed
+            for folder in self._created:  # empty ones go: the run failed
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             if self._lock is not None:
@@ -100,15 +100,15 @@ class OutputFolder:
             raise UserError(f"{archive}: in the way: earlier results could not be moved there")
         self._take_lock()
         if self._lock is not None:
-            for leftover in self.path.glob(f"{STAGING_PREFIX}*"):  # of a run that was killed
+            for leftover in self.path.glob(f"{STAGING_PREFIX}*"):  # a run was killed
                 shutil.rmtree(leftover, ignore_errors=True)
-        with interruptions.deferred():  # which removes itself, should __exit__ never be reached
+        with interruptions.deferred():  # it removes itself if __exit__ is never reached
             self._staging = tempfile.TemporaryDirectory(
                 prefix=STAGING_PREFIX, dir=self.path, ignore_cleanup_errors=True
             )
 
     def file(self, name: str) -> Path:
-        """Return the path to write ``name`` to; it takes its place at :meth:`commit`."""
+        """Return the path to write ``name`` to; :meth:`commit` moves it into place."""
         return Path(self._staging.name, name)
 
     def names(self, suffix: str) -> list[str]:
@@ -116,14 +116,10 @@ class OutputFolder:
         return sorted(path.name for path in Path(self._staging.name).glob(f"*{suffix}"))
 
     def keep_unfinished(self, identity: Mapping[str, object], resume: bool) -> PartialResults:
-        """Return the place of what outlives a run that fails, until :meth:`commit`.
-
-        Raises:
-            UserError: See :class:`PartialResults`.
-        """
-        place = self.path / UNFINISHED_NAME
+        """Return partial results, which outlive a run that fails; see :class:`PartialResults`."""
+        folder = self.path / UNFINISHED_NAME
         with interruptions.deferred():
-            self._unfinished = PartialResults(place, identity, resume, self._overwrite)
+            self._unfinished = PartialResults(folder, identity, resume, self._overwrite)
         return self._unfinished
 
     def commit(self) -> None:
@@ -138,16 +134,16 @@ class OutputFolder:
             for name in names:
                 _move(self.file(name), self.path / name, undo)
             if self._unfinished is not None and self._unfinished.folder.exists():
-                # Last: a kill before leaves it to resume from.
+                # Last: until then, a killed run can be resumed.
                 _move(self._unfinished.folder, self._new_trash() / UNFINISHED_NAME, undo)
             undo.pop_all()
             self._unfinished = None
 
     def _clear_away(self, names: list[str], undo: contextlib.ExitStack) -> None:
-        """Move an earlier run's files, and whatever has one of ``names``, out of the way."""
+        """Move an earlier run's files, and all files with one of ``names``, out of the way."""
         earlier = {name for name in _artifacts(self.path) if (self.path / name).is_file()}
         in_the_way = earlier | {name for name in names if os.path.lexists(self.path / name)}
-        # results.json first: it must not vouch for half of them.
+        # results.json first: it must not describe an incomplete folder.
         in_the_way = [self.path / name for name in reversed(_results_last(in_the_way))]
         replaced = [path for path in in_the_way if self._overwrite and path.name in earlier]
         kept = [path for path in in_the_way if path not in replaced]
@@ -162,7 +158,7 @@ class OutputFolder:
             log.info("earlier results moved to %s (--overwrite deletes them instead)", archive)
 
     def _new_trash(self) -> Path:
-        """Make a folder that goes when the run ends."""
+        """Make a folder that is removed when the run ends."""
         return Path(tempfile.mkdtemp(dir=self._staging.name))
 
     def _new_archive(self, written: float, undo: contextlib.ExitStack) -> Path:
@@ -177,7 +173,7 @@ class OutputFolder:
         return archive
 
     def _take_lock(self) -> None:
-        """Lock the folder itself; the lock goes with the process, however that ends."""
+        """Lock the folder itself; the lock ends with the process."""
         if fcntl is None:
             return
         handle = os.open(self.path, os.O_RDONLY)

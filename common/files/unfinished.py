@@ -1,7 +1,7 @@
-"""What a run has finished while it is not: used by the same run alone, and never lost.
+"""Partial results of an interrupted run, which only the same run continues.
 
-It lies in a folder of its own within the output folder: a file for each finished piece of work,
-whole or not there at all, and one that says what makes the pieces those of this run.
+They lie in a folder within the output folder: a file for each finished piece of work, whole or not
+there at all, and a file with the identity of the run.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from common.command.cli import UserError, log
 from common.files.atomic import STAGING_PREFIX, replace_file
 
 IDENTITY_NAME = "identity.json"
-SCRIPT = "the script"  # in an identity, which script it is of
+SCRIPT = "the script"  # entry of an identity: name of the script
 
 
 class PartialResults(UserDict[str, dict]):
-    """Partial results of an interrupted run: JSON objects by key, and beside them other files.
+    """Partial results of an interrupted run: JSON objects by key, and other files beside them.
 
-    An object that is set is on the disk at once; one that was damaged there is not finished.
+    An object that is set is on the disk at once; a damaged one counts as not finished.
 
     Args:
-        folder: Created when missing.
-        identity: What makes the pieces those of one run; JSON values, named for the user.
-        resume: Use what the folder holds.
-        overwrite: Discard it, unless it is resumed.
+        folder: Folder of the results; created when missing.
+        identity: What the results depend on: JSON values, by names for the user.
+        resume: Whether to use what the folder holds.
+        overwrite: Whether to discard what the folder holds, unless it is resumed.
 
     Raises:
-        UserError: The folder holds pieces that neither flag asks for, or of another identity, or
-            no run made it.
+        UserError: The folder holds results and neither flag is given, its results are of another
+            identity, or no run made it.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PartialResults(UserDict[str, dict]):
         self._require_ours()
         if self._has_pieces() and resume:
             self._require(identity)
-            for leftover in filter(Path.is_file, folder.glob(".*")):  # of a killed write
+            for leftover in filter(Path.is_file, folder.glob(".*")):  # a write was killed
                 leftover.unlink()
             values = {path.stem: _read(path) for path in folder.glob("*.json")}
             self.data = {k: v for k, v in values.items() if isinstance(v, dict)}
@@ -63,19 +63,19 @@ class PartialResults(UserDict[str, dict]):
             self._start(identity)
 
     def __setitem__(self, key: str, value: dict) -> None:
-        """Keep a finished piece; it is on the disk when this returns."""
+        """Keep a result; it is on the disk when this returns."""
         _write(self.folder / f"{key}.json", value)
         super().__setitem__(key, value)
 
     def leave(self) -> None:
-        """End a run that failed: what it has finished stays."""
+        """End a run that failed: its results stay."""
         if self._has_pieces():
             log.info("what is finished is kept, for --resume")
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _require_ours(self) -> None:
-        """Check that a run made the folder, or nobody: what is another's is not touched."""
+        """Check that a run made the folder, or that it does not exist."""
         if self.folder.is_dir() and not self.folder.is_symlink():
             identity = self.folder / IDENTITY_NAME
             names = [path.name for path in self.folder.iterdir()]
@@ -103,7 +103,7 @@ class PartialResults(UserDict[str, dict]):
             )
 
     def _start(self, identity: Mapping[str, object]) -> None:
-        """Begin an empty folder; what lies there goes in one step: a kill leaves no half of it."""
+        """Begin with an empty folder; a rename removes old content at once, even if killed."""
         if self.folder.exists():
             trash = tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.folder.parent)
             self.folder.rename(Path(trash, self.folder.name))
@@ -122,7 +122,7 @@ def _write(path: Path, value: object) -> None:
 
 
 def _read(path: Path) -> object:
-    """Return the value of a piece; None where it is damaged."""
+    """Return the value in a file; None if it is damaged."""
     crc, _, text = path.read_bytes().partition(b" ")
     try:
         return json.loads(text) if crc == _crc(text) else None

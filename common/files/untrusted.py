@@ -1,14 +1,8 @@
-"""Files from anywhere: reading them runs no code that they bring, and ends in one line at worst.
-
-What this project writes for itself to read, it seals: :func:`write_sealed` puts what ``torch.save``
-makes of it beside a checksum and the name of its kind, and :func:`read_sealed` reads nothing but
-what was written so.
-"""
+"""Files from anywhere: reading them runs no code of theirs, and fails with one line."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import pickle
 import re
@@ -17,14 +11,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.command.cli import UserError
-from common.files.atomic import replace_file
 from common.files.inert import Inert, object_refused, read_inert
 
 MAX_UNPACKED_BYTES = 1 << 32  # a VGG19 with the state of its optimizer is 1.7 GB
@@ -46,16 +38,9 @@ def read_untrusted(path: Path) -> object:
             return load_file(path)
         except SafetensorError:
             raise UserError(f"{path}: truncated, damaged or no safetensors file") from None
-    is_zip = head[:4] == b"PK\x03\x04"
-    if is_zip:
-        _check_archive(path, path)
-    try:
-        return _unpickle(path, path)
-    except _ObjectFoundError as found:
-        content = _read_around_objects(path, is_zip)
-        if isinstance(content, Inert) and not content:
-            raise object_refused(path, found.name) from None
-        return content
+    if head[:4] == b"PK\x03\x04":
+        _check_archive(path)
+    return _unpickle(path)
 
 
 def is_safetensors(head: bytes, size_bytes: int) -> bool:
@@ -68,55 +53,6 @@ def serialize(content: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
-
-
-def write_sealed(content: dict, kind: str, path: Path) -> None:
-    """Write a file for :func:`read_sealed`, whole or not at all.
-
-    Args:
-        content: Tensors, quantized ones too, and plain values, in dictionaries and lists.
-        kind: What it is, such as ``resnet18-cifar10-int8``; another kind is refused in reading.
-        path: Of the file, which is a PyTorch checkpoint.
-    """
-    inner = serialize(content)
-    sealed = {
-        "format": kind,
-        "sha256": hashlib.sha256(inner).hexdigest(),
-        "content": torch.frombuffer(bytearray(inner), dtype=torch.uint8),
-    }
-    replace_file(path, lambda file: file.write(serialize(sealed)))
-
-
-def read_sealed(path: Path, kind: str) -> dict:
-    """Return what :func:`write_sealed` was given, bit for bit.
-
-    A checksum finds damage, not malice: whoever forges a file computes its checksum too. It brings
-    no code all the same, but its values are what they are, and for the caller to check.
-
-    Raises:
-        UserError: It is missing, damaged, far too large, of another kind, or not sealed.
-    """
-    sealed = read_untrusted(path)
-    if not isinstance(sealed, dict) or sealed.get("format") != kind:
-        raise UserError(f"{path}: not a file of the kind {kind}")
-    if "content" not in sealed:
-        raise UserError(f"{path}: written by an earlier version, without a checksum; make it again")
-    inner = sealed["content"]
-    if (
-        not isinstance(inner, torch.Tensor)
-        or (inner.dtype, inner.layout, inner.device.type) != (torch.uint8, torch.strided, "cpu")
-        or inner.numel() > path.stat().st_size  # a view that repeats its bytes
-    ):
-        raise UserError(f"{path}: {NO_CHECKPOINT}")
-    file = io.BytesIO(inner.numpy().tobytes())
-    if hashlib.sha256(file.getbuffer()).hexdigest() != sealed.get("sha256"):
-        raise UserError(f"{path}: damaged (its checksum differs)")
-    _check_archive(path, file)
-    file.seek(0)
-    content = _unpickle(path, file)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: {NO_CHECKPOINT}")
-    return content
 
 
 @contextlib.contextmanager
@@ -160,41 +96,30 @@ def check_file(path: Path) -> bytes:
     return head
 
 
-class _ObjectFoundError(UserError):
-    """A pickle names a class or function that is not built."""
-
-    def __init__(self, path: Path, name: str):
-        super().__init__(str(object_refused(path, name)))
-        self.name = name
-
-
-def _read_around_objects(path: Path, is_zip: bool) -> object:
+def _unpickle(path: Path) -> object:
+    """Read with torch, and where the file names Python objects a second time around them."""
     try:
-        return read_inert(path, is_zip)
+        with warnings.catch_warnings():  # torch's remarks on odd pickles
+            warnings.simplefilter("ignore")
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                if not (found := re.search(r"GLOBAL (\S+)", str(error))):
+                    raise
+                content = read_inert(path)
+        if isinstance(content, Inert) and not content:
+            raise object_refused(path, found[1])
+        return content
     except UserError:
         raise
-    except Exception:  # as below
-        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
-
-
-def _unpickle(path: Path, file: Path | IO[bytes]) -> object:
-    """Read with torch, which builds nothing but tensors and plain values."""
-    try:
-        with warnings.catch_warnings():  # torch's remarks on odd pickles; what counts is said here
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise _ObjectFoundError(path, found[1]) from None
-        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
     except Exception:  # a hostile or cut file makes torch's reader fail in too many ways to list
         raise UserError(f"{path}: {NO_CHECKPOINT}") from None
 
 
-def _check_archive(path: Path, file: Path | IO[bytes]) -> None:
+def _check_archive(path: Path) -> None:
     """Check a zip checkpoint before torch reads it: torch looks at neither sizes nor CRCs."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(path) as archive:
             unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
             if unpacked_bytes > MAX_UNPACKED_BYTES:
                 raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a checkpoint")

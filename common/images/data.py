@@ -16,15 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common.command.argument_types import AtMost
-from common.command.cli import UserError, counted, log
-from common.images.source import Source
+from common.command.cli import UserError
 from common.images.storage import MAX_BYTES_IN_MEMORY, allocate
-
-UNBALANCED = 1.5  # the largest class has so many times the images of the smallest
-
-# Splits are refused if this share of the smaller one is in the other as well.
-MAX_SHARED = 0.9
 
 
 @dataclass(frozen=True)
@@ -38,6 +31,8 @@ class ImageSet:
         mean: Mean of each channel that the network expects to be subtracted, from 0 to 1.
         std: Standard deviation of each channel that it expects to be divided by.
         channel_order: ``rgb``, or ``bgr`` if the network expects blue first.
+        resize: Length that the short side of an image was scaled to before its middle was cut
+            out; None if the images have their own size.
     """
 
     images: torch.Tensor
@@ -46,6 +41,7 @@ class ImageSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channel_order: str = "rgb"
+    resize: int | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -75,10 +71,7 @@ class ImageSet:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn some of the uint8 images, (n, 3, H, W), into float32 inputs, channels_last."""
-        images = normalize(pixels, self.mean, self.std)
-        if self.channel_order == "bgr":
-            return images.flip(1).contiguous(memory_format=torch.channels_last)
-        return images
+        return normalize(pixels, self.mean, self.std, self.channel_order)
 
     def describe(self) -> dict:
         """Return what results.json says of the images themselves."""
@@ -122,87 +115,6 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_images(
-    source: Source,
-    split: str,
-    count: int | None,
-    seed: int,
-    skip: int = 0,
-    flag: str | None = None,
-) -> ImageSet:
-    """Read ``count`` images of a split into memory, or into a file that is mapped into it.
-
-    Args:
-        source: Where images come from, from :func:`common.images.sources.open_source`.
-        split: ``train`` or ``test``.
-        count: Size of the subset, which keeps the proportions of the classes; None for the whole
-            split. A default (:class:`AtMost`) takes what there is, up to it.
-        seed: Chooses and shuffles, see :func:`balanced_subset`; the same seed does the same.
-        skip: Leave out those that the same seed would choose as a subset of this size, so that
-            the two have no image in common.
-        flag: Flag that asks for the number of images, for messages.
-
-    Raises:
-        UserError: The split is missing, unreadable, or has too few images.
-    """
-    available = source.open_split(split)
-    total = len(available.labels)
-    skip = min(skip, total) if isinstance(skip, AtMost) else skip
-    if isinstance(count, AtMost) and total > skip:
-        count = min(count, total - skip)
-    if count is not None and skip + count > total:
-        asked = f"{flag} {count}" if flag else f"{counted(count, f'{split} image')} asked for"
-        beside = f", beside {skip} for another purpose" if skip else ""
-        there = counted(total, f"{split} image")
-        raise UserError(f"{asked}{beside}: only {there} in {source.description}")
-    if count is None:
-        count = total - skip
-    elif count < total:
-        _tell_of_imbalance(available.labels, source.classes, split)
-    indices = balanced_subset(available.labels, count, seed, skip)
-    pixels = available.read(indices)
-    return ImageSet(
-        torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]), source.classes,
-        source.mean, source.std, source.channel_order,
-    )  # fmt: skip
-
-
-def _tell_of_imbalance(labels: np.ndarray, classes: tuple[str, ...], split: str) -> None:
-    counts = np.bincount(labels, minlength=len(classes))
-    if counts.max() > UNBALANCED * counts.min():
-        log.info(
-            "the classes have from %d (%s) to %d (%s) %s images; subsets keep their proportions",
-            counts.min(), classes[counts.argmin()], counts.max(), classes[counts.argmax()], split,
-        )  # fmt: skip
-
-
-def check_disjoint(training: ImageSet, test: ImageSet, place: str) -> None:
-    """Warn if some training images are test images as well, pixel for pixel.
-
-    Args:
-        training: Images that the run compresses or trains on.
-        test: Images that it measures accuracy on.
-        place: Description of where both come from, for the message.
-
-    Raises:
-        UserError: Nearly all of them are.
-    """
-    shared = len(_digests(training) & _digests(test))
-    told = (
-        f"{place}: {shared:,} of {len(training):,} training images are among the {len(test):,} "
-        "test images"
-    )
-    if shared > MAX_SHARED * min(len(training), len(test)):
-        raise UserError(f"{told}; train and test must hold different images")
-    if shared:
-        log.warning("%s: accuracies on them are too high", told)
-
-
-def _digests(dataset: ImageSet) -> set[bytes]:
-    images = dataset.images.cpu().contiguous()
-    return {hashlib.sha256(image.data).digest() for image in images.numpy()}
-
-
 def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) -> np.ndarray:
     """Choose ``count`` indices, the same share of each class, at random and in random order.
 
@@ -231,16 +143,21 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
 
 
 def normalize(
-    pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+    pixels: torch.Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    channel_order: str = "rgb",
 ) -> torch.Tensor:
-    """Turn uint8 images (N, 3, H, W) into the network's float32 input, laid out channels_last.
+    """Turn uint8 RGB images (N, 3, H, W) into the network's float32 input, laid out channels_last.
 
     The same arithmetic, in the same order, as torchvision's ``ToTensor`` and ``Normalize``.
     """
     mean, std = _on_device(mean, pixels.device), _on_device(std, pixels.device)
-    return (
-        pixels.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
-    )
+    images = pixels.to(torch.float32, memory_format=torch.channels_last)
+    images = images.div_(255).sub_(mean).div_(std)
+    if channel_order == "bgr":
+        return images.flip(1).contiguous(memory_format=torch.channels_last)
+    return images
 
 
 @functools.cache

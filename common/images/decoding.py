@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.command.cli import UserError
 from common.images.storage import allocate
+from runtime.classify import fit
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow would also hand EPS to ghostscript
 
@@ -35,14 +36,7 @@ class Sizing:
         """Return the image scaled and cut, as torchvision's Resize and CenterCrop do it."""
         if self.short_side is None:
             return image
-        width, height = image.size
-        if min(width, height) != self.short_side:
-            longer = int(self.short_side * max(width, height) / min(width, height))
-            size = (self.short_side, longer) if width <= height else (longer, self.short_side)
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        left = round((image.width - self.width) / 2)
-        top = round((image.height - self.height) / 2)
-        return image.crop((left, top, left + self.width, top + self.height))
+        return fit(image, self.height, self.width, self.short_side)
 
 
 def decode_images(

@@ -56,7 +56,10 @@ def folder_source(data_dir: Path, size: SizeRequest = OWN_SIZE) -> Source:
     is_small = max(sizing.height, sizing.width) <= IMAGE_SIZE
     mean, std = (MEAN, STD) if is_small else NORMALISATIONS["imagenet"]
     description = f"the image folders in {data_dir}"
-    return Source("folder", description, open_split, names, sizing.height, mean, std)
+    return Source(
+        "folder", description, open_split, names, sizing.height, mean, std,
+        resize=sizing.short_side,
+    )  # fmt: skip
 
 
 def _split_folder(data_dir: Path, split: str) -> Path | None:

@@ -34,6 +34,7 @@ class Source:
         mean: Mean of each channel that is subtracted, from 0 to 1.
         std: Standard deviation of each channel that pixels are divided by.
         channel_order: ``rgb``, or ``bgr`` for networks that take blue first.
+        resize: Length that the short side is scaled to before the middle is cut out, if it is.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channel_order: str = "rgb"
+    resize: int | None = None
 
 
 @dataclass(frozen=True)

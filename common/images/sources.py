@@ -7,6 +7,7 @@ pixels that are asked for: 512 calibration images of a folder cost 512 JPEGs, no
 from __future__ import annotations
 
 import argparse
+import functools
 import http.client
 import io
 import lzma
@@ -139,7 +140,9 @@ def batches_source(
     classes = CLASSES if kind is CIFAR10 else tuple(load("test").classes)
     description = f"CIFAR-{len(classes)} in {data_dir}"
     name = kind.__name__.lower()
-    return Source(name, description, open_split, classes, sizing.height, MEAN, STD)
+    return Source(
+        name, description, open_split, classes, sizing.height, MEAN, STD, resize=sizing.short_side
+    )  # fmt: skip
 
 
 # --- bundled images ------------------------------------------------------------------------------
@@ -157,6 +160,7 @@ def bundled_source(size: SizeRequest = OWN_SIZE) -> Source:
     """Read the bundled JPEG re-encodings: 10,000 test and 2,000 training images."""
     sizing = size.sizing((IMAGE_SIZE, IMAGE_SIZE))
 
+    @functools.cache  # training images are opened again for other purposes
     def open_split(split: str) -> Split:
         archive = BUNDLED_ARCHIVES[split]
         try:
@@ -172,4 +176,7 @@ def bundled_source(size: SizeRequest = OWN_SIZE) -> Source:
         return Split(labels, read)
 
     description = "the bundled JPEG images"
-    return Source("bundled", description, open_split, CLASSES, sizing.height, MEAN, STD)
+    return Source(
+        "bundled", description, open_split, CLASSES, sizing.height, MEAN, STD,
+        resize=sizing.short_side,
+    )  # fmt: skip

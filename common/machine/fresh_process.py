@@ -44,10 +44,9 @@ def start_fresh(
         arguments: Arguments that can be pickled, as the returned value must be.
 
     Yields:
-        A function that waits for the value and returns it. It raises a UserError if the call failed
-        in a way that the user can correct (see :func:`common.command.cli.tell`) or the system ended
-        the process. It raises a RuntimeError if the call failed otherwise; the traceback is on
-        stderr.
+        A function that waits for the value and returns it. It raises a UserError if the user can
+        correct the failure (see :func:`common.command.cli.user_message`) or the system ended the
+        process, and a RuntimeError otherwise; the traceback is on stderr.
     """
     with tempfile.TemporaryFile() as task:  # a pipe is too small: writing to it would block
         pickle.dump(sys.path, task)
@@ -92,7 +91,7 @@ def answer() -> None:
         try:
             value = function(*arguments)
         except Exception as error:
-            if (message := cli.tell(error)) is None:
+            if (message := cli.user_message(error)) is None:
                 raise
             value = UserError(message)
         pickle.dump((value, peak_memory_bytes()), pipe)

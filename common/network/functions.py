@@ -70,7 +70,7 @@ def _adaptive_pool(r: Recorder, input: fx.Node, output_size: object) -> bool:
     if all(old % new == 0 for old, new in zip(size, wanted, strict=True)):
         kernel = [old // new for old, new in zip(size, wanted, strict=True)]
         return _average_pool(r, input, kernel)
-    return r.add(kinds.ADAPTIVE_POOL, input, size=wanted)
+    return r.add(kinds.ADAPTIVE_POOL, input, size=wanted, source_size=size)
 
 
 def _mean(r: Recorder, input: fx.Node, dim: object = None, keepdim=False, dtype=None) -> bool:
@@ -108,6 +108,7 @@ def _transpose(r: Recorder, input: fx.Node, dim0: int, dim1: int) -> bool:
 
 def _pad(r, input, pad, mode="constant", value=None) -> bool:
     is_zeros = mode == "constant" and not value and min(pad) >= 0 and len(pad) <= 6
+    is_zeros = is_zeros and r.env[input].ndim == 4
     return is_zeros and r.add(kinds.PAD, input, padding=list(pad))
 
 

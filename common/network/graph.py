@@ -21,10 +21,10 @@ FLATTEN, RESHAPE, PERMUTE, SLICE, PAD = "flatten", "reshape", "permute", "slice"
 ACTIVATIONS = ("relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu")
 
 WEIGHTED = (CONVOLUTION, LINEAR)  # the layers: what is pruned, quantized and coded
+POOLS = (MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL, GLOBAL_POOL)
 VIEWS = (FLATTEN, RESHAPE, PERMUTE, SLICE)  # may share the memory of their input
 KINDS = (
-    INPUT, *WEIGHTED, AFFINE, ADD, MULTIPLY, CONCATENATE, MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL,
-    GLOBAL_POOL, *VIEWS, PAD, *ACTIVATIONS,
+    INPUT, *WEIGHTED, AFFINE, ADD, MULTIPLY, CONCATENATE, *POOLS, *VIEWS, PAD, *ACTIVATIONS,
 )  # fmt: skip
 
 # Attributes of each kind, in the order in which torch's function takes them after its tensors. Two
@@ -34,7 +34,7 @@ ATTRIBUTES = {
     CONVOLUTION: ("stride", "padding", "dilation", "groups"),
     MAX_POOL: ("kernel", "stride", "padding", "dilation", "ceil"),
     AVERAGE_POOL: ("kernel", "stride", "padding", "ceil", "count_padding"),
-    ADAPTIVE_POOL: ("size",),
+    ADAPTIVE_POOL: ("size",),  # and source_size, of the input, for readers that infer no shapes
     GLOBAL_POOL: ("keep",),  # keep height and width, of 1
     RESHAPE: ("shape",),  # without the batch dimension
     PERMUTE: ("order",),  # of the dimensions; the batch's is the first

@@ -140,6 +140,11 @@ def doubt(*entries: Mapping[str, Any]) -> str:
     return "?" if any(entry["noisy"] for entry in entries) else ""
 
 
+def show_rate(timing: Mapping[str, Any]) -> str:
+    """Format images a second, with a question mark where they are noisy."""
+    return f"{timing['images_per_second']:,.0f}{doubt(timing)}"
+
+
 def explain_doubt(models: Sequence[Mapping[str, Any]]) -> str:
     """Return what explains the question marks at the ``latency`` of models, if there are any."""
     return f" {DOUBT}" if any(doubt(*model["latency"]) for model in models) else ""
@@ -229,11 +234,8 @@ def rate_columns(latency: Sequence[dict]) -> list[Column]:
     def at(index: int) -> Callable[[dict], dict]:
         return lambda row: row["latency"][index]
 
-    def show(timing: dict) -> str:
-        return f"{timing['images_per_second']:,.0f}{doubt(timing)}"
-
     return [
-        Column(f"batch {timing['batch_size']}", at(index), show)
+        Column(f"batch {timing['batch_size']}", at(index), show_rate)
         for index, timing in enumerate(latency)
     ]
 

@@ -62,30 +62,29 @@ class Range:
     stride: float = 1.3
 
 
-def run_trials(make: Callable[[float], T], where: Range, spare: Spare = of_budget) -> list[T]:
+def run_trials(make: Callable[[float], T], where: Range) -> list[T]:
     """Make trials, and return all of them in the order in which they were made.
 
     Args:
         make: Returns the trial of a strength.
         where: Strengths to try.
-        spare: Returns what a trial leaves of the budget.
     """
     trials: list[T] = []
     strength: float | None = where.start
     while strength is not None:
-        enough = where.trials * (1 if strongest(trials, spare) else 2)
+        enough = where.trials * (1 if strongest(trials) else 2)
         if len(trials) >= enough:
             break
         trials.append(make(strength))
-        strength = next_strength(trials, where, spare)
+        strength = next_strength(trials, where)
     return trials
 
 
-def next_strength(trials: Sequence[T], where: Range, spare: Spare = of_budget) -> float | None:
+def next_strength(trials: Sequence[T], where: Range) -> float | None:
     """Return the strength to try after ``trials``; None where nothing is left to find out."""
-    passing = strongest(trials, spare)
+    passing = strongest(trials)
     failing = min(
-        (t for t in trials if spare(t) < 0 and (passing is None or t.strength > passing.strength)),
+        (t for t in trials if t.spare < 0 and (passing is None or t.strength > passing.strength)),
         key=lambda t: t.strength,
         default=None,
     )
@@ -100,7 +99,7 @@ def next_strength(trials: Sequence[T], where: Range, spare: Spare = of_budget) -
     if bracket < 2 * apart:
         return None
     margin = max(MARGIN * bracket, apart)
-    share = spare(failing) / (spare(failing) - spare(passing))  # of the way from failing
+    share = failing.spare / (failing.spare - passing.spare)  # of the way from failing
     return failing.strength / math.exp(min(max(share * bracket, margin), bracket - margin))
 
 

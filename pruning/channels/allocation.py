@@ -35,12 +35,14 @@ Curves = Mapping[str, Mapping[int, float]]
 def width_grid(width: int) -> list[int]:
     """Return the widths that a group of ``width`` channels may get, itself the last.
 
-    Eight of them; fewer where that would be finer than ``STEP``, except in networks so narrow that
-    they have no two steps. Not less than an eighth: so narrow a layer leaves no room to make up for
-    what the others lost, which the curves, measured before the repair, do not see.
+    Eighths, and three sixteenths of wide groups, many of whose channels can go; fewer where that
+    would be finer than ``STEP``, except in networks so narrow that they have no two steps. Not less
+    than an eighth: so narrow a layer leaves no room to make up for what the others lost, which the
+    curves, measured before the repair, do not see.
     """
     step = max(width // 8 // STEP * STEP, STEP if width >= 2 * STEP else 1)
-    return [*range(step, width, step), width]
+    half = step // 2 // STEP * STEP
+    return [*sorted({*range(step, width, step), step + half}), width]
 
 
 @torch.inference_mode()
@@ -55,13 +57,14 @@ def measure_curves(
 
     Args:
         dense: Dense network in the precision to run in.
-        groups: Groups of free channels by name.
+        groups: Groups of channels by name.
         choices: For each group and width the channels that are kept.
         context: Width of each group.
         images: Images, whose labels are not used.
 
     Returns:
-        For each group and width the mean divergence in nats, over that at its largest width.
+        For each group and width the mean divergence in nats, over that at its largest width, and
+        one standard error: what only seems to be free is not chosen where it saves little.
     """
     around = {name: choices[name][width] for name, width in context.items()}
     graph, narrow = dense.graph, slim_network(dense, groups, around)
@@ -82,7 +85,7 @@ def measure_curves(
     starts = {name: _values_before(narrow, groups[name]) for name in groups}
     wanted = sorted({value for values in starts.values() for value in values})
     dtype = next(iter(dense.layers.values())).weight.dtype
-    totals = {name: dict.fromkeys(choices[name], 0.0) for name in groups}
+    found = {name: {width: [] for width in choices[name]} for name in groups}
     numbers = sum(math.prod(dense.shapes[name]) for name in wanted)
     batch_size = max(1, min(BATCH_SIZE, MEMORY_BYTES // (4 * max(numbers, 1))))
     for batch in cli.progress(images.images.split(batch_size), "widths"):
@@ -93,13 +96,28 @@ def measure_curves(
             given = {value: values[value] for value in starts[name]}
             for width, network in networks.items():
                 logits = network.run(given, [graph.output])[graph.output].float()
-                totals[name][width] += float(
-                    F.kl_div(logits.log_softmax(1), expected, reduction="sum", log_target=True)
-                )
+                lost = F.kl_div(logits.log_softmax(1), expected, reduction="none", log_target=True)
+                found[name][width].append(lost.sum(1))
     return {
-        name: {width: (total - curve[max(curve)]) / len(images) for width, total in curve.items()}
-        for name, curve in totals.items()
+        name: as_curve({width: torch.cat(lost) for width, lost in of_images.items()})
+        for name, of_images in found.items()
     }
+
+
+def as_curve(lost: Mapping[int, torch.Tensor]) -> dict[int, float]:
+    """Return the mean over images, and a standard error, of what widths lose over the largest.
+
+    A width counts as losing no less than any larger one.
+
+    Args:
+        lost: For each width the divergence on each image, (N,).
+    """
+    curve, least = {}, 0.0
+    for width in sorted(lost, reverse=True):
+        over = lost[width] - lost[max(lost)]
+        error = over.std(correction=0) / math.sqrt(len(over))
+        curve[width] = least = max(least, float(over.mean() + error))
+    return dict(sorted(curve.items()))
 
 
 def _values_before(network: Network, group: ChannelGroup) -> list[str]:

@@ -74,9 +74,17 @@ class ChannelCosts:
 
     @functools.cached_property
     def _touching(self) -> Mapping[str, list[str]]:
-        """For each layer the groups that its number of weights depends on."""
+        """For each layer the groups that its number of weights is proportional to.
+
+        A group whose channels the layer both reads and gives is there twice.
+        """
         return {
-            layer: [name for name, group in self.groups.items() if layer in _layers_of(group)]
+            layer: [
+                name
+                for name, group in self.groups.items()
+                for layers in ((*group.producers, *group.between), group.readers)
+                if layer in layers
+            ]
             for layer in self.network.graph.layers
         }
 
@@ -90,16 +98,28 @@ class ChannelCosts:
         """Return the widths of least divergence whose cost is within a share.
 
         A layer between two groups costs the product of their widths, and the knapsack needs costs
-        that add up. So they are taken as they are near half of all widths, and the budget is
-        lowered until the true cost is within it.
+        that add up. So they are taken as they are near some widths, first near half of all, then
+        near those that were found, for as long as that finds better ones.
 
         Raises:
             ValueError: The narrowest network costs more.
         """
         allowed = share * self.cost({}, unit)
-        narrowest, near = self.narrowest, self.half
-        if self.cost(narrowest, unit) > allowed * (1 + 1e-9):
+        best, near = self.narrowest, self.half
+        if self.cost(best, unit) > allowed * (1 + 1e-9):
             raise ValueError(f"no widths cost as little as {allowed:g}")
+
+        def divergence(widths: Widths) -> float:
+            return sum(curves[name][width] for name, width in widths.items())
+
+        while divergence(found := self._choose_near(near, curves, allowed, unit)) < divergence(
+            best
+        ):
+            best = near = found
+        return best
+
+    def _choose_near(self, near: Widths, curves: Curves, allowed: float, unit: str) -> Widths:
+        """Return widths whose true cost is ``allowed``, chosen by what they cost near others."""
         costs = {
             name: {
                 width: self.cost({**near, name: width}, unit) - self.cost({**near, name: 0}, unit)
@@ -108,21 +128,20 @@ class ChannelCosts:
             for name, grid in self.grid.items()
         }
         fixed = self.cost(near, unit) - sum(costs[name][width] for name, width in near.items())
-        least = sum(costs[name][width] for name, width in narrowest.items())
-        most = allowed - fixed
-        if most < least:
-            return narrowest
-        found = choose_widths(curves, costs, most)
-        if self.cost(found, unit) <= allowed * (1 + 1e-9):
-            return found
-        low, found = least, narrowest
+        low, found = (
+            sum(costs[name][width] for name, width in self.narrowest.items()),
+            self.narrowest,
+        )
+        middle = most = 2 * allowed - fixed
         for _ in range(BISECTIONS):
-            middle = (low + most) / 2
+            if middle <= low:
+                break
             widths = choose_widths(curves, costs, middle)
-            if self.cost(widths, unit) <= allowed:
+            if self.cost(widths, unit) <= allowed * (1 + 1e-9):
                 low, found = middle, widths
             else:
                 most = middle
+            middle = (low + most) / 2
         return found
 
 

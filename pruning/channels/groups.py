@@ -1,20 +1,22 @@
-"""Channels that can go without touching anything else: from the layers that give them to readers.
+"""Channels that can go together: from the layers that give them to the layers that read them.
 
-A channel of a layer is free if all that depends on it, up to the layers that read it, works on each
-channel alone: activations, pooling, channel-wise scaling, depthwise convolutions, flattening, and
-multiplication by a gate whose channels go with it. Then it is removed on both sides, and nothing
-else in the network changes.
+Operations that work on each channel alone pass channels on: activations, pooling, channel-wise
+scaling, depthwise convolutions and flattening. Additions and multiplications tie the channels of
+their operands together, so the layers of a residual stream, or a layer and its gate, lose the same
+channels. Where all that reads the channels are such operations or layers, a channel is removed on
+all sides, and nothing else in the network changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from common.network.execution import Network
 from common.network.graph import (
     ACTIVATIONS,
     ADAPTIVE_POOL,
+    ADD,
     AFFINE,
     AVERAGE_POOL,
     CONVOLUTION,
@@ -29,7 +31,7 @@ from common.network.graph import (
 from common.network.regression import MAX_COLUMNS
 
 CHANNELWISE = (
-    *ACTIVATIONS, AFFINE, MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL, GLOBAL_POOL, FLATTEN, MULTIPLY,
+    *ACTIVATIONS, AFFINE, MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL, GLOBAL_POOL, FLATTEN,
 )  # fmt: skip
 
 
@@ -57,117 +59,73 @@ class ChannelGroup:
 
 
 def find_groups(network: Network) -> dict[str, ChannelGroup]:
-    """Return the groups of free channels by name, in execution order."""
-    found: dict[str, ChannelGroup] = {}
-    taken: set[str] = set()
-    for name in network.graph.layers:
-        operation = network.graph[name]
-        if name not in taken and _groups(operation) == 1:
-            group = _Search(network, name).run()
-            if group is not None:
-                found[group.name] = group
-                taken.update(group.producers)
-    return found
+    """Return the groups of channels that can be removed by name, in execution order."""
+    groups = [_as_group(network, values) for values in _values_with_same_channels(network)]
+    return {group.name: group for group in groups if group is not None}
 
 
-class _Search:
-    """Follows the channels of a layer through the graph, until layers read them."""
-
-    def __init__(self, network: Network, layer: str):
-        self._network, self._graph = network, network.graph
-        self._width = len(network.layers[layer].bias)
-        self._reached = {layer}  # values that have these channels
-        self._producers = {layer}
-        self._readers: dict[str, int] = {}
-
-    def run(self) -> ChannelGroup | None:
-        """Return the group; None where the channels are not free."""
-        pending = [*self._producers]
-        while pending:
-            name = pending.pop()
-            if name == self._graph.output:
-                return None
-            for user in map(self._graph.__getitem__, self._graph.users[name]):
-                if user.name in self._reached:
-                    continue
-                if user.is_layer and not self._is_depthwise(user):
-                    if not self._note_reader(user, name):
-                        return None
-                elif self._passes(user):
-                    for gate in self._gates_of(user):
-                        if gate is None:
-                            return None
-                        pending += gate
-                    self._reached.add(user.name)
-                    pending.append(user.name)
-                else:
-                    return None
-        return self._group()
-
-    def _group(self) -> ChannelGroup | None:
-        if not self._readers or self._producers & self._readers.keys():
-            return None
-        order = [operation.name for operation in self._graph.operations]
-        between = [
-            name
-            for name in order
-            if name in self._reached - self._producers
-            and (self._graph[name].is_layer or self._graph[name].kind in (AFFINE, RESHAPE))
-        ]
-        return ChannelGroup(
-            tuple(name for name in order if name in self._producers),
-            tuple(between),
-            {name: self._readers[name] for name in order if name in self._readers},
-            self._width,
-        )
-
-    def _note_reader(self, user: Operation, source: str) -> bool:
-        weight = self._network.layers[user.name].weight
-        if _groups(user) != 1 or weight[0].numel() > MAX_COLUMNS:
-            return False
-        self._readers[user.name] = weight.shape[1] // self._width
-        return True
-
-    def _passes(self, user: Operation) -> bool:
-        """Return whether an operation works on each channel alone."""
-        if user.kind == PAD:
-            return len(user.attributes["padding"]) <= 4
-        if user.kind == RESHAPE:
-            return user.attributes["shape"][0] == self._width
-        return user.kind in CHANNELWISE or self._is_depthwise(user)
-
-    def _gates_of(self, user: Operation) -> list[list[str] | None]:
-        """Return for each other factor of a multiplication the values to follow from there.
-
-        None where it does not come from a layer by operations on each channel alone.
-        """
-        if user.kind != MULTIPLY:
-            return []
-        return [self._trace_back(name) for name in user.inputs if name not in self._reached]
-
-    def _trace_back(self, name: str) -> list[str] | None:
-        chain: list[str] = []
-        while name not in self._reached:
-            operation = self._graph[name]
-            chain.append(name)
-            if operation.is_layer and not self._is_depthwise(operation):
-                width = len(self._network.layers[name].bias)
-                if _groups(operation) != 1 or width != self._width:
-                    return None
-                self._producers.add(name)
-                break
-            if not self._passes(operation) or len(operation.inputs) != 1:
-                return None
-            name = operation.inputs[0]
-        self._reached.update(chain)
-        return chain
-
-    def _is_depthwise(self, operation: Operation) -> bool:
-        if operation.kind != CONVOLUTION:
-            return False
-        outputs = len(self._network.layers[operation.name].bias)
-        return operation.attributes["groups"] == outputs == self._width > 1
+def _values_with_same_channels(network: Network) -> list[set[str]]:
+    """Return the values, as sets of those that have the same channels, in execution order."""
+    sets: dict[str, set[str]] = {}
+    for operation in network.graph.operations:
+        joined = {operation.name}
+        if _passes_channels_on(network, operation):
+            joined = joined.union(*(sets[name] for name in operation.inputs))
+        sets |= dict.fromkeys(joined, joined)
+    return list({id(values): values for values in sets.values()}.values())
 
 
-def _groups(operation: Operation) -> int:
-    return operation.attributes.get("groups", 1)
+def _passes_channels_on(network: Network, operation: Operation) -> bool:
+    """Return whether an operation's values have the channels of its inputs."""
+    if operation.kind == PAD:
+        return len(operation.attributes["padding"]) <= 4  # height and width
+    if operation.kind in (ADD, MULTIPLY, RESHAPE):
+        shapes = network.shapes
+        return all(shapes[name][0] == shapes[operation.name][0] for name in operation.inputs)
+    return operation.kind in CHANNELWISE or _is_depthwise(network, operation)
+
+
+def _as_group(network: Network, values: Collection[str]) -> ChannelGroup | None:
+    """Return the group of the channels of some values; None where these cannot be removed."""
+    graph = network.graph
+    own = [operation for operation in graph.operations if operation.name in values]
+    passing = {operation.name for operation in own if _passes_channels_on(network, operation)}
+    producers = [operation for operation in own if operation.name not in passing]
+    if graph.output in values or not all(map(_is_dense, producers)):
+        return None
+    widths = {len(network.layers[operation.name].bias) for operation in producers}
+    between = [
+        operation
+        for operation in own
+        if operation.name in passing
+        and (operation.name in network.layers or operation.kind == RESHAPE)
+    ]
+    widths |= {network.shapes[operation.name][0] for operation in between}
+    users = {user for name in values for user in graph.users[name]} - passing
+    readers = [operation for operation in graph.operations if operation.name in users]
+    if len(widths) > 1 or not readers or not all(_can_shrink(network, user) for user in readers):
+        return None
+    (width,) = widths
+    return ChannelGroup(
+        tuple(operation.name for operation in producers),
+        tuple(operation.name for operation in between),
+        {user.name: network.layers[user.name].weight.shape[1] // width for user in readers},
+        width,
+    )
+
+
+def _is_dense(operation: Operation) -> bool:
+    """Return whether an operation is a layer in which each output depends on all inputs."""
+    return operation.is_layer and operation.attributes.get("groups", 1) == 1
+
+
+def _can_shrink(network: Network, reader: Operation) -> bool:
+    """Return whether a layer can lose inputs: regression on all of them takes memory."""
+    return _is_dense(reader) and network.layers[reader.name].weight[0].numel() <= MAX_COLUMNS
+
+
+def _is_depthwise(network: Network, operation: Operation) -> bool:
+    if operation.kind != CONVOLUTION:
+        return False
+    weight = network.layers[operation.name].weight
+    return operation.attributes["groups"] == len(weight) > 1 and weight.shape[1] == 1

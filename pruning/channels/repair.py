@@ -45,7 +45,7 @@ class Dense:
         model: The module; not changed.
         traced: Its network, in FP32.
         network: The network in the precision to run in.
-        groups: The groups of free channels.
+        groups: The groups of channels.
         images: Training images.
         positions: For each layer to refit the positions of its outputs that are looked at, (N, P);
             nothing for linear layers.
@@ -80,7 +80,7 @@ def measure_dense(
     Args:
         model: The module, in eval mode.
         traced: Its network.
-        groups: Groups of free channels by name.
+        groups: Groups of channels by name.
         images: Training images, on the network's device.
         widths: For each group the widths to prepare.
         seed: Seed of the positions.
@@ -209,7 +209,12 @@ def repair(dense: Dense, widths: Mapping[str, int]) -> SlimNetwork:
     images = [dense.images.normalize(batch).to(dtype) for batch in pixels]
     slim = slim_network(dense.network, dense.groups, choices)
     walk = Walk(slim, images, slim.graph)
-    readers = {name for group in dense.groups.values() for name in group.readers}
+    lacking = {
+        reader
+        for name, group in dense.groups.items()
+        if widths.get(name, group.width) < group.width
+        for reader in group.readers
+    }
     layers, statistics = {}, {}
     for operation in cli.progress(slim.graph.operations[1:], "repair"):
         name, replaced = operation.name, None
@@ -218,7 +223,7 @@ def repair(dense: Dense, widths: Mapping[str, int]) -> SlimNetwork:
             for rows, wanted in _samples(dense, operation, exact, walk, channels.get(name)):
                 sums.add(rows, wanted)
             moments = sums.moments()
-            damping = DAMPING if name in readers else INNER_DAMPING
+            damping = DAMPING if name in lacking else INNER_DAMPING
             layers[name] = moments.refit(exact.layers[name], damping * moments.squares)
             statistics[name] = moments.output_statistics(layers[name].weight)
             replaced = layers[name].to(slim.layers[name].weight.dtype)
@@ -244,8 +249,8 @@ def _samples(
         start += len(x)
         positions = dense.positions[name][rows] if name in dense.positions else None
         wanted = dense.targets[name][rows].flatten(0, 1)
-        if others is not None:
-            wanted = wanted - outputs_at(others[index], positions)
         if channels is not None:
             wanted = wanted[:, channels]
+        if others is not None:
+            wanted = wanted - outputs_at(others[index], positions)
         yield inputs_at(operation, exact.layers[name], x, positions), wanted

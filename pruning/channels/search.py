@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,11 +11,11 @@ from torch import nn
 
 from common.command.cli import UserError
 from common.network.execution import Network
-from common.network.tracing import trace
+from common.network.tracing import trace, trace_network
 from common.report.results import percent
-from common.search.trials import Trial
+from common.search.trials import Range, Trial
 from pruning.channels.costs import MACS, ChannelCosts
-from pruning.channels.slimmer import Slimmer, search_range
+from pruning.channels.slimmer import Slimmer
 from pruning.together.search import Method, ModelSearch
 from quantization.int8.engines import fastest_engine
 
@@ -65,11 +66,15 @@ class ChannelSearch(ModelSearch):
         traced = trace(self.model, self.held_out.images.shape)
         self.slimmer = Slimmer(self.model, traced, self.calibration, self.seed, dtype)
         most = most_removed(self.slimmer.costs)
-        self.where = search_range(1 - most, MACS)
         if self.is_given:
             self.curve = (self.macs_removed,)
         else:
             self.curve = tuple(share for share in CURVE if share <= most) or (most,)
+
+    @property
+    def where(self) -> Range:
+        """Where to look for how many times fewer multiply-adds the network may have."""
+        return self.slimmer.search_range(MACS, self.budget.max_drop)
 
     @property
     def is_given(self) -> bool:
@@ -87,6 +92,10 @@ class ChannelSearch(ModelSearch):
         if sparsity not in self._slim:
             self._slim[sparsity] = self.slimmer.slim(1 - sparsity).model
         return self._slim[sparsity]
+
+    def kept_channels(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
+        """Return which output channels are left of the layers of a slim network."""
+        return self.slimmer.channels_of(trace_network(model, self.held_out.images.shape))
 
     def find_largest(self, method: Method) -> tuple[float, list[Trial]]:
         """Return the share that was asked for, or the largest one within the budget."""

@@ -14,27 +14,16 @@ from common.network.execution import Network
 from common.network.tracing import Traced
 from common.search.trials import Range
 from pruning.channels.allocation import CURVE_IMAGES, Curves, measure_curves
-from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts, Widths
+from pruning.channels.costs import MACS, ChannelCosts, Widths
 from pruning.channels.repair import Dense, SlimNetwork, measure_dense, repair
 
 # Share of the images that say what to keep of a group. The others measure what that costs: on the
 # images that it was fitted to, a narrow layer looks better than it is.
 FITTED_SHARE = 0.75
 CONTEXT_SHARE = 0.5  # of the multiply-adds
-FIRST_SHARE = {WEIGHTS: 0.38, MACS: 0.6}  # where a search begins
 WIDEST_SHARE = 0.97
-
-
-def search_range(least_share: float, unit: str, trials: int = 5) -> Range:
-    """Return where to look for how many times fewer of the ``unit`` a network may have.
-
-    Args:
-        least_share: Smallest share that can be left.
-        unit: ``MACS`` or ``WEIGHTS``.
-        trials: Number of networks to try.
-    """
-    start = max(FIRST_SHARE[unit], least_share)
-    return Range(1 / start, 1 / WIDEST_SHARE, 1 / least_share, trials=trials)
+BISECTIONS = 6
+STRIDE = 1.15  # the first guess is near, so the next one need not be far
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,28 @@ class Slimmer:
     def slim(self, share: float, unit: str = MACS) -> SlimNetwork:
         """Return the network in which ``share`` of the ``unit`` is left, repaired."""
         return repair(self._dense, self.costs.choose(self._curves, share, unit))
+
+    def search_range(self, unit: str, max_drop: float, trials: int = 5) -> Range:
+        """Return where to look for how many times fewer of the ``unit`` a network may have.
+
+        The first guess is the smallest share whose widths diverge by ``max_drop`` nats: on the
+        bundled ResNet18, networks of one such divergence lose about as much of their accuracy.
+
+        Args:
+            unit: ``MACS`` or ``WEIGHTS``.
+            max_drop: Accuracy that may be lost, as a fraction.
+            trials: Number of networks to try.
+        """
+        least = self.costs.least_share(unit)
+        low, high = least, max(least, WIDEST_SHARE)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            widths = self.costs.choose(self._curves, middle, unit)
+            if sum(self._curves[name][width] for name, width in widths.items()) <= max_drop:
+                high = middle
+            else:
+                low = middle
+        return Range(1 / high, 1 / WIDEST_SHARE, 1 / least, trials=trials, stride=STRIDE)
 
     def channels_of(self, slim: Network) -> dict[str, torch.Tensor]:
         """Return for each layer of such a network which channels of the dense one it has."""

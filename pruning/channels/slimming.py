@@ -41,7 +41,7 @@ def slim_network(
 
     Args:
         network: Dense.
-        groups: Groups of free channels by name.
+        groups: Groups of channels by name.
         choices: Kept channels of some of the groups, and the layers that read them.
     """
     layers = dict(network.layers)

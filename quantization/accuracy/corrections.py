@@ -9,20 +9,13 @@ from __future__ import annotations
 import torch
 
 from common.images.data import ImageSet
+from common.network import graph as kinds
 from common.network.execution import Layer, Network
-from common.network.graph import (
-    ADAPTIVE_POOL,
-    AVERAGE_POOL,
-    FLATTEN,
-    GLOBAL_POOL,
-    MAX_POOL,
-    Operation,
-    evaluate,
-)
+from common.network.graph import Operation, evaluate
 from quantization.int8.conversion import quantize_layer
 
 # What a positive factor of a channel passes through: f(s·x) = s·f(x).
-HOMOGENEOUS = ("relu", MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL, GLOBAL_POOL, FLATTEN)
+HOMOGENEOUS = ("relu", *kinds.POOLS, kinds.FLATTEN)
 MAX_SWEEPS = 20
 EQUAL = 0.01  # logarithm of a factor below which a chain of layers counts as equalised
 

@@ -1,14 +1,13 @@
 """A network's weights coded layer by layer, on calibration images without labels.
 
-Each layer is coded on the inputs that the coded layers before it give, and towards the outputs that
-the dense network has at the same place. So a layer makes up for what the layers before it lost, as
-far as it can (as in GPTAQ, Li et al., 2025, arXiv:2504.02692): its weights become those of the
-ridge regression from the coded inputs to the dense outputs, and these are coded. The bias takes up
-the mean of what is left. A layer that completes an addition is coded towards the dense sum, less
-the coded other operand.
+Each layer is coded on the outputs of the coded layers before it, towards the outputs of the dense
+network at the same place. So a layer compensates for the errors of the layers before it (as in
+GPTAQ, Li et al., 2025, arXiv:2504.02692): ridge regression from the coded inputs to the dense
+outputs gives its weights, which are coded, and the bias absorbs the mean of the residuals. A layer
+that completes an addition is coded towards the dense sum minus the coded other operand.
 
-A network that was made from another one is coded towards that one's outputs, and makes up for what
-it had lost before as well.
+A network that was made from another one is coded towards the outputs of that one, so that it also
+compensates for earlier errors.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ REPAIR_RIDGE = 0.2  # the same for the regression, which would otherwise fit the
 # A layer's error counts as a share of its outputs' variance. One more bit for every weight of a
 # layer may cost ``price * size ** SIZE_POWER``, so one bit the price times one power less.
 SIZE_POWER, REFERENCE_SIZE = 0.5, 1e6
-SMALLEST_SPREAD = 1e-3  # inputs that follow a layer of zeros vary by nothing but rounding
-SMALLEST_STEP = 2.0**-14  # the least that FP16 holds in full
+SMALLEST_SPREAD = 1e-3  # inputs after a layer of zeros vary by rounding only
+SMALLEST_STEP = 2.0**-14  # smallest normal FP16 number
 STEP_PRICES = 60.0  # square of a step, in prices of a bit
 TOO_LARGE = "activations beyond 65,504, the largest of FP16, cannot be coded"
 
@@ -58,9 +57,9 @@ class Original:
     """The network that another one was made from.
 
     Attributes:
-        network: The original network.
-        channels: For each layer that has other output channels than the original: the indices of
-            those that are left (int64), or None where they do not correspond because of training.
+        network: Original network.
+        channels: For each layer with other output channels than the original, the indices of those
+            that are left (int64), or None where training changed what they compute.
     """
 
     network: Network
@@ -78,11 +77,11 @@ def encode(
     """Code a network's weights; return its layers by name, in execution order.
 
     Args:
-        network: FP32, on the CPU.
-        calibration: Images; each is used as it is and mirrored, as far as memory allows.
+        network: FP32 network, on the CPU.
+        calibration: Images, each used as it is and mirrored, as far as memory allows.
         price: Price of a bit, in millionths of the outputs' variance.
-        seed: Seed of the positions at which outputs are looked at.
-        original: The network that this one was made from, if any.
+        seed: Seed of the positions at which outputs are sampled.
+        original: Network that this one was made from, if any.
 
     Raises:
         UserError: Activations are too large for FP16.
@@ -91,10 +90,7 @@ def encode(
 
 
 class _Encoder:
-    """Walks through the dense and the coded network side by side.
-
-    Values are kept in float16: half the memory, and exact enough to learn from.
-    """
+    """Runs the dense and the coded network side by side; values are kept in float16."""
 
     def __init__(
         self,
@@ -145,7 +141,7 @@ class _Encoder:
         return layers
 
     def _code(self, operation: Operation) -> Int8Layer:
-        """Code one layer; a layer that reads very much, some of its inputs at a time."""
+        """Code one layer, at most ``MAX_COLUMNS`` of its inputs at a time."""
         layer = self._network.layers[operation.name]
         kernel = layer.weight[0, 0].numel()
         weight, bias, steps = layer.weight.flatten(1).clone(), layer.bias, None
@@ -165,7 +161,7 @@ class _Encoder:
         return Int8Layer(levels.view_as(layer.weight), steps, bias)
 
     def _measure(self, operation: Operation, layer: Layer, part: slice) -> Moments:
-        """Return moments of ``part`` of a layer's inputs, and of what the whole layer lacks."""
+        """Return moments of ``part`` of a layer's inputs, and of the whole layer's residuals."""
         sums = MomentSums(Layer(layer.weight[:, part], layer.bias), _groups(operation))
         others = layer.weight.clone()
         others[:, part] = 0
@@ -177,7 +173,7 @@ class _Encoder:
         return sums.moments()
 
     def _samples(self, operation: Operation) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs (n, groups, columns) and the outputs that are wanted of them (n, O)."""
+        """Yield inputs (n, groups, columns) and wanted outputs (n, O)."""
         name = operation.name
         channels = self._channels.get(name, slice(None))
         source = self._dense
@@ -199,17 +195,10 @@ class _Encoder:
 def _choose(
     layer: Layer, moments: Moments, price: float, kernel: int, steps: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose a layer's levels.
+    """Return a layer's levels, int8, (O, columns), its steps (O,) and its bias.
 
-    Args:
-        layer: Weight (O, columns) and bias.
-        moments: Moments of the inputs and of what the outputs lack.
-        price: Price of a bit as a share of the outputs' variance; 0 for 8 bits a weight.
-        kernel: Number of positions of the kernel.
-        steps: What a level is worth in each output channel, if that is settled.
-
-    Returns:
-        Levels (int8, (O, columns)), steps (O,), and the bias that goes with them.
+    ``price`` is that of a bit as a share of the outputs' variance, 0 for 8 bits a weight;
+    ``steps`` are given if other inputs of the layer were coded before.
     """
     covariance = moments.covariance
     if not (math.isfinite(moments.variance) and covariance.isfinite().all()):
@@ -228,7 +217,7 @@ def _choose(
 
 
 def _coarse_steps(finest: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Return one step for each group's outputs, none below the ``finest`` that holds them all."""
+    """Return the steps, the same for all outputs of a group and at least its largest ``finest``."""
     steps = squares.sqrt().maximum(finest.unflatten(0, (len(squares), -1)).amax(1))
     return steps.repeat_interleave(len(finest) // len(squares))
 
@@ -238,10 +227,10 @@ def _groups(operation: Operation) -> int:
 
 
 def layers_on_the_image(graph: Graph) -> set[str]:
-    """Return the names of the layers that no other layer comes before.
+    """Return the names of the layers that read the image and no other layer's outputs.
 
-    They have few weights, and the whole network depends on them: on ResNet18, coarser than 8 bits,
-    the first one cost four points.
+    They have few weights and the whole network depends on them: on ResNet18 the first one, coded
+    in fewer than 8 bits, cost four points.
     """
     later: set[str] = set()
     for operation in graph.operations:

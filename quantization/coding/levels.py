@@ -1,15 +1,15 @@
-"""The levels of one layer: each weight to the one that costs least in output error and in bits.
+"""The levels of one layer: for each weight the one that costs least in output error and bits.
 
-Let E be what is lost of the weights (outputs, inputs) and H the second moment of the layer's
-inputs. The error of its outputs is tr(E H Eᵀ) = |E R|², where R is upper triangular and
-R Rᵀ = H: a sum over the columns, in which each depends on the columns before it alone. So columns
-are coded from first to last, each from the weights that make up for the errors so far, as in
-OPTQ (Frantar et al., 2022, arXiv:2210.17323); and each weight becomes the level with the least sum
-of squared error and λ times its bits, as in CERWU (Conzel et al., 2025, arXiv:2505.18758).
+Let E be the errors of the weights (outputs, inputs) and H the second moment of the layer's inputs.
+The error of its outputs is tr(E H Eᵀ) = |E R|², where R is upper triangular and R Rᵀ = H: a sum
+over the columns, in which each depends on the columns before it only. So columns are coded from
+first to last, each towards weights that compensate for the errors so far, as in OPTQ (Frantar et
+al., 2022, arXiv:2210.17323). Each weight becomes the level with the least sum of squared error and
+λ times its bits, as in CERWU (Conzel et al., 2025, arXiv:2505.18758).
 
-How many bits a level takes is estimated from the levels of the pass before, by what
-:mod:`common.files.entropy` will look at: how many weights of its channels are not zero, and its
-neighbours in the kernel. Those not yet coded count as the pass before left them.
+The bits of a level are estimated from the levels of the pass before, by the contexts of
+:mod:`runtime.decode`: how many weights of its channels are not zero, and its neighbours in the
+kernel.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common.files.entropy import fit_logistic, neighbours
+from common.files.entropy import fit_logistic
+from runtime.decode import neighbours
 
 MAX_LEVEL = 127
 BLOCK = 128  # columns between two updates of all that follow
 PASSES = 2
-FIRST_THRESHOLD = 0.6  # steps; what is smaller is zero in the first guess
+FIRST_THRESHOLD = 0.6  # weights below so many steps are zero at first
 FITTED = 100_000  # weights that the bits are estimated on
 LN2 = np.float32(np.log(2))
 
@@ -36,9 +37,9 @@ def choose_levels(
         weight: Float32, (outputs, columns); a column is an input channel and a position.
         moment: Second moment of the inputs of each group of outputs, positive definite, (groups,
             columns, columns).
-        steps: What a level is worth, float32, (outputs,).
+        steps: Step of each output's levels, float32, (outputs,).
         price: Squared error that a bit may cost.
-        positions: Of the kernel.
+        positions: Number of positions of the kernel.
     """
     # Upper triangular: the Cholesky factor of H with its columns in reverse, turned back.
     factor = torch.linalg.cholesky(moment.flip(1, 2)).flip(1, 2)
@@ -60,14 +61,11 @@ def _code_columns(
     stiffness: np.ndarray,
     price: float,
 ) -> np.ndarray:
-    """Code all columns anew; return the levels, (columns, outputs).
+    """Code all columns again; return the levels, (columns, outputs).
 
-    Args:
-        estimate: Of the levels before, which are replaced one column after another.
-        target: The weights in steps, (columns, outputs).
-        feedback: What an error in a column asks of those after it, (groups, columns, columns).
-        stiffness: Squared error of a step, what follows making up for it, (columns, outputs).
-        price: Squared error that a bit may cost.
+    The ``target`` are the weights in steps, (columns, outputs). The ``feedback`` is what an error
+    in a column adds to those after it, (groups, columns, columns); the ``stiffness`` the squared
+    error of a step that these cannot compensate for, (columns, outputs).
     """
     groups, columns = feedback.shape[:2]
     grouped = target.reshape(columns, groups, -1).transpose(1, 0, 2)
@@ -86,7 +84,7 @@ def _code_columns(
 
 
 class _Estimate:
-    """Levels, and how many bits each would take given all others."""
+    """Levels, and the bits of each given all others."""
 
     def __init__(self, levels: np.ndarray, positions: int):
         self.levels = levels.astype(np.float32)
@@ -96,7 +94,7 @@ class _Estimate:
         self._fit()
 
     def _fit(self) -> None:
-        """Fit the odds of a weight's flags to the levels as they are."""
+        """Fit the odds of a weight's flags to the present levels."""
         shape = (-1, self._positions, self.levels.shape[1])
         kept = (self._signs != 0).reshape(shape)
         rows, columns = (np.log2(kept.mean(axes) + 1e-3) for axes in ((0, 1), (1, 2)))
@@ -120,16 +118,9 @@ class _Estimate:
     def round(
         self, column: int, aim: np.ndarray, stiffness: np.ndarray, price: float
     ) -> np.ndarray:
-        """Make each of a column's levels the cheapest of zero and the two nearest to its ``aim``.
+        """Return a column's levels, the cheapest of zero and the two nearest to ``aim`` (in steps).
 
-        Args:
-            column: Its index.
-            aim: In steps, (outputs,).
-            stiffness: Squared error of a step, (outputs,).
-            price: Squared error that a bit may cost.
-
-        Returns:
-            The levels, (outputs,).
+        All arrays have the shape (outputs,).
         """
         kernel, position = divmod(column, self._positions)
         others = slice(kernel * self._positions, (kernel + 1) * self._positions)
@@ -157,5 +148,5 @@ class _Estimate:
 
 
 def _log_beside(weight: np.ndarray) -> np.ndarray:
-    """Return the logarithm of the neighbours' weight, as the coder takes it."""
+    """Return the logarithm of the neighbours' weight, as the coder uses it."""
     return np.log2(2 * weight + 1)

@@ -51,7 +51,7 @@ class Int8Model(nn.Module):
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn uint8 images (N, 3, H, W) into the model's input."""
-        return normalize(pixels, self.network.mean, self.network.std)
+        return normalize(pixels, self.network.mean, self.network.std, self.network.channel_order)
 
     @property
     def fp32_operations(self) -> dict[str, str]:

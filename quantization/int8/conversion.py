@@ -106,8 +106,9 @@ def convert(
         }
     affine = {o.name: network.layers[o.name] for o in graph.operations if o.kind == AFFINE}
     int8 = Int8Network(
-        graph, coded, affine, {}, images.classes, tuple(images.mean), tuple(images.std), settings
-    )
+        graph, coded, affine, {}, images.classes, tuple(images.mean), tuple(images.std), settings,
+        images.channel_order, images.resize,
+    )  # fmt: skip
     ranges, kept = observation.ranges(settings.reduce_range), int8.values_in_uint8()
     ranges = {name: value for name, value in ranges.items() if name in kept}
     layers = {

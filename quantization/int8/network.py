@@ -15,28 +15,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from common.network import graph as kinds
 from common.network.execution import Layer, Network
-from common.network.graph import (
-    ADAPTIVE_POOL,
-    ADD,
-    AFFINE,
-    AVERAGE_POOL,
-    CONVOLUTION,
-    GLOBAL_POOL,
-    LINEAR,
-    MAX_POOL,
-    PAD,
-    VIEWS,
-    Graph,
-    Operation,
-)
+from common.network.graph import Graph, Operation
 from quantization.settings import Settings
 
 MAX_LEVEL = 255
 FUSED_ACTIVATIONS = ("relu", "relu6")  # run by the operation before them: they only clip
-ACTIVATED = (CONVOLUTION, LINEAR, ADD, AFFINE)  # operations that can run such an activation
+ACTIVATED = (*kinds.WEIGHTED, kinds.ADD, kinds.AFFINE)  # can run such an activation
 # Operations whose output has the range of their input, since they only move or average levels.
-SAME_RANGE = (MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL, GLOBAL_POOL, PAD, *VIEWS)
+SAME_RANGE = (*kinds.POOLS, kinds.PAD, *kinds.VIEWS)
 
 
 @dataclass(frozen=True)
@@ -142,6 +130,9 @@ class Int8Network:
         mean: Mean of each channel that is subtracted from images whose values go from 0 to 1.
         std: Standard deviation of each channel that they are then divided by.
         settings: How it was made.
+        channel_order: ``rgb``, or ``bgr`` if the network expects blue first.
+        resize: Length that the short side of an image is scaled to before its middle is cut out;
+            None if images have the network's size.
     """
 
     graph: Graph
@@ -152,6 +143,8 @@ class Int8Network:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     settings: Settings
+    channel_order: str = "rgb"
+    resize: int | None = None
 
     def steps(self) -> tuple[FusedOperation, ...]:
         """Return the steps in execution order; the first is the input."""
@@ -161,7 +154,7 @@ class Int8Network:
         """Return whether an operation runs on integers."""
         if operation.is_layer:
             return self.layers[operation.name].is_int8
-        return operation.kind != AFFINE
+        return operation.kind != kinds.AFFINE
 
     def values_in_uint8(self) -> set[str]:
         """Return the names of the values that an integer operation gives or reads."""
@@ -219,12 +212,12 @@ def fuse_additions(
     positions = {step.name: index for index, step in enumerate(steps)}
     found: list[FusedOperation | None] = list(steps)
     for index, step in enumerate(steps):
-        if step.operation.kind != ADD or len(set(step.inputs)) != 2:
+        if step.operation.kind != kinds.ADD or len(set(step.inputs)) != 2:
             continue
         for source in sorted(step.inputs, key=positions.get, reverse=True):
             before = found[positions[source]]
             is_free = before.activation is None and before.added is None
-            is_free &= before.operation.kind == CONVOLUTION and len(graph.users[source]) == 1
+            is_free &= before.operation.kind == kinds.CONVOLUTION and len(graph.users[source]) == 1
             (other,) = set(step.inputs) - {source}
             if is_free and can_add(before, other):
                 found[positions[source]] = None

@@ -132,8 +132,13 @@ def _fastest_engines(entries: Sequence[dict]) -> list[dict]:
     found = []
     for timings in zip(*(entry["latency"] for entry in entries), strict=True):
         times = [timing["median_ms"] for timing in timings]
-        engine = entries[times.index(min(times))]["engine"]
-        found.append({"batch_size": timings[0]["batch_size"], "engine": engine})
+        found.append(
+            {
+                "batch_size": timings[0]["batch_size"],
+                "engine": entries[times.index(min(times))]["engine"],
+                "noisy": any(timing["noisy"] for timing in timings),
+            }
+        )
     return found
 
 
@@ -212,6 +217,7 @@ def list_artifacts(folder: OutputFolder, model: Path) -> dict:
     return {
         "model": model.name,
         "models": [name for suffix in MODEL_SUFFIXES for name in names(suffix)],
+        "checks": names(".check"),
         "csv": names(".csv"),
         "plots": names(".png"),
     }

@@ -147,7 +147,7 @@ def describe_coverage(model: dict) -> str:
 
 def describe_fastest(fastest: Sequence[dict]) -> str:
     """Name the fastest engine for each batch size."""
-    engines = [f"{entry['engine']} at batch {entry['batch_size']}" for entry in fastest]
+    engines = [f"{e['engine']}{doubt(e)} at batch {e['batch_size']}" for e in fastest]
     return f"Fastest: {', '.join(engines)}."
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,12 @@ from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.machine.workers import Workers
 from common.network.hooks import hooked
-from common.network.tracing import trace, weight_layers
+from common.network.tracing import Traced, trace, weight_layers
 from training.loop.fit import Loss, choose_precision, fit
 from training.loop.state import TrainingState
 from training.recipe import Recipe
+
+Channels = Mapping[str, torch.Tensor]
 
 TEMPERATURE = 3.0
 SMALLEST_SQUARE = 1e-6  # lower bound of the mean square that a block's error is divided by
@@ -67,17 +70,20 @@ def distill(
     seed: int,
     learning_rate: float = RECIPE.learning_rate,
     precision: str | None = None,
+    channels: Channels = MappingProxyType({}),
 ) -> None:
     """Train a student to imitate its teacher; weights that are zero stay zero.
 
     Args:
         student: Network to train in place; moved to the images' device, left in eval mode. It has
-            the teacher's modules, and its blocks have as many output channels.
+            the teacher's modules, whose layers may have fewer channels.
         teacher: Network to imitate, in eval mode, on the images' device.
         training: Images to learn from.
         seed: Seed of order and augmentation.
         learning_rate: Highest learning rate; the other settings are the recipe's.
         precision: ``bf16`` or ``fp32``; by default the one that the device is fast in.
+        channels: For each layer with fewer output channels than the teacher's: the indices of those
+            that are left.
 
     Raises:
         UserError: The loss is no longer finite.
@@ -93,9 +99,22 @@ def distill(
     traced = trace(teacher, train.shape)
     state = TrainingState.start(student, recipe, device)
     keep_zeros = hold_zeros(weight_layers(student, traced.network))
-    with imitation_loss(student, teacher, traced.blocks) as loss:
+    blocks = _block_channels(traced, channels)
+    with imitation_loss(student, teacher, blocks) as loss:
         fit(state, train, recipe, seed, Workers(device), loss, keep_zeros)
     student.eval()
+
+
+def _block_channels(traced: Traced, channels: Channels) -> dict[str, torch.Tensor | None]:
+    """Return for each block which output channels the student has; None for all.
+
+    A block's outputs are a sum that its last layer adds to, so they have that layer's channels.
+    """
+    found = {}
+    for block in traced.blocks:
+        layers = [name for name in traced.network.graph.layers if name.startswith(f"{block}.")]
+        found[block] = channels.get(layers[-1]) if layers else None
+    return found
 
 
 def hold_zeros(layers: Mapping[str, nn.Module]) -> Callable[[nn.Module], None]:
@@ -111,8 +130,17 @@ def hold_zeros(layers: Mapping[str, nn.Module]) -> Callable[[nn.Module], None]:
 
 
 @contextlib.contextmanager
-def imitation_loss(student: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> Iterator[Loss]:
-    """Provide the loss: divergence of the logits, and error of the outputs of some modules."""
+def imitation_loss(
+    student: nn.Module, teacher: nn.Module, blocks: Mapping[str, torch.Tensor | None]
+) -> Iterator[Loss]:
+    """Provide the loss: divergence of the logits, and error of the outputs of some modules.
+
+    Args:
+        student: Network that learns.
+        teacher: Network to imitate.
+        blocks: For each of these modules: the indices of the teacher's channels that the student
+            has, or None where it has all of them.
+    """
     given: dict[str, torch.Tensor] = {}
     wanted: dict[str, torch.Tensor] = {}
 
@@ -120,7 +148,8 @@ def imitation_loss(student: nn.Module, teacher: nn.Module, blocks: Sequence[str]
         with torch.no_grad():
             answers = teacher(images)
         lost = divergence(logits, answers)
-        return lost + block_error(given, wanted) if wanted else lost
+        kept = {n: w if blocks[n] is None else w[:, blocks[n]] for n, w in wanted.items()}
+        return lost + block_error(given, kept) if kept else lost
 
     with _recorded(student, blocks, given), _recorded(teacher, blocks, wanted):
         yield loss
@@ -147,7 +176,7 @@ def block_error(
     return torch.stack(errors).mean()
 
 
-def _recorded(network: nn.Module, blocks: Sequence[str], outputs: dict[str, torch.Tensor]):
+def _recorded(network: nn.Module, blocks: Iterable[str], outputs: dict[str, torch.Tensor]):
     """Keep the blocks' outputs in ``outputs``, run by run."""
 
     def keep(name: str, block: nn.Module, inputs: tuple, output: object) -> None:

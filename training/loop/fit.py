@@ -81,12 +81,7 @@ def fit(
         UserError: There are fewer images than a batch takes, the images are not square, the
             processes cannot share a batch equally, or the loss is no longer finite.
     """
-    if recipe.batch_size % workers.count:
-        raise UserError(f"{workers.count} processes cannot share a batch of {recipe.batch_size}")
-    if recipe.batch_size > len(train):
-        raise UserError(f"a batch of {recipe.batch_size} from only {len(train)} training images")
-    if train.shape[1] != train.shape[2]:
-        raise UserError("training needs square images: --image-size cuts them")
+    _check(train, recipe.batch_size, workers.count)
     # Gradients are averaged over the processes. Each normalises its own images; the batch-norm
     # statistics of the first are kept.
     network = DistributedDataParallel(state.model) if workers.count > 1 else state.model
@@ -119,6 +114,15 @@ def fit(
             mean_loss = total_loss / (steps * workers.count)
             accuracy = correct / (steps * recipe.batch_size)
             after_epoch(state, EpochSummary(epoch + 1, rate, mean_loss, accuracy, seconds))
+
+
+def _check(train: ImageSet, batch_size: int, processes: int) -> None:
+    if batch_size % processes:
+        raise UserError(f"{processes} processes cannot share a batch of {batch_size}")
+    if batch_size > len(train):
+        raise UserError(f"a batch of {batch_size} from only {len(train)} training images")
+    if train.shape[1] != train.shape[2]:
+        raise UserError("training needs square images: --image-size cuts them")
 
 
 def _step(

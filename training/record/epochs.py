@@ -9,9 +9,10 @@ from pathlib import Path
 from common.command import cli
 from common.command.cli import UserError
 from common.files.unfinished import SCRIPT
-from common.files.untrusted import read_sealed, write_sealed
+from common.files.untrusted import read_untrusted
 from common.images.data import ImageSet, checksum
 from common.measure.evaluate import measure_accuracy
+from common.network.checkpoint import save_checkpoint
 from common.report.results import percent
 from training.loop.fit import EpochSummary
 from training.loop.state import TrainingState
@@ -19,7 +20,6 @@ from training.recipe import Recipe
 from training.record.measure import find_correct
 
 CHECKPOINT_NAME = "checkpoint.pt"
-KIND = "resnet18-cifar10-training"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class EpochRecorder:
             len(str(self.epochs)), row.epoch, self.epochs, row.loss, percent(accuracy), row.seconds,
         )  # fmt: skip
         content = {"rows": [asdict(row) for row in self.rows], "tensors": state.tensors()}
-        write_sealed(content, KIND, self.checkpoint)
+        save_checkpoint(content, self.checkpoint)
 
     def resume(self, state: TrainingState) -> None:
         """Load the checkpoint into ``state``, if there is one.
@@ -74,7 +74,7 @@ class EpochRecorder:
         if not self.checkpoint.exists():
             return
         try:
-            saved = read_sealed(self.checkpoint, KIND)
+            saved = read_untrusted(self.checkpoint)
             rows = [_read_row(row) for row in saved["rows"]]
             if [row.epoch for row in rows] != [*range(1, len(rows) + 1)]:
                 raise ValueError("its epochs are out of order")

@@ -6,15 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from common.network.graph import (
-    CONVOLUTION,
-    FLATTEN,
-    INPUT,
-    LINEAR,
-    MAX_POOL,
-    Graph,
-    Operation,
-)
+from common.network import graph as kinds
+from common.network.graph import Graph, Operation
 from quantization.int8.network import MAX_LEVEL, Int8Layer, Int8Network, ValueRange
 from quantization.settings import Settings
 
@@ -48,13 +41,13 @@ def _largest_products() -> Int8Network:
     pool = dense | {"kernel": [3, 3], "ceil": False}
     graph = Graph(
         (
-            Operation("images", INPUT, (), {"shape": [CHANNELS, 3, 3]}),
-            Operation("depthwise", CONVOLUTION, ("images",), depthwise),
+            Operation("images", kinds.INPUT, (), {"shape": [CHANNELS, 3, 3]}),
+            Operation("depthwise", kinds.CONVOLUTION, ("images",), depthwise),
             # The middle has no zeros of the padding in its sum.
-            Operation("middle", MAX_POOL, ("depthwise",), pool),
-            Operation("dense", CONVOLUTION, ("middle",), dense),
-            Operation("flatten", FLATTEN, ("dense",)),
-            Operation("linear", LINEAR, ("flatten",)),
+            Operation("middle", kinds.MAX_POOL, ("depthwise",), pool),
+            Operation("dense", kinds.CONVOLUTION, ("middle",), dense),
+            Operation("flatten", kinds.FLATTEN, ("dense",)),
+            Operation("linear", kinds.LINEAR, ("flatten",)),
         )
     )
     layers = {

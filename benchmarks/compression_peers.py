@@ -1,0 +1,110 @@
+"""Compare this project's answers with what other tools make of the same network, untrained.
+
+    python pipeline/pipeline.py --bundled
+    python benchmarks/compression_peers.py --bundled
+
+Rows: NNCodec (ISO/IEC 15938-17), Torch-Pruning (magnitude, batch norms estimated again, then made
+INT8 here), ONNX Runtime's own quantizer with zstd, and the answers of pipeline.py. All of them see
+the same weights and calibration images; they are evaluated on the images that pipeline.py did not
+choose on, and timed in turns. docs/peers.md has runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.command import argument_types, arguments, cli
+
+DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "compression_peers"
+DEFAULT_PIPELINE = cli.WORKSPACE / "results" / "pipeline"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = arguments.make_parser(__doc__)
+    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_device=False)
+    parser.set_defaults(test_images="all")
+    parser.add_argument(
+        "--pipeline", type=argument_types.list_of(argument_types.name), metavar="DIR,...",
+        default=[str(DEFAULT_PIPELINE)],
+        help="results of pipeline.py for the same network, test images and seed",
+    )  # fmt: skip
+    arguments.add_calibration_argument(parser, 1000)
+    arguments.add_timing_arguments(parser, batch_sizes=[1, 32], seconds=5.0)
+    return parser
+
+
+@cli.exit_codes
+def main(argv: list[str] | None = None) -> int:
+    """Load, compress by every tool, evaluate, time in turns, write."""
+    args = build_parser().parse_args(argv)
+    cli.set_up_messages(args.quiet)
+    started = time.perf_counter()
+
+    cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    from benchmarks import peers, peers_report
+    from common.files import output
+    from common.inputs import load_inputs
+    from common.machine import device
+    from common.machine.workers import ALONE
+    from common.measure import evaluate, latency
+    from common.network.size import saved_size_bytes
+    from common.report import results as report
+    from common.run import finish_run, print_results
+    from quantization.int8 import engines
+
+    device.set_up_cpu(args.threads)
+    settings = engines.choose_settings(engines.fastest_engine())
+    with (
+        output.OutputFolder(args.output_dir, args.overwrite) as folder,
+        tempfile.TemporaryDirectory() as files,
+    ):
+        inputs = load_inputs(args, Path(__file__).parent)
+        _, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
+
+        def evaluated(run, description):
+            classes = evaluate.predict(run, confirming, args.batch_size, description)
+            return classes == confirming.labels
+
+        dense = evaluated(engines.fp32_runner(inputs.traced.network), "dense FP32")
+        rows, contenders = [], []
+        pipelines = [Path(name).expanduser() for name in args.pipeline]
+        for made in peers.compress(inputs, settings, args.batch_size, pipelines, Path(files)):
+            name = f"{made.method}, {made.setting}"
+            correct = evaluated(made.run, name)
+            rows.append(peers_report.describe(made, evaluate.Paired.of(dense, correct)))
+            if made.timed:
+                contenders.append(latency.Contender(name, made.run))
+        images = confirming.normalize(confirming.images[: max(args.batch_sizes)])
+        timings = latency.time_interleaved(
+            contenders, images, args.batch_sizes, args.timing_seconds
+        )
+        for row in rows:
+            if timed := timings.get(f"{row['method']}, {row['setting']}"):
+                row["latency"] = [timing.as_dict() for timing in timed]
+
+        results = report.common_results(
+            "compression_peers", args, ALONE, inputs.describe_images(), inputs.weights,
+            inputs.describe_network(),
+        )  # fmt: skip
+        results |= {
+            "fp32": {
+                "size_bytes": saved_size_bytes(inputs.model.state_dict()),
+                "accuracy": evaluate.measure_accuracy(dense).as_dict(),
+            },
+            "rows": rows,
+        }
+        results["artifacts"] = {"plots": [peers_report.PLOT]}
+        peers_report.plot(results, folder.file(peers_report.PLOT))
+        told = finish_run(results, folder, started, peers_report.tell, args.report)
+    print_results(results, told, args.output_dir, args.json)
+    return cli.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

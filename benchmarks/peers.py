@@ -1,0 +1,154 @@
+"""What other tools make of the same network without training it, and this project's own answers.
+
+Every function yields :class:`Compressed` networks one by one, so that none is held while the next
+one is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.runtimes import ONNXRUNTIME_FILE, Run, has_packages, onnxruntime_own
+from common.command.cli import UserError
+from common.inputs import Inputs
+from common.network.tracing import trace_network
+from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
+from quantization.files.artifact import load_int8
+from quantization.files.int8_file import save_int8
+from quantization.int8 import conversion, engines
+from quantization.settings import Settings
+
+OURS, NNCODEC, TORCH_PRUNING, ONNX_RUNTIME = (
+    "ours", "NNCodec", "Torch-Pruning", "ONNX Runtime + zstd",
+)  # fmt: skip
+QUANTIZER_STEPS = (-38, -34, -32, -30, -28, -26, -24)  # NNCodec's qp: the higher, the coarser
+CHANNEL_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+ZSTD_LEVEL = 19
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A network that a tool made smaller or faster.
+
+    Attributes:
+        method: Name of the tool.
+        setting: How far it was asked to go.
+        size_bytes: Size of the file.
+        run: Maps normalised images (N, C, H, W) to logits.
+        timed: Whether it runs in INT8. NNCodec's networks do not: they are the dense FP32 one again
+            when they are decoded.
+    """
+
+    method: str
+    setting: str
+    size_bytes: int
+    run: Run
+    timed: bool = True
+
+
+def nncodec(inputs: Inputs) -> Iterator[Compressed]:
+    """Code the state dict at several quantizer steps, and decode it (ISO/IEC 15938-17)."""
+    from nncodec.nn import decode, encode
+
+    tensors = {
+        name: tensor.float().numpy()
+        for name, tensor in inputs.model.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    for step in QUANTIZER_STEPS:
+        with tempfile.TemporaryDirectory() as folder:  # the encoder leaves its stream there
+            options = {"qp": step, "use_dq": True, "verbose": False, "results": folder}
+            stream = encode(tensors, args=options)
+        decoded = {name: torch.from_numpy(np.array(a)) for name, a in decode(stream).items()}
+        model = copy.deepcopy(inputs.model)
+        model.load_state_dict(decoded, strict=False)
+        network = trace_network(model.eval(), inputs.test.shape)
+        yield Compressed(NNCODEC, f"qp {step}", len(stream), engines.fp32_runner(network), False)
+
+
+def torch_pruning(inputs: Inputs, settings: Settings, batch_size: int) -> Iterator[Compressed]:
+    """Remove channels of small norm everywhere, estimate batch norms again, and make it INT8."""
+    import torch_pruning as tp
+
+    example = torch.zeros(1, *inputs.test.shape)
+    calibration = inputs.calibration
+    for share in CHANNEL_SHARES:
+        model = copy.deepcopy(inputs.model)
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        tp.pruner.BasePruner(
+            model, example, importance=tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=share, ignored_layers=linear[-1:],
+        ).step()  # fmt: skip
+        recalibrate_batch_norm(model, calibration.rows(slice(RECALIBRATION_IMAGES)))
+        network = trace_network(model.eval(), inputs.test.shape)
+        observation = conversion.observe(network, calibration, settings.observer, batch_size)
+        int8 = conversion.convert(observation, settings)
+        with tempfile.TemporaryDirectory() as folder:
+            size_bytes = save_int8(int8, Path(folder) / "slim.safetensors")
+        run = engines.runner(settings.engine, int8)
+        yield Compressed(TORCH_PRUNING, f"{share:.0%} of channels, INT8", size_bytes, run)
+
+
+def onnx_runtime(inputs: Inputs, folder: Path) -> Iterator[Compressed]:
+    """Quantize by ONNX Runtime's own quantizer; the file is packed with zstd."""
+    import zstandard
+
+    runtime = onnxruntime_own(inputs.traced.network, inputs.calibration, folder)
+    packed = zstandard.compress((folder / ONNXRUNTIME_FILE).read_bytes(), level=ZSTD_LEVEL)
+    yield Compressed(ONNX_RUNTIME, "INT8", len(packed), runtime.run)
+
+
+def ours(inputs: Inputs, folder: Path, engine: str) -> Iterator[Compressed]:
+    """Read the answers of pipeline.py from its folder.
+
+    Raises:
+        UserError: The folder holds no results of pipeline.py for this checkpoint, these test images
+            and this seed, or its files are damaged.
+    """
+    try:
+        results = json.loads((folder / "results.json").read_bytes())
+        answers = {answer["name"]: folder / answer["file"] for answer in results["answers"]}
+        budget = results["budget"]["max_drop"]
+        same = (
+            results["weights"]["sha256"] == inputs.weights["sha256"]
+            and results["data"]["test_images"] == len(inputs.test)
+            and results["arguments"]["seed"] == inputs.seed
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder}: no results of pipeline.py ({error})") from None
+    if not same:
+        raise UserError(f"{folder}: results for another checkpoint, other test images or seed")
+    for name, path in answers.items():
+        size_bytes = path.stat().st_size
+        yield Compressed(OURS, f"{name}, within {budget:.1%}", size_bytes, load_int8(path, engine))
+
+
+def compress(
+    inputs: Inputs, settings: Settings, batch_size: int, pipelines: Sequence[Path], folder: Path
+) -> Iterator[Compressed]:
+    """Yield what each tool makes of a network; a line says which tools are not installed.
+
+    Args:
+        inputs: Network, and images to calibrate on.
+        settings: How networks become INT8 here.
+        batch_size: Images in a batch of calibration.
+        pipelines: Folders with results of pipeline.py.
+        folder: Place for temporary files.
+    """
+    for results in pipelines:
+        yield from ours(inputs, results, settings.engine)
+    if has_packages(("onnx", "onnxruntime", "zstandard"), ONNX_RUNTIME):
+        yield from onnx_runtime(inputs, folder)
+    if has_packages(("torch_pruning",), TORCH_PRUNING):
+        yield from torch_pruning(inputs, settings, batch_size)
+    if has_packages(("nncodec",), NNCODEC):
+        yield from nncodec(inputs)

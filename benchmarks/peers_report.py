@@ -1,0 +1,128 @@
+"""The rows, the table and the plot of compression_peers.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.peers import NNCODEC, ONNX_RUNTIME, OURS, TORCH_PRUNING, Compressed
+from common.measure.evaluate import Paired
+from common.report import results as report
+from common.report.story import Column, Headline, Story, Table
+
+PLOT = "compression_peers.png"
+WITHIN = 0.01  # loss that the summary allows, as a fraction
+LOWEST_POINTS = -6  # what lost more is drawn at the plot's edge
+COLORS = {
+    OURS: report.BLUE,
+    ONNX_RUNTIME: report.ORANGE,
+    TORCH_PRUNING: report.GREEN,
+    NNCODEC: report.RED,
+}
+
+
+def describe(compressed: Compressed, paired: Paired) -> dict:
+    """Return a row of results.json, without its latency."""
+    return {
+        "method": compressed.method,
+        "setting": compressed.setting,
+        "size_bytes": compressed.size_bytes,
+        **paired.as_dict(),
+    }
+
+
+def tell(results: dict) -> Story:
+    """Tell results.json of a run."""
+    rows, fp32 = results["rows"], results["fp32"]
+    timed = next((row["latency"] for row in rows if "latency" in row), [])
+    columns = [
+        Column("", lambda row: row["method"], name="method"),
+        Column("setting", lambda row: row["setting"]),
+        Column("MB", lambda row: row["size_bytes"] / 1e6, "{:.2f}".format),
+        Column("smaller", lambda row: fp32["size_bytes"] / row["size_bytes"], "{:.1f}×".format),
+        *report.accuracy_columns(),
+        *report.change_columns(),
+        *(
+            Column(
+                f"batch {timing['batch_size']}",
+                lambda row, index=index: row["latency"][index] if "latency" in row else None,
+                report.show_rate,
+            )
+            for index, timing in enumerate(timed)
+        ),
+    ]
+    note = (
+        "At a batch size: INT8 images a second. NNCodec's networks run as the dense one does."
+        + report.explain_doubt([row for row in rows if "latency" in row])
+    )
+    return Story(
+        f"{report.network_name(results)}: compressed without training",
+        report.describe_setting(results)
+        + f" Evaluated on the {fp32['accuracy']['total']:,} that pipeline.py did not choose on.",
+        [
+            Headline(f"{fp32['size_bytes'] / row['size_bytes']:.1f}× smaller", method)
+            for method, row in best(rows).items()
+        ],
+        [Table("", columns, rows, note), *_summary(results)],
+        {PLOT: "Change of accuracy against size, and against INT8 images a second."},
+        report.format_cost(results),
+    )
+
+
+def best(rows: Sequence[dict], speed: bool = False) -> dict[str, dict]:
+    """Return by method its smallest row within a point, or its fastest at the largest batch."""
+
+    def rank(row: dict) -> float:
+        return row["latency"][-1]["images_per_second"] if speed else -row["size_bytes"]
+
+    fits = [
+        row for row in rows
+        if row["comparison"]["drop"] <= WITHIN and ("latency" in row or not speed)
+    ]  # fmt: skip
+    methods = dict.fromkeys(row["method"] for row in fits)
+    return {
+        method: max((row for row in fits if row["method"] == method), key=rank)
+        for method in methods
+    }
+
+
+def _summary(results: dict) -> list[str]:
+    rows, fp32_bytes = results["rows"], results["fp32"]["size_bytes"]
+    smallest = ", ".join(
+        f"{method} {fp32_bytes / row['size_bytes']:.1f}×" for method, row in best(rows).items()
+    )
+    fastest = ", ".join(
+        f"{method} {report.show_rate(row['latency'][-1])} images/s"
+        for method, row in best(rows, speed=True).items()
+    )
+    return [f"Smallest within one point: {smallest}.", f"Fastest within one point: {fastest}."]
+
+
+def plot(results: dict, path: Path) -> None:
+    """Plot the change of accuracy against size and, where INT8, against images a second."""
+    figure, axes = report.new_figure(11, 4.6, columns=2, sharey=True)
+    fp32_bytes, timed = results["fp32"]["size_bytes"], []
+    for method, color in COLORS.items():
+        rows = [row for row in results["rows"] if row["method"] == method]
+        timed += (own := [row for row in rows if "latency" in row])
+        heights = {id(r): max(-100 * r["comparison"]["drop"], LOWEST_POINTS) for r in rows}
+        for axis, shown, position in (
+            (axes[0], rows, lambda row: fp32_bytes / row["size_bytes"]),
+            (axes[1], own, lambda row: row["latency"][-1]["images_per_second"]),
+        ):
+            points = sorted((position(row), heights[id(row)]) for row in shown)
+            line = "o" if method in (OURS, ONNX_RUNTIME) else "o-"
+            axis.plot(*zip(*points, strict=True) if points else ([], []), line, color=color,
+                      label=method)  # fmt: skip
+    for axis in axes:
+        axis.axhline(-100 * WITHIN, color=report.GREY, lw=1, ls="--")
+    ticks = [2**power for power in range(2, 8)]
+    axes[0].set(xscale="log", title="Size", xlabel="times smaller than FP32",
+                ylabel="points against FP32")  # fmt: skip
+    axes[0].set_xticks(ticks, [f"{tick}×" for tick in ticks])
+    axes[0].set_xticks([], minor=True)
+    batch_size = timed[0]["latency"][-1]["batch_size"] if timed else ""
+    axes[1].set(title="Speed", xlabel=f"INT8 images a second at batch {batch_size}")
+    axes[0].legend(loc="lower left")
+    report.mark_doubt(figure, timed)
+    report.save_figure(figure, path)

@@ -1,0 +1,97 @@
+"""Loading of images from a source, and a check that training and test images differ."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+from common.command.argument_types import AtMost
+from common.command.cli import UserError, counted, log
+from common.images.data import ImageSet, balanced_subset
+from common.images.source import Source
+
+UNBALANCED = 1.5  # ratio of the largest class to the smallest from which on the user is told
+MAX_SHARED = 0.9  # share of the smaller split in the other from which on both are refused
+
+
+def load_images(
+    source: Source,
+    split: str,
+    count: int | None,
+    seed: int,
+    skip: int = 0,
+    flag: str | None = None,
+) -> ImageSet:
+    """Read ``count`` images of a split into memory, or into a file that is mapped into it.
+
+    Args:
+        source: Where images come from, from :func:`common.images.sources.open_source`.
+        split: ``train`` or ``test``.
+        count: Size of the subset, which keeps the proportions of the classes; None for the whole
+            split. A default (:class:`AtMost`) takes what there is, up to it.
+        seed: Chooses and shuffles, see :func:`balanced_subset`; the same seed does the same.
+        skip: Leave out those that the same seed would choose as a subset of this size, so that
+            the two have no image in common.
+        flag: Flag that asks for the number of images, for messages.
+
+    Raises:
+        UserError: The split is missing, unreadable, or has too few images.
+    """
+    available = source.open_split(split)
+    total = len(available.labels)
+    skip = min(skip, total) if isinstance(skip, AtMost) else skip
+    if isinstance(count, AtMost) and total > skip:
+        count = min(count, total - skip)
+    if count is not None and skip + count > total:
+        asked = f"{flag} {count}" if flag else f"{counted(count, f'{split} image')} asked for"
+        beside = f", beside {skip} for another purpose" if skip else ""
+        there = counted(total, f"{split} image")
+        raise UserError(f"{asked}{beside}: only {there} in {source.description}")
+    if count is None:
+        count = total - skip
+    elif count < total:
+        _tell_of_imbalance(available.labels, source.classes, split)
+    indices = balanced_subset(available.labels, count, seed, skip)
+    pixels = available.read(indices)
+    return ImageSet(
+        torch.from_numpy(pixels), torch.from_numpy(available.labels[indices]), source.classes,
+        source.mean, source.std, source.channel_order, source.resize,
+    )  # fmt: skip
+
+
+def _tell_of_imbalance(labels: np.ndarray, classes: tuple[str, ...], split: str) -> None:
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.max() > UNBALANCED * counts.min():
+        log.info(
+            "the classes have from %d (%s) to %d (%s) %s images; subsets keep their proportions",
+            counts.min(), classes[counts.argmin()], counts.max(), classes[counts.argmax()], split,
+        )  # fmt: skip
+
+
+def check_disjoint(training: ImageSet, test: ImageSet, place: str) -> None:
+    """Warn if some training images are test images as well, pixel for pixel.
+
+    Args:
+        training: Images that the run compresses or trains on.
+        test: Images that it measures accuracy on.
+        place: Description of where both come from, for the message.
+
+    Raises:
+        UserError: Nearly all of them are.
+    """
+    shared = len(_digests(training) & _digests(test))
+    told = (
+        f"{place}: {shared:,} of {len(training):,} training images are among the {len(test):,} "
+        "test images"
+    )
+    if shared > MAX_SHARED * min(len(training), len(test)):
+        raise UserError(f"{told}; train and test must hold different images")
+    if shared:
+        log.warning("%s: accuracies on them are too high", told)
+
+
+def _digests(dataset: ImageSet) -> set[bytes]:
+    images = dataset.images.cpu().contiguous()
+    return {hashlib.sha256(image.data).digest() for image in images.numpy()}

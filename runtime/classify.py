@@ -1,0 +1,87 @@
+"""Print the five likeliest classes of photos; needs Pillow, decode.py and all that it needs.
+
+python classify.py model.safetensors photo.jpg
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow would also hand EPS to ghostscript
+SHOWN_CLASSES = 5
+
+
+def fit(image: Image.Image, height: int, width: int, short_side: int | None) -> Image.Image:
+    """Return an image scaled and cut, as torchvision's Resize and CenterCrop do it.
+
+    Args:
+        image: The image.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+        short_side: Length to which the short side is scaled before the middle is cut out; by
+            default as short as the result allows.
+    """
+    sides = image.size
+    if short_side is None:
+        short_side = max(
+            -(-min(sides) * wanted // side)  # rounded up
+            for side, wanted in zip(sides, (width, height), strict=True)
+        )
+    if min(sides) != short_side:
+        longer = int(short_side * max(sides) / min(sides))
+        size = (short_side, longer) if sides[0] <= sides[1] else (longer, short_side)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def read_image(path: Path, height: int, width: int, short_side: int | None) -> np.ndarray:
+    """Return a photo as uint8 pixels (3, height, width), RGB.
+
+    Raises:
+        ValueError: The file is missing, or no image.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: no JPEG, PNG, BMP or WebP image") from None
+    except Exception as error:  # damaged files make Pillow fail in too many ways to list
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    return np.asarray(fit(image, height, width, short_side)).transpose(2, 0, 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Classify photos."""
+    from decode import load  # beside this module, wherever both are copied to
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="INT8 file (.safetensors)")
+    parser.add_argument("photos", nargs="+", type=Path, metavar="photo")
+    args = parser.parse_args(argv)
+    try:
+        classify = load(args.model)
+        for path in args.photos:
+            pixels = read_image(path, *classify.shape[1:], classify.facts["resize"])
+            logits = classify(pixels[None])[0].astype(np.float64)
+            shares = np.exp(logits - logits.max())
+            shares /= shares.sum()
+            if len(args.photos) > 1:
+                print(f"{path}:")
+            for index in np.argsort(-shares, kind="stable")[:SHOWN_CLASSES]:
+                print(f"{shares[index]:7.2%}  {classify.facts['classes'][index]}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
