@@ -6,7 +6,8 @@ import argparse
 import functools
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ class Inputs:
         test: Images to measure on.
         calibration: Training images to calibrate on; none, where the script asks for none.
         family: Name of the network's architecture.
+        own_names: For each layer its name in the checkpoint.
     """
 
     weights: dict
@@ -57,6 +59,7 @@ class Inputs:
     test: ImageSet
     calibration: ImageSet | None
     family: str = "resnet18-cifar"
+    own_names: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def traced(self) -> Traced:
@@ -136,7 +139,9 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
     if loaded.statistics is not None:
         source = _use_statistics(source, args, loaded.statistics)
     test = load_images(source, "test", args.test_images, args.seed, flag="--test-images")
-    inputs = Inputs(described, loaded.model, source, args.seed, test, None, loaded.family)
+    inputs = Inputs(
+        described, loaded.model, source, args.seed, test, None, loaded.family, loaded.own_names
+    )
     counts = f"{len(test)} for testing"
     if "calibration_images" in args:
         calibration = inputs.load_training(args.calibration_images, flag="--calibration-images")

@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         fast = args.precision == "bf16" or (args.precision == "auto" and device.bf16_pays())
         fast = workers.broadcast(fast and on_cpu)  # a timing, so the first worker's counts
         names = list(weight_layers(inputs.model, inputs.traced.network))
-        layers = choose_layers(names, args.layers)
+        layers = choose_layers(names, args.layers, inputs.own_names)
         if args.scope == "channels":
             require_possible(inputs.traced.network, args.remove_macs)
         searches = args.scope and args.remove_macs is None

@@ -17,11 +17,15 @@ from common.network import checkpoint
 from common.network.checkpoint import (
     BUNDLED_WEIGHTS,
     WEIGHTS_NAME,
+    WeightsFile,
     find_weights,
     load_model,
+    load_network,
     read_checkpoint,
 )
 from common.network.layouts import NESTING_KEYS
+from quantization.files.int8_file import save_int8
+from quantization.settings import Settings
 
 
 def to_torchvision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -160,3 +164,16 @@ def test_a_disk_that_fills_up_is_an_os_error(tiny_state, full_disk, tmp_path):
     with full_disk(), pytest.raises(OSError, match=r"too large: 'weights\.pth'"):
         checkpoint.save_checkpoint(tiny_state, tmp_path / "weights.pth")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_an_int8_file_is_read_as_the_fp32_network_of_its_levels(convert, random_images, tmp_path):
+    network = convert(Settings())
+    save_int8(network, tmp_path / "int8.safetensors")
+    loaded = load_network(WeightsFile(tmp_path / "int8.safetensors", ""))
+    assert loaded.family == "resnet18-cifar"
+    assert loaded.statistics == (network.mean, network.std)
+    images = random_images(8)
+    batch = images.normalize(images.images)
+    with torch.no_grad():
+        found, expected = loaded.model(batch), network.dense()(batch)
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from common.command import cli
 from common.command.cli import UserError
 from common.network.checkpoint import WeightsFile, find_weights, load_network
+from pruning.alone.scan import choose_layers
 
 State = dict[str, torch.Tensor]
 
@@ -108,6 +109,20 @@ def test_layout(layout, tiny_state, tmp_path, capsys):
     assert note in capsys.readouterr().err
     has_statistics = layout in ("mu and sigma", "twice")
     assert loaded.statistics == (((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)) if has_statistics else None)
+
+
+def test_layers_are_chosen_by_the_checkpoints_own_names(tiny_state, tmp_path):
+    content = prefixed("model.", as_weiaicunzai(tiny_state))
+    own_names = load(content, tmp_path).own_names
+    assert {f"{name}.weight" for name in own_names.values()} <= {*content}
+    names = ["conv1", "layer4.0.conv1", "layer4.0.shortcut.0", "linear"]
+    for patterns, expected in (
+        (["model.conv5_x.0.residual_function.0"], ["layer4.0.conv1"]),
+        (["*.fc", "model.conv1.0"], ["conv1", "linear"]),
+        (["layer4.*"], ["layer4.0.conv1", "layer4.0.shortcut.0"]),
+        (None, names),
+    ):
+        assert choose_layers(names, patterns, own_names) == expected
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

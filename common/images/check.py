@@ -32,7 +32,7 @@ CLEARLY_WORSE = 3.0
 FIRST_LOOK = 128  # images
 GOOD_ACCURACY = 0.97  # from here on no alternative is tried
 # Standard errors by which labels must speak for another order of colours; fewer where the first
-# batch norm, whose statistics hardly depend on it, speaks for that order too.
+# batch norm speaks for that order too.
 STANDARD_ERRORS, STANDARD_ERRORS_AGREED = 3.0, 2.0
 CONFUSED = 0.7  # of a class's images are called by one other class's name
 MIN_OF_CLASS = 5  # images by which a class is judged
@@ -208,22 +208,33 @@ def _check_labels(subject: Subject) -> list[str]:
     rest = _logits(subject, subject.train.rows(slice(len(logits), None)))
     predictions = torch.cat([logits, rest]).argmax(1) if len(rest) else logits.argmax(1)
     correct = predictions == labels
+    found = []
+    if (reordered := _predict_other_order(subject)) is not None:
+        predicted, errors, other = reordered
+        gained = int(((predicted == labels) & ~correct).sum())
+        lost = int((correct & (predicted != labels)).sum())
+        if gained - lost > errors * (gained + lost) ** 0.5:
+            found.append(
+                f"of {len(labels)} training images {int((predicted == labels).sum())} are "
+                f"classified correctly with --channel-order {other}, {int(correct.sum())} without"
+            )
+            predictions = predicted
+    return found + _find_exchanged_classes(predictions, labels, subject.train.classes)
+
+
+def _predict_other_order(subject: Subject) -> tuple[torch.Tensor, float, str] | None:
+    """Return predictions for the other order of colours, unless the first batch norm rules it out.
+
+    Beside them stand the standard errors by which labels must speak for it, and its name.
+    """
     other = "bgr" if subject.train.channel_order == "rgb" else "rgb"
     reordered = replace(subject.train, channel_order=other)
-    swapped = _logits(subject, reordered).argmax(1)
-    found = []
-    gained = int(((swapped == labels) & ~correct).sum())
-    lost = int((correct & (swapped != labels)).sum())
-    mismatches = [_mismatch_after_stem(subject, train) for train in (subject.train, reordered)]
-    statistics_agree = None not in mismatches and mismatches[1] < mismatches[0]
-    errors = STANDARD_ERRORS_AGREED if statistics_agree else STANDARD_ERRORS
-    if gained - lost > errors * (gained + lost) ** 0.5:
-        found.append(
-            f"of {len(labels)} training images {int((swapped == labels).sum())} are classified "
-            f"correctly with --channel-order {other}, {int(correct.sum())} without"
-        )
-        predictions = swapped
-    return found + _find_exchanged_classes(predictions, labels, subject.train.classes)
+    present, swapped = (_mismatch_after_stem(subject, i) for i in (subject.train, reordered))
+    if None in (present, swapped):
+        return _logits(subject, reordered).argmax(1), STANDARD_ERRORS, other
+    if swapped >= present:
+        return None
+    return _logits(subject, reordered).argmax(1), STANDARD_ERRORS_AGREED, other
 
 
 def _find_exchanged_classes(

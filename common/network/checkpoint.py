@@ -6,7 +6,8 @@ Reading ends in a network with weights that fit it, or in one line that says why
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from quantization.files.int8_file import is_int8_file, read_int8
 
 WEIGHTS_NAME = "resnet18_cifar10.pth"
 BUNDLED_WEIGHTS = ASSETS / "resnet18_cifar10_fp16.pth"
+WEIGHT = ".weight"
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -88,11 +90,13 @@ class Loaded:
         model: The network, in eval mode, FP32, on the CPU.
         family: Name of its architecture, such as ``resnet18-cifar`` or ``torchvision:vgg11_bn``.
         statistics: Mean and std for the images, if the checkpoint holds them.
+        own_names: For each layer its name in the checkpoint.
     """
 
     model: nn.Module
     family: str
     statistics: Statistics | None = None
+    own_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_model(path: Path) -> nn.Module:
@@ -123,15 +127,22 @@ def load_network(
     layout = read_layout(path, content, file.key, expected_names(model) if model else ())
     tensors = layout.tensors
     _check_size(path, tensors)
+    own: dict[str, str] = {}
     if model is None:
-        tensors, expected, family = _fit_resnet(path, tensors, max_pool)
+        tensors, expected, own = _fit_resnet(path, tensors, max_pool)
+        family = expected.shape.family
     else:
         expected, family = _narrowed(build_model(model, tensors), tensors), model
     state = _fit(path, tensors, expected.state_dict(), family)
     for note in layout.notes:
         log.info("%s: %s", _name(path), note)
     expected.load_state_dict(state, assign=True)
-    return Loaded(expected.eval(), family, layout.statistics)
+    own_names = {
+        name.removesuffix(WEIGHT): layout.prefix + own.get(name, name).removesuffix(WEIGHT)
+        for name in tensors
+        if name.endswith(WEIGHT)
+    }
+    return Loaded(expected.eval(), family, layout.statistics, own_names)
 
 
 def _narrowed(model: nn.Module, tensors: StateDict) -> nn.Module:
@@ -159,10 +170,11 @@ def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
     network = read_int8(path)
     state = {f"{name}.weight": layer.dense() for name, layer in network.layers.items()}
     if model is None:
-        state, built, family = _fit_resnet(path, state, max_pool)
+        state, built, _ = _fit_resnet(path, state, max_pool)
+        family = built.shape.family
     else:
         built, family = build_model(model, state), model
-    traced = trace(built, network.graph.operations[0].attributes["shape"])
+    traced = trace(built.eval(), network.graph.operations[0].attributes["shape"])
     if set(traced.network.graph.layers) != set(network.layers) or network.affine:
         raise UserError(f"{path}: its layers are not those of {family}")
     for name, layer in network.layers.items():
@@ -173,7 +185,7 @@ def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
             state |= {f"{norm}.weight": ones, f"{norm}.running_var": ones - epsilon}
             state[f"{norm}.running_mean"] = torch.zeros_like(layer.bias)
     built.load_state_dict(_fit(path, state, built.state_dict(), family), assign=True)
-    return Loaded(built.eval(), family, (network.mean, network.std))
+    return Loaded(built, family, (network.mean, network.std))
 
 
 def read_checkpoint(path: Path) -> StateDict:
@@ -183,10 +195,13 @@ def read_checkpoint(path: Path) -> StateDict:
 
 def _fit_resnet(
     path: Path, tensors: StateDict, max_pool: bool | None
-) -> tuple[StateDict, ResNet, str]:
-    """Return the tensors under the names of a ResNet, and that ResNet without weights."""
-    names = None if "conv1.weight" in tensors else canonical_names(tensors)
-    if names is not None:
+) -> tuple[StateDict, ResNet, dict[str, str]]:
+    """Return the tensors under the names of a ResNet, and that ResNet without weights.
+
+    The dictionary gives for each of these names the checkpoint's own, where they differ.
+    """
+    names = {} if "conv1.weight" in tensors else canonical_names(tensors) or {}
+    if names:
         log.info("%s: its names are mapped, by order and shape, to conv1 … linear", _name(path))
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
     try:
@@ -197,7 +212,7 @@ def _fit_resnet(
             f"{path}: not a ResNet ({error}) but a network with {shorten([*tensors])}; --model "
             "says which network it is"
         ) from None
-    return tensors, model, model.shape.family
+    return tensors, model, {new: old for old, new in names.items()}
 
 
 def _fit(path: Path, tensors: StateDict, expected: StateDict, family: str) -> StateDict:

@@ -33,11 +33,13 @@ class Layout:
         tensors: Tensors by the names that the network's class gives them.
         statistics: Mean and std for the images, if the checkpoint holds them.
         notes: What was passed over or changed, in words.
+        prefix: Prefix of all names that was taken off.
     """
 
     tensors: StateDict
     statistics: Statistics | None
     notes: tuple[str, ...]
+    prefix: str = ""
 
 
 def read_layout(
@@ -60,10 +62,10 @@ def read_layout(
     tensors, statistics = _take_statistics(whole)
     for names, found in ((whole, None), (tensors, statistics)):
         if prefix := _prefix_before(names, expected):
-            return Layout(_strip(names, prefix[0], notes), found, tuple(notes))
-    tensors = _strip(tensors, shared_prefix(tensors), notes)
-    tensors = _choose_network(path, tensors, key, notes)
-    return Layout(tensors, statistics, tuple(notes))
+            return Layout(_strip(names, *prefix, notes), found, tuple(notes), *prefix)
+    prefix = shared_prefix(tensors)
+    tensors = _choose_network(path, _strip(tensors, prefix, notes), key, notes)
+    return Layout(tensors, statistics, tuple(notes), prefix)
 
 
 def shorten(names: Sequence[str]) -> str:

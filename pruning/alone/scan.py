@@ -103,16 +103,29 @@ class ScanResult:
     recheck: Fp32Recheck | None
 
 
-def choose_layers(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
+def choose_layers(
+    names: Sequence[str], patterns: Sequence[str] | None, own_names: Mapping[str, str]
+) -> list[str]:
     """Return the layers that match any pattern (``layer4.*``), in their order.
+
+    Args:
+        names: Names of the layers.
+        patterns: Patterns of their names, here or in the checkpoint; None for all layers.
+        own_names: For a layer its name in the checkpoint, where that may differ.
 
     Raises:
         UserError: A pattern matches nothing.
     """
-    for pattern in patterns or []:
-        if not any(fnmatchcase(name, pattern) for name in names):
+    if patterns is None:
+        return list(names)
+
+    def matches(name: str, pattern: str) -> bool:
+        return any(fnmatchcase(n, pattern) for n in (name, own_names.get(name, name)))
+
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
             raise cli.UserError(f"--layers {pattern}: matches none of {', '.join(names)}")
-    return [n for n in names if patterns is None or any(fnmatchcase(n, p) for p in patterns)]
+    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
 
 
 def run_scan(
