@@ -23,8 +23,8 @@ from PIL import Image
 from processes import REPOSITORY
 from test_int8_file import FORGERIES, as_bytes, rewrite
 
-from common.images.data import load_images
 from common.images.decoding import Sizing
+from common.images.loading import load_images
 from common.images.sources import bundled_source
 from common.network.checkpoint import find_weights, load_network
 from common.network.tracing import trace_network
