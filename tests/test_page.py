@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.files.output import OutputFolder
+from common.report.loading import how_to_load
 from common.report.page import REPORT_NAME, render, write_page
 from common.report.results import DOUBT
 from common.report.story import Column, Facts, Headline, Story, Table
@@ -212,6 +213,14 @@ def test_plots_with_captions_come_first(tmp_path):
     assert page.images == [PNG + f"{name}.png".encode() for name in ("overview", "another")]
     assert "another.png" in page.text
     assert "images a second of each model" in page.text
+
+
+def test_each_kind_of_file_is_told_how_to_be_loaded():
+    names = ["a.safetensors", "a.check", "a.onnx", "b.pth", "b.csv"]
+    (facts,) = how_to_load({"model": "a.safetensors", "models": names, "plots": ["p.png"]})
+    kinds = {"INT8": "a.safetensors", "check": "a.check", "ONNX": "a.onnx", "FP32": "b.pth"}
+    assert {kind: how.partition(":")[0] for kind, how in facts.pairs.items()} == kinds
+    assert how_to_load({"plots": ["p.png"]}) == []
 
 
 HOSTILE = [

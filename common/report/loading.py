@@ -16,6 +16,7 @@ KINDS = {
         f"repository: PYTHONPATH={visible(REPOSITORY)}",
     ),
     ".onnx": ("ONNX", "onnxruntime.InferenceSession(path)"),
+    ".check": ("check", "python decode.py MODEL --check path, on the device"),
     ".pth": (
         "FP32",
         "--weights of each script, or torch.load(path, weights_only=True), a state dict",
