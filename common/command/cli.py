@@ -25,10 +25,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Where data/ and results/ lie: in the repository; for an installed copy in the working directory.
 WORKSPACE = REPOSITORY if (REPOSITORY / "pyproject.toml").exists() else Path.cwd()
 
-# Turns that a waiting OpenMP thread spins before it sleeps. ResNet18 in INT8 takes 1.7 to 1.9 ms at
-# batch 1 on two idle cores; with OpenMP's default of 300,000 turns 1.6 to 1.7 ms, without spinning
-# 2.6 ms. At batch 32, on cores that others use, it takes 117 to 153 ms; by default 484 to 530 ms.
-SPIN_COUNT = "3000"
+# Turns that a waiting OpenMP thread spins before it sleeps; the default is 300,000. docs/method.md
+# shows what that changes on idle cores and on cores that other programs use.
+SPIN_COUNT = "30000"
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
