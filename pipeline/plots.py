@@ -34,9 +34,11 @@ def plot_frontier(results: dict, path: Path) -> None:
     _plot(axes[0], results, lambda entry: fp32_bytes / size_of(entry))
     _plot(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"])
     _plot_doubt(axes[1], results, lambda entry: entry["latency"][-1]["images_per_second"])
-    mark_doubt(figure, [*results["models"], *results["answers"]])
+    shown = [*results["models"], *results["answers"]]
+    mark_doubt(figure, [{"latency": entry["latency"][-1:]} for entry in shown])
     axes[0].set(xscale="log", title="How small", xlabel="times smaller than the FP32 file")
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
+    axes[0].set_xlim(0.75, 1.4 * max(*ticks, *(fp32_bytes / size_of(entry) for entry in shown)))
     axes[0].set_xticks(ticks, [f"{tick}×" for tick in ticks])
     axes[0].set_xticks([], minor=True)
     axes[1].set(title="How fast", xlabel=f"images a second at batch {batch_size}")
