@@ -237,7 +237,8 @@ def test_a_trained_network_is_coded_towards_the_one_that_it_was_made_from(
     dense = trace_network(tiny_model, images.shape)
     layers = dict(dense.layers)
     torch.manual_seed(0)
-    for name, group in find_groups(dense).items():
+    inner = {n: g for n, g in find_groups(dense).items() if len(g.producers) == 1}
+    for name, group in inner.items():
         order = torch.randperm(group.width)  # the same function of other channels
         layers[name] = Layer(layers[name].weight[order], layers[name].bias[order])
         for reader in group.readers:
@@ -248,7 +249,6 @@ def test_a_trained_network_is_coded_towards_the_one_that_it_was_made_from(
     def error(original, wanted):
         return error_of(trained, encode(trained, images, 1e-6, original=original), images, wanted)
 
-    inner = find_groups(dense)
     unknown = Original(dense, dict.fromkeys(inner))
     assert error(unknown, dense) < 0.05
     assert error(None, trained) < 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -139,6 +140,19 @@ def test_interrupted_while_files_are_written(script, folder, tiny_weights, monke
 
     monkeypatch.setattr(OutputFolder, "file", interrupt)
     interrupted(main_of(script), *command_of(script, folder, tiny_weights), folder=folder)
+
+
+def test_a_signal_that_a_library_swallows_stops_the_run(folder, tiny_weights, monkeypatch):
+    name_file = OutputFolder.file
+
+    def swallow(self: OutputFolder, name: str) -> Path:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return name_file(self, name)
+
+    monkeypatch.setattr(OutputFolder, "file", swallow)
+    command = command_of("quantization", folder, tiny_weights)
+    interrupted(main_of("quantization"), *command, folder=folder)
 
 
 @pytest.mark.parametrize("script", ARGUMENTS)

@@ -13,7 +13,7 @@ from PIL import Image
 from processes import run_here
 from torch import nn
 
-from common.images.data import load_images
+from common.images.loading import load_images
 from common.images.sources import open_source
 from pruning import pruning
 from quantization import quantization

@@ -14,19 +14,30 @@ from collections.abc import Callable, Iterator
 _SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # not on Windows
     _SIGNALS.append(signal.SIGHUP)
+_received: list[int] = []  # signals that came since the current run began
 
 
 @contextlib.contextmanager
 def as_keyboard_interrupts() -> Iterator[list[int]]:
     """Let every one of the signals do what Ctrl-C does; yields those that have come so far."""
-    interrupted = []
+    global _received
+    _received = received = []
 
     def interrupt(number: int, frame: object) -> None:
-        interrupted.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
-    with handled_by(interrupt):
-        yield interrupted
+    try:
+        with handled_by(interrupt):
+            yield received
+    finally:
+        _received = []
+
+
+def raise_swallowed() -> None:
+    """Raise KeyboardInterrupt again if a library swallowed it, as callbacks of C code do."""
+    if _received:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

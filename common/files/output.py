@@ -128,6 +128,7 @@ class OutputFolder:
         results.json goes last: where it lies, the run's other files lie. Ctrl-C and SIGTERM wait
         until all is done.
         """
+        interruptions.raise_swallowed()
         names = _results_last(os.listdir(self._staging.name))
         with interruptions.deferred(), contextlib.ExitStack() as undo:
             self._clear_away(names, undo)
