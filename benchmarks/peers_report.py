@@ -119,10 +119,11 @@ def plot(results: dict, path: Path) -> None:
     ticks = [2**power for power in range(2, 8)]
     axes[0].set(xscale="log", title="Size", xlabel="times smaller than FP32",
                 ylabel="points against FP32")  # fmt: skip
+    axes[0].set_xlim(3.5, 160)
     axes[0].set_xticks(ticks, [f"{tick}×" for tick in ticks])
     axes[0].set_xticks([], minor=True)
     batch_size = timed[0]["latency"][-1]["batch_size"] if timed else ""
     axes[1].set(title="Speed", xlabel=f"INT8 images a second at batch {batch_size}")
-    axes[0].legend(loc="lower left")
+    axes[1].legend(loc="center right")
     report.mark_doubt(figure, timed)
     report.save_figure(figure, path)
