@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.network.size import saved_size_bytes
     from common.report import results as report
     from common.run import finish_run, print_results
+    from quantization.calibration import CalibrationSetup
     from quantization.int8 import engines
 
     device.set_up_cpu(args.threads)
@@ -66,17 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     ):
         inputs = load_inputs(args, Path(__file__).parent)
         _, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
-
-        def evaluated(run, description):
-            classes = evaluate.predict(run, confirming, args.batch_size, description)
-            return classes == confirming.labels
-
-        dense = evaluated(engines.fp32_runner(inputs.traced.network), "dense FP32")
+        setup = CalibrationSetup(inputs.calibration, confirming, args.batch_size)
+        fp32 = engines.fp32_runner(inputs.traced.network)
+        dense = setup.predict(fp32, "dense FP32") == confirming.labels
         rows, contenders = [], []
         pipelines = [Path(name).expanduser() for name in args.pipeline]
         for made in peers.compress(inputs, settings, args.batch_size, pipelines, Path(files)):
             name = f"{made.method}, {made.setting}"
-            correct = evaluated(made.run, name)
+            correct = setup.predict(made.run, name) == confirming.labels
             rows.append(peers_report.describe(made, evaluate.Paired.of(dense, correct)))
             if made.timed:
                 contenders.append(latency.Contender(name, made.run))

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks import runtimes
 from benchmarks.runtimes import ONNXRUNTIME_FILE, Run, has_packages, onnxruntime_own
 from common.command.cli import UserError
 from common.inputs import Inputs
 from common.network.tracing import trace_network
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
 from quantization.files.artifact import load_int8
-from quantization.files.int8_file import save_int8
 from quantization.int8 import conversion, engines
 from quantization.settings import Settings
 
@@ -75,7 +75,9 @@ def nncodec(inputs: Inputs) -> Iterator[Compressed]:
         yield Compressed(NNCODEC, f"qp {step}", len(stream), engines.fp32_runner(network), False)
 
 
-def torch_pruning(inputs: Inputs, settings: Settings, batch_size: int) -> Iterator[Compressed]:
+def torch_pruning(
+    inputs: Inputs, settings: Settings, batch_size: int, folder: Path
+) -> Iterator[Compressed]:
     """Remove channels of small norm everywhere, estimate batch norms again, and make it INT8."""
     import torch_pruning as tp
 
@@ -92,10 +94,9 @@ def torch_pruning(inputs: Inputs, settings: Settings, batch_size: int) -> Iterat
         network = trace_network(model.eval(), inputs.test.shape)
         observation = conversion.observe(network, calibration, settings.observer, batch_size)
         int8 = conversion.convert(observation, settings)
-        with tempfile.TemporaryDirectory() as folder:
-            size_bytes = save_int8(int8, Path(folder) / "slim.safetensors")
-        run = engines.runner(settings.engine, int8)
-        yield Compressed(TORCH_PRUNING, f"{share:.0%} of channels, INT8", size_bytes, run)
+        runtime = runtimes.ours(settings.engine, int8, folder)
+        setting = f"{share:.0%} of channels, INT8"
+        yield Compressed(TORCH_PRUNING, setting, runtime.size_bytes, runtime.run)
 
 
 def onnx_runtime(inputs: Inputs, folder: Path) -> Iterator[Compressed]:
@@ -149,6 +150,6 @@ def compress(
     if has_packages(("onnx", "onnxruntime", "zstandard"), ONNX_RUNTIME):
         yield from onnx_runtime(inputs, folder)
     if has_packages(("torch_pruning",), TORCH_PRUNING):
-        yield from torch_pruning(inputs, settings, batch_size)
+        yield from torch_pruning(inputs, settings, batch_size, folder)
     if has_packages(("nncodec",), NNCODEC):
         yield from nncodec(inputs)

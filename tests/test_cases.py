@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_inputs import MARKS, SHARED
 
 from common.command.cli import REPOSITORY, UserError, set_up_messages
 from common.images.cifar10 import CLASSES
@@ -22,14 +23,9 @@ from common.images.sources import BUNDLED_ARCHIVES
 from common.inputs import Inputs, load_inputs
 from common.network.checkpoint import find_weights, load_model, load_network
 
-SHARED = REPOSITORY.parent / "shared"
 WEIGHTS = SHARED / "weights" / "resnet18_cifar10.pth"
 TEST_IMAGES = 500
-pytestmark = [
-    pytest.mark.shared,
-    pytest.mark.full,
-    pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not there"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_inputs import MARKS, SHARED
 
 from common.command.cli import REPOSITORY
 from common.images.normalisation import NORMALISATIONS
@@ -21,14 +22,9 @@ from quantization.files.artifact import Int8Model
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
 
-SHARED = REPOSITORY.parent / "shared"
 TOLERANCE = 5  # images
 SCANNED_IMAGES = 300
-pytestmark = [
-    pytest.mark.shared,
-    pytest.mark.full,
-    pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not there"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
