@@ -24,7 +24,7 @@ from common.files.atomic import replace_file
 from common.files.untrusted import check_file, damage_told
 from common.network.execution import Layer
 from common.network.graph import Graph
-from common.network.shapes import infer_shapes
+from common.network.operations import infer_shapes
 from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network, ValueRange
 from quantization.settings import parse_settings
 from runtime import decode

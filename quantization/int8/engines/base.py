@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from common.command.cli import UserError
-from common.network.shapes import infer_shapes
+from common.network.operations import infer_shapes
 from quantization.int8.network import Int8Network
 
 # Sizes that a runner prepares for, where the kernels are made for a batch size. Each holds a copy
