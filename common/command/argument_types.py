@@ -69,7 +69,7 @@ def fraction(text: str) -> float:
 
 
 def accuracy_loss(text: str) -> float:
-    """Parse the accuracy that may be lost. Half of all images and more is taken for points."""
+    """Parse the accuracy that may be lost; half of all images or more is taken for points."""
     value = fraction(text)
     if value >= MAX_LOSS:
         raise argparse.ArgumentTypeError(
@@ -88,7 +88,7 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        # Of bytes that are no UTF-8; the libraries that read and write models take no such path.
+        # These stand for bytes that are not UTF-8; the libraries for models take no such path.
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
     return Path(text).expanduser() if text.startswith("~/") or text == "~" else Path(text)
 

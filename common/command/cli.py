@@ -29,11 +29,7 @@ WORKSPACE = REPOSITORY if (REPOSITORY / "pyproject.toml").exists() else Path.cwd
 # shows what that changes on idle cores and on cores that other programs use.
 SPIN_COUNT = "30000"
 
-EXIT_DONE = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_OVER_BUDGET = 3
-EXIT_INTERRUPTED = 130
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_OVER_BUDGET, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 # What the scripts print beyond ASCII. Each is one character, so columns stay in line.
 LOOK_ALIKES = {"─": "-", "–": "-", "−": "-", "×": "x", "≈": "~", "…": ":", "±": "~", "→": ">"}
@@ -43,13 +39,10 @@ log = logging.getLogger("compression")
 
 
 class UserError(ValueError):
-    """A failure that the user can mend, told in one line: no traceback, exit code 1.
+    """A failure that the user can correct, told in one line: no traceback, exit code 1.
 
-    From Python it is a ValueError, so that callers of ``load_int8`` need no name of this project.
+    It is a ValueError, so that callers of ``load_int8`` need no name of this project.
     """
-
-
-# --- messages: all of them on stderr -------------------------------------------------------------
 
 
 class _StderrHandler(logging.Handler):
@@ -84,33 +77,23 @@ def progress(
 ) -> tqdm:
     """Wrap ``items`` in a progress bar, with the time left where that is known; silent when quiet.
 
-    Where stderr is no terminal the bar is refreshed seldom, and fits 80 columns, so that logs stay
-    readable.
+    In logs, where stderr is no terminal, the bar is refreshed seldom and fits 80 columns.
     """
     is_terminal = sys.stderr.isatty()
+    how = {"dynamic_ncols": True} if is_terminal else {"ncols": PROGRESS_WIDTH, "mininterval": 15.0}
     return tqdm(
-        items,
-        desc=description,
-        total=total,
-        unit=unit,
-        file=sys.stderr,
-        leave=False,
-        delay=1.0,
-        ncols=None if is_terminal else PROGRESS_WIDTH,
-        dynamic_ncols=is_terminal,
-        mininterval=0.1 if is_terminal else 15.0,
-        disable=not log.isEnabledFor(logging.INFO),
-    )
+        items, desc=description, total=total, unit=unit, file=sys.stderr, leave=False, delay=1.0,
+        disable=not log.isEnabledFor(logging.INFO), **how,
+    )  # fmt: skip
 
 
 def import_torch() -> None:
     """Import torch, which takes seconds; Ctrl-C ends the process within them.
 
-    Raised in there, a KeyboardInterrupt is taken for a NumPy that is missing, or aborts.
+    A KeyboardInterrupt raised during the import would abort, or be taken for a missing NumPy.
 
-    Threads of GNU OpenMP that wait for each other spin for milliseconds by default: on cores that
-    other work uses too, they take the time of the thread that they wait for. OpenMP reads how long
-    they may spin when torch is imported.
+    Waiting threads of GNU OpenMP spin for milliseconds by default. On cores that other work uses,
+    they take time from the thread that they wait for. OpenMP reads the limit at the import.
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # whoever sets it has decided
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
@@ -125,16 +108,12 @@ def import_torch() -> None:
         import torch  # noqa: F401
 
 
-# --- exit codes ----------------------------------------------------------------------------------
-
-
 def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
     """Decorate a script's ``main(argv) -> int`` so that it keeps the exit-code contract.
 
     0 done, 1 an expected failure (``error: …`` in one line), 2 wrong usage (argparse),
     3 a budget that could not be met, 130 interrupted by Ctrl-C or SIGTERM. Any other exception is
-    a bug and keeps its traceback. stdout is flushed here, while a closed pipe or a full disk can
-    still be told.
+    a bug and keeps its traceback. stdout is flushed here, where a failure can still be told.
     """
 
     @functools.wraps(main)
@@ -155,7 +134,8 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
                     return EXIT_FAILED
                 if (message := user_message(error)) is None:
                     raise
-                return _fail(message)
+                print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
+                return EXIT_FAILED
             finally:
                 _release_stdout()
 
@@ -163,7 +143,7 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def user_message(error: Exception) -> str | None:
-    """Return what to tell the user of an expected failure; None of a bug."""
+    """Return the message for an expected failure; None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -178,11 +158,6 @@ def user_message(error: Exception) -> str | None:
 def _stop() -> int:
     print("interrupted", file=sys.stderr)
     return EXIT_INTERRUPTED
-
-
-def _fail(message: str) -> int:
-    print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
-    return EXIT_FAILED
 
 
 def _make_printing_safe() -> None:
