@@ -15,13 +15,7 @@ from torch import nn
 
 from common.command.argument_types import AtMost
 from common.command.cli import UserError, log
-from common.images.check import (
-    AUTO_IMAGES,
-    CHECK_IMAGES,
-    Subject,
-    best_normalisation,
-    find_mismatches,
-)
+from common.images import check
 from common.images.data import ImageSet, checksum
 from common.images.loading import check_disjoint, load_images
 from common.images.normalisation import AUTO, NORMALISATIONS
@@ -42,12 +36,11 @@ class Inputs:
 
     Attributes:
         weights: results.json's ``weights``: where the checkpoint was found, and its SHA-256.
-        model: The network with these weights, FP32, in eval mode; its modules bear the names that
-            the checkpoint uses.
+        model: The network with these weights, FP32, in eval mode.
         source: Where images come from.
         seed: Seed of their choice.
         test: Images to measure on.
-        calibration: Training images to calibrate on; none, where the script asks for none.
+        calibration: Training images to calibrate on; None where the script asks for none.
         family: Name of the network's architecture.
         own_names: For each layer its name in the checkpoint.
     """
@@ -93,7 +86,7 @@ class Inputs:
         }
 
     def load_training(self, count: int | None, skip: int = 0, flag: str | None = None) -> ImageSet:
-        """Load training images; arguments as of :func:`common.images.loading.load_images`.
+        """Load training images; see :func:`common.images.loading.load_images`.
 
         Warns if some of them are test images.
 
@@ -119,10 +112,8 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
     """Load the checkpoint, then the images; say which they are, and check that they fit.
 
     Args:
-        args: Arguments with the flags that the scripts share, and perhaps the number of
-            calibration images.
-        script_dir: Folder where the checkpoint may lie, see
-            :func:`common.network.checkpoint.find_weights`.
+        args: The flags that the scripts share, and perhaps the number of calibration images.
+        script_dir: Folder where the checkpoint may lie.
         workers: Processes that all load the same; one a machine downloads.
 
     Raises:
@@ -185,7 +176,8 @@ def _check_logits(path: Path, inputs: Inputs) -> None:
 
 def _check_images(inputs: Inputs, chooses: bool) -> Inputs:
     """Warn if training images do not fit the network; choose their normalisation if asked to."""
-    train, wanted = inputs.calibration, AUTO_IMAGES if chooses else CHECK_IMAGES
+    train = inputs.calibration
+    wanted = check.AUTO_IMAGES if chooses else check.CHECK_IMAGES
     if train is None or len(train) < wanted:
         labels = _training_labels(inputs.source)
         if labels == 0 and chooses:
@@ -195,9 +187,9 @@ def _check_images(inputs: Inputs, chooses: bool) -> Inputs:
             log.info("no training images: not checked whether the images fit the network")
             return inputs
         train = inputs.load_training(min(wanted, labels))
-    subject = Subject(inputs.model, inputs.traced, train.rows(slice(wanted)))
+    subject = check.Subject(inputs.model, inputs.traced, train.rows(slice(wanted)))
     if chooses:
-        name = best_normalisation(subject)
+        name = check.best_normalisation(subject)
         log.info("normalisation: %s fits the network best", name)
         mean, std = NORMALISATIONS[name]
         subject = replace(subject, train=replace(subject.train, mean=mean, std=std))
@@ -205,7 +197,7 @@ def _check_images(inputs: Inputs, chooses: bool) -> Inputs:
         test, calibration = (s and replace(s, mean=mean, std=std) for s in splits)
         source = replace(inputs.source, mean=mean, std=std)
         inputs = replace(inputs, source=source, test=test, calibration=calibration)
-    for mismatch in find_mismatches(subject):
+    for mismatch in check.find_mismatches(subject):
         log.warning("%s", mismatch)
     return inputs
 

@@ -24,29 +24,21 @@ def start_run(
 ) -> Iterator[tuple[Workers, OutputFolder | None]]:
     """Join the processes that share the run; the first of them opens the output folder.
 
-    Args:
-        device: Chosen device; each process takes its own GPU.
-        output_dir: Folder of the results.
-        overwrite: Whether to replace the results of an earlier run.
-
     Yields:
         The processes, and the folder: None in all but the first.
     """
-    with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(join_workers(device))
-        folder = None
-        if workers.is_first:
-            folder = stack.enter_context(OutputFolder(output_dir, overwrite))
-        yield workers, folder
+    with join_workers(device) as workers:
+        if not workers.is_first:
+            yield workers, None
+            return
+        with OutputFolder(output_dir, overwrite) as folder:
+            yield workers, folder
 
 
 def finish_run(
-    results: dict,
-    folder: OutputFolder,
-    started: float,
-    tell: Callable[[dict], Story],
+    results: dict, folder: OutputFolder, started: float, tell: Callable[[dict], Story],
     with_page: bool = False,
-) -> Story:
+) -> Story:  # fmt: skip
     """Add what the run has cost, write results.json, and move everything into place.
 
     Args:

@@ -21,7 +21,6 @@ from common.network.checkpoint import (
     find_weights,
     load_model,
     load_network,
-    read_checkpoint,
 )
 from common.network.layouts import NESTING_KEYS
 from quantization.files.int8_file import save_int8
@@ -65,7 +64,7 @@ def test_layouts(layout, legacy, tiny_state, tmp_path, capsys):
     cli.set_up_messages(quiet=False)
     path = tmp_path / "weights.pth"
     torch.save(LAYOUTS[layout](tiny_state), path, _use_new_zipfile_serialization=not legacy)
-    state = read_checkpoint(path)
+    state = load_model(path).state_dict()
     own = tiny_state if layout not in ("torchvision", "model") else to_torchvision(tiny_state)
     assert list(state) == list(own)
     for name, value in state.items():
@@ -83,7 +82,7 @@ def test_layouts(layout, legacy, tiny_state, tmp_path, capsys):
 @pytest.mark.parametrize("suffix", [".safetensors", ".SafeTensors", ".bin"])
 def test_safetensors(suffix, tiny_state, tmp_path):
     save_file(to_torchvision(tiny_state), tmp_path / f"weights{suffix}")
-    state = read_checkpoint(tmp_path / f"weights{suffix}")
+    state = load_model(tmp_path / f"weights{suffix}").state_dict()
     own = to_torchvision(tiny_state)
     assert all(torch.equal(state[name], value) for name, value in own.items())
 
@@ -95,7 +94,7 @@ def test_other_precisions_are_converted_and_said(dtype, tiny_state, tmp_path, ca
     torch.save(
         {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_state.items()}, path
     )
-    state = read_checkpoint(path)
+    state = load_model(path).state_dict()
     for name, value in tiny_state.items():
         expected = value.to(dtype).float() if value.is_floating_point() else value
         assert state[name].dtype == value.dtype

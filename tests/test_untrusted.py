@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from common.command.cli import UserError
-from common.network.checkpoint import read_checkpoint
+from common.network.checkpoint import load_model
 from common.network.layouts import NESTING_KEYS
 
 BOUNDED = settings(
@@ -33,7 +33,7 @@ def read_bytes(folder: Path, content: bytes, suffix: str = ".pth") -> dict | Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            return read_checkpoint(path)
+            return load_model(path).state_dict()
         except UserError as error:
             message = str(error)
     assert message.startswith(f"{path}: ")

@@ -24,7 +24,7 @@ from common.command.argument_types import positive_int
 from common.files.atomic import replace_file
 from common.images.data import balanced_subset
 from common.images.sources import ASSETS, open_archive
-from common.network.checkpoint import BUNDLED_WEIGHTS, read_checkpoint
+from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
 
 SUBSET_SEED = 0
 
@@ -47,7 +47,7 @@ def pack_images(archive: Path, count: int) -> Path:
 
 def pack_weights(checkpoint: Path) -> Path:
     """Write ``checkpoint``'s weights as the bundled ones."""
-    state = read_checkpoint(checkpoint)
+    state = load_model(checkpoint).state_dict()
     half = {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
     replace_file(BUNDLED_WEIGHTS, lambda file: torch.save(half, file))
     return BUNDLED_WEIGHTS

@@ -1,7 +1,7 @@
-"""The encoder of INT8 weights: few bits, for a coder that expects what the neighbours suggest.
+"""The encoder of INT8 weights, whose coder predicts each weight from its neighbours.
 
-:mod:`runtime.decode` decodes them and tells how they are coded. Here is what only the writer does:
-choose between sparse and dense coding, weigh the evidence, and choose each context's probability.
+:mod:`runtime.decode` decodes them and describes the format. Only the writer chooses between sparse
+and dense coding, weighs the evidence, and chooses each context's probability.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from runtime.decode import (
     weigher,
 )
 
-MAX_FREQUENCY = 65_535  # of a dense layer's commonest level; the table holds uint16
+MAX_FREQUENCY = 65_535  # frequency of a dense layer's commonest level; the table holds uint16
 MIN_DENSE_WEIGHTS = 1 << 16  # a smaller layer does not pay for its table
 MAX_ZEROS = 0.5  # fraction above which the neighbours say enough
-ACTIVITY_NATS = 0.25  # of the odds, from one context of zeros to the next
+ACTIVITY_NATS = 0.25  # change of the log odds from one context of zeros to the next
 SURVEYED = 100_000  # weights that the evidence is weighed on
 NEWTON_STEPS = 8
 
@@ -45,9 +45,8 @@ def choose_storage(levels: np.ndarray) -> str:
 def encode(layers: Sequence[np.ndarray]) -> np.ndarray:
     """Return the levels of layers as a stream (uint8) for :func:`runtime.decode.decode_levels`.
 
-    Args:
-        layers: int8, each (outputs, inputs per group, positions of the kernel), to be stored as
-            :func:`choose_storage` says.
+    Layers are int8, (outputs, inputs per group, positions of the kernel), and are stored as
+    :func:`choose_storage` says.
     """
     tables, encoder = [], constriction.stream.queue.RangeEncoder()
     for levels in layers:
@@ -80,7 +79,7 @@ def _encode_sparse(levels: np.ndarray, encoder: object) -> np.ndarray:
 
 
 def _weigh_evidence(levels: np.ndarray) -> np.ndarray:
-    """Return what each kind of evidence counts for in a layer (int8)."""
+    """Return the weight of each kind of evidence in a layer (int8)."""
     rows = []
 
     def note(evidence: Sequence[np.ndarray], nonzero: np.ndarray) -> np.ndarray:
@@ -112,9 +111,7 @@ def _cheapest_table(levels: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def fit_logistic(evidence: np.ndarray, outcome: np.ndarray) -> np.ndarray:
     """Return the weights of a logistic regression, by Newton's method.
 
-    Args:
-        evidence: Shape (samples, parts).
-        outcome: Whether it came so, shape (samples,).
+    ``evidence`` has the shape (samples, parts), ``outcome`` (0 or 1) the shape (samples,).
     """
     x, weights = evidence.astype(np.float64), np.zeros(evidence.shape[1])
     for _ in range(NEWTON_STEPS):

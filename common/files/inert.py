@@ -35,18 +35,13 @@ class _Dictionary(dict):
 
 
 class Inert(_Dictionary):
-    """Stands for an object of a class that is not loaded; keeps the items it was given.
+    """Stands for an object of a class that is not loaded; keeps the items it was given."""
 
-    Attributes:
-        name: Full name of the class or function.
-    """
-
-    name = ""
+    name = ""  # full name of the class or function
+    __hash__ = object.__hash__  # may be a key
 
     def __init__(self, *arguments: object):
         super().__init__()
-
-    __hash__ = object.__hash__  # may be a key
 
     def append(self, item: object) -> None:
         """Drop an item of a list."""
@@ -92,21 +87,15 @@ def object_refused(path: Path, name: str) -> UserError:
     )
 
 
-def _rebuild_tensor(
-    storage: Any, offset: int, size: tuple, stride: tuple, *rest: Any
-) -> torch.Tensor:
+def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *rest: Any):
     whole = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
     return whole.as_strided(size, stride, offset)  # unlike `set_`, refuses to reach beyond
-
-
-def _rebuild_parameter(tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return tensor
 
 
 _KNOWN = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda tensor, *rest: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *rest: tensor,
     "collections.OrderedDict": _Dictionary,
 }

@@ -38,21 +38,20 @@ MIN_FREE_BYTES = 256 << 20
 
 
 class OutputFolder:
-    """A folder for one run's results; use as a context manager.
+    """A folder for one run's results, created when missing; use as a context manager.
 
     Entering checks, before any long work, that the folder can be written, has room, is used by no
     other run, and that earlier results can be moved aside. Leaving without :meth:`commit` removes
     all that the run wrote.
 
     Args:
-        path: Path of the folder; created when missing.
+        path: Path of the folder.
         overwrite: Whether to delete an earlier run's files instead of moving them to ``earlier/``.
             Any other file with a result's name is always moved there.
     """
 
     def __init__(self, path: Path, overwrite: bool = False):
-        self.path = path
-        self._overwrite = overwrite
+        self.path, self._overwrite = path, overwrite
         self._staging: tempfile.TemporaryDirectory[str] | None = None
         self._lock: int | None = None
         self._created: list[Path] = []
@@ -87,10 +86,8 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(self.path).free
         if free_bytes < MIN_FREE_BYTES:
-            raise UserError(
-                f"{self.path}: only {free_bytes / 1e6:.0f} MB free; "
-                f"{MIN_FREE_BYTES / 1e6:.0f} MB are needed"
-            )
+            free, needed = (f"{size / 1e6:.0f} MB" for size in (free_bytes, MIN_FREE_BYTES))
+            raise UserError(f"{self.path}: only {free} free; {needed} are needed")
         archive = self.path / EARLIER_NAME
         if archive.exists() and not (
             archive.is_dir()
@@ -144,18 +141,15 @@ class OutputFolder:
         """Move an earlier run's files, and all files with one of ``names``, out of the way."""
         earlier = {name for name in _artifacts(self.path) if (self.path / name).is_file()}
         in_the_way = earlier | {name for name in names if os.path.lexists(self.path / name)}
+        trash, archive = self._new_trash(), None
         # results.json first: it must not describe an incomplete folder.
-        in_the_way = [self.path / name for name in reversed(_results_last(in_the_way))]
-        replaced = [path for path in in_the_way if self._overwrite and path.name in earlier]
-        kept = [path for path in in_the_way if path not in replaced]
-        if replaced:
-            trash = self._new_trash()
-            for path in replaced:
+        for path in (self.path / name for name in reversed(_results_last(in_the_way))):
+            if self._overwrite and path.name in earlier:
                 _move(path, trash / path.name, undo)
-        if kept:
-            archive = self._new_archive(kept[0].lstat().st_mtime, undo)
-            for path in kept:
+            else:
+                archive = archive or self._new_archive(path.lstat().st_mtime, undo)
                 _move(path, archive / path.name, undo)
+        if archive:
             log.info("earlier results moved to %s (--overwrite deletes them instead)", archive)
 
     def _new_trash(self) -> Path:
@@ -167,7 +161,7 @@ class OutputFolder:
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(written))
         archives = self.path / EARLIER_NAME
         archives.mkdir(exist_ok=True)
-        names = itertools.chain([stamp], (f"{stamp}_{number}" for number in itertools.count(1)))
+        names = (f"{stamp}_{number}" if number else stamp for number in itertools.count())
         archive = next(archives / name for name in names if not os.path.lexists(archives / name))
         archive.mkdir()
         undo.callback(archive.rmdir)
@@ -208,9 +202,7 @@ def _artifacts(folder: Path) -> set[str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return set()
     names = [name for value in listed for name in (value if isinstance(value, list) else [value])]
-    return {RESULTS_NAME} | {
-        name for name in names if isinstance(name, str) and Path(name).name == name
-    }
+    return {RESULTS_NAME, *(n for n in names if isinstance(n, str) and Path(n).name == n)}
 
 
 def _results_last(names: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ there at all, and a file with the identity of the run.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -63,7 +64,6 @@ class PartialResults(UserDict[str, dict]):
             self._start(identity)
 
     def __setitem__(self, key: str, value: dict) -> None:
-        """Keep a result; it is on the disk when this returns."""
         _write(self.folder / f"{key}.json", value)
         super().__setitem__(key, value)
 
@@ -76,15 +76,14 @@ class PartialResults(UserDict[str, dict]):
 
     def _require_ours(self) -> None:
         """Check that a run made the folder, or that it does not exist."""
+        if not os.path.lexists(self.folder):
+            return
         if self.folder.is_dir() and not self.folder.is_symlink():
             identity = self.folder / IDENTITY_NAME
-            names = [path.name for path in self.folder.iterdir()]
-            if all(name.startswith(f".{IDENTITY_NAME}") for name in names):
-                return  # a run was killed as it began
             if identity.is_file() and re.match(rb"[0-9a-f]{8} ", identity.read_bytes()):
                 return
-        elif not self.folder.exists() and not self.folder.is_symlink():
-            return
+            if all(path.name.startswith(f".{IDENTITY_NAME}") for path in self.folder.iterdir()):
+                return  # a run was killed as it began
         raise UserError(f"{self.folder}: in the way: no run left it; move or delete it")
 
     def _has_pieces(self) -> bool:

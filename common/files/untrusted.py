@@ -64,7 +64,7 @@ def damage_told(path: Path, what: str, *errors: type[Exception]) -> Iterator[Non
     """
     try:
         yield
-    except UserError:  # says already what is wrong
+    except UserError:
         raise
     except errors as error:
         reason = str(error).split("\n")[0][:120]
@@ -127,8 +127,7 @@ def _check_archive(path: Path) -> None:
             members = {name.partition("/")[2] for name in archive.namelist()}
     except UserError:
         raise
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError,
-            NotImplementedError, EOFError):  # fmt: skip
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError):
         raise UserError(f"{path}: {NO_CHECKPOINT}") from None
     if damaged is not None:
         raise UserError(f"{path}: damaged (checksum of {damaged} differs)")

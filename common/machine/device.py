@@ -91,7 +91,7 @@ def bf16_pays() -> bool:
     best_seconds = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
     with torch.inference_mode():
         calls = {dtype: _example_convolution(dtype) for dtype in best_seconds}
-        for _ in range(6):  # in turns, the first to warm up
+        for _ in range(6):  # in turns; the first time warms up
             for dtype, (convolution, maps) in calls.items():
                 start = time.perf_counter()
                 convolution(maps)
@@ -109,11 +109,9 @@ def _example_convolution(dtype: torch.dtype) -> tuple[torch.nn.Conv2d, torch.Ten
 def cpu_name() -> str:
     """Return the processor's name as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
+    named = re.search(r"^model name[^:]*:(.*)$", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def has_vnni() -> bool:

@@ -45,8 +45,8 @@ def start_fresh(
 
     Yields:
         A function that waits for the value and returns it. It raises a UserError if the user can
-        correct the failure (see :func:`common.command.cli.user_message`) or the system ended the
-        process, and a RuntimeError otherwise; the traceback is on stderr.
+        correct the failure or the system ended the process, and a RuntimeError otherwise; the
+        traceback is on stderr.
     """
     with tempfile.TemporaryFile() as task:  # a pipe is too small: writing to it would block
         pickle.dump(sys.path, task)
@@ -66,10 +66,9 @@ def start_fresh(
 def _answer_of(process: subprocess.Popen) -> object:
     answered, _ = process.communicate()
     if process.returncode < 0:
-        raise UserError(
-            f"the system ended a process of this run (signal {-process.returncode}); "
-            "too little memory?"
-        )
+        signal = -process.returncode
+        raise UserError(f"the system ended a process of this run (signal {signal}); too little "
+                        "memory?")  # fmt: skip
     if process.returncode:
         raise RuntimeError("a process of this run failed, as told above")
     value, peak_bytes = pickle.loads(answered)

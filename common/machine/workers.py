@@ -77,9 +77,8 @@ class Workers:
         """
         for rank, others in enumerate(self.gather(dict(inputs))):
             if different := [name for name in inputs if others[name] != inputs[name]]:
-                raise UserError(
-                    f"processes {self.rank} and {rank} differ in {' and '.join(different)}"
-                )
+                names = " and ".join(different)
+                raise UserError(f"processes {self.rank} and {rank} differ in {names}")
 
     @contextlib.contextmanager
     def one_a_machine_first(self) -> Iterator[None]:
@@ -108,8 +107,7 @@ def require_one_process() -> None:
 def join_workers(device: torch.device) -> Iterator[Workers]:
     """Join the processes that ``torchrun`` started, if it did; only the first goes on logging.
 
-    Args:
-        device: Chosen device; for ``cuda``, each process takes the GPU of its number.
+    If ``device`` is ``cuda``, each process takes the GPU of its number.
 
     Raises:
         UserError: The processes cannot connect, are too many for the GPUs, or one of them ended.
@@ -121,11 +119,9 @@ def join_workers(device: torch.device) -> Iterator[Workers]:
         raise UserError("an Apple GPU serves one process; start without torchrun, or --device cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
-                "start at most one process a GPU"
-            )
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(f"process {local_rank} of this machine finds {count} GPUs; start at "
+                            "most one process a GPU")  # fmt: skip
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -47,12 +47,7 @@ class Accuracy:
 
     def as_dict(self) -> dict:
         """Return the ``accuracy`` object of results.json."""
-        return {
-            "correct": self.correct,
-            "total": self.total,
-            "value": self.value,
-            "ci95": list(self.ci95),
-        }
+        return {**asdict(self), "value": self.value, "ci95": list(self.ci95)}
 
 
 @dataclass(frozen=True)
@@ -89,10 +84,7 @@ class Paired:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
-    dataset: ImageSet,
-    batch_size: int = 128,
-    description: str = "evaluate",
+    model: nn.Module, dataset: ImageSet, batch_size: int = 128, description: str = "evaluate"
 ) -> torch.Tensor:
     """Return the predicted class of every image: int64, shape (N,), on the CPU.
 
@@ -113,22 +105,17 @@ def compare(correct_a: torch.Tensor, correct_b: torch.Tensor) -> Comparison:
     """Compare two models by their per-image correctness (bool, shape (N,)) on the same images."""
     if correct_a.shape != correct_b.shape:
         raise ValueError(f"not the same images: {correct_a.shape} and {correct_b.shape}")
-    only_a = int((correct_a & ~correct_b).sum())
-    only_b = int((~correct_a & correct_b).sum())
+    only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
     total = correct_a.numel()
-    return Comparison(
-        drop=(only_a - only_b) / total,
-        ci95=paired_difference_interval(only_a, only_b, total),
-        mcnemar_p=mcnemar_exact(only_a, only_b),
-        only_a_correct=only_a,
-        only_b_correct=only_b,
-    )
+    interval = paired_difference_interval(only_a, only_b, total)
+    p_value = mcnemar_exact(only_a, only_b)
+    return Comparison((only_a - only_b) / total, interval, p_value, only_a, only_b)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Return McNemar's exact two-sided p-value from the two counts of discordant images."""
     discordant = only_a + only_b
-    ways = tail = 1  # in which no image of the discordant falls to the rarer side
+    ways = tail = 1  # ways to place k discordant images on the rarer side; their sum up to k
     for k in range(min(only_a, only_b)):
         ways = ways * (discordant - k) // (k + 1)
         tail += ways
@@ -140,12 +127,8 @@ def paired_difference_interval(only_a: int, only_b: int, total: int) -> tuple[fl
 
     Inverts the score test with the constrained maximum-likelihood estimate (Tango, 1998,
     doi:10.1002/(SICI)1097-0258(19980430)17:8<891::AID-SIM780>3.0.CO;2-B). Unlike Wald's it does not
-    collapse to a point when two models agree on every image.
-
-    Args:
-        only_a: Images that only model a gets right.
-        only_b: Images that only model b gets right.
-        total: Images in all.
+    collapse to a point when two models agree on every image. ``only_a`` and ``only_b`` count the
+    images that only one of them gets right.
     """
     estimate = (only_a - only_b) / total
 

@@ -16,16 +16,15 @@ import torch
 
 from common.command import cli
 
-# The threads of the model before spin for some milliseconds on the cores that the next model needs:
-# let them fall asleep.
+# The previous model's threads spin for some milliseconds on cores that the next model needs. This
+# pause lets them fall asleep.
 SETTLE_SECONDS = 0.005
-# Time of the calls before the timed one, at least one: they wake the model's threads and bring its
-# weights back into the caches.
+# Duration of the untimed calls before each timed one, at least one call. They wake the model's
+# threads and bring its weights back into the caches.
 UNTIMED_MS = 20.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 ORDER_SEED = 0
-# Interquartile range over median above which a ratio of medians means little.
-NOISY_SPREAD = 0.20
+NOISY_SPREAD = 0.20  # interquartile range over median, above which a ratio of medians means little
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,8 @@ def time_interleaved(
         samples_ms = _sample(contenders, images, batch_size, seconds_per_batch_size)
         for name, values in samples_ms.items():
             timings[name].append(_summarize(batch_size, values))
-    noisy = [
-        f"{name} at batch {timing.batch_size}"
-        for name, entries in timings.items()
-        for timing in entries
-        if timing.is_noisy
-    ]
-    if noisy:
+    every = [(name, timing) for name, entries in timings.items() for timing in entries]
+    if noisy := [f"{name} at batch {x.batch_size}" for name, x in every if x.is_noisy]:
         cli.log.warning(
             "the middle half of the times spans over %.0f %% of the median for %s: the machine is "
             "too busy for their ratios to mean much; they are marked with ?",
@@ -148,10 +142,5 @@ def _call_ms(contender: Contender, batch: torch.Tensor) -> float:
 def _summarize(batch_size: int, samples_ms: list[float]) -> Timing:
     low, _, high = statistics.quantiles(samples_ms, n=4, method="inclusive")
     median_ms = statistics.median(samples_ms)
-    return Timing(
-        batch_size=batch_size,
-        median_ms=median_ms,
-        iqr_ms=high - low,
-        images_per_second=1000 * batch_size / median_ms,
-        rounds=len(samples_ms),
-    )
+    rate = 1000 * batch_size / median_ms
+    return Timing(batch_size, median_ms, high - low, rate, len(samples_ms))

@@ -22,7 +22,6 @@ from common.network.graph import ACTIVATIONS, ADD, Graph, Operation, evaluate
 # What a layer becomes: other weights, or a function of its input that returns new memory.
 Variant = Layer | Callable[[torch.Tensor], torch.Tensor]
 Rows = torch.Tensor | slice
-ALL_ROWS = slice(None)
 
 
 def start_values(graph: Graph, layers: Collection[str]) -> list[str]:
@@ -59,14 +58,14 @@ def branch_logits(
     Returns:
         FP32, shape (rows of all variants together, classes).
     """
-    walk = _Walk(network, dense, variants, rows or dict.fromkeys(variants, ALL_ROWS))
+    walk = _Walk(network, dense, variants, rows or dict.fromkeys(variants, slice(None)))
     graph = network.graph
     found = evaluate(graph, walk.compute, {graph.input: []}, [graph.output])[graph.output]
     return torch.cat(list(walk.pieces(found, list(variants), graph.output))).float()
 
 
 # The values of several variants: tensors, each with the layers that its variants replace, one
-# variant's rows after the other's. Joined into one tensor only where an operation needs that.
+# variant's rows after the other's. They are joined only where an operation needs one tensor.
 _Stack = list[tuple[list[str], torch.Tensor]]
 
 
@@ -86,10 +85,8 @@ class _Walk:
         elif operation.kind == ADD and (ordered := self._to_add_in_place(operation, inputs)):
             found = self._add(*ordered)
         elif operation.kind in ACTIVATIONS:
-            in_place = operation.name in self.network.overwriting
-            found = [
-                (layers, self.network.compute(operation, [x], in_place)) for layers, x in inputs[0]
-            ]
+            run, in_place = self.network.compute, operation.name in self.network.overwriting
+            found = [(layers, run(operation, [x], in_place)) for layers, x in inputs[0]]
         else:
             found = [self._run_joined(operation, inputs)]
         if operation.name in self.variants:
@@ -101,10 +98,8 @@ class _Walk:
         places = {}
         for held, tensor in stack:
             ends = itertools.accumulate(map(self._count, held), initial=0)
-            places |= {
-                layer: (tensor, *place)
-                for layer, place in zip(held, itertools.pairwise(ends), strict=True)
-            }
+            for layer, (start, stop) in zip(held, itertools.pairwise(ends), strict=True):
+                places[layer] = tensor, start, stop
         runs = []  # neighbours in a tensor are one piece
         for layer in layers:
             if layer not in places:
@@ -138,11 +133,9 @@ class _Walk:
         self, operation: Operation, inputs: Sequence[_Stack]
     ) -> tuple[_Stack, str, _Stack, str] | None:
         """Return the operands, first the one to add to; None if neither may be overwritten."""
-        first, second = zip(inputs, operation.inputs, strict=True)
-        shapes = {self.network.shapes[name] for name in operation.inputs}
-        if len(shapes) > 1:
+        if len({self.network.shapes[name] for name in operation.inputs}) > 1:
             return None
-        for one, other in ((first, second), (second, first)):
+        for one, other in itertools.permutations(zip(inputs, operation.inputs, strict=True)):
             if self.network.may_overwrite(operation, one[1]):
                 return (*one, *other)
         return None
@@ -155,12 +148,11 @@ class _Walk:
                 tensor[start : start + len(piece)].add_(piece.to(tensor.dtype))
                 start += len(piece)
         carried = {layer for layers, _ in first for layer in layers}
-        left = [layer for layers, _ in second for layer in layers if layer not in carried]
-        added = [
-            ([layer], self.dense[first_name][self.rows[layer]].to(piece.dtype) + piece)
-            for layer in left
-            for piece in self.pieces(second, [layer], second_name)
-        ]
+        added = []
+        for layer in (layer for layers, _ in second for layer in layers if layer not in carried):
+            (piece,) = self.pieces(second, [layer], second_name)
+            dense = self.dense[first_name][self.rows[layer]]
+            added.append(([layer], dense.to(piece.dtype) + piece))
         return [*first, *added]
 
     def _start(self, operation: Operation) -> torch.Tensor:

@@ -56,10 +56,8 @@ class Fp32Recheck:
         if self.largest_change > NEAR_BOUND:
             log.warning(
                 "bf16: FP32 changed a prediction at %.0f %% of the margin up to which it looks: "
-                "some beyond may be wrong%s",
-                100 * self.largest_change,
-                advice,
-            )
+                "some beyond may be wrong%s", 100 * self.largest_change, advice,
+            )  # fmt: skip
 
 
 def bounds_of(fast: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
@@ -85,7 +83,7 @@ def decide(
         fast: bf16 logits, shape (networks, n, classes).
         bounds: Result of :func:`bounds_of`.
         look_again: Returns the FP32 classes where a mask, bool, (networks, n), is true, in order.
-        record: Counts, which are added to.
+        record: Counts to add to.
     """
     best, classes = fast.topk(2, dim=2)
     predictions = classes[..., 0]
@@ -103,11 +101,9 @@ def decide(
 
 @dataclass(frozen=True)
 class Variants:
-    """Variants of a network: for each layer, what replaces it alone.
+    """Variants of a network: for each layer, what replaces it alone, in FP32 and in bf16.
 
-    Attributes:
-        exact: Replacements in FP32.
-        fast: The same in bf16; None where only FP32 runs.
+    ``fast`` is None where only FP32 runs.
     """
 
     exact: Mapping[str, Variant]
@@ -140,34 +136,29 @@ class Cascade:
                 :func:`common.network.branching.start_values` names.
             variants: Variants to run.
             bounds: Result of :meth:`measure_bounds`; None if everything runs in FP32.
-            record: Counts, which are added to.
+            record: Counts to add to.
         """
         if self.fast_network is None:
             return _all_logits(self.network, dense, variants.exact).argmax(dim=2)
 
         def look_again(close: torch.Tensor) -> torch.Tensor:
-            rows = {
-                layer: mask.nonzero().flatten()
-                for layer, mask in zip(variants.exact, close, strict=True)
-                if mask.any()
-            }
+            masks = zip(variants.exact, close, strict=True)
+            rows = {layer: mask.nonzero().flatten() for layer, mask in masks if mask.any()}
             exact = {layer: variants.exact[layer] for layer in rows}
             return branch_logits(self.network, dense, exact, rows).argmax(dim=1)
 
         fast = _all_logits(self.fast_network, dense, variants.fast)
         return decide(fast, bounds, look_again, record)
 
-    def measure_bounds(
-        self, dataset: ImageSet, variants: Variants, batch_size: int
-    ) -> torch.Tensor:
+    def measure_bounds(self, images: ImageSet, variants: Variants, batch_size: int) -> torch.Tensor:
         """Return each variant's margin (variants,) below which a bf16 prediction may be wrong."""
         # Evenly spaced, since a whole split is sorted by class.
-        count = min(SAMPLE_IMAGES, len(dataset))
-        sample = dataset.rows(torch.linspace(0, len(dataset) - 1, count).long())
+        count = min(SAMPLE_IMAGES, len(images))
+        sample = images.rows(torch.linspace(0, len(images) - 1, count).long())
         graph, found = self.network.graph, []
         wanted = start_values(graph, variants.exact)
-        for images, _ in sample.batches(batch_size):
-            dense = self.network.run({graph.input: images}, wanted)
+        for batch, _ in sample.batches(batch_size):
+            dense = self.network.run({graph.input: batch}, wanted)
             fast = _all_logits(self.fast_network, dense, variants.fast)
             found.append(bounds_of(fast, _all_logits(self.network, dense, variants.exact)))
         return torch.stack(found).amax(dim=0)

@@ -6,6 +6,7 @@ Reading ends in a network with weights that fit it, or in one line that says why
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +34,7 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A checkpoint.
-
-    Attributes:
-        path: Path of the file.
-        found: Where it was found, in words.
-        key: Key of the state dict to take, if the user chose one.
-    """
+    """A checkpoint: its path, where it was found, and the key of the state dict to take, if any."""
 
     path: Path
     found: str
@@ -59,26 +54,20 @@ class WeightsFile:
 def find_weights(chosen: Path | None, script_dir: Path) -> WeightsFile:
     """Find the checkpoint: ``chosen``; else the usual places; else the bundled weights.
 
-    Args:
-        chosen: FILE, or FILE:KEY for one of the state dicts in a file.
-        script_dir: Folder of the script.
-
-    Raises:
-        UserError: ``chosen`` is not a readable file.
+    ``chosen`` is FILE, or FILE:KEY for one of the state dicts in a file.
     """
     if chosen is not None:
         file, _, key = str(chosen).rpartition(":")
         if file and not chosen.exists() and Path(file).exists():
             return WeightsFile(Path(file), f"--weights {chosen}", key)
         return WeightsFile(chosen, f"--weights {chosen}")
-    places = {
-        "the working directory": Path.cwd(),
-        "the script's folder": script_dir,
-        "the repository root": REPOSITORY,
-    }
-    for name, folder in places.items():
+    for place, folder in (
+        ("the working directory", Path.cwd()),
+        ("the script's folder", script_dir),
+        ("the repository root", REPOSITORY),
+    ):
         if (folder / WEIGHTS_NAME).is_file():
-            return WeightsFile(folder / WEIGHTS_NAME, f"{WEIGHTS_NAME} in {name}")
+            return WeightsFile(folder / WEIGHTS_NAME, f"{WEIGHTS_NAME} in {place}")
     return WeightsFile(BUNDLED_WEIGHTS, "the bundled weights")
 
 
@@ -110,8 +99,7 @@ def load_network(
     """Return the network with the checkpoint's weights.
 
     Args:
-        file: Checkpoint in any accepted layout, see :mod:`common.network.layouts`; its weights are
-            of one of ``WEIGHT_DTYPES``.
+        file: Checkpoint in any layout that :mod:`common.network.layouts` reads.
         model: The network, as ``--model`` names it; by default a ResNet, whose depth, widths and
             number of classes are those of the checkpoint.
         max_pool: Whether a max pool follows a ResNet's first convolution, see
@@ -125,9 +113,10 @@ def load_network(
         return _load_int8(path, model, max_pool)
     content = read_untrusted(path)
     layout = read_layout(path, content, file.key, expected_names(model) if model else ())
-    tensors = layout.tensors
-    _check_size(path, tensors)
-    own: dict[str, str] = {}
+    tensors, own = layout.tensors, {}
+    count = sum(tensor.numel() for tensor in tensors.values())
+    if count * torch.float32.itemsize > MAX_UNPACKED_BYTES:  # views of few numbers, then
+        raise UserError(f"{path}: {count:,} numbers are too many for a checkpoint")
     if model is None:
         tensors, expected, own = _fit_resnet(path, tensors, max_pool)
         family = expected.shape.family
@@ -147,21 +136,12 @@ def load_network(
 
 def _narrowed(model: nn.Module, tensors: StateDict) -> nn.Module:
     """Return the network as narrow as the tensors, if these are those of its slim form."""
-    expected = model.state_dict()
-    if not all(
-        name in tensors
-        and tensors[name].ndim == value.ndim
-        and all(new <= old for new, old in zip(tensors[name].shape, value.shape, strict=True))
-        for name, value in expected.items()
-        if value.ndim
-    ):
-        return model
-    blank = {
-        name: torch.empty(tensors[name].shape, dtype=value.dtype, device="meta")
-        for name, value in expected.items()
-        if name in tensors
-    }
-    blank = {name: blank.get(name, value) for name, value in expected.items()}
+    blank = {}
+    for name, wide in model.state_dict().items():
+        shape = tensors[name].shape if name in tensors else wide.shape[:0]
+        if len(shape) != wide.ndim or any(map(operator.gt, shape, wide.shape)):
+            return model
+        blank[name] = wide.new_empty(shape, device="meta")
     return with_tensors(model, blank)
 
 
@@ -188,17 +168,12 @@ def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
     return Loaded(built, family, (network.mean, network.std))
 
 
-def read_checkpoint(path: Path) -> StateDict:
-    """Read the checkpoint of a ResNet as a state dict in FP32; see :func:`load_network`."""
-    return dict(load_model(path).state_dict())
-
-
 def _fit_resnet(
     path: Path, tensors: StateDict, max_pool: bool | None
 ) -> tuple[StateDict, ResNet, dict[str, str]]:
-    """Return the tensors under the names of a ResNet, and that ResNet without weights.
+    """Return the tensors under a ResNet's names, that ResNet without weights, and their own names.
 
-    The dictionary gives for each of these names the checkpoint's own, where they differ.
+    The last dictionary gives for each name the checkpoint's own, where they differ.
     """
     names = {} if "conv1.weight" in tensors else canonical_names(tensors) or {}
     if names:
@@ -223,9 +198,7 @@ def _fit(path: Path, tensors: StateDict, expected: StateDict, family: str) -> St
             tensors.setdefault(name, torch.zeros(value.shape, dtype=value.dtype))
     _check_names_and_shapes(path, tensors, expected, family)
     _check_values(path, tensors, expected)
-    dtypes = {
-        str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()
-    }
+    dtypes = {str(t.dtype).split(".")[1] for t in tensors.values() if t.is_floating_point()}
     if dtypes != {"float32"}:
         found = " and ".join(sorted(dtypes))
         log.info("%s: %s weights, converted to float32", _name(path), found)
@@ -239,16 +212,9 @@ def _name(path: Path) -> Path | str:
 def save_checkpoint(content: object, path: Path) -> None:
     """Write ``content`` as ``torch.save`` does, whole or not at all.
 
-    By way of memory: where a disk is full, torch's own writer ends in an internal error.
+    It is serialized in memory first: on a full disk, torch's own writer ends in an internal error.
     """
     replace_file(path, lambda file: file.write(serialize(content)))
-
-
-def _check_size(path: Path, tensors: StateDict) -> None:
-    """Refuse tensors that are views of few numbers and claim to be many."""
-    count = sum(tensor.numel() for tensor in tensors.values())
-    if count * torch.float32.itemsize > MAX_UNPACKED_BYTES:
-        raise UserError(f"{path}: {count:,} numbers are too many for a checkpoint")
 
 
 def _check_names_and_shapes(

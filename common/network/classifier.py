@@ -18,7 +18,7 @@ class Classifier:
         network: FP32 network, on the images' device.
         sample: Images to measure the rounding error on.
         fast: Whether to run in bf16 first.
-        record: Counts, which are added to.
+        record: Counts to add to.
     """
 
     @torch.inference_mode()

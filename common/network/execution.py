@@ -16,12 +16,7 @@ from common.network.operations import MAY_OVERWRITE, Layer, compute, infer_shape
 
 @dataclass(frozen=True)
 class Network:
-    """A graph with weights, for inference.
-
-    Attributes:
-        graph: The operations.
-        layers: Weights of the operations that have any, by name.
-    """
+    """A graph, and by name the weights of the operations that have any; for inference."""
 
     graph: Graph
     layers: Mapping[str, Layer]
@@ -59,12 +54,8 @@ class Network:
     @functools.cached_property
     def overwriting(self) -> frozenset[str]:
         """The names of the operations that may reuse their first input's memory."""
-        return frozenset(
-            operation.name
-            for operation in self.graph.operations
-            if operation.kind in MAY_OVERWRITE
-            and self.may_overwrite(operation, operation.inputs[0])
-        )
+        able = (o for o in self.graph.operations if o.kind in MAY_OVERWRITE)
+        return frozenset(o.name for o in able if self.may_overwrite(o, o.inputs[0]))
 
     def may_overwrite(self, operation: Operation, source: str) -> bool:
         """Return whether an input's value is new memory that no other operation reads."""
@@ -77,12 +68,9 @@ class Network:
         Values take the precision of the convolution before them; averages over the image and
         logits are FP32.
         """
+        is_linear = {name: self.graph[name].kind == kinds.LINEAR for name in self.layers}
         return self.with_layers(
-            {
-                name: layer.to(dtype)
-                for name, layer in self.layers.items()
-                if self.graph[name].kind != kinds.LINEAR
-            }
+            {name: layer.to(dtype) for name, layer in self.layers.items() if not is_linear[name]}
         )
 
     def to_device(self, device: torch.device | str) -> Network:

@@ -50,7 +50,7 @@ class Operation:
     """One operation of a network.
 
     Attributes:
-        name: Unique name; of a layer the name of its module, such as ``layer1.0.conv1``.
+        name: Unique name; a layer has the name of its module, such as ``layer1.0.conv1``.
         kind: One of ``KINDS``.
         inputs: Names of the operations whose values it reads.
         attributes: Numbers as JSON has them, by the names in ``ATTRIBUTES``.
@@ -74,10 +74,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Graph:
-    """Operations in execution order.
-
-    Attributes:
-        operations: The first is the input, the last one gives the logits; each reads earlier ones.
+    """Operations in execution order: the first is the input, the last one gives the logits.
 
     Raises:
         ValueError: The operations are not a graph: an unknown kind, a name given twice, or an input
@@ -104,11 +101,9 @@ class Graph:
             raise ValueError("a graph without operations")
 
     def __getitem__(self, name: str) -> Operation:
-        """Return an operation by name."""
         return self._by_name[name]
 
     def __contains__(self, name: str) -> bool:
-        """Return whether an operation has this name."""
         return name in self._by_name
 
     @functools.cached_property
@@ -133,11 +128,11 @@ class Graph:
     @functools.cached_property
     def users(self) -> Mapping[str, tuple[str, ...]]:
         """The names of the operations that read each operation's value."""
-        found: dict[str, list[str]] = {operation.name: [] for operation in self.operations}
+        found: dict[str, tuple[str, ...]] = {operation.name: () for operation in self.operations}
         for operation in self.operations:
             for name in dict.fromkeys(operation.inputs):
-                found[name].append(operation.name)
-        return {name: tuple(users) for name, users in found.items()}
+                found[name] += (operation.name,)
+        return found
 
     def sole_user(self, name: str) -> Operation | None:
         """Return the one operation that reads a value; None where there are none or several."""
@@ -175,17 +170,15 @@ class Graph:
         Raises:
             ValueError: It is no graph.
         """
+        operations = []
         try:
-            operations = [
-                Operation(
-                    _text(entry["name"]),
-                    _text(entry["kind"]),
-                    tuple(map(_text, entry["inputs"])),
-                    {k: v for k, v in entry.items() if k not in ("name", "kind", "inputs")},
-                )
-                for entry in content
-            ]
-        except (TypeError, KeyError, AttributeError) as error:
+            for entry in content:
+                attributes = dict(entry)
+                name, kind, inputs = (attributes.pop(key) for key in ("name", "kind", "inputs"))
+                if not all(isinstance(text, str) for text in (name, kind, *inputs)):
+                    raise TypeError("a name that is no text")
+                operations.append(Operation(name, kind, tuple(inputs), attributes))
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"not a graph: {error}") from None
         return cls(tuple(operations))
 
@@ -196,7 +189,7 @@ def evaluate(
     given: Mapping[str, Value],
     wanted: Sequence[str],
 ) -> dict[str, Value]:
-    """Compute the wanted values, each operation once; free every value after its last use.
+    """Return the wanted values; compute each needed operation once, free values after their use.
 
     Args:
         graph: Operations to run, as far as they are needed.
@@ -214,9 +207,3 @@ def evaluate(
             if not uses[name] and name not in wanted:
                 del values[name]
     return {name: values[name] for name in wanted}
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a name that is no text")
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 COUNTERS = ("n_averaged", "total_ops", "total_params", "_extra_state")
 AVERAGED = re.compile(r"ema|swa|averag|shadow", re.IGNORECASE)
-MEANS, STDS = ("mean", "mu", "new_mean"), ("std", "sigma", "new_std")
+STDS = {"mean": "std", "mu": "sigma", "new_mean": "new_std"}  # names of tensors that go together
 SMALLEST_NETWORK = 4  # tensors; fewer that are alike may be layers of one network
 FAKE_QUANTIZERS = re.compile(r"fake_quant|activation_post_process|activation_quantizer")
 
@@ -32,8 +33,8 @@ class Layout:
     Attributes:
         tensors: Tensors by the names that the network's class gives them.
         statistics: Mean and std for the images, if the checkpoint holds them.
-        notes: What was passed over or changed, in words.
-        prefix: Prefix of all names that was taken off.
+        notes: What was passed over or changed, for the user.
+        prefix: Prefix that was taken off all names.
     """
 
     tensors: StateDict
@@ -60,9 +61,9 @@ def read_layout(
     entries = _check_entries(path, _choose_entry(path, content, key))
     whole = _apply_masks(_drop_counters(path, entries, notes), notes)
     tensors, statistics = _take_statistics(whole)
-    for names, found in ((whole, None), (tensors, statistics)):
-        if prefix := _prefix_before(names, expected):
-            return Layout(_strip(names, *prefix, notes), found, tuple(notes), *prefix)
+    for some, found in ((whole, None), (tensors, statistics)):
+        if (prefix := _prefix_before(some, expected)) is not None:
+            return Layout(_strip(some, prefix, notes), found, tuple(notes), prefix)
     prefix = shared_prefix(tensors)
     tensors = _choose_network(path, _strip(tensors, prefix, notes), key, notes)
     return Layout(tensors, statistics, tuple(notes), prefix)
@@ -74,9 +75,6 @@ def shorten(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# --- the entry that is the state dict ------------------------------------------------------------
-
-
 def _choose_entry(path: Path, content: object, key: str | None) -> Mapping:
     if isinstance(content, Inert) and not _is_state(content):
         raise object_refused(path, content.name)
@@ -85,38 +83,36 @@ def _choose_entry(path: Path, content: object, key: str | None) -> Mapping:
     if not content:
         raise UserError(f"{path}: an empty state dict")
     found = _find_states(content)
-    if key is not None and key in found:
+    if key in found:
         return found[key]
-    names_networks = key is not None and any(
-        isinstance(name, str) and f".{key}." in f".{name}" for name in content
-    )
-    if key is not None and not names_networks:
+    if key is not None:
+        if any(f".{key}." in f".{name}" for name in content):
+            return content  # the key is part of the names: see _choose_network
         has = f"has {', '.join(found)}" if found else "has none"
         raise UserError(f"{path}: no state dict under the key {key}; it {has}")
-    if not found or names_networks:
-        return content
     if len(found) == 1:
         ((name, state),) = found.items()
         log.info("%s: its entry %s is taken", path, name)
         return state
-    return found[_prefer(path, found)]
+    return found[_prefer(path, found)] if found else content
 
 
 def _find_states(content: Mapping) -> dict[str, Mapping]:
     """Return the dictionaries of tensors in a checkpoint, at most two deep, by dotted keys."""
     if all(isinstance(value, torch.Tensor) for value in content.values()):
         return {}
-    found: dict[str, Mapping] = {}
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Mapping):
-            continue
+    found = {}
+    for key, value in _named_mappings(content).items():
         if _is_state(value):
             found[key] = value
-            continue
-        for inner_key, inner in value.items():
-            if isinstance(inner_key, str) and isinstance(inner, Mapping) and _is_state(inner):
-                found[f"{key}.{inner_key}"] = inner
+        else:
+            inner = _named_mappings(value).items()
+            found |= {f"{key}.{name}": state for name, state in inner if _is_state(state)}
     return found
+
+
+def _named_mappings(content: Mapping) -> dict[str, Mapping]:
+    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping)}
 
 
 def _is_state(content: Mapping) -> bool:
@@ -151,8 +147,7 @@ def _check_entries(path: Path, content: Mapping) -> StateDict:
     objects = [value for value in content.values() if isinstance(value, Inert)]
     if objects and not any(isinstance(value, torch.Tensor) for value in content.values()):
         raise object_refused(path, objects[0].name)
-    fake = [name for name in content if FAKE_QUANTIZERS.search(name)]
-    if fake:
+    if fake := [name for name in content if FAKE_QUANTIZERS.search(name)]:
         raise UserError(
             f"{path}: from quantization-aware training ({shorten(fake)}); save the state_dict() "
             "of the FP32 model, as it was before prepare_qat()"
@@ -164,7 +159,7 @@ def _check_entries(path: Path, content: Mapping) -> StateDict:
         )
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
-            if name.rpartition(".")[2] in COUNTERS:
+            if _is_counter(name):
                 continue
             if isinstance(value, Inert):
                 raise object_refused(path, value.name)
@@ -179,49 +174,37 @@ def _check_entries(path: Path, content: Mapping) -> StateDict:
     return dict(content)
 
 
-# --- what wrappers and tools add -----------------------------------------------------------------
-
-
 def _drop_counters(path: Path, entries: Mapping[str, object], notes: list[str]) -> StateDict:
     """Drop counters that say nothing about the function, and the names of wrappers."""
     tensors: StateDict = {}
-    dropped = []
     for name, value in entries.items():
-        if name.rpartition(".")[2] in COUNTERS:
-            dropped.append(name.rpartition(".")[2])
-            continue
         plain = WRAPPERS.sub("", name)
         if plain in tensors:
             raise UserError(f"{path}: holds {shorten([plain])} twice, under two names")
-        tensors[plain] = value.detach()
-    if dropped:
-        notes.append(f"{', '.join(dict.fromkeys(dropped))} passed over")
+        if not _is_counter(name):
+            tensors[plain] = value.detach()
+    if dropped := dict.fromkeys(name.rpartition(".")[2] for name in entries if _is_counter(name)):
+        notes.append(f"{', '.join(dropped)} passed over")
     if wrappers := {found[1] for name in entries if (found := WRAPPERS.search(name))}:
         notes.append(f"{' and '.join(sorted(wrappers))} taken out of the names")
     return tensors
 
 
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in COUNTERS
+
+
 def _apply_masks(tensors: StateDict, notes: list[str]) -> StateDict:
     """Multiply the ``weight_orig`` and ``weight_mask`` of torch.nn.utils.prune."""
-    masked = {
-        name: name.removesuffix("_orig") + "_mask"
-        for name in tensors
-        if name.endswith("_orig") and name.removesuffix("_orig") + "_mask" in tensors
-    }
-    if not masked:
+    names = [n.removesuffix("_mask") for n in tensors if n.endswith("_mask")]
+    names = [n for n in names if f"{n}_orig" in tensors]
+    if not names or any(tensors[f"{n}_orig"].shape != tensors[f"{n}_mask"].shape for n in names):
         return tensors
-    for name, mask in masked.items():
-        if tensors[name].shape != tensors[mask].shape:
-            return tensors
     notes.append("pruning masks are applied")
-    masks = set(masked.values())
-    return {
-        name.removesuffix("_orig") if name in masked else name: (
-            tensor * tensors[masked[name]] if name in masked else tensor
-        )
-        for name, tensor in tensors.items()
-        if name not in masks
-    }
+    renamed = {f"{name}_orig": name for name in names} | {f"{name}_mask": None for name in names}
+    masked = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
+    del masked[None]
+    return masked | {name: masked[name] * tensors[f"{name}_mask"] for name in names}
 
 
 def _take_statistics(tensors: StateDict) -> tuple[StateDict, Statistics | None]:
@@ -229,18 +212,14 @@ def _take_statistics(tensors: StateDict) -> tuple[StateDict, Statistics | None]:
     statistics, taken = None, set()
     for name, mean in tensors.items():
         module, dot, entry = name.rpartition(".")
-        if entry not in MEANS:
-            continue
-        other = f"{module}{dot}{STDS[MEANS.index(entry)]}"
+        other = f"{module}{dot}{STDS.get(entry)}"
         std = tensors.get(other)
         if std is None or mean.numel() != 3 or std.numel() != 3 or not std.is_floating_point():
             continue
         scale = 255.0 if mean.max() > 2 else 1.0
-        values = tuple(
-            tuple(round(float(x) / scale, 6) for x in part.flatten()) for part in (mean, std)
-        )
-        if all(-1 <= x <= 1 for x in values[0]) and all(0 < x <= 2 for x in values[1]):
-            statistics = statistics or values
+        means, stds = (tuple(round(float(x) / scale, 6) for x in t.flatten()) for t in (mean, std))
+        if all(-1 <= x <= 1 for x in means) and all(0 < x <= 2 for x in stds):
+            statistics = statistics or (means, stds)
             taken |= {name, other}
     return {name: t for name, t in tensors.items() if name not in taken}, statistics
 
@@ -251,16 +230,14 @@ def _strip(tensors: StateDict, prefix: str, notes: list[str]) -> StateDict:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _prefix_before(names: Collection[str], expected: Collection[str]) -> tuple[str] | None:
+def _prefix_before(names: Collection[str], expected: Collection[str]) -> str | None:
     """Return the prefix without which names are the expected ones; None if there is none."""
-    own = {name for name in names if not name.endswith("num_batches_tracked")}
-    wanted = {name for name in expected if not name.endswith("num_batches_tracked")}
-    parts = shared_prefix(own).split(".")[:-1]
-    for count in range(len(parts) + 1):
-        prefix = "".join(f"{part}." for part in parts[:count])
-        if {name.removeprefix(prefix) for name in own} == wanted:
-            return (prefix,)
-    return None
+    own, wanted = (
+        {name for name in some if not name.endswith("num_batches_tracked")}
+        for some in (names, expected)
+    )
+    parts = itertools.accumulate(re.findall(r"[^.]*\.", shared_prefix(own)), initial="")
+    return next((p for p in parts if {name.removeprefix(p) for name in own} == wanted), None)
 
 
 def _choose_network(path: Path, tensors: StateDict, key: str | None, notes: list[str]) -> StateDict:
@@ -268,11 +245,8 @@ def _choose_network(path: Path, tensors: StateDict, key: str | None, notes: list
     groups: dict[str, StateDict] = {}
     for name, tensor in tensors.items():
         groups.setdefault(name.partition(".")[0], {})[name] = tensor
-    networks = {
-        prefix: {name.removeprefix(prefix): tensor for name, tensor in group.items()}
-        for group in groups.values()
-        for prefix in [shared_prefix(group)]
-    }
+    networks = {prefix: _strip(group, prefix, [])
+                for group in groups.values() for prefix in [shared_prefix(group)]}  # fmt: skip
     shapes = [{name: t.shape for name, t in network.items()} for network in networks.values()]
     is_several = len(networks) > 1 and all(networks) and len(shapes[0]) > SMALLEST_NETWORK
     if not is_several or any(own != shapes[0] for own in shapes):

@@ -16,11 +16,7 @@ TORCHVISION = "torchvision:"
 
 
 def expected_names(model: str) -> set[str]:
-    """Return the names of the tensors in the state dict of a network, as ``--model`` names it.
-
-    Raises:
-        UserError: There is no such network, or it cannot be built.
-    """
+    """Return the names in the state dict of the network; see :func:`build_model`."""
     return set(build_model(model, {}).state_dict())
 
 
@@ -29,7 +25,7 @@ def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
 
     Args:
         model: ``torchvision:NAME`` or ``FILE.py:FUNCTION``; the function is run.
-        state: Tensors of the checkpoint; torchvision's networks get its number of classes. They
+        state: Tensors of the checkpoint, whose number of classes torchvision's networks get; these
             are built on the meta device.
 
     Raises:
@@ -58,14 +54,15 @@ def _build_torchvision(name: str, state: Mapping[str, torch.Tensor]) -> nn.Modul
             "torchvision.models.list_models() lists them"
         )
 
+    options = {}
+    if name in ("googlenet", "inception_v3"):
+        has_auxiliary = any(entry.lower().startswith("aux") for entry in state)
+        options = {"aux_logits": has_auxiliary, "init_weights": False}
+
     def build(class_count: int) -> nn.Module:
-        options = {"aux_logits": has_auxiliary} if name in ("googlenet", "inception_v3") else {}
-        if options:
-            options["init_weights"] = False
         with torch.device("meta"):
             return models.get_model(name, weights=None, num_classes=class_count, **options)
 
-    has_auxiliary = any(entry.lower().startswith("aux") for entry in state)
     default, other = build(1000).state_dict(), build(1001).state_dict()
     heads = [entry for entry in default if default[entry].shape != other[entry].shape]
     counts = [len(state[entry]) for entry in heads if entry in state and state[entry].ndim]

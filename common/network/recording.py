@@ -33,10 +33,10 @@ class Recorder(fx.Interpreter):
         self.operations: dict[str, Operation] = {}
         self.layers: dict[str, Layer] = {}
         self.norms: dict[str, str] = {}
-        self.blocks: dict[str, None] = {}
+        self.blocks: dict[str, None] = {}  # an ordered set
         self.logits = ""
         self._shape = list(image_shape)
-        self._names: dict[fx.Node, str] = {}  # of the operation that gives a node's value
+        self._names: dict[fx.Node, str] = {}  # name of the operation that gives a node's value
         self.splits: dict[fx.Node, tuple[fx.Node, int]] = {}  # what is split, along a dimension
         self._module_names = {name for name, _ in module.named_modules()}
 
@@ -93,11 +93,12 @@ class Recorder(fx.Interpreter):
         elif isinstance(module, nn.Linear) and self.value.ndim != 2:
             raise UserError(f"the linear layer {name} reads no vector an image")
         else:
-            is_linear = isinstance(module, nn.Linear)
-            settings = {} if is_linear else _convolution_attributes(name, module)
-            self.add(kinds.LINEAR if is_linear else kinds.CONVOLUTION, source, **settings)
-            weight = module.weight.detach()
-            bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()
+            if isinstance(module, nn.Linear):
+                self.add(kinds.LINEAR, source)
+            else:
+                self.add(kinds.CONVOLUTION, source, **_convolution_attributes(name, module))
+            weight, bias = module.weight, module.bias
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
             self.layers[name] = _laid_out(weight, bias)
 
     def _note_batch_norm(self, norm: _BatchNorm, source: fx.Node) -> None:
@@ -106,11 +107,10 @@ class Recorder(fx.Interpreter):
         name = self._name_of(source, "a batch norm")
         if self.operations[name].is_layer and len(source.users) == 1 and name not in self.norms:
             layer = self.layers[name]
-            is_convolution = self.operations[name].kind == kinds.CONVOLUTION
-            fuse = fuse_conv_bn_weights if is_convolution else fuse_linear_bn_weights
+            is_linear = self.operations[name].kind == kinds.LINEAR
+            fuse = fuse_linear_bn_weights if is_linear else fuse_conv_bn_weights
             statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-            weight, bias = fuse(layer.weight, layer.bias, *statistics)
-            self.layers[name] = _laid_out(weight.detach(), bias.detach())
+            self.layers[name] = _laid_out(*fuse(layer.weight, layer.bias, *statistics))
             self.norms[name] = self.node.target
             self.same(source)
             return
@@ -154,9 +154,10 @@ class Recorder(fx.Interpreter):
 
 
 def _laid_out(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
+    weight = weight.detach()
     if weight.ndim == 4:
         weight = weight.contiguous(memory_format=torch.channels_last)
-    return Layer(weight, bias)
+    return Layer(weight, bias.detach())
 
 
 def _convolution_attributes(name: str, module: nn.Conv2d) -> dict[str, object]:

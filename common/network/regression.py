@@ -1,9 +1,8 @@
 """Ridge regression for a layer, on what it reads at sampled positions.
 
 The coder and the removal of channels both ask which weights bring a layer closest to wanted
-outputs, on the inputs that it now gets. Outputs are sampled at a few random positions of each
-image. A grouped convolution is one regression for each group, so moments have a dimension of
-groups.
+outputs, given the inputs that it now gets. Outputs are sampled at a few random positions of each
+image. A grouped convolution is one regression for each group: moments have a dimension of groups.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from common.network.execution import Layer, Network
 from common.network.graph import ADD, LINEAR, Operation
 
 MAX_COLUMNS = 10_000  # a regression of more inputs would take gigabytes
-ROUNDING = 1e-6  # variance of constant outputs, by rounding, as a share of their square
+ROUNDING = 1e-6  # variance that rounding gives constant outputs, relative to their square
 SMALLEST_SPREAD = 1e-12  # mean square of inputs that are always zero, so that no matrix is singular
 
 
@@ -47,13 +46,7 @@ def outputs_at(value: torch.Tensor, positions: torch.Tensor | None) -> torch.Ten
 def inputs_at(
     operation: Operation, layer: Layer, x: torch.Tensor, positions: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return what a layer reads for its outputs at some positions.
-
-    Args:
-        operation: Convolution or linear layer.
-        layer: Its weights, for their shape.
-        x: Input of the layer, (N, I, H, W) or (N, I).
-        positions: Result of :func:`draw_positions` for the layer's outputs.
+    """Return the part of a layer's input ``x`` that its outputs at some positions depend on.
 
     Returns:
         float32, (rows, groups, columns), the columns in the order of ``weight.flatten(1)``.
@@ -82,9 +75,8 @@ def completed_sum(network: Network, layer: str) -> tuple[str, str] | None:
     if user is None or user.kind != ADD or len(set(user.inputs)) != 2:
         return None
     other = next(name for name in user.inputs if name != layer)
-    order = [operation.name for operation in network.graph.operations]
-    is_later = order.index(other) > order.index(layer)
-    if is_later or network.shapes[other] != network.shapes[layer]:
+    first = next(o.name for o in network.graph.operations if o.name in user.inputs)
+    if first == layer or network.shapes[other] != network.shapes[layer]:
         return None
     return user.name, other
 
@@ -116,9 +108,7 @@ class Moments:
     def refit(self, layer: Layer, ridge: torch.Tensor) -> Layer:
         """Return the layer fitted to the wanted outputs by ridge regression.
 
-        Args:
-            layer: Layer of the moments, near which the fit stays.
-            ridge: Penalty on the squared change of a weight, (groups,).
+        ``ridge`` (groups,) is the penalty on the squared change of a weight.
         """
         factor = torch.linalg.cholesky(with_ridge(self.covariance, ridge))
         change = torch.cholesky_solve(self.cross.transpose(1, 2), factor).transpose(1, 2)

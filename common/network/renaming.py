@@ -35,11 +35,10 @@ def canonical_names(state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
     pairs = list(zip(modules[:-1:2], modules[1::2], strict=False))
     if len(modules) % 2 == 0 or len(pairs) < 3 or len(shape_of(state, modules[-1])) != 2:
         return None
-    for conv, norm in pairs:
-        shape = shape_of(state, conv)
-        if len(shape) != 4 or shape_of(state, norm) != shape[:1]:
-            return None
-    blocks = _rename_blocks(pairs[1:], state, shape_of(state, pairs[0][0])[0])
+    shapes = [(shape_of(state, conv), shape_of(state, norm)) for conv, norm in pairs]
+    if any(len(conv) != 4 or norm != conv[:1] for conv, norm in shapes):
+        return None
+    blocks = _rename_blocks(pairs[1:], state, shapes[0][0][0])
     if blocks is None:
         return None
     renamed = {pairs[0][0]: "conv1", pairs[0][1]: "bn1", **blocks, modules[-1]: "linear"}
@@ -56,24 +55,18 @@ def _rename_blocks(
     renamed: dict[str, str] = {}
     stage, index = 1, 0
     while pairs:
-        names, rest = [name for pair in pairs[:depth] for name in pair], pairs[depth:]
+        names, pairs = [name for pair in pairs[:depth] for name in pair], pairs[depth:]
         if len(names) < len(own):
             return None
-        out_channels = shape_of(state, names[-2])[0]
-        projection = (out_channels, channels, 1, 1)
-        projects = (
-            bool(rest)
-            and shape_of(state, rest[0][0]) == projection
-            and _belong_together([*names, *rest[0]], rest[1:])
-        )
+        out_channels, roles = shape_of(state, names[-2])[0], own
+        fits = bool(pairs) and shape_of(state, pairs[0][0]) == (out_channels, channels, 1, 1)
+        projects = fits and _belong_together([*names, *pairs[0]], pairs[1:])
         if projects:
-            names, rest = [*names, *rest[0]], rest[1:]
-        elif not _belong_together(names, rest):
+            names, pairs, roles = [*names, *pairs[0]], pairs[1:], [*own, "shortcut.0", "shortcut.1"]
+        elif not _belong_together(names, pairs):
             return None
-        pairs = rest
         if renamed and (projects or out_channels != channels):
             stage, index = stage + 1, 0
-        roles = own + (["shortcut.0", "shortcut.1"] if projects else [])
         renamed |= {n: f"layer{stage}.{index}.{r}" for n, r in zip(names, roles, strict=True)}
         channels, index = out_channels, index + 1
     return renamed

@@ -1,7 +1,4 @@
-"""A module with the tensors of a checkpoint, whose layers may be narrower than its own.
-
-Files of networks without some of their channels hold tensors only; their shapes shape the module.
-"""
+"""A module with the tensors of a checkpoint, whose layers may be narrower than its own."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ def with_tensors(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Modu
 
     Args:
         model: The module; it may be on the meta device.
-        state: A state dict with the module's names. Layers without a bias may have gained one.
+        state: State dict with the module's names. Layers without a bias may have gained one.
 
     Raises:
         ValueError: A tensor is missing or unexpected, or has another number of dimensions.
@@ -34,8 +31,8 @@ def with_tensors(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Modu
                     continue
                 if new is None or (old is not None and new.ndim != old.ndim):
                     raise ValueError(f"{full} is missing or has another number of dimensions")
-                is_parameter = tensors is module._parameters
-                tensors[name] = nn.Parameter(new.clone()) if is_parameter else new.clone()
+                new = new.clone()
+                tensors[name] = nn.Parameter(new) if tensors is module._parameters else new
         _fit_sizes(module)
     if left:
         raise ValueError(f"{min(left)} is unexpected")

@@ -15,18 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-STEM_KERNELS = (3, 7)
-BASIC, BOTTLENECK = (3, 3), (1, 3, 1)  # kernel sizes of a block's convolutions
-
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Sizes of a residual block.
-
-    Attributes:
-        widths: Output channels of each convolution.
-        projects: Whether the shortcut is a convolution with a batch norm.
-    """
+    """Output channels of a block's convolutions; whether its shortcut is a convolution too."""
 
     widths: tuple[int, ...]
     projects: bool
@@ -60,14 +52,11 @@ class ResNetShape:
             ValueError: The tensors are not those of a ResNet.
         """
         stem = shape_of(state, "conv1")
-        if len(stem) != 4 or stem[2] not in STEM_KERNELS or not all(stem):
+        if len(stem) != 4 or stem[2] not in (3, 7) or not all(stem):
             raise ValueError("no convolution conv1 of 3×3 or 7×7 pixels")
-        heads = [
-            name.removesuffix(".weight")
-            for name, tensor in state.items()
-            if name.endswith(".weight") and name.count(".") == 1 and tensor.ndim == 2
-        ]
-        head = heads[0] if heads else "linear"
+        layers = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
+        heads = (name for name in layers if "." not in name and len(shape_of(state, name)) == 2)
+        head = next(heads, "linear")
         shortcut = "downsample" if any(".downsample." in name for name in state) else "shortcut"
         stages = _read_stages(state, stem[0], shortcut)
         if not stages:
@@ -114,9 +103,8 @@ class Block(nn.Module):
 
     def __init__(self, in_channels: int, shape: BlockShape, stride: int, shortcut: str):
         super().__init__()
-        kernels = BASIC if len(shape.widths) == 2 else BOTTLENECK
-        self.depth, self.shortcut_name = len(kernels), shortcut
-        channels = in_channels
+        kernels = (3, 3) if len(shape.widths) == 2 else (1, 3, 1)
+        self.depth, self.shortcut_name, channels = len(kernels), shortcut, in_channels
         for index, (kernel, width) in enumerate(zip(kernels, shape.widths, strict=True)):
             own_stride = stride if index == kernels.index(3) else 1
             conv = nn.Conv2d(channels, width, kernel, own_stride, kernel // 2, bias=False)
@@ -149,9 +137,8 @@ class ResNet(nn.Module):
     def __init__(self, shape: ResNetShape, max_pool: bool | None = None):
         super().__init__()
         self.shape, kernel, channels = shape, shape.stem_kernel, shape.stem_width
-        self.conv1 = nn.Conv2d(
-            3, channels, kernel, 2 if kernel == 7 else 1, kernel // 2, bias=False
-        )
+        stride = 2 if kernel == 7 else 1
+        self.conv1 = nn.Conv2d(3, channels, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         pools = kernel == 7 if max_pool is None else max_pool
@@ -189,8 +176,7 @@ def _read_stages(
     depth = 3 if "layer1.0.conv3.weight" in state else 2
     projecting = {block for block in present if len(shape_of(state, f"{block}.{shortcut}.0")) == 4}
     stages: list[tuple[BlockShape, ...]] = []
-    while f"layer{len(stages) + 1}.0" in present:
-        stage = f"layer{len(stages) + 1}"
+    while f"{(stage := f'layer{len(stages) + 1}')}.0" in present:
         out_channels = _width(state, f"{stage}.0.conv{depth}", channels)
         blocks: list[BlockShape] = []
         while (block := f"{stage}.{len(blocks)}") in present:

@@ -14,10 +14,9 @@ from common.network.tracing import weight_layers
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """A convolution or linear layer.
+    """A convolution or linear layer, named as in the state dict.
 
     Attributes:
-        name: Name as in the state dict, without ``.weight``.
         kind: ``conv`` or ``linear``.
         shape: Shape of its weight.
         weights: Number of weights; a bias is not counted.
@@ -44,13 +43,7 @@ def count_macs(network: Network) -> int:
 
 
 def describe_network(family: str, model: nn.Module, network: Network) -> dict:
-    """Return results.json's ``network``.
-
-    Args:
-        family: Name of the architecture.
-        model: Holds the parameters.
-        network: The same model, traced.
-    """
+    """Return results.json's ``network`` for a model and what it was traced to."""
     return {
         "family": family,
         "layers": len(network.graph.layers),
@@ -62,9 +55,7 @@ def describe_network(family: str, model: nn.Module, network: Network) -> dict:
 def describe_layers(model: nn.Module, network: Network) -> list[LayerDescription]:
     """Describe every convolution and linear layer, in the order of the state dict.
 
-    Args:
-        model: Holds the weights before batch norms are folded in.
-        network: The same model, traced.
+    The weights are the model's, into which no batch norms are folded; ``network`` is its trace.
     """
     return [
         LayerDescription(

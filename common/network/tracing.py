@@ -1,6 +1,6 @@
 """From a PyTorch module to a graph: traced by torch.fx, its batch norms folded.
 
-Running the module once on a blank image turns what depends on sizes, such as
+The module runs once on a blank image. This turns what depends on sizes, such as
 ``x.view(x.size(0), -1)``, into numbers, so that the graph holds operations on images alone.
 """
 
@@ -80,8 +80,8 @@ def in_execution_order(
 ) -> Graph:
     """Return the graph of the operations that lead to ``output``.
 
-    Operands of an addition run in the order of the weights that lead to them, the fewest first. The
-    coder relies on it: the last operand makes up for the errors of the others.
+    The operand of an addition that the fewest weights lead to runs first. The coder relies on it:
+    the last operand makes up for the errors of the others.
 
     Args:
         operations: Operations in any valid order, the input first.
@@ -89,17 +89,14 @@ def in_execution_order(
         weight_counts: Number of weights of each layer, by name.
     """
     by_name = {operation.name: operation for operation in operations}
-    positions = {name: index for index, name in enumerate(by_name)}
-    ancestors: dict[str, int] = {}  # sets of positions, as the bits of integers
+    layers: dict[str, frozenset[str]] = {}  # that lead to each operation
     for name, operation in by_name.items():
-        ancestors[name] = 1 << positions[name]
-        for source in operation.inputs:
-            ancestors[name] |= ancestors[source]
-    layers = [(1 << positions[name], count) for name, count in weight_counts.items()]
+        own = {name} & weight_counts.keys()
+        layers[name] = frozenset(own).union(*(layers[source] for source in operation.inputs))
 
     @functools.cache
     def weights_before(name: str) -> int:
-        return sum(count for bit, count in layers if ancestors[name] & bit)
+        return sum(weight_counts[layer] for layer in layers[name])
 
     ordered: dict[str, Operation] = {}
     stack = [output]

@@ -6,6 +6,7 @@ operation runs. A value is kept until its last use, in batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,12 +27,9 @@ class Walk:
     """
 
     def __init__(
-        self,
-        network: Network,
-        images: Sequence[torch.Tensor],
-        order: Graph,
+        self, network: Network, images: Sequence[torch.Tensor], order: Graph,
         storage: torch.dtype | None = None,
-    ):
+    ):  # fmt: skip
         self._network, self._storage = network, storage
         self._values: dict[str, list[torch.Tensor | None]] = {network.graph.input: list(images)}
         self._last_use = _last_uses(order)
@@ -43,9 +41,7 @@ class Walk:
     def step(self, name: str, layer: Layer | None = None) -> None:
         """Compute an operation for all images, and free what no later one reads.
 
-        Args:
-            name: Name of the operation, whose inputs were computed before.
-            layer: Weights in place of the network's own.
+        Its inputs were computed before. ``layer`` takes the place of the network's own weights.
         """
         operation = self._network.graph[name]
         sources = [self._values[source] for source in operation.inputs]
@@ -68,13 +64,12 @@ class Walk:
 def peak_bytes_per_image(network: Network, bytes_per_number: int) -> int:
     """Return the most memory that a :class:`Walk` takes for an image, in bytes."""
     graph = network.graph
-    sizes = {name: torch.Size(shape).numel() for name, shape in network.shapes.items()}
     last_use = _last_uses(graph)
     live: set[str] = set()
     peak = 0
     for operation in graph.operations:
         live.add(operation.name)
-        peak = max(peak, sum(sizes[name] for name in live))
+        peak = max(peak, sum(math.prod(network.shapes[name]) for name in live))
         live -= {name for name in operation.inputs if last_use[name] == operation.name}
     return peak * bytes_per_number
 

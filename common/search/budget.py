@@ -7,7 +7,7 @@ often as not, so a choice must leave one standard error to spare.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +45,7 @@ class Verdict(Paired):
 
 @dataclass(frozen=True)
 class Budget:
-    """At most ``max_drop`` (a fraction) may be lost against the dense network.
-
-    Attributes:
-        max_drop: Accuracy that may be lost, as a fraction.
-        choosing: Images that choose.
-    """
+    """The accuracy that may be lost, ``max_drop``, a fraction; and the images that choose."""
 
     max_drop: float
     choosing: EvaluationSplit
@@ -77,39 +72,29 @@ class Budget:
         return Verdict(found.accuracy, found.comparison, left - error)
 
 
-def doubling_looks(count: int) -> Iterator[int]:
-    """Yield after how many of ``count`` images to look: FIRST_LOOK, twice as many, …, all."""
-    look = FIRST_LOOK
-    while look < count:
-        yield look
-        look *= 2
-    yield count
+def doubling_looks(count: int) -> list[int]:
+    """Return after how many of ``count`` images to look: FIRST_LOOK, twice as many, …, all."""
+    looks = [FIRST_LOOK]
+    while looks[-1] < count:
+        looks.append(2 * looks[-1])
+    return [*looks[:-1], count]
 
 
 def why_too_strict(count: int, max_drop: float, held_out: bool = False) -> str | None:
     """Say why a candidate that loses and gains nothing could not pass; None where it can.
 
-    It must leave the error of one image, so choosing takes 1/``max_drop`` images.
-
-    Args:
-        count: Number of test images, of which half choose, or of held-out images, which all do.
-        max_drop: The budget, as a fraction.
-        held_out: Whether ``count`` is of held-out images.
+    It must leave the error of one image, so choosing takes 1/``max_drop`` images. ``count`` is the
+    number of test images, of which half choose, or of held-out images, all of which do.
     """
     if max_drop == 0:
         return "a budget of 0 points leaves no standard error to spare"
     choosing = math.ceil(1 / max_drop - 1e-9)
     if count >= (choosing if held_out else 2 * choosing - 1):
         return None
-    needed = (
-        f"{choosing:,} held-out images"
-        if held_out
-        else f"{2 * choosing:,} test images, of which half choose"
-    )
-    return (
-        f"to be within {counted(100 * max_drop, 'point')} with one standard error to spare takes "
-        f"{needed}, not {count:,}"
-    )
+    half = f"{2 * choosing:,} test images, of which half choose"
+    needed = f"{choosing:,} held-out images" if held_out else half
+    points = counted(100 * max_drop, "point")
+    return f"to be within {points} with one standard error to spare takes {needed}, not {count:,}"
 
 
 def standard_error(comparison: Comparison, total: int) -> float:

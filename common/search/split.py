@@ -11,11 +11,9 @@ from common.images.data import ImageSet
 
 @dataclass(frozen=True)
 class EvaluationSplit:
-    """The images that choose, or those that confirm.
+    """Images in random order, to choose on or to confirm on.
 
-    Attributes:
-        images: Images in random order.
-        dense_correct: The dense network's correctness on them: bool, shape (N,), on the CPU.
+    ``dense_correct`` is the dense network's correctness on them: bool, shape (N,), on the CPU.
     """
 
     images: ImageSet
@@ -37,8 +35,5 @@ def split_test(
     Raises:
         UserError: There is only one image.
     """
-    chosen, held_out = test.halves(seed)
-    return (
-        EvaluationSplit(test.rows(chosen), dense_correct[chosen]),
-        EvaluationSplit(test.rows(held_out), dense_correct[held_out]),
-    )
+    halves = test.halves(seed)
+    return tuple(EvaluationSplit(test.rows(half), dense_correct[half]) for half in halves)

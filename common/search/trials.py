@@ -20,12 +20,7 @@ MARGIN = 0.15  # an interpolated trial keeps this share of the bracket from eith
 
 @dataclass(frozen=True)
 class Trial:
-    """A compressed network that was tried.
-
-    Attributes:
-        strength: How strongly it is compressed, on the scale of the search.
-        verdict: How it does on the images that choose.
-    """
+    """A compressed network that was tried: its strength, on the scale of the search, and result."""
 
     strength: float
     verdict: Verdict
@@ -63,18 +58,10 @@ class Range:
 
 
 def run_trials(make: Callable[[float], T], where: Range) -> list[T]:
-    """Make trials, and return all of them in the order in which they were made.
-
-    Args:
-        make: Returns the trial of a strength.
-        where: Strengths to try.
-    """
+    """Make trials, each of the strength that follows from the others; return them in that order."""
     trials: list[T] = []
     strength: float | None = where.start
-    while strength is not None:
-        enough = where.trials * (1 if strongest(trials) else 2)
-        if len(trials) >= enough:
-            break
+    while strength is not None and len(trials) < where.trials * (1 if strongest(trials) else 2):
         trials.append(make(strength))
         strength = next_strength(trials, where)
     return trials
@@ -83,11 +70,9 @@ def run_trials(make: Callable[[float], T], where: Range) -> list[T]:
 def next_strength(trials: Sequence[T], where: Range) -> float | None:
     """Return the strength to try after ``trials``; None where nothing is left to find out."""
     passing = strongest(trials)
-    failing = min(
-        (t for t in trials if t.spare < 0 and (passing is None or t.strength > passing.strength)),
-        key=lambda t: t.strength,
-        default=None,
-    )
+    least = -math.inf if passing is None else passing.strength
+    above = [trial for trial in trials if trial.spare < 0 and trial.strength > least]
+    failing = min(above, key=lambda trial: trial.strength, default=None)
     if failing is None:
         following = min(passing.strength * where.stride, where.most)
         return following if following > passing.strength else None
