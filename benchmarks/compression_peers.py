@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.machine.workers import ALONE
     from common.measure import evaluate, latency
     from common.network.size import saved_size_bytes
-    from common.report import results as report
+    from common.report.provenance import common_results
     from common.run import finish_run, print_results
     from quantization.calibration import CalibrationSetup
     from quantization.int8 import engines
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             if timed := timings.get(f"{row['method']}, {row['setting']}"):
                 row["latency"] = [timing.as_dict() for timing in timed]
 
-        results = report.common_results(
+        results = common_results(
             "compression_peers", args, ALONE, inputs.describe_images(), inputs.weights,
             inputs.describe_network(),
         )  # fmt: skip

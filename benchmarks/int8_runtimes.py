@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.measure import latency
     from common.network import checkpoint
     from common.network.tracing import trace_network
-    from common.report import results as report
+    from common.report.provenance import common_results
     from common.run import finish_run, print_results
     from quantization.calibration import CalibrationSetup
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         gemm_rate = runtimes.measure_gemm_rate()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 
-        results = report.common_results(
+        results = common_results(
             "int8_runtimes", args, ALONE, inputs.describe_images(), inputs.weights,
             inputs.describe_network(),
         )  # fmt: skip

@@ -27,9 +27,8 @@ from quantization.files.artifact import load_int8
 from quantization.int8 import conversion, engines
 from quantization.settings import Settings
 
-OURS, NNCODEC, TORCH_PRUNING, ONNX_RUNTIME = (
-    "ours", "NNCodec", "Torch-Pruning", "ONNX Runtime + zstd",
-)  # fmt: skip
+OURS, NNCODEC, TORCH_PRUNING = "ours", "NNCodec", "Torch-Pruning"
+ONNX_RUNTIME = "ONNX Runtime + zstd"
 QUANTIZER_STEPS = (-38, -34, -32, -30, -28, -26, -24)  # NNCodec's qp: the higher, the coarser
 CHANNEL_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 ZSTD_LEVEL = 19
@@ -37,22 +36,13 @@ ZSTD_LEVEL = 19
 
 @dataclass(frozen=True)
 class Compressed:
-    """A network that a tool made smaller or faster.
+    """A network that a tool made smaller or faster."""
 
-    Attributes:
-        method: Name of the tool.
-        setting: How far it was asked to go.
-        size_bytes: Size of the file.
-        run: Maps normalised images (N, C, H, W) to logits.
-        timed: Whether it runs in INT8. NNCodec's networks do not: they are the dense FP32 one again
-            when they are decoded.
-    """
-
-    method: str
-    setting: str
-    size_bytes: int
+    method: str  # name of the tool
+    setting: str  # how far it was asked to go
+    size_bytes: int  # of the file
     run: Run
-    timed: bool = True
+    timed: bool = True  # it runs in INT8; NNCodec's networks become dense FP32 when decoded
 
 
 def nncodec(inputs: Inputs) -> Iterator[Compressed]:
@@ -138,12 +128,7 @@ def compress(
 ) -> Iterator[Compressed]:
     """Yield what each tool makes of a network; a line says which tools are not installed.
 
-    Args:
-        inputs: Network, and images to calibrate on.
-        settings: How networks become INT8 here.
-        batch_size: Images in a batch of calibration.
-        pipelines: Folders with results of pipeline.py.
-        folder: Place for temporary files.
+    ``pipelines`` are folders with results of pipeline.py; ``folder`` is for temporary files.
     """
     for results in pipelines:
         yield from ours(inputs, results, settings.engine)

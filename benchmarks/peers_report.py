@@ -14,21 +14,15 @@ PLOT = "compression_peers.png"
 WITHIN = 0.01  # loss that the summary allows, as a fraction
 LOWEST_POINTS = -6  # what lost more is drawn at the plot's edge
 COLORS = {
-    OURS: report.BLUE,
-    ONNX_RUNTIME: report.ORANGE,
-    TORCH_PRUNING: report.GREEN,
+    OURS: report.BLUE, ONNX_RUNTIME: report.ORANGE, TORCH_PRUNING: report.GREEN,
     NNCODEC: report.RED,
-}
+}  # fmt: skip
 
 
 def describe(compressed: Compressed, paired: Paired) -> dict:
     """Return a row of results.json, without its latency."""
-    return {
-        "method": compressed.method,
-        "setting": compressed.setting,
-        "size_bytes": compressed.size_bytes,
-        **paired.as_dict(),
-    }
+    fields = ("method", "setting", "size_bytes")
+    return {name: getattr(compressed, name) for name in fields} | paired.as_dict()
 
 
 def tell(results: dict) -> Story:
@@ -42,14 +36,7 @@ def tell(results: dict) -> Story:
         Column("smaller", lambda row: fp32["size_bytes"] / row["size_bytes"], "{:.1f}×".format),
         *report.accuracy_columns(),
         *report.change_columns(),
-        *(
-            Column(
-                f"batch {timing['batch_size']}",
-                lambda row, index=index: row["latency"][index] if "latency" in row else None,
-                report.show_rate,
-            )
-            for index, timing in enumerate(timed)
-        ),
+        *report.rate_columns(timed),
     ]
     note = (
         "At a batch size: INT8 images a second. NNCodec's networks run as the dense one does."
@@ -75,15 +62,10 @@ def best(rows: Sequence[dict], speed: bool = False) -> dict[str, dict]:
     def rank(row: dict) -> float:
         return row["latency"][-1]["images_per_second"] if speed else -row["size_bytes"]
 
-    fits = [
-        row for row in rows
-        if row["comparison"]["drop"] <= WITHIN and ("latency" in row or not speed)
-    ]  # fmt: skip
-    methods = dict.fromkeys(row["method"] for row in fits)
-    return {
-        method: max((row for row in fits if row["method"] == method), key=rank)
-        for method in methods
-    }
+    fits = [row for row in rows if row["comparison"]["drop"] <= WITHIN]
+    fits = sorted((row for row in fits if "latency" in row or not speed), key=rank)
+    found = {row["method"]: row for row in fits}  # the last one, which ranks highest
+    return {row["method"]: found[row["method"]] for row in rows if row["method"] in found}
 
 
 def _summary(results: dict) -> list[str]:

@@ -33,22 +33,16 @@ BYTES_PER_WEIGHT = 4
 GEMM_SIZES = (512, 1024, 2048)
 GEMM_SECONDS = 1.0
 
-Run = Callable[[torch.Tensor], torch.Tensor]
+Run = Callable[[torch.Tensor], torch.Tensor]  # from normalised images (N, C, H, W) to logits
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A model in a runtime.
-
-    Attributes:
-        run: Maps normalised float32 images (N, C, H, W) to logits (N, classes).
-        size_bytes: Size of its file.
-        memory_format: Layout of the images that it is fed.
-    """
+    """A model in a runtime."""
 
     run: Run
-    size_bytes: int
-    memory_format: torch.memory_format = torch.channels_last
+    size_bytes: int  # of its file
+    memory_format: torch.memory_format = torch.channels_last  # of the images that it is fed
 
 
 def has_packages(names: tuple[str, ...], row: str) -> bool:
@@ -57,9 +51,6 @@ def has_packages(names: tuple[str, ...], row: str) -> bool:
     if missing:
         log.warning("left out %s: pip install %s", row, missing)
     return not missing
-
-
-# --- this project's -------------------------------------------------------------------------------
 
 
 def torch_fp32(network: Network) -> Runtime:
@@ -74,9 +65,6 @@ def ours(engine: str, network: Int8Network, folder: Path) -> Runtime:
     is_nchw = engine in ("onnxruntime", "openvino")
     layout = torch.contiguous_format if is_nchw else torch.channels_last
     return Runtime(engines.runner(engine, network), size_bytes, layout)
-
-
-# --- others' --------------------------------------------------------------------------------------
 
 
 def onnxruntime_fp32(network: Network, folder: Path) -> Runtime:
@@ -102,14 +90,9 @@ def onnxruntime_own(network: Network, calibration: ImageSet, folder: Path) -> Ru
     export_onnx(network, fp32)
     with _quiet_logging():
         ort.quantize_static(
-            fp32,
-            path,
-            Reader(),
-            quant_format=ort.QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=ort.QuantType.QUInt8,
-            weight_type=ort.QuantType.QInt8,
-        )
+            fp32, path, Reader(), quant_format=ort.QuantFormat.QDQ, per_channel=True,
+            activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
+        )  # fmt: skip
     return _onnx_file(path)
 
 
@@ -123,22 +106,17 @@ def openvino_own(network: Network, calibration: ImageSet, folder: Path) -> Runti
         export_onnx(network, fp32)
         images = calibration.normalize(calibration.images).contiguous().numpy()
         dataset = nncf.Dataset([image[None] for image in images])
-        quantized = nncf.quantize(
-            openvino.Core().read_model(fp32), dataset, subset_size=len(images)
-        )
+        model = openvino.Core().read_model(fp32)
+        quantized = nncf.quantize(model, dataset, subset_size=len(images))
         openvino.save_model(quantized, path, compress_to_fp16=False)
     size_bytes = path.stat().st_size + path.with_suffix(".bin").stat().st_size
     programs = openvino_programs(quantized, calibration.shape)
-    return Runtime(
-        lambda images: programs[len(images)](images), size_bytes, torch.contiguous_format
-    )
+    return Runtime(lambda x: programs[len(x)](x), size_bytes, torch.contiguous_format)
 
 
 def _onnx_file(path: Path) -> Runtime:
     run = load_onnx(path)
-    return Runtime(
-        lambda images: run(images.contiguous()), path.stat().st_size, torch.contiguous_format
-    )
+    return Runtime(lambda x: run(x.contiguous()), path.stat().st_size, torch.contiguous_format)
 
 
 @contextlib.contextmanager
@@ -151,9 +129,6 @@ def _quiet_logging() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-# --- reference rate ------------------------------------------------------------------------------
 
 
 def measure_gemm_rate() -> float:

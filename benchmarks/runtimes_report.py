@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +48,15 @@ def describe(
         for index, size in enumerate(fastest):
             source = fastest[size] if name == BEST else name
             timing = timings[source][index]
-            rows.append(
-                {
-                    "runtime": name,
-                    **({"same_as": source} if name == BEST else {}),
-                    **timing.as_dict(),
-                    "accuracy": accuracies[source],
-                    "size_bytes": runtimes[source].size_bytes,
-                    "macs_per_image": row_macs,
-                    "share_of_gemm_rate": timing.images_per_second * row_macs / gemm_rate,
-                }
-            )
+            rows.append({
+                "runtime": name,
+                **({"same_as": source} if name == BEST else {}),
+                **timing.as_dict(),
+                "accuracy": accuracies[source],
+                "size_bytes": runtimes[source].size_bytes,
+                "macs_per_image": row_macs,
+                "share_of_gemm_rate": timing.images_per_second * row_macs / gemm_rate,
+            })  # fmt: skip
     return rows
 
 
@@ -73,10 +71,10 @@ def label(name: str) -> str:
 
 def by_runtime(rows: Sequence[dict]) -> dict[str, list[dict]]:
     """Group rows by runtime, in order."""
-    return {
-        name: [row for row in rows if row["runtime"] == name]
-        for name in dict.fromkeys(row["runtime"] for row in rows)
-    }
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["runtime"], []).append(row)
+    return groups
 
 
 def tell(results: dict) -> Story:
@@ -103,7 +101,7 @@ def tell(results: dict) -> Story:
             for row in runtimes[BEST]
         ],
         [
-            Table("", _columns(runtimes), [*runtimes.items()], note + doubts),
+            Table("", _columns(runtimes), [*runtimes.values()], note + doubts),
             f"Fastest engine at batch: {best}.",
         ],
         {PLOT: "Images a second at each batch size."},
@@ -112,21 +110,19 @@ def tell(results: dict) -> Story:
 
 
 def _columns(runtimes: Mapping[str, Sequence[dict]]) -> list[Column]:
-    def speed(index: int) -> Callable[[tuple], dict]:
-        return lambda runtime: runtime[1][index]
-
     def show_speed(row: dict) -> str:
         rate = f"{row['images_per_second']:.0f}{report.doubt(row)}"
         return f"{rate} ({100 * row['share_of_gemm_rate']:.0f})"
 
+    speeds = [
+        Column(str(row["batch_size"]), lambda rows, index=index: rows[index], show_speed)
+        for index, row in enumerate(runtimes[BEST])
+    ]
     return [
-        Column("images/s at batch", lambda runtime: label(runtime[0])),
-        Column("size", lambda runtime: runtime[1][0]["size_bytes"] / 1e6, "{:.1f}".format),
-        Column("top-1", lambda runtime: 100 * runtime[1][0]["accuracy"], "{:.2f}".format),
-        *(
-            Column(str(row["batch_size"]), speed(index), show_speed)
-            for index, row in enumerate(runtimes[BEST])
-        ),
+        Column("images/s at batch", lambda rows: label(rows[0]["runtime"])),
+        Column("size", lambda rows: rows[0]["size_bytes"] / 1e6, "{:.1f}".format),
+        Column("top-1", lambda rows: 100 * rows[0]["accuracy"], "{:.2f}".format),
+        *speeds,
     ]
 
 

@@ -32,27 +32,16 @@ MAX_VALUE_BYTES = 1 << 26  # of an operation's FP32 result for a batch; a few ex
 
 @dataclass(frozen=True)
 class Inputs:
-    """A network and images, loaded.
+    """A network and images, loaded."""
 
-    Attributes:
-        weights: results.json's ``weights``: where the checkpoint was found, and its SHA-256.
-        model: The network with these weights, FP32, in eval mode.
-        source: Where images come from.
-        seed: Seed of their choice.
-        test: Images to measure on.
-        calibration: Training images to calibrate on; None where the script asks for none.
-        family: Name of the network's architecture.
-        own_names: For each layer its name in the checkpoint.
-    """
-
-    weights: dict
-    model: nn.Module
-    source: Source
-    seed: int
+    weights: dict  # results.json's: where the checkpoint was found, and its SHA-256
+    model: nn.Module  # FP32, in eval mode
+    source: Source  # of the images
+    seed: int  # of their choice
     test: ImageSet
-    calibration: ImageSet | None
-    family: str = "resnet18-cifar"
-    own_names: Mapping[str, str] = field(default_factory=dict)
+    calibration: ImageSet | None  # training images, where the script asks for some
+    family: str = "resnet18-cifar"  # the network's architecture
+    own_names: Mapping[str, str] = field(default_factory=dict)  # of the layers, in the checkpoint
 
     @functools.cached_property
     def traced(self) -> Traced:
@@ -111,10 +100,8 @@ class Inputs:
 def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = ALONE) -> Inputs:
     """Load the checkpoint, then the images; say which they are, and check that they fit.
 
-    Args:
-        args: The flags that the scripts share, and perhaps the number of calibration images.
-        script_dir: Folder where the checkpoint may lie.
-        workers: Processes that all load the same; one a machine downloads.
+    Calibration images are loaded where ``args`` has their number. All ``workers`` load the same;
+    one on each machine downloads.
 
     Raises:
         UserError: The checkpoint or the images cannot be had or do not fit, the workers found

@@ -45,7 +45,7 @@ def finish_run(
         results: Content of results.json; changed in place.
         folder: Folder with the run's other files.
         started: Value of ``time.perf_counter()`` at the start.
-        tell: Returns the story of finished results.
+        tell: Function that returns the story of finished results.
         with_page: Whether to write report.html too.
     """
     results["wall_seconds"] = time.perf_counter() - started

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.inputs import load_inputs
     from common.machine import device
     from common.machine.workers import Workers, require_one_process
-    from common.report.results import common_results
+    from common.report.provenance import common_results
     from common.run import finish_run, print_results
     from common.search.budget import Budget, why_too_strict
     from common.search.split import EvaluationSplit

@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.inputs import load_inputs
     from common.machine import device
     from common.network.tracing import weight_layers
-    from common.report.results import common_results
+    from common.report.provenance import common_results
     from common.run import finish_run, print_results, start_run
     from common.search.budget import why_too_strict
     from pruning import steps

@@ -24,10 +24,9 @@ from common.machine import device
 from common.machine.workers import ALONE
 from common.network.checkpoint import WeightsFile
 from common.report import provenance
-from common.report.provenance import find_commit
+from common.report.provenance import common_results, find_commit
 from common.report.results import (
     BLUE,
-    common_results,
     counted,
     floor_factor,
     floor_percent,

@@ -11,40 +11,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that decide what is learned, apart from seed and images.
-
-    Attributes:
-        epochs: Passes over the training images.
-        batch_size: Images in a step, over all processes together.
-        learning_rate: Peak of the schedule.
-        warmup: Fraction of all steps in which the learning rate rises.
-        optimizer: ``sgd``, with Nesterov's momentum, or ``adam``.
-        momentum: Momentum of SGD.
-        weight_decay: Decay of weights; biases and batch-norm tensors do not decay.
-        label_smoothing: Probability spread over all classes.
-        crop_padding: Largest shift of a random crop, in pixels.
-        flip: Whether half of the images are mirrored.
-        cutmix: Fraction of images of which a square shows another image of the batch.
-        jitter: Fraction of images that are rotated, scaled and sheared a little, and of images
-            whose colours change.
-        hold_statistics: Whether batch norms keep their statistics and normalise by them.
-        precision: Precision of convolutions and products: ``fp32`` or ``bf16`` (autocast).
-    """
+    """Settings that decide what is learned, apart from seed and images."""
 
     epochs: int
-    batch_size: int
-    learning_rate: float
-    warmup: float = 0.05
-    optimizer: str = "sgd"
+    batch_size: int  # images in a step, over all processes together
+    learning_rate: float  # peak of the schedule
+    warmup: float = 0.05  # fraction of all steps in which the learning rate rises
+    optimizer: str = "sgd"  # with Nesterov's momentum, or adam
     momentum: float = 0.9
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.1
-    crop_padding: int = 4
-    flip: bool = True
-    cutmix: float = 0.0
-    jitter: float = 0.0
-    hold_statistics: bool = False
-    precision: str = "fp32"
+    weight_decay: float = 5e-4  # biases and batch-norm tensors do not decay
+    label_smoothing: float = 0.1  # probability spread over all classes
+    crop_padding: int = 4  # largest shift of a random crop, in pixels
+    flip: bool = True  # mirror half of the images
+    cutmix: float = 0.0  # fraction of images of which a square shows another image of the batch
+    jitter: float = 0.0  # fraction of images that are distorted, and of images that are recoloured
+    hold_statistics: bool = False  # batch norms keep their statistics and normalise by them
+    precision: str = "fp32"  # or bf16 (autocast)
 
     def learning_rate_at(self, progress: float) -> float:
         """Return the learning rate once ``progress`` (0 to 1) of all steps are done.

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.network.resnet import ResNet, resnet18_shape
     from common.network.size import describe_network
     from common.network.tracing import trace_network
-    from common.report.results import common_results
+    from common.report.provenance import common_results
     from common.run import finish_run, print_results, start_run
     from training.loop.fit import choose_precision, fit
     from training.loop.state import TrainingState

@@ -38,10 +38,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def make_parser(script_doc: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser without flags.
 
-    Args:
-        script_doc: The script's docstring, whose first paragraph introduces ``--help``; None under
-            ``python -OO``.
-        epilog: Last part of ``--help``; by default the docstring's indented lines, the examples.
+    The first paragraph of the script's docstring (None under ``python -OO``) introduces ``--help``.
+    ``epilog`` ends it; by default the docstring's indented lines, the examples.
     """
     if epilog is None and script_doc:
         lines = [line for line in script_doc.splitlines() if line.startswith("    ")]
@@ -82,13 +80,7 @@ def parse_arguments(
 def add_shared_arguments(
     parser: argparse.ArgumentParser, output_dir: Path, with_device: bool = True
 ) -> None:
-    """Add the flags of the scripts that compress a checkpoint.
-
-    Args:
-        parser: Changed in place.
-        output_dir: The script's default for ``--output-dir``.
-        with_device: Whether the script can run elsewhere than on the CPU.
-    """
+    """Add the flags of the scripts that compress a checkpoint; ``output_dir`` is a default."""
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument(
         "--weights", type=types.path, metavar="FILE",
@@ -127,10 +119,8 @@ def add_image_arguments(
 ) -> None:
     """Add the flags that say where images come from, and how they are prepared.
 
-    Args:
-        inputs: Changed in place.
-        test_images: Default number of test images; None for all.
-        with_auto: Whether a network is there already that can choose the normalisation.
+    ``test_images`` is the default number of test images, None for all. ``with_auto`` is for scripts
+    that get a trained network, which can choose the normalisation.
     """
     inputs.add_argument(
         "--data-dir", type=types.path, metavar="DIR", default=DEFAULT_DATA_DIR,

@@ -12,12 +12,7 @@ STAGING_PREFIX = ".partial-"  # begins the names of folders that a killed run le
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a temporary file, on the disk before it takes its place.
-
-    Args:
-        path: Replaced if it exists.
-        write: Called with the binary file.
-    """
+    """Call ``write`` with a temporary file, which takes the place of ``path`` once on the disk."""
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:

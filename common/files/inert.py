@@ -50,11 +50,9 @@ class Inert(_Dictionary):
 
 
 def read_inert(path: Path) -> object:
-    """Return a checkpoint's content with an :class:`Inert` object for each Python object.
+    """Return the content of a checkpoint, with an :class:`Inert` object for each Python object.
 
-    Args:
-        path: File that :func:`common.files.untrusted.check_file` and the check of archives have
-            passed.
+    The file has passed the checks of :mod:`common.files.untrusted`.
 
     Raises:
         UserError: The file names a function that only a hostile file names.

@@ -44,10 +44,8 @@ class OutputFolder:
     other run, and that earlier results can be moved aside. Leaving without :meth:`commit` removes
     all that the run wrote.
 
-    Args:
-        path: Path of the folder.
-        overwrite: Whether to delete an earlier run's files instead of moving them to ``earlier/``.
-            Any other file with a result's name is always moved there.
+    With ``overwrite``, an earlier run's files are deleted instead of moved to ``earlier/``. Any
+    other file with a result's name is always moved there.
     """
 
     def __init__(self, path: Path, overwrite: bool = False):

@@ -37,11 +37,8 @@ def start_fresh(
     """Call ``function(*arguments)`` in a new Python process at equal threads.
 
     The new process has no terminal: Ctrl-C reaches this one, which ends it. If this one is killed,
-    the new one ends by itself (not on Windows).
-
-    Args:
-        function: Function of a module, where it is looked up by name.
-        arguments: Arguments that can be pickled, as the returned value must be.
+    the new one ends by itself (not on Windows). The function is one of a module; arguments and
+    value can be pickled.
 
     Yields:
         A function that waits for the value and returns it. It raises a UserError if the user can

@@ -27,19 +27,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that share a run.
+    """The processes that share a run."""
 
-    Attributes:
-        device: Device of this process.
-        rank: Number of this process, from 0.
-        count: Number of processes.
-        is_first_on_machine: Whether this process downloads for its machine.
-    """
-
-    device: torch.device
-    rank: int = 0
-    count: int = 1
-    is_first_on_machine: bool = True
+    device: torch.device  # of this process
+    rank: int = 0  # number of this process
+    count: int = 1  # number of processes
+    is_first_on_machine: bool = True  # this process downloads for its machine
 
     @property
     def is_first(self) -> bool:

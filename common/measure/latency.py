@@ -67,12 +67,14 @@ def time_interleaved(
 ) -> dict[str, list[Timing]]:
     """Time every contender at every batch size; warn where the spread is large.
 
+    The contenders take turns in another random order each round, so that none always follows the
+    same one. At least ``MIN_ROUNDS`` rounds are run, whatever the time.
+
     Args:
-        contenders: Models to time in turns, in another random order each round, so that no model
-            always follows the same one.
+        contenders: Models to time.
         images: Normalised float32 images (N, C, H, W), repeated where a batch needs more.
         batch_sizes: Batch sizes in images.
-        seconds_per_batch_size: Time to aim for; at least ``MIN_ROUNDS`` rounds are run.
+        seconds_per_batch_size: Time to aim for.
 
     Returns:
         Timings of each contender by name, one for each batch size.

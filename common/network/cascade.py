@@ -29,20 +29,12 @@ NEAR_BOUND = 2 / 3
 
 @dataclass
 class Fp32Recheck:
-    """Counts of the bf16 predictions that FP32 checked because they were close.
+    """Counts of the bf16 predictions that FP32 checked because they were close."""
 
-    Attributes:
-        predictions: Number of all predictions.
-        recomputed: Number of predictions with a margin below the bound, which FP32 decided.
-        changed: Number of those where FP32 gave another class.
-        largest_change: Largest margin of a changed prediction, as a fraction of its bound; near 1,
-            the bound is too tight.
-    """
-
-    predictions: int = 0
-    recomputed: int = 0
-    changed: int = 0
-    largest_change: float = 0.0
+    predictions: int = 0  # all of them
+    recomputed: int = 0  # those with a margin below the bound, which FP32 decided
+    changed: int = 0  # those of them where FP32 gave another class
+    largest_change: float = 0.0  # largest margin of these over its bound; near 1 that is too tight
 
     def add(self, other: Fp32Recheck) -> None:
         """Add the counts of another part of the predictions."""

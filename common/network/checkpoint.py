@@ -73,19 +73,12 @@ def find_weights(chosen: Path | None, script_dir: Path) -> WeightsFile:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network with the weights of a checkpoint.
+    """A network with the weights of a checkpoint."""
 
-    Attributes:
-        model: The network, in eval mode, FP32, on the CPU.
-        family: Name of its architecture, such as ``resnet18-cifar`` or ``torchvision:vgg11_bn``.
-        statistics: Mean and std for the images, if the checkpoint holds them.
-        own_names: For each layer its name in the checkpoint.
-    """
-
-    model: nn.Module
-    family: str
-    statistics: Statistics | None = None
-    own_names: Mapping[str, str] = field(default_factory=dict)
+    model: nn.Module  # in eval mode, FP32, on the CPU
+    family: str  # its architecture, such as resnet18-cifar or torchvision:vgg11_bn
+    statistics: Statistics | None = None  # for the images, if the checkpoint holds them
+    own_names: Mapping[str, str] = field(default_factory=dict)  # of the layers, in the checkpoint
 
 
 def load_model(path: Path) -> nn.Module:
@@ -100,10 +93,8 @@ def load_network(
 
     Args:
         file: Checkpoint in any layout that :mod:`common.network.layouts` reads.
-        model: The network, as ``--model`` names it; by default a ResNet, whose depth, widths and
-            number of classes are those of the checkpoint.
-        max_pool: Whether a max pool follows a ResNet's first convolution, see
-            :class:`common.network.resnet.ResNet`.
+        model: The network, as ``--model`` names it; by default the ResNet of the checkpoint.
+        max_pool: Whether a max pool follows a ResNet's first convolution.
 
     Raises:
         UserError: The file is missing, no checkpoint, unsafe, damaged, or of another network.

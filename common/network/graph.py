@@ -47,19 +47,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a network.
+    """One operation of a network."""
 
-    Attributes:
-        name: Unique name; a layer has the name of its module, such as ``layer1.0.conv1``.
-        kind: One of ``KINDS``.
-        inputs: Names of the operations whose values it reads.
-        attributes: Numbers as JSON has them, by the names in ``ATTRIBUTES``.
-    """
-
-    name: str
-    kind: str
-    inputs: tuple[str, ...] = ()
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # unique; a layer has the name of its module, such as layer1.0.conv1
+    kind: str  # one of KINDS
+    inputs: tuple[str, ...] = ()  # names of the operations whose values it reads
+    attributes: Mapping[str, Any] = field(default_factory=dict)  # as ATTRIBUTES names them
 
     @property
     def is_layer(self) -> bool:
@@ -189,13 +182,10 @@ def evaluate(
     given: Mapping[str, Value],
     wanted: Sequence[str],
 ) -> dict[str, Value]:
-    """Return the wanted values; compute each needed operation once, free values after their use.
+    """Return the wanted values; run only the operations between them and the given values.
 
-    Args:
-        graph: Operations to run, as far as they are needed.
-        compute: Returns an operation's value from its inputs' values.
-        given: Known values by name; usually the input's.
-        wanted: Names of the values to return.
+    ``compute`` returns an operation's value from its inputs' values. Each value is freed after its
+    last use.
     """
     operations = graph.needed_for(wanted, given)
     uses = Counter(name for operation in operations for name in dict.fromkeys(operation.inputs))

@@ -28,19 +28,12 @@ FAKE_QUANTIZERS = re.compile(r"fake_quant|activation_post_process|activation_qua
 
 @dataclass(frozen=True)
 class Layout:
-    """A state dict, taken out of a checkpoint.
+    """A state dict, taken out of a checkpoint."""
 
-    Attributes:
-        tensors: Tensors by the names that the network's class gives them.
-        statistics: Mean and std for the images, if the checkpoint holds them.
-        notes: What was passed over or changed, for the user.
-        prefix: Prefix that was taken off all names.
-    """
-
-    tensors: StateDict
-    statistics: Statistics | None
-    notes: tuple[str, ...]
-    prefix: str = ""
+    tensors: StateDict  # by the names that the network's class gives them
+    statistics: Statistics | None  # if the checkpoint holds them
+    notes: tuple[str, ...]  # what was passed over or changed, for the user
+    prefix: str  # that was taken off all names
 
 
 def read_layout(
@@ -50,7 +43,7 @@ def read_layout(
 
     Args:
         path: Path of the file, for messages.
-        content: What :func:`common.files.untrusted.read_untrusted` returned.
+        content: Result of :func:`common.files.untrusted.read_untrusted`.
         key: Key of the state dict to take, such as ``state_dict_ema`` or ``model.ema``.
         expected: Names in the network's own state dict, if they are known.
 

@@ -18,15 +18,10 @@ MAY_OVERWRITE = (kinds.ADD, *kinds.ACTIVATIONS)  # may compute in their first in
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of a convolution, a linear layer or a channel-wise affine operation.
+    """The weights of a convolution, a linear layer or a channel-wise affine operation."""
 
-    Attributes:
-        weight: Shape (O, I / groups, height, width), (O, I) or (C,).
-        bias: Shape (O,) or (C,).
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
+    weight: torch.Tensor  # (O, I / groups, height, width), (O, I) or (C,)
+    bias: torch.Tensor  # (O,) or (C,)
 
     def masked(self, kept: torch.Tensor) -> Layer:
         """Return the layer without the weights that are not ``kept`` (bool, same shape)."""
@@ -40,13 +35,10 @@ class Layer:
 def compute(
     operation: Operation, inputs: Sequence[torch.Tensor], layer: Layer | None, in_place: bool
 ) -> torch.Tensor:
-    """Return an operation's value.
+    """Return the value of any operation but the input; the batch dimension comes first.
 
-    Args:
-        operation: Any operation but the input.
-        inputs: Values that it reads, the batch dimension first.
-        layer: Its weights, if it has any.
-        in_place: Whether the first input's memory may be used for the result.
+    ``layer`` holds its weights, if it has any. With ``in_place``, the first input's memory may be
+    used for the result.
     """
     run = _RUN[operation.kind]
     if operation.kind in HAVE_WEIGHTS:
@@ -62,9 +54,7 @@ def infer_shapes(graph: Graph, weights: Mapping[str, Sequence[int]]) -> dict[str
     The network runs on a batch of no images, which takes neither time nor memory. The ``meta``
     device would import a symbolic algebra package first, which takes a second.
 
-    Args:
-        graph: The operations.
-        weights: Shape of the weight of each layer and affine operation.
+    ``weights`` holds the shape of the weight of each layer and affine operation.
 
     Raises:
         ValueError: An operation cannot run on its inputs.

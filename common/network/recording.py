@@ -18,23 +18,15 @@ from common.network.graph import Operation
 
 
 class Recorder(fx.Interpreter):
-    """Runs a traced module and notes the operation of each node.
-
-    Attributes:
-        operations: Operations by name, in the order of the module's forward.
-        layers: Weights of the operations that have any.
-        norms: For each layer whose batch norm was folded the name of that batch norm.
-        blocks: Names of the modules in whose forward values are added or concatenated.
-        logits: Name of the operation that gives the logits.
-    """
+    """Runs a traced module and notes the operation of each node."""
 
     def __init__(self, module: fx.GraphModule, image_shape: Sequence[int]):
         super().__init__(module, garbage_collect_values=False)
-        self.operations: dict[str, Operation] = {}
-        self.layers: dict[str, Layer] = {}
-        self.norms: dict[str, str] = {}
-        self.blocks: dict[str, None] = {}  # an ordered set
-        self.logits = ""
+        self.operations: dict[str, Operation] = {}  # in the order of the module's forward
+        self.layers: dict[str, Layer] = {}  # weights of the operations that have any
+        self.norms: dict[str, str] = {}  # for each layer the batch norm that was folded, if any
+        self.blocks: dict[str, None] = {}  # modules in whose forward values are added or joined
+        self.logits = ""  # name of the operation that gives the logits
         self._shape = list(image_shape)
         self._names: dict[fx.Node, str] = {}  # name of the operation that gives a node's value
         self.splits: dict[fx.Node, tuple[fx.Node, int]] = {}  # what is split, along a dimension

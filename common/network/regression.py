@@ -83,21 +83,13 @@ def completed_sum(network: Network, layer: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of a layer's inputs and of its residuals: wanted outputs minus given ones.
+    """Moments of a layer's inputs and of its residuals: wanted outputs minus given ones."""
 
-    Attributes:
-        mean: Mean of the inputs, (groups, columns).
-        covariance: Covariance of the inputs, (groups, columns, columns).
-        lacking: Mean of the residuals, (O,).
-        cross: Covariance of the residuals and the inputs, (groups, O / groups, columns).
-        variance: Sum over the outputs of the variance of what is wanted.
-    """
-
-    mean: torch.Tensor
-    covariance: torch.Tensor
-    lacking: torch.Tensor
-    cross: torch.Tensor
-    variance: float
+    mean: torch.Tensor  # of the inputs, (groups, columns)
+    covariance: torch.Tensor  # of the inputs, (groups, columns, columns)
+    lacking: torch.Tensor  # mean of the residuals, (O,)
+    cross: torch.Tensor  # covariance of residuals and inputs, (groups, O / groups, columns)
+    variance: float  # of what is wanted, summed over the outputs
 
     @property
     def squares(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -13,12 +14,9 @@ Pair = tuple[str, str]  # the names of a convolution and of its batch norm
 
 def shared_prefix(names: Iterable[str]) -> str:
     """Return the parts that all names begin with, such as ``module.``; the last is never one."""
-    prefix: list[str] = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1:
-            break
-        prefix.append(f"{parts[0]}.")
-    return "".join(prefix)
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)
+    return "".join(f"{parts[0]}." for parts in shared)
 
 
 def canonical_names(state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
@@ -26,10 +24,8 @@ def canonical_names(state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
 
     The tensors are expected in the order of definition: stem, blocks, linear layer; in a block its
     convolutions, each followed by its batch norm, then the shortcut. The names of a block must
-    begin alike: those of a pre-activation network, whose shapes are the same, do not.
-
-    Returns:
-        None if the tensors are not those of a ResNet in this order.
+    begin alike: those of a pre-activation network, whose shapes are the same, do not. For other
+    tensors the result is None.
     """
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in state))
     pairs = list(zip(modules[:-1:2], modules[1::2], strict=False))

@@ -26,23 +26,14 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ResNetShape:
-    """Sizes and names of a ResNet.
+    """Sizes and names of a ResNet."""
 
-    Attributes:
-        stem_kernel: Kernel size of the first convolution.
-        stem_width: Output channels of the first convolution.
-        stages: Blocks of each stage; all stages but the first halve the image.
-        class_count: Number of classes.
-        shortcut: Name of a block's shortcut.
-        head: Name of the linear layer.
-    """
-
-    stem_kernel: int
-    stem_width: int
-    stages: tuple[tuple[BlockShape, ...], ...]
+    stem_kernel: int  # of the first convolution
+    stem_width: int  # output channels of the first convolution
+    stages: tuple[tuple[BlockShape, ...], ...]  # all stages but the first halve the image
     class_count: int
-    shortcut: str = "shortcut"
-    head: str = "linear"
+    shortcut: str = "shortcut"  # name of a block's shortcut
+    head: str = "linear"  # name of the linear layer
 
     @classmethod
     def of(cls, state: Mapping[str, torch.Tensor]) -> ResNetShape:

@@ -14,22 +14,14 @@ from common.network.tracing import weight_layers
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """A convolution or linear layer, named as in the state dict.
-
-    Attributes:
-        kind: ``conv`` or ``linear``.
-        shape: Shape of its weight.
-        weights: Number of weights; a bias is not counted.
-        nonzeros: Number of weights that are not zero.
-        macs: Multiply-accumulates an image, weights of zero included.
-    """
+    """A convolution or linear layer, named as in the state dict."""
 
     name: str
-    kind: str
-    shape: tuple[int, ...]
-    weights: int
-    nonzeros: int
-    macs: int
+    kind: str  # conv or linear
+    shape: tuple[int, ...]  # of its weight
+    weights: int  # number of weights; a bias is not counted
+    nonzeros: int  # number of weights that are not zero
+    macs: int  # multiply-accumulates an image, weights of zero included
 
 
 def saved_size_bytes(state: Mapping[str, object]) -> int:

@@ -23,26 +23,17 @@ from common.network.recording import Recorder
 
 @dataclass(frozen=True)
 class Traced:
-    """A network, and how it belongs to the module that it was traced from.
+    """A network, and how it belongs to the module that it was traced from."""
 
-    Attributes:
-        network: Its layers bear the names of their modules; batch norms are folded.
-        norms: For each layer whose batch norm was folded the name of that batch norm.
-        blocks: Names of the modules, but for the whole, in whose forward values are added or
-            concatenated; of a ResNet its residual blocks.
-    """
-
-    network: Network
-    norms: Mapping[str, str]
-    blocks: tuple[str, ...]
+    network: Network  # its layers have the names of their modules; batch norms are folded
+    norms: Mapping[str, str]  # for each layer whose batch norm was folded that norm's name
+    blocks: tuple[str, ...]  # modules that add or concatenate, such as residual blocks
 
 
 def trace(model: nn.Module, image_shape: Sequence[int]) -> Traced:
-    """Trace a module in eval mode, which is not changed.
+    """Trace a module in eval mode that maps normalised images (N, C, H, W) to logits.
 
-    Args:
-        model: Maps normalised images (N, C, H, W) to logits; on any device.
-        image_shape: Channels, height and width of an image.
+    The module is not changed; ``image_shape`` is without the batch dimension.
 
     Raises:
         UserError: An operation is none of the known kinds, or the module cannot be traced.
@@ -81,12 +72,8 @@ def in_execution_order(
     """Return the graph of the operations that lead to ``output``.
 
     The operand of an addition that the fewest weights lead to runs first. The coder relies on it:
-    the last operand makes up for the errors of the others.
-
-    Args:
-        operations: Operations in any valid order, the input first.
-        output: Name of the operation that gives the logits.
-        weight_counts: Number of weights of each layer, by name.
+    the last operand makes up for the errors of the others. The operations come in any valid order,
+    the input first.
     """
     by_name = {operation.name: operation for operation in operations}
     layers: dict[str, frozenset[str]] = {}  # that lead to each operation

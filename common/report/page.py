@@ -1,8 +1,8 @@
 """A run's story on one page: report.html, a single file that needs no network and no JavaScript.
 
-page.html lays out the story that the console prints too, and page.css says how it looks. File
-names, and whatever else came from outside, are text and stay text: everything is escaped, and the
-page forbids the browser to load or run anything.
+page.html lays out the story that the console prints too, and page.css says how it looks. Everything
+is escaped, as file names come from outside, and the page forbids the browser to load or run
+anything.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_page(story: Story, results: dict, folder: OutputFolder) -> None:
-    """Write report.html beside the plots that it embeds, and name it among the artefacts.
-
-    Args:
-        story: What the page tells.
-        results: results.json, complete but for this; changed in place.
-        folder: Folder with the plots that the results list.
-    """
+    """Write report.html beside the plots that it embeds, and name it in the results."""
     results["artifacts"]["report"] = REPORT_NAME
     plots = {name: folder.file(name).read_bytes() for name in results["artifacts"]["plots"]}
     page = render(story, results, plots)
@@ -40,13 +34,9 @@ def render(story: Story, results: Mapping[str, object], plots: Mapping[str, byte
     import jinja2  # late: a run without a page does not wait for it
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_as_text,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, finalize=_as_text,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     told_first = [name for name in dict.fromkeys([*story.captions, *plots]) if name in plots]
     images = {name: base64.b64encode(plots[name]).decode() for name in told_first}
     template = environment.get_template(TEMPLATE.name)

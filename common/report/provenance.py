@@ -1,28 +1,69 @@
-"""What made a run's results: when, by which version of this project, with which packages."""
+"""Where a run's results come from: the part of results.json that all scripts share."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import os
+import platform
 import subprocess
+from pathlib import Path
+
+import torch
 
 from common import __version__
 from common.command.cli import REPOSITORY
+from common.machine.device import cpu_name, has_vnni
+from common.machine.workers import Workers
 
+SCHEMA = 1
 PACKAGES = (  # torch's stands among the facts of the machine
     "torchvision", "numpy", "pillow", "safetensors", "constriction", "onnx", "onnxruntime",
     "openvino",
 )  # fmt: skip
 
 
-def describe_provenance() -> dict:
-    """Return results.json's ``made``: ``date`` (UTC), ``version``, ``commit``, ``packages``."""
+def common_results(
+    script: str, arguments: argparse.Namespace, workers: Workers, data: dict, weights: dict,
+    network: dict | None = None,
+) -> dict:  # fmt: skip
+    """Return the part of results.json that all scripts share, but for what is known at the end.
+
+    Args:
+        script: Name of the script, such as ``quantization``.
+        arguments: Its arguments, as parsed.
+        workers: The processes that shared the run, and where FP32 ran.
+        data: Result of :meth:`common.inputs.Inputs.describe_images`, or the like.
+        weights: Result of :meth:`common.network.checkpoint.WeightsFile.describe`.
+        network: Result of :meth:`common.inputs.Inputs.describe_network`, if there is one.
+    """
+    device = workers.device.type
+    given = sorted(vars(arguments).items())
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "version": __version__,
-        "commit": find_commit(),
-        "packages": package_versions(),
+        "schema": SCHEMA,
+        "script": script,
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in given},
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "vnni": has_vnni(),
+            "device": device,
+            "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        },
+        "made": {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "version": __version__,
+            "commit": find_commit(),
+            "packages": package_versions(),
+        },
+        "processes": workers.count,
+        "data": data,
+        "weights": weights,
+        **({} if network is None else {"network": network}),
     }
 
 
@@ -45,8 +86,6 @@ def package_versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on, where they are installed."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions

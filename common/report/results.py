@@ -1,81 +1,29 @@
-"""What a run tells: results.json, tables for the console, and the look of the plots."""
+"""How results look: as JSON, as text, as columns of tables, and in plots."""
 
 from __future__ import annotations
 
 import json
 import math
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from common.command.cli import counted, visible
-from common.machine.device import cpu_name, has_vnni
-from common.report.provenance import describe_provenance
 from common.report.story import Column
 
 if TYPE_CHECKING:
-    import argparse
-
     from matplotlib.figure import Figure
 
-    from common.machine.workers import Workers
-
-SCHEMA = 1
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, GREY = "#CC79A7", "#999999"
+STYLE = {
+    "font.size": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4", "legend.frameon": False,
+}  # fmt: skip
 DOUBT = "?: the machine was busy while this was timed, so it may be far off."
-
-
-# --- results.json --------------------------------------------------------------------------------
-
-
-def common_results(
-    script: str,
-    arguments: argparse.Namespace,
-    workers: Workers,
-    data: dict,
-    weights: dict,
-    network: dict | None = None,
-) -> dict:
-    """Return the part of results.json that all scripts share, but for what is known at the end.
-
-    Args:
-        script: Its name, such as ``quantization``.
-        arguments: As parsed.
-        workers: The processes that shared the run, and where FP32 ran.
-        data: The source's name, how many images were used for what, and what they are.
-        weights: Result of :meth:`common.network.checkpoint.WeightsFile.describe`.
-        network: Result of :meth:`common.inputs.Inputs.describe_network`, if there is one.
-    """
-    device = workers.device.type
-    return {
-        "schema": SCHEMA,
-        "script": script,
-        "arguments": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in sorted(vars(arguments).items())
-        },
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "vnni": has_vnni(),
-            "device": device,
-            "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        },
-        "made": describe_provenance(),
-        "processes": workers.count,
-        "data": data,
-        "weights": weights,
-        **({} if network is None else {"network": network}),
-    }
 
 
 def format_cost(results: dict) -> str:
@@ -94,36 +42,25 @@ def to_json(results: dict) -> str:
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
-# --- text ----------------------------------------------------------------------------------------
-
-
 def network_name(results: Mapping[str, Any]) -> str:
     """Name the run's network for people."""
     family = results["network"]["family"]
-    if found := re.fullmatch(r"resnet(\d+)-(cifar|imagenet)", family):
-        layout = {"cifar": "CIFAR", "imagenet": "ImageNet"}[found[2]]
-        return f"ResNet{found[1]} ({layout} layout)"
-    return visible(family.removeprefix("torchvision:"))
+    name = re.sub(r"^resnet(\d+)-cifar$", r"ResNet\1 (CIFAR layout)", family)
+    name = re.sub(r"^resnet(\d+)-imagenet$", r"ResNet\1 (ImageNet layout)", name)
+    return visible(name.removeprefix("torchvision:"))
 
 
 def describe_setting(results: Mapping[str, Any]) -> str:
     """Say on which images and which machine the numbers were measured."""
     data, environment = results["data"], results["environment"]
-    setting = (
-        f"{counted(data['test_images'], 'test image')} ({visible(data['source'])}), "
-        f"{counted(environment['threads'], 'thread')}, {environment['cpu']}"
-    )
-    if environment["device"] != "cpu":
-        setting += f", FP32 on {environment['device_name']}"
-    return setting + "."
+    images = f"{counted(data['test_images'], 'test image')} ({visible(data['source'])})"
+    is_cpu = environment["device"] == "cpu"
+    fp32 = "" if is_cpu else f", FP32 on {environment['device_name']}"
+    return f"{images}, {counted(environment['threads'], 'thread')}, {environment['cpu']}{fp32}."
 
 
 def describe_given(weights: Mapping[str, Any]) -> str:
-    """Say how large the file is that the user handed in.
-
-    Args:
-        weights: results.json's ``weights``.
-    """
+    """Say how large the file is that the user handed in, from results.json's ``weights``."""
     kind = " (a coded network)" if weights["coded"] else ""
     return f"The given file takes {megabytes(weights['size_bytes'])}{kind}."
 
@@ -194,9 +131,6 @@ def megabytes(size_bytes: float, digits: int = 2) -> str:
     return f"{size_bytes / 1e6:,.{digits}f} MB"
 
 
-# --- columns that several tables have -------------------------------------------------------------
-
-
 def accuracy_columns() -> list[Column]:
     """Return the column of top-1 accuracies; in CSV files those of the counts behind it too."""
     return [
@@ -216,31 +150,26 @@ def change_columns() -> list[Column]:
     def compared(get: Callable[[dict], object]) -> Callable[[dict], object]:
         return lambda row: get(row["comparison"]) if row.get("comparison") else None
 
-    def show_interval(comparison: dict) -> str:
-        change = format_change(comparison)
-        return f"{change.low} … {change.high}"
+    def show_interval(ci95: Sequence[float]) -> str:
+        low, high = sorted(-drop for drop in ci95)
+        return f"{points(low)} … {points(high)}"
 
     return [
-        Column("points", compared(itemgetter("drop")), lambda drop: points(-drop), name="drop"),
-        Column("95 % interval", compared(lambda comparison: comparison), show_interval, name=""),
-        Column(None, compared(lambda comparison: comparison["ci95"][0]), name="drop_low"),
-        Column(None, compared(lambda comparison: comparison["ci95"][1]), name="drop_high"),
+        Column("points", compared(lambda found: found["drop"]), lambda x: points(-x), name="drop"),
+        Column("95 % interval", compared(lambda found: found["ci95"]), show_interval, name=""),
+        Column(None, compared(lambda found: found["ci95"][0]), name="drop_low"),
+        Column(None, compared(lambda found: found["ci95"][1]), name="drop_high"),
     ]
 
 
 def rate_columns(latency: Sequence[dict]) -> list[Column]:
-    """Return a column of images a second for each batch size of ``latency``."""
-
-    def at(index: int) -> Callable[[dict], dict]:
-        return lambda row: row["latency"][index]
-
+    """Return a column of images a second for each batch size; rows may lack ``latency``."""
     return [
-        Column(f"batch {timing['batch_size']}", at(index), show_rate)
+        Column(f"batch {timing['batch_size']}",
+               lambda row, index=index: row["latency"][index] if "latency" in row else None,
+               show_rate)
         for index, timing in enumerate(latency)
-    ]
-
-
-# --- plots ---------------------------------------------------------------------------------------
+    ]  # fmt: skip
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: object):
@@ -251,20 +180,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams.update(
-        {
-            "font.size": 9.5,
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#E4E4E4",
-            "legend.frameon": False,
-        }
-    )
+    mpl.rcParams.update(STYLE)
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
     return figure, figure.subplots(rows, columns, **options)
 

@@ -27,8 +27,7 @@ class Column:
             alone.
         value: Returns a row's value.
         show: Returns a value as text; None is shown as nothing.
-        name: Name in CSV files; the heading by default, and empty for a column that they do not
-            have.
+        name: Name in CSV files, by default the heading; empty for a column that they lack.
     """
 
     heading: str | None
@@ -44,14 +43,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that share their columns.
-
-    Attributes:
-        title: What the table shows.
-        columns: The columns, from left to right.
-        rows: The rows; any objects that the columns understand.
-        note: What a reader has to know to read it.
-    """
+    """Rows, any objects that the columns understand, under a title; a note explains them."""
 
     title: str
     columns: Sequence[Column]
@@ -75,9 +67,8 @@ class Table:
 
     def text(self) -> str:
         """Lay the table out for a console."""
-        title = [fill(self.title)] if self.title else []
-        note = [fill(self.note, "  ")] if self.note else []
-        return "\n".join([*title, align(self.headings, self.cells), *note])
+        parts = fill(self.title), align(self.headings, self.cells), fill(self.note, "  ")
+        return "\n".join(filter(None, parts))
 
     def write_csv(self, path: Path) -> None:
         """Write the table's values, unformatted, under the columns' names."""
@@ -99,23 +90,14 @@ class Facts:
     def text(self) -> str:
         """Lay the facts out for a console."""
         width = max(map(len, self.pairs)) + 4
-        lines = [
-            textwrap.fill(
-                value,
-                WIDTH - 1,
-                initial_indent=f"  {name}".ljust(width),
-                subsequent_indent=" " * width,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            for name, value in self.pairs.items()
-        ]
+        pairs = ((f"  {name}".ljust(width), value) for name, value in self.pairs.items())
+        lines = [fill(value, " " * width, first) for first, value in pairs]
         return "\n".join([fill(self.title), *lines])
 
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure that a reader takes away, and what it says."""
+    """A figure that a reader takes away, and its meaning."""
 
     figure: str
     meaning: str
@@ -123,23 +105,14 @@ class Headline:
 
 @dataclass(frozen=True)
 class Story:
-    """A whole run.
+    """A whole run."""
 
-    Attributes:
-        title: What was done, to what.
-        setting: On which images and which machine.
-        headlines: The figures to take away; on the page alone, for the parts say them too.
-        parts: Tables, facts and sentences, in reading order.
-        captions: What each plot shows, by file name.
-        cost: How long the run took, and how much memory.
-    """
-
-    title: str
-    setting: str
-    headlines: Sequence[Headline]
-    parts: Sequence[Table | Facts | str]
-    captions: Mapping[str, str] = field(default_factory=dict)
-    cost: str = ""
+    title: str  # what was done, to what
+    setting: str  # on which images and which machine
+    headlines: Sequence[Headline]  # on the page alone, as the parts say them too
+    parts: Sequence[Table | Facts | str]  # in reading order; texts are sentences
+    captions: Mapping[str, str] = field(default_factory=dict)  # what each plot shows, by file name
+    cost: str = ""  # how long the run took, and how much memory
 
     def text(self, output_dir: Path) -> str:
         """Lay the story out for a console."""
@@ -149,11 +122,11 @@ class Story:
         return "\n\n".join([first, *parts, last]) + "\n"
 
 
-def fill(text: str, indent: str = "") -> str:
+def fill(text: str, indent: str = "", first_indent: str | None = None) -> str:
     """Wrap a text for a console; file names and the like stay whole."""
     return textwrap.fill(
-        text, WIDTH - 1, initial_indent=indent, subsequent_indent=indent,
-        break_long_words=False, break_on_hyphens=False,
+        text, WIDTH - 1, initial_indent=indent if first_indent is None else first_indent,
+        subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
 
 
@@ -173,11 +146,10 @@ def align(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _align_block(table: Sequence[Sequence[str]], widths: Sequence[int], block: list[int]) -> str:
-    lines = [
-        "  ".join(
-            row[column].rjust(widths[column]) if column else row[0].ljust(widths[0])
-            for column in block
-        ).rstrip()
+    rows = [
+        [row[column].rjust(widths[column]) if column else row[0].ljust(widths[0])
+         for column in block]
         for row in table
-    ]
-    return "\n".join([lines[0], "  ".join("─" * widths[column] for column in block), *lines[1:]])
+    ]  # fmt: skip
+    rows.insert(1, ["─" * widths[column] for column in block])
+    return "\n".join("  ".join(row).rstrip() for row in rows)

@@ -24,13 +24,9 @@ CLEARLY_OUT = 3.0
 
 @dataclass(frozen=True)
 class Verdict(Paired):
-    """How a candidate did on the images that choose, or as many as it was shown of them.
+    """How a candidate did on the images that choose, or as many as it was shown of them."""
 
-    Attributes:
-        spare: What is left of the budget after its loss and one standard error; a fraction.
-    """
-
-    spare: float
+    spare: float  # what its loss and one standard error leave of the budget; a fraction
 
     @property
     def shown(self) -> int:
@@ -55,9 +51,8 @@ class Budget:
     ) -> Verdict:
         """Evaluate a candidate on the images that choose.
 
-        Args:
-            find_correct: Returns which of some images it gets right: bool, on the CPU.
-            stop_early: Show it no more images once it is clearly over the budget.
+        ``find_correct`` returns which of some images it gets right: bool, on the CPU. With
+        ``stop_early``, it sees no more images once it is clearly over the budget.
         """
         correct = torch.empty(0, dtype=torch.bool)
         count = len(self.choosing)

@@ -38,23 +38,14 @@ of_budget: Spare = operator.attrgetter("spare")
 
 @dataclass(frozen=True)
 class Range:
-    """Where to look for the strongest compression.
+    """Strengths among which to look for the strongest compression."""
 
-    Attributes:
-        start: Strength of the first trial.
-        least: Smallest strength to try.
-        most: Largest strength to try.
-        resolution: Smallest ratio of two strengths that are worth telling apart.
-        trials: Largest number of trials; twice as many where none passes.
-        stride: Ratio of a trial's strength to the last one's, until one passes and one fails.
-    """
-
-    start: float
-    least: float
-    most: float
-    resolution: float = 1.03
-    trials: int = 5
-    stride: float = 1.3
+    start: float  # strength of the first trial
+    least: float  # smallest strength to try
+    most: float  # largest strength to try
+    resolution: float = 1.03  # smallest ratio of two strengths that are worth telling apart
+    trials: int = 5  # largest number of trials; twice as many where none passes
+    stride: float = 1.3  # ratio of successive strengths, until one trial passes and one fails
 
 
 def run_trials(make: Callable[[float], T], where: Range) -> list[T]:

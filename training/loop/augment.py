@@ -25,24 +25,16 @@ MAX_COLOUR = np.array([[0.5], [0.4], [0.4]])
 class EpochPlan:
     """Random choices of an epoch, one row for each of N images in the order of their use.
 
-    Attributes:
-        order: Indices of the images, int64, (N,).
-        shift: Rows and columns by which each image moves, int64, (N, 2).
-        flip: Whether each image is mirrored, bool, (N,).
-        patch: First row and column of the square that another image covers, int64, (N, 2).
-        patch_size: Side of that square in pixels, int64, (N,); 0 for none.
-        affine: Where each position is taken from, float32, (N, 2, 3); None without jitter.
-        colour: Factor of saturation, factor of contrast and added brightness, float32, (N, 3);
-            None without jitter.
+    Without jitter, ``affine`` and ``colour`` are None.
     """
 
-    order: torch.Tensor
-    shift: torch.Tensor
-    flip: torch.Tensor
-    patch: torch.Tensor
-    patch_size: torch.Tensor
-    affine: torch.Tensor | None
-    colour: torch.Tensor | None
+    order: torch.Tensor  # indices of the images, int64, (N,)
+    shift: torch.Tensor  # rows and columns by which each image moves, int64, (N, 2)
+    flip: torch.Tensor  # whether each image is mirrored, bool, (N,)
+    patch: torch.Tensor  # first row and column of the square that another image covers, (N, 2)
+    patch_size: torch.Tensor  # side of that square in pixels, int64, (N,); 0 for none
+    affine: torch.Tensor | None  # where each position is taken from, float32, (N, 2, 3)
+    colour: torch.Tensor | None  # saturation, contrast, added brightness, float32, (N, 3)
 
 
 def plan_epoch(

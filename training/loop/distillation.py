@@ -41,11 +41,9 @@ RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Training:
-    """Training data of compressed networks.
+    """Images to train compressed networks on, and the number of passes over them.
 
-    Attributes:
-        images: Training images, on the device to train on; their labels are not used.
-        epochs: Number of passes over them.
+    The images are on the device to train on; their labels are not used.
     """
 
     images: ImageSet
@@ -55,11 +53,7 @@ class Training:
     def read(
         cls, inputs: Inputs, epochs: int | None, count: int | None, device: torch.device
     ) -> Training | None:
-        """Read ``count`` images to ``device``, None for all; return None for no epochs.
-
-        Raises:
-            UserError: There are too few images.
-        """
+        """Read ``count`` images to ``device``, None for all; return None for no epochs."""
         return cls(inputs.load_training(count).to(device), epochs) if epochs else None
 
 
@@ -82,8 +76,7 @@ def distill(
         seed: Seed of order and augmentation.
         learning_rate: Highest learning rate; the other settings are the recipe's.
         precision: ``bf16`` or ``fp32``; by default the one that the device is fast in.
-        channels: For each layer with fewer output channels than the teacher's: the indices of those
-            that are left.
+        channels: Indices of the teacher's output channels that are left, for each narrower layer.
 
     Raises:
         UserError: The loss is no longer finite.
@@ -135,11 +128,8 @@ def imitation_loss(
 ) -> Iterator[Loss]:
     """Provide the loss: divergence of the logits, and error of the outputs of some modules.
 
-    Args:
-        student: Network that learns.
-        teacher: Network to imitate.
-        blocks: For each of these modules: the indices of the teacher's channels that the student
-            has, or None where it has all of them.
+    ``blocks`` holds for each of these modules the indices of the teacher's channels that the
+    student has, or None where it has all of them.
     """
     given: dict[str, torch.Tensor] = {}
     wanted: dict[str, torch.Tensor] = {}

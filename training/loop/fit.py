@@ -74,8 +74,8 @@ def fit(
         seed: Seed of order and augmentation.
         workers: Processes that share each batch.
         loss: Loss of a batch; by default the cross-entropy, labels smoothed as the recipe says.
-        after_step: Called with the network after every step.
-        after_epoch: Called after every epoch.
+        after_step: Function to call with the network after every step.
+        after_epoch: Function to call after every epoch.
 
     Raises:
         UserError: There are fewer images than a batch takes, the images are not square, the
@@ -85,7 +85,9 @@ def fit(
     # Gradients are averaged over the processes. Each normalises its own images; the batch-norm
     # statistics of the first are kept.
     network = DistributedDataParallel(state.model) if workers.count > 1 else state.model
-    loss = loss or functools.partial(_smoothed_cross_entropy, recipe.label_smoothing)
+    cross_entropy = functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+    loss = loss or (lambda images, logits, targets: cross_entropy(logits, targets))
+    is_bf16 = recipe.precision == "bf16"
     pixels = train.images.permute(0, 2, 3, 1)
     if pixels.numel() <= MAX_BYTES_IN_MEMORY:
         pixels = pixels.contiguous()  # for gathers
@@ -100,14 +102,13 @@ def fit(
             first = step * recipe.batch_size
             rows = workers.share_of(first, first + recipe.batch_size)
             images, targets = make_batch(train, pixels, plan, rows)
-            totals += _step(network, state.optimizer, images, targets, loss, rate, recipe)
+            totals += _step(network, state.optimizer, images, targets, loss, rate, is_bf16)
             if after_step is not None:
                 after_step(state.model)
         total_loss, correct = torch.stack(workers.gather(totals.cpu())).sum(0).tolist()
         if not math.isfinite(total_loss):
-            raise UserError(
-                f"the loss is {total_loss} in epoch {epoch + 1}; try a lower learning rate"
-            )
+            raise UserError(f"the loss is {total_loss} in epoch {epoch + 1}; try a lower learning "
+                            "rate")  # fmt: skip
         state.epochs_done += 1
         if after_epoch is not None:
             seconds = time.perf_counter() - started
@@ -127,12 +128,11 @@ def _check(train: ImageSet, batch_size: int, processes: int) -> None:
 
 def _step(
     network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor,
-    targets: torch.Tensor, loss: Loss, rate: float, recipe: Recipe,
+    targets: torch.Tensor, loss: Loss, rate: float, is_bf16: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Update the network once; return loss and number of correct images, (2,)."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    is_bf16 = recipe.precision == "bf16"
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=is_bf16):
         logits = network(images)
         lost = loss(images, logits, targets)
@@ -141,12 +141,6 @@ def _step(
     optimizer.step()
     correct = (logits.argmax(1) == targets.argmax(1)).sum()
     return torch.stack((lost.detach().float(), correct.float()))
-
-
-def _smoothed_cross_entropy(
-    smoothing: float, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 def _set_training(network: nn.Module, recipe: Recipe) -> None:

@@ -15,16 +15,10 @@ ADAM_BETAS = (0.9, 0.99)  # 0.999 would average over all steps of a short run
 
 @dataclass
 class TrainingState:
-    """What the next step depends on, apart from recipe, images and seed.
+    """What the next step depends on, apart from recipe, images and seed."""
 
-    Attributes:
-        model: Network that is trained, in place.
-        optimizer: Optimizer; only the momentum of SGD can be saved and loaded.
-        epochs_done: Number of finished epochs.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: nn.Module  # trained in place
+    optimizer: torch.optim.Optimizer  # only the momentum of SGD can be saved and loaded
     epochs_done: int = 0
 
     @classmethod
@@ -35,11 +29,11 @@ class TrainingState:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return weights, batch-norm statistics and momentum by name, for a checkpoint."""
-        momentum = {
-            f"momentum.{name}": self._momentum(parameter)
-            for name, parameter in self.model.named_parameters()
-        }
-        return {f"model.{name}": t for name, t in self.model.state_dict().items()} | momentum
+        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            found[f"momentum.{name}"] = torch.zeros_like(parameter) if buffer is None else buffer
+        return found
 
     def load(self, tensors: Mapping[str, torch.Tensor], epochs_done: int) -> None:
         """Copy the tensors of a saved state.
@@ -65,10 +59,6 @@ class TrainingState:
                 self.optimizer.state[parameter]["momentum_buffer"] = momentum
         self.epochs_done = epochs_done
 
-    def _momentum(self, parameter: nn.Parameter) -> torch.Tensor:
-        buffer = self.optimizer.state[parameter].get("momentum_buffer")
-        return torch.zeros_like(parameter) if buffer is None else buffer
-
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimizer; only weights of layers decay, not vectors."""
@@ -81,9 +71,6 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=ADAM_BETAS)
     return torch.optim.SGD(
-        groups,
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
         fused=weights[0].is_cuda,
-    )
+    )  # fmt: skip

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.command import cli
@@ -41,12 +40,9 @@ def identify(recipe: Recipe, seed: int, processes: int, train: ImageSet) -> dict
 
 
 class EpochRecorder:
-    """Measures and saves after every epoch (``after_epoch`` of :func:`training.loop.fit.fit`).
+    """Measures on held-out images and saves a checkpoint after every epoch of a run.
 
-    Args:
-        held_out: Images to measure on.
-        epochs: Number of epochs of the whole run.
-        checkpoint: File to write after every epoch, whole or not at all.
+    It is the ``after_epoch`` of :func:`training.loop.fit.fit`.
     """
 
     def __init__(self, held_out: ImageSet, epochs: int, checkpoint: Path):
@@ -75,21 +71,13 @@ class EpochRecorder:
             return
         try:
             saved = read_untrusted(self.checkpoint)
-            rows = [_read_row(row) for row in saved["rows"]]
+            rows = [EpochRow(**row) for row in saved["rows"]]
             if [row.epoch for row in rows] != [*range(1, len(rows) + 1)]:
                 raise ValueError("its epochs are out of order")
             state.load(saved["tensors"], len(rows))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = (
-                error if isinstance(error, UserError) else f"{self.checkpoint}: damaged ({error})"
-            )
+            is_told = isinstance(error, UserError)
+            reason = error if is_told else f"{self.checkpoint}: damaged ({error})"
             raise UserError(f"{reason}; start anew with --overwrite instead") from None
         self.rows = rows
         cli.log.info("resumed after epoch %d of %d", state.epochs_done, self.epochs)
-
-
-def _read_row(saved: dict) -> EpochRow:
-    row = EpochRow(**saved)
-    if not all(math.isfinite(getattr(row, field.name)) for field in fields(row)):
-        raise ValueError("not a number")
-    return row

@@ -43,11 +43,11 @@ def plot_epochs(path: Path, rows: Sequence[EpochRow]) -> None:
     marker = "o" if len(rows) < 2 else None  # a line through one point shows nothing
     loss_axes.plot(epochs, [row.loss for row in rows], color=report.BLUE, marker=marker)
     loss_axes.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
-    for values, label, colour in (
-        ([row.train_accuracy for row in rows], "training images, augmented", report.GREY),
-        ([row.held_out_accuracy for row in rows], "held-out images", report.ORANGE),
+    for name, label, colour in (
+        ("train_accuracy", "training images, augmented", report.GREY),
+        ("held_out_accuracy", "held-out images", report.ORANGE),
     ):
-        percents = [100 * value for value in values]
+        percents = [100 * getattr(row, name) for row in rows]
         accuracy_axes.plot(epochs, percents, label=label, color=colour, marker=marker)
     accuracy_axes.set(title="Accuracy", xlabel="epoch", ylabel="top-1 (%)")
     accuracy_axes.legend(loc="lower right", fontsize=8)
