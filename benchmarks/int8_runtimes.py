@@ -29,11 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_device=False)
     parser.set_defaults(batch_size=128)
     parser.add_argument(
-        "--slim",
-        type=argument_types.path,
-        metavar="FILE",
+        "--slim", type=argument_types.path, metavar="FILE",
         help="checkpoint of narrower layers, for a row of its own",
-    )
+    )  # fmt: skip
     arguments.add_calibration_argument(parser)
     arguments.add_timing_arguments(parser, batch_sizes=[1, 8, 32, 128], seconds=20.0)
     return parser

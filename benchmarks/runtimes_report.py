@@ -33,12 +33,8 @@ def describe(
 ) -> list[dict]:
     """Return the rows of results.json; for each batch size our fastest engine appears again.
 
-    Args:
-        runtimes: Runtimes by name.
-        accuracies: Top-1 accuracy of each, a fraction.
-        timings: Result of :func:`common.measure.latency.time_interleaved`.
-        macs: Multiply-accumulates of the ``dense`` and, if any, the ``slim`` network for an image.
-        gemm_rate: Multiply-accumulates a second of an INT8 matrix product.
+    ``macs`` are those of the ``dense`` and, if any, the ``slim`` network for an image;
+    ``gemm_rate`` is the multiply-accumulates a second of an INT8 matrix product.
     """
     ours = {n: t for n, t in timings.items() if n.startswith(OURS) and not n.endswith(SLIM)}
     fastest = fastest_by_batch_size(ours)

@@ -23,7 +23,7 @@ from common.images.source import Source
 from common.images.sources import open_chosen_source
 from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import WEIGHTS_NAME, find_weights, load_network
-from common.network.layouts import Statistics
+from common.network.entries import Statistics
 from common.network.size import describe_network
 from common.network.tracing import Traced, trace
 

@@ -54,6 +54,7 @@ def test_common_results(tmp_path):
         ALONE,
         {"source": "bundled", "test_images": 10},
         WeightsFile(tmp_path / "weights.pth", "--weights weights.pth").describe(),
+        {"family": "resnet18-cifar"},
     )
     assert {"schema", "script", "arguments", "environment", "data", "weights"} <= results.keys()
     assert results["schema"] == 1

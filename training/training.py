@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
 from common.command.argument_types import fraction, image_count, positive_float, positive_int
+from common.command.image_arguments import add_image_arguments
 from training.recipe import BUNDLED_RECIPE, Recipe
 
 DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "training"
@@ -28,21 +29,15 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = arguments.make_parser(__doc__)
     inputs = parser.add_argument_group("inputs")
-    arguments.add_image_arguments(inputs, test_images=None)
+    add_image_arguments(inputs, test_images=None)
     inputs.add_argument(
-        "--train-images",
-        type=image_count,
-        metavar="N|all",
-        default="all",
+        "--train-images", type=image_count, metavar="N|all", default="all",
         help="training images, held-out ones included: a class-balanced, seeded subset, or all",
-    )
+    )  # fmt: skip
     inputs.add_argument(
-        "--held-out-images",
-        type=positive_int,
-        metavar="N",
-        default=2500,
+        "--held-out-images", type=positive_int, metavar="N", default=2500,
         help="training images that are not trained on, for choices; the same for every seed",
-    )
+    )  # fmt: skip
     _add_recipe_arguments(
         parser.add_argument_group("recipe (by default that of the bundled weights)")
     )
@@ -89,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.run import finish_run, print_results, start_run
     from training.loop.fit import choose_precision, fit
     from training.loop.state import TrainingState
-    from training.record import epochs, measure, report
+    from training.record import measure, report
 
     set_up_cpu(args.threads)
     device = choose_device(args.device)
@@ -115,11 +110,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(args.seed)
         shape = resnet18_shape(len(train.classes))
         state = TrainingState.start(ResNet(shape), recipe, workers.device)
-        identity = epochs.identify(recipe, args.seed, workers.count, train)
+        identity = measure.identify(recipe, args.seed, workers.count, train)
         workers.require_same(identity)
         partial = folder.keep_unfinished(identity, args.resume).folder if workers.is_first else None
-        checkpoint = workers.broadcast(partial) / epochs.CHECKPOINT_NAME
-        recorder = epochs.EpochRecorder(held_out, recipe.epochs, checkpoint)
+        checkpoint = workers.broadcast(partial) / measure.CHECKPOINT_NAME
+        recorder = measure.EpochRecorder(held_out, recipe.epochs, checkpoint)
         if args.resume:
             recorder.resume(state)
         workers.require_same({"the resumed state": checksum(state.tensors().values())})

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.command.arguments import DEFAULT_DATA_DIR
 from common.command.cli import UserError, log
+from common.command.image_arguments import DEFAULT_DATA_DIR
 from common.images.cifar10 import CLASSES, IMAGE_SIZE, MEAN, STD
 from common.images.decoding import decode_images, resize_pixels
 from common.images.download import BATCHES_FOLDER, CIFAR100_FOLDER, download_cifar10

@@ -18,7 +18,9 @@ from common.command.cli import REPOSITORY, UserError, log
 from common.files.atomic import replace_file
 from common.files.untrusted import MAX_UNPACKED_BYTES, read_untrusted, serialize
 from common.images.sources import ASSETS
-from common.network.layouts import StateDict, Statistics, read_layout, shorten
+from common.network.entries import StateDict, Statistics, shorten
+from common.network.fitting import fit_tensors
+from common.network.layouts import read_layout
 from common.network.models import build_model, expected_names
 from common.network.renaming import canonical_names
 from common.network.reshape import with_tensors
@@ -29,7 +31,6 @@ from quantization.files.int8_file import is_int8_file, read_int8
 WEIGHTS_NAME = "resnet18_cifar10.pth"
 BUNDLED_WEIGHTS = ASSETS / "resnet18_cifar10_fp16.pth"
 WEIGHT = ".weight"
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,16 @@ def load_network(
         family = expected.shape.family
     else:
         expected, family = _narrowed(build_model(model, tensors), tensors), model
-    state = _fit(path, tensors, expected.state_dict(), family)
+    state = fit_tensors(path, tensors, expected.state_dict(), family)
+    dtypes = {str(t.dtype).split(".")[1] for t in tensors.values() if t.is_floating_point()}
+    if dtypes != {"float32"}:
+        found = " and ".join(sorted(dtypes))
+        log.info("%s: %s weights, converted to float32", _name(path), found)
     for note in layout.notes:
         log.info("%s: %s", _name(path), note)
     expected.load_state_dict(state, assign=True)
-    own_names = {
-        name.removesuffix(WEIGHT): layout.prefix + own.get(name, name).removesuffix(WEIGHT)
-        for name in tensors
-        if name.endswith(WEIGHT)
-    }
+    names = [name.removesuffix(WEIGHT) for name in tensors if name.endswith(WEIGHT)]
+    own_names = {n: layout.prefix + own.get(n + WEIGHT, n).removesuffix(WEIGHT) for n in names}
     return Loaded(expected.eval(), family, layout.statistics, own_names)
 
 
@@ -155,7 +157,7 @@ def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
             epsilon = built.get_submodule(norm).eps
             state |= {f"{norm}.weight": ones, f"{norm}.running_var": ones - epsilon}
             state[f"{norm}.running_mean"] = torch.zeros_like(layer.bias)
-    built.load_state_dict(_fit(path, state, built.state_dict(), family), assign=True)
+    built.load_state_dict(fit_tensors(path, state, built.state_dict(), family), assign=True)
     return Loaded(built, family, (network.mean, network.std))
 
 
@@ -181,21 +183,6 @@ def _fit_resnet(
     return tensors, model, {new: old for old, new in names.items()}
 
 
-def _fit(path: Path, tensors: StateDict, expected: StateDict, family: str) -> StateDict:
-    """Return the tensors as the expected state dict has them: in its order and its types."""
-    tensors = dict(tensors)
-    for name, value in expected.items():  # old checkpoints lack this counter, which eval ignores
-        if name.endswith("num_batches_tracked"):
-            tensors.setdefault(name, torch.zeros(value.shape, dtype=value.dtype))
-    _check_names_and_shapes(path, tensors, expected, family)
-    _check_values(path, tensors, expected)
-    dtypes = {str(t.dtype).split(".")[1] for t in tensors.values() if t.is_floating_point()}
-    if dtypes != {"float32"}:
-        found = " and ".join(sorted(dtypes))
-        log.info("%s: %s weights, converted to float32", _name(path), found)
-    return {name: tensors[name].to(value.dtype).contiguous() for name, value in expected.items()}
-
-
 def _name(path: Path) -> Path | str:
     return "the bundled weights" if path == BUNDLED_WEIGHTS else path
 
@@ -206,35 +193,3 @@ def save_checkpoint(content: object, path: Path) -> None:
     It is serialized in memory first: on a full disk, torch's own writer ends in an internal error.
     """
     replace_file(path, lambda file: file.write(serialize(content)))
-
-
-def _check_names_and_shapes(
-    path: Path, tensors: StateDict, expected: StateDict, family: str
-) -> None:
-    problems = []
-    if missing := [name for name in expected if name not in tensors]:
-        problems.append(f"missing {shorten(missing)}")
-    if unexpected := [name for name in tensors if name not in expected]:
-        problems.append(f"unexpected {shorten(unexpected)}")
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ][:1]
-    if problems:
-        raise UserError(f"{path}: not a {family}: {'; '.join(problems)}")
-
-
-def _check_values(path: Path, tensors: StateDict, expected: StateDict) -> None:
-    for name, value in tensors.items():
-        if not expected[name].is_floating_point():
-            continue
-        if value.dtype not in WEIGHT_DTYPES:
-            raise UserError(
-                f"{path}: {name} is {value.dtype}; 16-, 32- or 64-bit floating point is needed"
-            )
-        # In FP32, what will be computed with: an FP64 value may be finite there only.
-        if not torch.isfinite(value.float()).all():
-            raise UserError(f"{path}: {name} holds NaN or infinite values")
-        if name.endswith("running_var") and (value < 0).any():
-            raise UserError(f"{path}: {name} holds negative variances")

@@ -74,11 +74,8 @@ def _adaptive_pool(r: Recorder, input: fx.Node, output_size: object) -> bool:
 
 
 def _mean(r: Recorder, input: fx.Node, dim: object = None, keepdim=False, dtype=None) -> bool:
-    is_global = (
-        r.env[input].ndim == 4
-        and isinstance(dim, tuple | list)
-        and sorted(d % 4 for d in dim) == [2, 3]
-    )
+    is_image = r.env[input].ndim == 4 and isinstance(dim, tuple | list)
+    is_global = is_image and sorted(d % 4 for d in dim) == [2, 3]
     return is_global and r.add(kinds.GLOBAL_POOL, input, keep=bool(keepdim))
 
 

@@ -161,9 +161,5 @@ def _convolution_attributes(name: str, module: nn.Conv2d) -> dict[str, object]:
         padding = [r // 2 for r in reach]
     if module.padding_mode != "zeros" and any(padding):
         raise UserError(f"the convolution {name} pads with {module.padding_mode}, not zeros")
-    return {
-        "stride": list(module.stride),
-        "padding": list(padding),
-        "dilation": list(module.dilation),
-        "groups": module.groups,
-    }
+    numbers = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
+    return {name: list(values) for name, values in numbers.items()} | {"groups": module.groups}

@@ -49,14 +49,9 @@ def describe_layers(model: nn.Module, network: Network) -> list[LayerDescription
 
     The weights are the model's, into which no batch norms are folded; ``network`` is its trace.
     """
-    return [
-        LayerDescription(
-            name=name,
-            kind="linear" if isinstance(module, nn.Linear) else "conv",
-            shape=tuple(module.weight.shape),
-            weights=module.weight.numel(),
-            nonzeros=int(module.weight.count_nonzero()),
-            macs=network.macs[name],
-        )
-        for name, module in weight_layers(model, network).items()
-    ]
+    described = []
+    for name, module in weight_layers(model, network).items():
+        weight, kind = module.weight, "linear" if isinstance(module, nn.Linear) else "conv"
+        counts = weight.numel(), int(weight.count_nonzero()), network.macs[name]
+        described.append(LayerDescription(name, kind, tuple(weight.shape), *counts))
+    return described

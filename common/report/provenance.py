@@ -27,7 +27,7 @@ PACKAGES = (  # torch's stands among the facts of the machine
 
 def common_results(
     script: str, arguments: argparse.Namespace, workers: Workers, data: dict, weights: dict,
-    network: dict | None = None,
+    network: dict,
 ) -> dict:  # fmt: skip
     """Return the part of results.json that all scripts share, but for what is known at the end.
 
@@ -37,7 +37,7 @@ def common_results(
         workers: The processes that shared the run, and where FP32 ran.
         data: Result of :meth:`common.inputs.Inputs.describe_images`, or the like.
         weights: Result of :meth:`common.network.checkpoint.WeightsFile.describe`.
-        network: Result of :meth:`common.inputs.Inputs.describe_network`, if there is one.
+        network: Result of :meth:`common.inputs.Inputs.describe_network`.
     """
     device = workers.device.type
     given = sorted(vars(arguments).items())
@@ -63,7 +63,7 @@ def common_results(
         "processes": workers.count,
         "data": data,
         "weights": weights,
-        **({} if network is None else {"network": network}),
+        "network": network,
     }
 
 

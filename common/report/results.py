@@ -120,10 +120,10 @@ class Change(NamedTuple):
     high: str
 
 
-def format_change(comparison: Mapping[str, Any], digits: int = 2) -> Change:
+def format_change(comparison: Mapping[str, Any]) -> Change:
     """Format a ``comparison`` object of results.json, which counts a loss as positive."""
     low, high = comparison["ci95"]
-    return Change(*(points(-loss, digits) for loss in (comparison["drop"], high, low)))
+    return Change(*(points(-loss) for loss in (comparison["drop"], high, low)))
 
 
 def megabytes(size_bytes: float, digits: int = 2) -> str:

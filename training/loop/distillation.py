@@ -83,12 +83,10 @@ def distill(
     """
     train, device = training.images, training.images.images.device
     recipe = dataclasses.replace(
-        RECIPE,
-        epochs=training.epochs,
-        learning_rate=learning_rate,
+        RECIPE, epochs=training.epochs, learning_rate=learning_rate,
         batch_size=min(RECIPE.batch_size, len(train)),
         precision=precision or choose_precision(device),
-    )
+    )  # fmt: skip
     traced = trace(teacher, train.shape)
     state = TrainingState.start(student, recipe, device)
     keep_zeros = hold_zeros(weight_layers(student, traced.network))
@@ -158,11 +156,10 @@ def block_error(
     given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """Return the mean over blocks of the squared error, relative to the squares of ``wanted``."""
-    errors = [
-        F.mse_loss(given[name].float(), output.float())
-        / output.float().square().mean().clamp_min(SMALLEST_SQUARE)
-        for name, output in wanted.items()
-    ]
+    errors = []
+    for name, output in wanted.items():
+        square = output.float().square().mean().clamp_min(SMALLEST_SQUARE)
+        errors.append(F.mse_loss(given[name].float(), output.float()) / square)
     return torch.stack(errors).mean()
 
 

@@ -14,7 +14,7 @@ from common.network.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
 from common.report import results as report
 from common.report.results import counted, describe_setting, format_cost, percent
 from common.report.story import Column, Headline, Story, Table
-from training.record.epochs import EpochRow
+from training.record.measure import EpochRow
 
 EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
 IMAGES = {"held-out": "held_out", "test": "accuracy"}  # and their entry of results.json

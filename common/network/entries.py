@@ -1,0 +1,110 @@
+"""The entries of a state dict: checked, and freed of what wrappers and tools added to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from common.command.cli import UserError
+from common.files.inert import Inert, object_refused
+
+StateDict = dict[str, torch.Tensor]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
+
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+COUNTERS = ("n_averaged", "total_ops", "total_params", "_extra_state")
+STDS = {"mean": "std", "mu": "sigma", "new_mean": "new_std"}  # names of tensors that go together
+FAKE_QUANTIZERS = re.compile(r"fake_quant|activation_post_process|activation_quantizer")
+
+
+def check_entries(path: Path, content: Mapping) -> StateDict:
+    """Check that a state dict holds dense tensors by name."""
+    if any(not isinstance(name, str) for name in content):
+        raise UserError(f"{path}: not a state dict: its keys are not names")
+    objects = [value for value in content.values() if isinstance(value, Inert)]
+    if objects and not any(isinstance(value, torch.Tensor) for value in content.values()):
+        raise object_refused(path, objects[0].name)
+    if fake := [name for name in content if FAKE_QUANTIZERS.search(name)]:
+        raise UserError(
+            f"{path}: from quantization-aware training ({shorten(fake)}); save the state_dict() "
+            "of the FP32 model, as it was before prepare_qat()"
+        )
+    if packed := [name for name in content if "_packed_params" in name]:
+        raise UserError(
+            f"{path}: already quantized ({shorten(packed)}); save the state_dict() of the model "
+            "before quantize_dynamic()"
+        )
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            if _is_counter(name):
+                continue
+            if isinstance(value, Inert):
+                raise object_refused(path, value.name)
+            kind = type(value).__name__
+            raise UserError(f"{path}: not a state dict: {shorten([name])} is no tensor ({kind})")
+        if value.is_quantized:
+            raise UserError(
+                f"{path}: already quantized ({shorten([name])}); FP32 weights are needed"
+            )
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise UserError(f"{path}: {shorten([name])} is no dense tensor with values")
+    return dict(content)
+
+
+def drop_counters(path: Path, entries: Mapping[str, object], notes: list[str]) -> StateDict:
+    """Drop counters that say nothing about the function, and the names of wrappers."""
+    tensors: StateDict = {}
+    for name, value in entries.items():
+        plain = WRAPPERS.sub("", name)
+        if plain in tensors:
+            raise UserError(f"{path}: holds {shorten([plain])} twice, under two names")
+        if not _is_counter(name):
+            tensors[plain] = value.detach()
+    if dropped := dict.fromkeys(name.rpartition(".")[2] for name in entries if _is_counter(name)):
+        notes.append(f"{', '.join(dropped)} passed over")
+    if wrappers := {found[1] for name in entries if (found := WRAPPERS.search(name))}:
+        notes.append(f"{' and '.join(sorted(wrappers))} taken out of the names")
+    return tensors
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in COUNTERS
+
+
+def apply_masks(tensors: StateDict, notes: list[str]) -> StateDict:
+    """Multiply the ``weight_orig`` and ``weight_mask`` of torch.nn.utils.prune."""
+    names = [n.removesuffix("_mask") for n in tensors if n.endswith("_mask")]
+    names = [n for n in names if f"{n}_orig" in tensors]
+    if not names or any(tensors[f"{n}_orig"].shape != tensors[f"{n}_mask"].shape for n in names):
+        return tensors
+    notes.append("pruning masks are applied")
+    renamed = {f"{name}_orig": name for name in names} | {f"{name}_mask": None for name in names}
+    masked = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
+    del masked[None]
+    return masked | {name: masked[name] * tensors[f"{name}_mask"] for name in names}
+
+
+def take_statistics(tensors: StateDict) -> tuple[StateDict, Statistics | None]:
+    """Take out the mean and std of a normalising layer: three numbers each."""
+    statistics, taken = None, set()
+    for name, mean in tensors.items():
+        module, dot, entry = name.rpartition(".")
+        other = f"{module}{dot}{STDS.get(entry)}"
+        std = tensors.get(other)
+        if std is None or mean.numel() != 3 or std.numel() != 3 or not std.is_floating_point():
+            continue
+        scale = 255.0 if mean.max() > 2 else 1.0
+        means, stds = (tuple(round(float(x) / scale, 6) for x in t.flatten()) for t in (mean, std))
+        if all(-1 <= x <= 1 for x in means) and all(0 < x <= 2 for x in stds):
+            statistics = statistics or (means, stds)
+            taken |= {name, other}
+    return {name: t for name, t in tensors.items() if name not in taken}, statistics
+
+
+def shorten(names: Sequence[str]) -> str:
+    """Return the first few of some names."""
+    shown = ", ".join(name[:60] for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
