@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_rows(networks: dict, setup, folder: Path) -> dict:
-    """Return a runtime by name; those of a missing package are left out, and a line says so."""
+    """Return runtimes by name; log those that are left out for a missing package."""
     from benchmarks import runtimes
     from quantization.int8 import engines
     from quantization.int8.conversion import convert

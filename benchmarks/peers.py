@@ -29,7 +29,7 @@ from quantization.settings import Settings
 
 OURS, NNCODEC, TORCH_PRUNING = "ours", "NNCodec", "Torch-Pruning"
 ONNX_RUNTIME = "ONNX Runtime + zstd"
-QUANTIZER_STEPS = (-38, -34, -32, -30, -28, -26, -24)  # NNCodec's qp: the higher, the coarser
+QUANTIZER_STEPS = (-38, -34, -32, -30, -28, -26, -24)  # values of NNCodec's qp; higher is coarser
 CHANNEL_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 ZSTD_LEVEL = 19
 
@@ -40,7 +40,7 @@ class Compressed:
 
     method: str  # name of the tool
     setting: str  # how far it was asked to go
-    size_bytes: int  # of the file
+    size_bytes: int  # size of the file
     run: Run
     timed: bool = True  # it runs in INT8; NNCodec's networks become dense FP32 when decoded
 

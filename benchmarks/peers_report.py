@@ -12,7 +12,7 @@ from common.report.story import Column, Headline, Story, Table
 
 PLOT = "compression_peers.png"
 WITHIN = 0.01  # loss that the summary allows, as a fraction
-LOWEST_POINTS = -6  # what lost more is drawn at the plot's edge
+LOWEST_POINTS = -6  # networks that lost more are drawn at the edge
 COLORS = {
     OURS: report.BLUE, ONNX_RUNTIME: report.ORANGE, TORCH_PRUNING: report.GREEN,
     NNCODEC: report.RED,

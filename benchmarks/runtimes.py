@@ -41,8 +41,8 @@ class Runtime:
     """A model in a runtime."""
 
     run: Run
-    size_bytes: int  # of its file
-    memory_format: torch.memory_format = torch.channels_last  # of the images that it is fed
+    size_bytes: int  # size of the file
+    memory_format: torch.memory_format = torch.channels_last  # layout of its images
 
 
 def has_packages(names: tuple[str, ...], row: str) -> bool:

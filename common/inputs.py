@@ -27,21 +27,21 @@ from common.network.entries import Statistics
 from common.network.size import describe_network
 from common.network.tracing import Traced, trace
 
-MAX_VALUE_BYTES = 1 << 26  # of an operation's FP32 result for a batch; a few exist at a time
+MAX_VALUE_BYTES = 1 << 26  # largest FP32 result for a batch; a few exist at a time
 
 
 @dataclass(frozen=True)
 class Inputs:
     """A network and images, loaded."""
 
-    weights: dict  # results.json's: where the checkpoint was found, and its SHA-256
+    weights: dict  # entry of results.json: where the checkpoint was found, its SHA-256
     model: nn.Module  # FP32, in eval mode
-    source: Source  # of the images
-    seed: int  # of their choice
+    source: Source  # where images come from
+    seed: int  # chooses images
     test: ImageSet
     calibration: ImageSet | None  # training images, where the script asks for some
-    family: str = "resnet18-cifar"  # the network's architecture
-    own_names: Mapping[str, str] = field(default_factory=dict)  # of the layers, in the checkpoint
+    family: str = "resnet18-cifar"  # name of the architecture
+    own_names: Mapping[str, str] = field(default_factory=dict)  # layers' names in the checkpoint
 
     @functools.cached_property
     def traced(self) -> Traced:
@@ -50,7 +50,7 @@ class Inputs:
 
     @property
     def file_stem(self) -> str:
-        """Beginning of the names of the files that hold forms of the network."""
+        """First part of the names of the files that hold the network."""
         if self.family == "resnet18-cifar":
             return WEIGHTS_NAME.removesuffix(".pth")
         return re.sub(r"[^A-Za-z0-9]+", "_", self.family.rpartition(":")[2]).strip("_")
@@ -134,7 +134,7 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
 
 
 def _use_statistics(source: Source, args: argparse.Namespace, found: Statistics) -> Source:
-    """Return the source with mean and std as the checkpoint has them, where no flag says so."""
+    """Return the source with the checkpoint's mean and std, where no flag chooses others."""
     chosen = vars(args).get
     if chosen("normalize") is not None:
         return source
@@ -145,7 +145,7 @@ def _use_statistics(source: Source, args: argparse.Namespace, found: Statistics)
 
 @torch.inference_mode()
 def _check_logits(path: Path, inputs: Inputs) -> None:
-    """Run a black, a white and a noisy image: weights may be finite and what they give not."""
+    """Check that a black, a white and a noisy image give finite logits, one for each class."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, inputs.test.shape, generator=generator, dtype=torch.uint8)
     images = torch.stack([torch.zeros_like(noise), torch.full_like(noise, 255), noise])

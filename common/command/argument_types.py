@@ -17,11 +17,11 @@ Item = TypeVar("Item")
 
 
 class AtMost(int):
-    """A number of images that is a default: where there are fewer, all are taken."""
+    """A default number of images: if there are fewer, all of them are taken."""
 
 
 def integer(low: int, high: int, what: str) -> Callable[[str], int]:
-    """Make a type for an integer from ``low`` to ``high``, which is ``what``."""
+    """Make a type for an integer from ``low`` to ``high``; errors call it ``what``."""
 
     def parse_integer(text: str) -> int:
         # Plain ASCII digits only: int() would also take "1_000", " 7 " and other scripts' digits.
@@ -34,13 +34,13 @@ def integer(low: int, high: int, what: str) -> Callable[[str], int]:
 
 
 def number(low: float, high: float, what: str) -> Callable[[str], float]:
-    """Make a type for a number from ``low`` to ``high``, which is ``what``."""
+    """Make a type for a number from ``low`` to ``high``; errors call it ``what``."""
 
     def parse_number(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            value = math.nan  # which lies in no range
+            value = math.nan  # lies in no range
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
@@ -49,7 +49,7 @@ def number(low: float, high: float, what: str) -> Callable[[str], float]:
 
 
 positive_int = integer(1, 10**18, "a positive integer")
-# What numpy and torch both take.
+# Both numpy and torch accept these seeds.
 seed_int = integer(0, 2**32 - 1, "an integer of at least 0 and below 2^32")
 thread_count = integer(1, MAX_THREADS, f"a number of threads from 1 to {MAX_THREADS}")
 batch_size = integer(1, MAX_BATCH_SIZE, f"a number of images from 1 to {MAX_BATCH_SIZE}")
@@ -84,7 +84,7 @@ def image_count(text: str) -> int | None:
 
 
 def path(text: str) -> Path:
-    """Parse a path; empty text, as of an unset shell variable, is not the working directory."""
+    """Parse a path; refuse empty text, which an unset shell variable gives."""
     if not text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path")
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -43,7 +43,7 @@ def make_parser(script_doc: str | None, epilog: str | None = None) -> argparse.A
         lines = [line for line in script_doc.splitlines() if line.startswith("    ")]
         epilog = "\n".join(["examples:", *(f"  {line.split(' #')[0].strip()}" for line in lines)])
     return argparse.ArgumentParser(
-        usage="%(prog)s [flags]",  # argparse would list them all, above every error
+        usage="%(prog)s [flags]",  # argparse would list all flags above every error
         # The formatter keeps lines as they are, and those of a docstring may be longer than 80.
         description=textwrap.fill((script_doc or "").split("\n\n")[0], width=80),
         epilog=epilog,
@@ -54,9 +54,9 @@ def make_parser(script_doc: str | None, epilog: str | None = None) -> argparse.A
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: list[str] | None, needed: Mapping[str, str]
 ) -> argparse.Namespace:
-    """Parse the command line; a flag that has no effect without another one is wrong usage.
+    """Parse the command line; refuse a flag that has no effect without another one.
 
-    ``needed`` holds for such a flag the other one.
+    ``needed`` maps such flags to the flags that they need.
     """
     args, defaults = parser.parse_args(argv), parser.parse_args([])
 
@@ -78,7 +78,7 @@ def parse_arguments(
 def add_shared_arguments(
     parser: argparse.ArgumentParser, output_dir: Path, with_device: bool = True
 ) -> None:
-    """Add the flags of the scripts that compress a checkpoint; ``output_dir`` is a default."""
+    """Add the flags of the scripts that compress a checkpoint, with a default output folder."""
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument(
         "--weights", type=types.path, metavar="FILE",
@@ -116,7 +116,7 @@ def add_calibration_argument(
     group: argparse._ActionsContainer, default: int = CALIBRATION_IMAGES,
     purpose: str = "that set the activations' ranges",
 ) -> None:  # fmt: skip
-    """Add the flag that says on how many training images INT8 is calibrated, or more is done."""
+    """Add the flag for the number of training images; ``purpose`` says what they are for."""
     group.add_argument(
         "--calibration-images", type=types.positive_int, metavar="N", default=AtMost(default),
         help=f"training images {purpose}: seeded, in the proportions of the classes",
@@ -124,7 +124,7 @@ def add_calibration_argument(
 
 
 def add_check_argument(group: argparse._ActionsContainer) -> None:
-    """Add the flag that writes what a device checks its copy of a model with."""
+    """Add the flag that writes images and logits to check a model with on another device."""
     group.add_argument(
         "--write-check", action="store_true",
         help="write a few test images and their logits beside each INT8 file, for "
@@ -135,7 +135,7 @@ def add_check_argument(group: argparse._ActionsContainer) -> None:
 def add_timing_arguments(
     parser: argparse.ArgumentParser, batch_sizes: list[int], seconds: float
 ) -> None:
-    """Add the flags that say what is timed, and for how long; the rest are their defaults."""
+    """Add the flags that say which batch sizes are timed, and for how long; both with defaults."""
     timing = parser.add_argument_group("timing")
     timing.add_argument(
         "--batch-sizes", type=types.list_of(types.batch_size), metavar="N,...", default=batch_sizes,

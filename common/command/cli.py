@@ -1,4 +1,4 @@
-"""How every script speaks to who started it: messages, progress, user errors and exit codes.
+"""How every script talks to its user: messages, progress, user errors and exit codes.
 
 It is imported without torch, so that ``--help`` and a wrong flag answer at once.
 """
@@ -75,7 +75,7 @@ def set_up_messages(quiet: bool) -> None:
 def progress(
     items: Iterable[Item], description: str, total: int | None = None, unit: str = "batch"
 ) -> tqdm:
-    """Wrap ``items`` in a progress bar, with the time left where that is known; silent when quiet.
+    """Wrap ``items`` in a progress bar, with the time left if it is known; silent when quiet.
 
     In logs, where stderr is no terminal, the bar is refreshed seldom and fits 80 columns.
     """
@@ -95,7 +95,7 @@ def import_torch() -> None:
     Waiting threads of GNU OpenMP spin for milliseconds by default. On cores that other work uses,
     they take time from the thread that they wait for. OpenMP reads the limit at the import.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:  # whoever sets it has decided
+    if "OMP_WAIT_POLICY" not in os.environ:  # the user has not decided
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
     def stop(number: int, frame: object) -> None:
@@ -128,9 +128,9 @@ def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
             except KeyboardInterrupt:
                 return _stop()
             except Exception as error:
-                if interrupted:  # which a library has turned into another error
+                if interrupted:  # a library turned the KeyboardInterrupt into another error
                     return _stop()
-                if isinstance(error, BrokenPipeError):  # `| head`: nobody is left to be told
+                if isinstance(error, BrokenPipeError):  # `| head`: nobody reads the output any more
                     return EXIT_FAILED
                 if (message := user_message(error)) is None:
                     raise
@@ -148,7 +148,7 @@ def user_message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}"
-    # torch raises a RuntimeError: of a class of its own on a GPU, of its allocator on a CPU.
+    # torch raises a RuntimeError: a class of its own on a GPU, one by its allocator on a CPU.
     of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     if of_torch or isinstance(error, MemoryError):
         return "out of memory; a smaller --batch-size needs less"

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: all stop a run alike, but not where it must be whole.
+"""Ctrl-C, SIGTERM and a closed terminal: all stop a run, but not within what must be whole.
 
 A signal that is ignored when a script starts stays ignored: a run under nohup, or behind a shell's
 ``&``, goes on when its terminal closes. SIGTERM stops it all the same.
@@ -19,7 +19,7 @@ _received: list[int] = []  # signals that came since the current run began
 
 @contextlib.contextmanager
 def as_keyboard_interrupts() -> Iterator[list[int]]:
-    """Let every one of the signals do what Ctrl-C does; yields those that have come so far."""
+    """Let each of the signals do what Ctrl-C does; yields the signals received so far."""
     global _received
     _received = received = []
 
@@ -54,11 +54,11 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, object], object]) -> Iterator[None]:
-    """Let ``handler`` have each of the signals that is not ignored."""
+    """Let ``handler`` handle each of the signals that is not ignored."""
     previous = {}
-    if threading.current_thread() is threading.main_thread():  # which alone gets signals
+    if threading.current_thread() is threading.main_thread():  # only this thread gets signals
         for number in _SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not Python's
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not set by Python
                 previous[number] = signal.signal(number, handler)
     try:
         yield

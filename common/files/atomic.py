@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-STAGING_PREFIX = ".partial-"  # begins the names of folders that a killed run leaves, to be swept
+STAGING_PREFIX = ".partial-"  # begins names of temporary folders; the next run removes them
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -22,6 +22,6 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # of a full disk: names no file, or the temporary one
+        if isinstance(error, OSError):  # that of a full disk names no file, or this one
             error.filename = path.name
         raise

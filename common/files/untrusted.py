@@ -33,7 +33,9 @@ def read_untrusted(path: Path) -> object:
             object.
     """
     head = check_file(path)
-    if path.suffix.lower() == ".safetensors" or is_safetensors(head, path.stat().st_size):
+    header_bytes = int.from_bytes(head[:8], "little")  # of a safetensors file, if it is one
+    fits = head[8:9] == b"{" and 2 <= header_bytes <= path.stat().st_size - 8
+    if path.suffix.lower() == ".safetensors" or fits:
         try:
             return load_file(path)
         except SafetensorError:
@@ -41,11 +43,6 @@ def read_untrusted(path: Path) -> object:
     if head[:4] == b"PK\x03\x04":
         _check_archive(path)
     return _unpickle(path)
-
-
-def is_safetensors(head: bytes, size_bytes: int) -> bool:
-    """Return whether a file's first bytes are those of safetensors, whatever its suffix."""
-    return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size_bytes - 8
 
 
 def serialize(content: object) -> bytes:
@@ -72,7 +69,7 @@ def damage_told(path: Path, what: str, *errors: type[Exception]) -> Iterator[Non
 
 
 def check_file(path: Path) -> bytes:
-    """Check what can be told without reading it all; return the first bytes.
+    """Check what the first bytes and the size tell; return these bytes.
 
     Raises:
         UserError: It is missing, empty, no regular file, far too large, or something else.
@@ -97,7 +94,7 @@ def check_file(path: Path) -> bytes:
 
 
 def _unpickle(path: Path) -> object:
-    """Read with torch, and where the file names Python objects a second time around them."""
+    """Read with torch; read again without building objects if the file names Python objects."""
     try:
         with warnings.catch_warnings():  # torch's remarks on odd pickles
             warnings.simplefilter("ignore")

@@ -6,6 +6,6 @@ CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 IMAGE_SIZE = 32  # side in pixels
-# Of the channels; what the course's checkpoint was trained with.
+# Mean and std of the channels that the course's checkpoint was trained with.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)

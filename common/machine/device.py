@@ -69,7 +69,7 @@ def _keep_freed_memory() -> None:
     By default it returns blocks of more than 32 MB to the system, which maps and zeroes the same
     pages again for the next layer. At batch 128 the first layers' FP32 activations are that large.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    m_trim_threshold, m_mmap_max = -1, -4  # constants of malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  (other C libraries may number these differently)

@@ -1,4 +1,4 @@
-"""A function call in a new process, which proves that files alone are enough."""
+"""A function call in a new process, which knows nothing but the files."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 class Workers:
     """The processes that share a run."""
 
-    device: torch.device  # of this process
+    device: torch.device  # device of this process
     rank: int = 0  # number of this process
     count: int = 1  # number of processes
     is_first_on_machine: bool = True  # this process downloads for its machine

@@ -41,7 +41,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Timing:
-    """One model at one batch size; times are of one call on the whole batch."""
+    """One model at one batch size; times are for one call on the whole batch."""
 
     batch_size: int
     median_ms: float

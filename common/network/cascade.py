@@ -31,10 +31,10 @@ NEAR_BOUND = 2 / 3
 class Fp32Recheck:
     """Counts of the bf16 predictions that FP32 checked because they were close."""
 
-    predictions: int = 0  # all of them
-    recomputed: int = 0  # those with a margin below the bound, which FP32 decided
-    changed: int = 0  # those of them where FP32 gave another class
-    largest_change: float = 0.0  # largest margin of these over its bound; near 1 that is too tight
+    predictions: int = 0  # number of all predictions
+    recomputed: int = 0  # predictions with a margin below the bound, which FP32 decided
+    changed: int = 0  # recomputed predictions where FP32 gave another class
+    largest_change: float = 0.0  # largest ratio of a changed one's margin to its bound, below 1
 
     def add(self, other: Fp32Recheck) -> None:
         """Add the counts of another part of the predictions."""

@@ -77,9 +77,9 @@ class Loaded:
     """A network with the weights of a checkpoint."""
 
     model: nn.Module  # in eval mode, FP32, on the CPU
-    family: str  # its architecture, such as resnet18-cifar or torchvision:vgg11_bn
-    statistics: Statistics | None = None  # for the images, if the checkpoint holds them
-    own_names: Mapping[str, str] = field(default_factory=dict)  # of the layers, in the checkpoint
+    family: str  # name of the architecture, such as resnet18-cifar or torchvision:vgg11_bn
+    statistics: Statistics | None = None  # mean and std, if the checkpoint holds them
+    own_names: Mapping[str, str] = field(default_factory=dict)  # layers' names in the checkpoint
 
 
 def load_model(path: Path) -> nn.Module:
@@ -107,7 +107,7 @@ def load_network(
     layout = read_layout(path, content, file.key, expected_names(model) if model else ())
     tensors, own = layout.tensors, {}
     count = sum(tensor.numel() for tensor in tensors.values())
-    if count * torch.float32.itemsize > MAX_UNPACKED_BYTES:  # views of few numbers, then
+    if count * torch.float32.itemsize > MAX_UNPACKED_BYTES:  # views of few numbers can claim this
         raise UserError(f"{path}: {count:,} numbers are too many for a checkpoint")
     if model is None:
         tensors, expected, own = _fit_resnet(path, tensors, max_pool)

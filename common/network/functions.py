@@ -80,7 +80,7 @@ def _mean(r: Recorder, input: fx.Node, dim: object = None, keepdim=False, dtype=
 
 
 def _reshape(r: Recorder, input: fx.Node, *args: object, **kwargs: object) -> bool:
-    """Note whatever keeps an image's numbers in their order: view, flatten, squeeze."""
+    """Note what keeps an image's numbers in their order, such as view, flatten and squeeze."""
     old, new = r.env[input].shape, r.value.shape
     if not new or new[0] != old[0]:
         return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -34,12 +34,12 @@ ATTRIBUTES = {
     CONVOLUTION: ("stride", "padding", "dilation", "groups"),
     MAX_POOL: ("kernel", "stride", "padding", "dilation", "ceil"),
     AVERAGE_POOL: ("kernel", "stride", "padding", "ceil", "count_padding"),
-    ADAPTIVE_POOL: ("size",),  # and source_size, of the input, for readers that infer no shapes
-    GLOBAL_POOL: ("keep",),  # keep height and width, of 1
-    RESHAPE: ("shape",),  # without the batch dimension
-    PERMUTE: ("order",),  # of the dimensions; the batch's is the first
+    ADAPTIVE_POOL: ("size",),  # and source_size, the input's, for readers that infer no shapes
+    GLOBAL_POOL: ("keep",),  # whether to keep height and width, which become 1
+    RESHAPE: ("shape",),  # new shape without the batch dimension
+    PERMUTE: ("order",),  # new order of the dimensions, the batch's first
     SLICE: ("parts",),  # each a dimension, start, stop and step
-    PAD: ("padding",),  # of zeros; before and after each dimension, the last one first
+    PAD: ("padding",),  # zeros before and after each dimension, the last dimension first
 }
 
 Value = TypeVar("Value")
@@ -52,7 +52,7 @@ class Operation:
     name: str  # unique; a layer has the name of its module, such as layer1.0.conv1
     kind: str  # one of KINDS
     inputs: tuple[str, ...] = ()  # names of the operations whose values it reads
-    attributes: Mapping[str, Any] = field(default_factory=dict)  # as ATTRIBUTES names them
+    attributes: Mapping[str, Any] = field(default_factory=dict)  # by the names in ATTRIBUTES
 
     @property
     def is_layer(self) -> bool:
@@ -140,15 +140,6 @@ class Graph:
                 found.add(operation.name)
         return found
 
-    def needed_for(self, wanted: Collection[str], given: Collection[str]) -> list[Operation]:
-        """Return, in execution order, the operations that lead from given to wanted values."""
-        needed, found = set(wanted) - set(given), []
-        for operation in reversed(self.operations):
-            if operation.name in needed:
-                found.append(operation)
-                needed.update(name for name in operation.inputs if name not in given)
-        return found[::-1]
-
     def to_json(self) -> list[dict]:
         """Return the operations as JSON has them."""
         return [
@@ -187,7 +178,11 @@ def evaluate(
     ``compute`` returns an operation's value from its inputs' values. Each value is freed after its
     last use.
     """
-    operations = graph.needed_for(wanted, given)
+    needed, operations = set(wanted) - set(given), []
+    for operation in reversed(graph.operations):
+        if operation.name in needed:
+            operations.insert(0, operation)
+            needed.update(name for name in operation.inputs if name not in given)
     uses = Counter(name for operation in operations for name in dict.fromkeys(operation.inputs))
     values = {name: given[name] for name in {*uses, *wanted} if name in given}
     for operation in operations:

@@ -31,10 +31,10 @@ SMALLEST_NETWORK = 4  # tensors; fewer that are alike may be layers of one netwo
 class Layout:
     """A state dict, taken out of a checkpoint."""
 
-    tensors: StateDict  # by the names that the network's class gives them
-    statistics: Statistics | None  # if the checkpoint holds them
+    tensors: StateDict  # names are those of the network's class
+    statistics: Statistics | None  # mean and std, if the checkpoint holds them
     notes: tuple[str, ...]  # what was passed over or changed, for the user
-    prefix: str  # that was taken off all names
+    prefix: str  # prefix that was taken off all names
 
 
 def read_layout(

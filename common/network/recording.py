@@ -24,7 +24,7 @@ class Recorder(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.operations: dict[str, Operation] = {}  # in the order of the module's forward
         self.layers: dict[str, Layer] = {}  # weights of the operations that have any
-        self.norms: dict[str, str] = {}  # for each layer the batch norm that was folded, if any
+        self.norms: dict[str, str] = {}  # names of the batch norms that were folded, by layer
         self.blocks: dict[str, None] = {}  # modules in whose forward values are added or joined
         self.logits = ""  # name of the operation that gives the logits
         self._shape = list(image_shape)

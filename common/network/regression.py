@@ -85,11 +85,11 @@ def completed_sum(network: Network, layer: str) -> tuple[str, str] | None:
 class Moments:
     """Moments of a layer's inputs and of its residuals: wanted outputs minus given ones."""
 
-    mean: torch.Tensor  # of the inputs, (groups, columns)
-    covariance: torch.Tensor  # of the inputs, (groups, columns, columns)
+    mean: torch.Tensor  # mean of the inputs, (groups, columns)
+    covariance: torch.Tensor  # covariance of the inputs, (groups, columns, columns)
     lacking: torch.Tensor  # mean of the residuals, (O,)
     cross: torch.Tensor  # covariance of residuals and inputs, (groups, O / groups, columns)
-    variance: float  # of what is wanted, summed over the outputs
+    variance: float  # variance of what is wanted, summed over the outputs
 
     @property
     def squares(self) -> torch.Tensor:

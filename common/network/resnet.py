@@ -28,7 +28,7 @@ class BlockShape:
 class ResNetShape:
     """Sizes and names of a ResNet."""
 
-    stem_kernel: int  # of the first convolution
+    stem_kernel: int  # kernel size of the first convolution
     stem_width: int  # output channels of the first convolution
     stages: tuple[tuple[BlockShape, ...], ...]  # all stages but the first halve the image
     class_count: int

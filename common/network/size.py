@@ -18,7 +18,7 @@ class LayerDescription:
 
     name: str
     kind: str  # conv or linear
-    shape: tuple[int, ...]  # of its weight
+    shape: tuple[int, ...]  # shape of the weight
     weights: int  # number of weights; a bias is not counted
     nonzeros: int  # number of weights that are not zero
     macs: int  # multiply-accumulates an image, weights of zero included

@@ -26,7 +26,7 @@ class Traced:
     """A network, and how it belongs to the module that it was traced from."""
 
     network: Network  # its layers have the names of their modules; batch norms are folded
-    norms: Mapping[str, str]  # for each layer whose batch norm was folded that norm's name
+    norms: Mapping[str, str]  # names of the batch norms that were folded, by layer
     blocks: tuple[str, ...]  # modules that add or concatenate, such as residual blocks
 
 
@@ -76,7 +76,7 @@ def in_execution_order(
     the input first.
     """
     by_name = {operation.name: operation for operation in operations}
-    layers: dict[str, frozenset[str]] = {}  # that lead to each operation
+    layers: dict[str, frozenset[str]] = {}  # layers that lead to each operation
     for name, operation in by_name.items():
         own = {name} & weight_counts.keys()
         layers[name] = frozenset(own).union(*(layers[source] for source in operation.inputs))

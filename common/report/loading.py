@@ -31,7 +31,7 @@ def list_files(artifacts: Mapping[str, str | list[str]]) -> list[str]:
 
 
 def how_to_load(artifacts: Mapping[str, str | list[str]]) -> list[Facts]:
-    """Return what names the written models and says how to load each; empty if there are none."""
+    """Return facts that name the written models and say how to load each, if there are any."""
     files, facts = list_files(artifacts), {}
     for suffix, (kind, how) in KINDS.items():
         if names := [visible(name) for name in files if name.endswith(suffix)]:

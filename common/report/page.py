@@ -45,7 +45,7 @@ def render(story: Story, results: Mapping[str, object], plots: Mapping[str, byte
 
 
 def _as_text(value: object) -> object:
-    """Return what to show of a value: nothing in it invisible; what is markup already as it is."""
+    """Return a value as text without invisible characters; markup stays as it is."""
     if hasattr(value, "__html__"):
         return value
     if value is None or isinstance(value, bool):

@@ -19,7 +19,7 @@ from common.machine.device import cpu_name, has_vnni
 from common.machine.workers import Workers
 
 SCHEMA = 1
-PACKAGES = (  # torch's stands among the facts of the machine
+PACKAGES = (  # torch's version is among the facts of the machine
     "torchvision", "numpy", "pillow", "safetensors", "constriction", "onnx", "onnxruntime",
     "openvino",
 )  # fmt: skip

@@ -26,7 +26,7 @@ CLEARLY_OUT = 3.0
 class Verdict(Paired):
     """How a candidate did on the images that choose, or as many as it was shown of them."""
 
-    spare: float  # what its loss and one standard error leave of the budget; a fraction
+    spare: float  # budget left after its loss and one standard error; a fraction
 
     @property
     def shown(self) -> int:

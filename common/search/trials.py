@@ -32,7 +32,7 @@ class Trial:
 
 
 T = TypeVar("T", bound=Trial)
-Spare = Callable[[T], float]  # what a trial leaves of some budget
+Spare = Callable[[T], float]  # budget that a trial leaves
 of_budget: Spare = operator.attrgetter("spare")
 
 
@@ -75,7 +75,7 @@ def next_strength(trials: Sequence[T], where: Range) -> float | None:
     if bracket < 2 * apart:
         return None
     margin = max(MARGIN * bracket, apart)
-    share = failing.spare / (failing.spare - passing.spare)  # of the way from failing
+    share = failing.spare / (failing.spare - passing.spare)  # fraction of the way to passing
     return failing.strength / math.exp(min(max(share * bracket, margin), bracket - margin))
 
 

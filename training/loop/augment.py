@@ -1,7 +1,7 @@
 """Augmentation of whole batches: crops, flips, CutMix, affine and colour jitter.
 
 All random choices of an epoch are drawn at once, from the seed and the epoch's number alone. So a
-resumed run draws what an unbroken one would have, and processes agree without talking.
+resumed run draws the same as one without a break, and processes agree without communication.
 """
 
 from __future__ import annotations

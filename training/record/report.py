@@ -17,7 +17,7 @@ from common.report.story import Column, Headline, Story, Table
 from training.record.measure import EpochRow
 
 EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
-IMAGES = {"held-out": "held_out", "test": "accuracy"}  # and their entry of results.json
+IMAGES = {"held-out": "held_out", "test": "accuracy"}  # and their entries in results.json
 
 
 def save_weights(model: nn.Module, folder: OutputFolder) -> dict:
