@@ -9,8 +9,6 @@ the same weights and calibration images; they are evaluated on the images that p
 choose on, and timed in turns. docs/peers.md has runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

@@ -9,8 +9,6 @@ that a large INT8 matrix product reaches on the same cores. docs/runtimes.md has
 tried to be faster.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

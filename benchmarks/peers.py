@@ -4,8 +4,6 @@ Every function yields :class:`Compressed` networks one by one, so that none is h
 one is made.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """The rows, the table and the plot of compression_peers.py."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 All run on as many threads as torch has.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """The rows, the table and the plot of int8_runtimes.py."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

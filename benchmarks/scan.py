@@ -8,8 +8,6 @@ those of the usual script: batch norms not folded, NCHW. "One batch" includes th
 for the scan; a deep copy and torch's own pruning for each pass. It matters less with more batches.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

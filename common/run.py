@@ -1,7 +1,5 @@
 """A run from its start to its end: the processes that share it, and the results that it leaves."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 This module does not import torch, so that ``--help`` answers at once.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ end. Writes resnet18_cifar10.pth, results.json with all settings, and a CSV and 
 epochs. A checkpoint is written after each epoch: --resume continues an interrupted run.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

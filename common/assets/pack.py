@@ -7,8 +7,6 @@ JPEG files are copied byte for byte. Convolution and linear weights are stored a
 batch-norm tensors as FP32: variances can lie below FP16's range, and they weigh next to nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import lzma

@@ -1,7 +1,5 @@
 """Types for argparse: each parses one kind of value, or says in a line why it cannot."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -3,8 +3,6 @@
 Nothing here imports torch, so that ``--help`` and a wrong flag answer at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import textwrap

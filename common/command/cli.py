@@ -3,8 +3,6 @@
 It is imported without torch, so that ``--help`` and a wrong flag answer at once.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """The flags that say where images come from, and how they are prepared; without torch."""
 
-from __future__ import annotations
-
 import argparse
 
 from common.command import argument_types as types

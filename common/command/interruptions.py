@@ -4,8 +4,6 @@ A signal that is ignored when a script starts stays ignored: a run under nohup, 
 ``&``, goes on when its terminal closes. SIGTERM stops it all the same.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

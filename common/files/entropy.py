@@ -4,8 +4,6 @@
 and dense coding, weighs the evidence, and chooses each context's probability.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import constriction

@@ -5,8 +5,6 @@ handful of names make up tensors and dictionaries; every other class or function
 of :class:`Inert`. No module is imported and no function that a file names is called.
 """
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from types import SimpleNamespace

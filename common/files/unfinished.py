@@ -4,8 +4,6 @@ They lie in a folder within the output folder: a file for each finished piece of
 there at all, and a file with the identity of the run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

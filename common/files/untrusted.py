@@ -1,7 +1,5 @@
 """Files from anywhere: reading them runs no code of theirs, and fails with one line."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import pickle

@@ -1,7 +1,5 @@
 """The machine: its processor, device, CPU threads and memory."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

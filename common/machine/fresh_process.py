@@ -1,7 +1,5 @@
 """A function call in a new process, which knows nothing but the files."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

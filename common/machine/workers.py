@@ -4,8 +4,6 @@ Every process runs the same code on its share of the images and gathers the resu
 only the first prints and writes. Without ``torchrun`` there is one process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -4,8 +4,6 @@ The speed of a shared machine changes within seconds. Models that take turns see
 so the *ratio* of their medians is reliable where a single time is not.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence

@@ -8,8 +8,6 @@ plain chain of L layers takes about L / 2 passes, whatever the batches: the rest
 from fewer and larger operations.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Reading ends in a network with weights that fit it, or in one line that says why not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import operator
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Whole sets of images classified by one network, with FP32's predictions at bf16's speed."""
 
-from __future__ import annotations
-
 import torch
 
 from common.images.data import ImageSet

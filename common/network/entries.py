@@ -1,7 +1,5 @@
 """The entries of a state dict: checked, and freed of what wrappers and tools added to them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

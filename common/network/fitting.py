@@ -1,7 +1,5 @@
 """Checks that the tensors of a checkpoint are those of the network that they are loaded into."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Watching modules run."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Layouts of checkpoints: the state dict in a training checkpoint, without what wrappers add."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """Networks of the user's own choice: ``--model torchvision:NAME`` or ``FILE.py:FUNCTION``."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The operations of a traced module, noted while it runs once on a blank image."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

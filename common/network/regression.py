@@ -5,8 +5,6 @@ outputs, given the inputs that it now gets. Outputs are sampled at a few random 
 image. A grouped convolution is one regression for each group: moments have a dimension of groups.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

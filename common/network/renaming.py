@@ -1,7 +1,5 @@
 """Names of a ResNet's tensors: canonical ones for any others, by the order of the tensors."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """A module with the tensors of a checkpoint, whose layers may be narrower than its own."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """How large a model is: bytes on disk, parameters, non-zeros, multiply-accumulates."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

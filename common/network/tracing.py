@@ -4,8 +4,6 @@ The module runs once on a blank image. This turns what depends on sizes, such as
 ``x.view(x.size(0), -1)``, into numbers, so that the graph holds operations on images alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence

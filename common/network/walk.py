@@ -4,8 +4,6 @@ The coder and the repair of slim networks fit a layer on the values of all image
 operation runs. A value is kept until its last use, in batches.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """How to load the files that a run wrote, told on the console and on the page."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 

@@ -5,8 +5,6 @@ is escaped, as file names come from outside, and the page forbids the browser to
 anything.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a run's results come from: the part of results.json that all scripts share."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime

@@ -4,8 +4,6 @@ A table is a list of columns, and each column knows its heading, its value and h
 shown. Whoever adds a column adds it here once and finds it everywhere.
 """
 
-from __future__ import annotations
-
 import csv
 import textwrap
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ Where an amount is chosen because its loss is just within the budget, new images
 often as not, so a choice must leave one standard error to spare.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ the loss of accuracy bends least: outwards until one passes and one fails, then 
 through these two would use up the budget.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ All random choices of an epoch are drawn at once, from the seed and the epoch's 
 resumed run draws the same as one without a break, and processes agree without communication.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -8,8 +8,6 @@ what must hold after every step, such as the zeros of a pruned network; ``after_
 saves.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import time

@@ -1,7 +1,5 @@
 """Accuracy in training: after each epoch, which a checkpoint keeps, and at the end."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files and report of a training run: weights, epochs and their plot, and the story."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
