@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     from common.inputs import load_inputs
     from common.machine import device
     from common.machine.workers import ALONE
-    from common.measure import evaluate, latency
+    from common.measure.evaluate import Paired, measure_accuracy
+    from common.measure.latency import Contender, time_interleaved
     from common.network.size import saved_size_bytes
     from common.report.provenance import common_results
     from common.run import finish_run, print_results
@@ -73,13 +74,11 @@ def main(argv: list[str] | None = None) -> int:
         for made in peers.compress(inputs, settings, args.batch_size, pipelines, Path(files)):
             name = f"{made.method}, {made.setting}"
             correct = setup.predict(made.run, name) == confirming.labels
-            rows.append(peers_report.describe(made, evaluate.Paired.of(dense, correct)))
+            rows.append(peers_report.describe(made, Paired.of(dense, correct)))
             if made.timed:
-                contenders.append(latency.Contender(name, made.run))
+                contenders.append(Contender(name, made.run))
         images = confirming.normalize(confirming.images[: max(args.batch_sizes)])
-        timings = latency.time_interleaved(
-            contenders, images, args.batch_sizes, args.timing_seconds
-        )
+        timings = time_interleaved(contenders, images, args.batch_sizes, args.timing_seconds)
         for row in rows:
             if timed := timings.get(f"{row['method']}, {row['setting']}"):
                 row["latency"] = [timing.as_dict() for timing in timed]
@@ -88,13 +87,11 @@ def main(argv: list[str] | None = None) -> int:
             "compression_peers", args, ALONE, inputs.describe_images(), inputs.weights,
             inputs.describe_network(),
         )  # fmt: skip
-        results |= {
-            "fp32": {
-                "size_bytes": saved_size_bytes(inputs.model.state_dict()),
-                "accuracy": evaluate.measure_accuracy(dense).as_dict(),
-            },
-            "rows": rows,
+        results["fp32"] = {
+            "size_bytes": saved_size_bytes(inputs.model.state_dict()),
+            "accuracy": measure_accuracy(dense).as_dict(),
         }
+        results["rows"] = rows
         results["artifacts"] = {"plots": [peers_report.PLOT]}
         peers_report.plot(results, folder.file(peers_report.PLOT))
         told = finish_run(results, folder, started, peers_report.tell, args.report)

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     from common.inputs import load_inputs
     from common.machine import device
     from common.machine.workers import ALONE
-    from common.measure import latency
+    from common.measure.evaluate import measure_accuracy
+    from common.measure.latency import Contender, time_interleaved
     from common.network import checkpoint
     from common.network.tracing import trace_network
     from common.report.provenance import common_results
@@ -63,19 +64,13 @@ def main(argv: list[str] | None = None) -> int:
             networks["slim"] = trace_network(checkpoint.load_model(args.slim), test.shape)
         with tempfile.TemporaryDirectory() as models:
             setup = CalibrationSetup(inputs.calibration, test, args.batch_size)
-            rows = make_rows(networks, setup, Path(models))
+            rows = runtimes.make_rows(networks, setup, Path(models))
             predictions = {name: setup.predict(row.run, name) for name, row in rows.items()}
-            contenders = [
-                latency.Contender(name, row.run, row.memory_format) for name, row in rows.items()
-            ]
+            contenders = [Contender(name, x.run, x.memory_format) for name, x in rows.items()]
             images = test.normalize(test.images[: max(args.batch_sizes)])
-            timings = latency.time_interleaved(
-                contenders, images, args.batch_sizes, args.timing_seconds
-            )
-        accuracies = {
-            name: float((classes == test.labels).double().mean())
-            for name, classes in predictions.items()
-        }
+            timings = time_interleaved(contenders, images, args.batch_sizes, args.timing_seconds)
+        correct = {name: classes == test.labels for name, classes in predictions.items()}
+        accuracies = {name: measure_accuracy(found).value for name, found in correct.items()}
         macs = {name: sum(network.macs.values()) for name, network in networks.items()}
         gemm_rate = runtimes.measure_gemm_rate()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
@@ -91,30 +86,6 @@ def main(argv: list[str] | None = None) -> int:
         told = finish_run(results, folder, started, runtimes_report.tell, args.report)
     print_results(results, told, args.output_dir, args.json)
     return cli.EXIT_DONE
-
-
-def make_rows(networks: dict, setup, folder: Path) -> dict:
-    """Return runtimes by name; log those that are left out for a missing package."""
-    from benchmarks import runtimes
-    from quantization.int8 import engines
-    from quantization.int8.conversion import convert
-
-    network, calibration = networks["dense"], setup.calibration
-    rows = {"torch-fp32": runtimes.torch_fp32(network)}
-    if runtimes.has_packages(("onnx", "onnxruntime"), "ONNX Runtime"):
-        rows["onnxruntime-fp32"] = runtimes.onnxruntime_fp32(network, folder)
-        rows["onnxruntime-int8"] = runtimes.onnxruntime_own(network, calibration, folder)
-    if runtimes.has_packages(("onnx", "openvino", "nncf"), "NNCF + OpenVINO"):
-        rows["openvino-int8"] = runtimes.openvino_own(network, calibration, folder)
-    for name, compressed in networks.items():
-        candidates = engines.candidate_engines() if name == "dense" else [engines.fastest_engine()]
-        settings = [engines.choose_settings(engine) for engine in candidates]
-        observation = setup.observe(compressed, settings[0])
-        for choice in settings:
-            row = runtimes.ours(choice.engine, convert(observation, choice), folder)
-            suffix = runtimes.SLIM if name == "slim" else ""
-            rows[f"{runtimes.OURS}{choice.engine}{suffix}"] = row
-    return rows
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from common.command.cli import log
 from common.images.data import ImageSet
 from common.measure.latency import Contender, time_interleaved
 from common.network.execution import Network
+from quantization.calibration import CalibrationSetup
 from quantization.files.int8_file import save_int8
 from quantization.files.onnx_export import export_onnx, load_onnx
 from quantization.int8 import engines
+from quantization.int8.conversion import convert
 from quantization.int8.engines.onnx_engines import openvino_programs
 from quantization.int8.network import Int8Network
 
@@ -49,6 +51,30 @@ def has_packages(names: tuple[str, ...], row: str) -> bool:
     if missing:
         log.warning("left out %s: pip install %s", row, missing)
     return not missing
+
+
+def make_rows(
+    networks: Mapping[str, Network], setup: CalibrationSetup, folder: Path
+) -> dict[str, Runtime]:
+    """Return runtimes by name for the ``dense`` and, if any, the ``slim`` network.
+
+    Runtimes whose packages are missing are left out, and named in the log.
+    """
+    network, calibration = networks["dense"], setup.calibration
+    rows = {"torch-fp32": torch_fp32(network)}
+    if has_packages(("onnx", "onnxruntime"), "ONNX Runtime"):
+        rows["onnxruntime-fp32"] = onnxruntime_fp32(network, folder)
+        rows["onnxruntime-int8"] = onnxruntime_own(network, calibration, folder)
+    if has_packages(("onnx", "openvino", "nncf"), "NNCF + OpenVINO"):
+        rows["openvino-int8"] = openvino_own(network, calibration, folder)
+    for name, compressed in networks.items():
+        candidates = engines.candidate_engines() if name == "dense" else [engines.fastest_engine()]
+        settings = [engines.choose_settings(engine) for engine in candidates]
+        observation = setup.observe(compressed, settings[0])
+        for choice in settings:
+            row = ours(choice.engine, convert(observation, choice), folder)
+            rows[f"{OURS}{choice.engine}{SLIM if name == 'slim' else ''}"] = row
+    return rows
 
 
 def torch_fp32(network: Network) -> Runtime:

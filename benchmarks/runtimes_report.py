@@ -14,12 +14,10 @@ from quantization.int8.engines import fastest_by_batch_size
 PLOT = "int8_runtimes.png"
 BEST = f"{OURS}best"
 LABELS = {
-    "torch-fp32": "torch FP32 at its best",
-    "onnxruntime-fp32": "ONNX Runtime FP32",
-    "onnxruntime-int8": "ONNX Runtime's quantizer",
-    "openvino-int8": "NNCF + OpenVINO",
+    "torch-fp32": "torch FP32 at its best", "onnxruntime-fp32": "ONNX Runtime FP32",
+    "onnxruntime-int8": "ONNX Runtime's quantizer", "openvino-int8": "NNCF + OpenVINO",
     BEST: "ours: the fastest engine",
-}
+}  # fmt: skip
 
 
 def describe(

@@ -14,7 +14,6 @@ from typing import TypeVar
 import torch
 
 from common.command import cli
-from common.command.cli import UserError
 from common.machine.device import count_memory_of_other, peak_memory_bytes, set_up_cpu
 
 Value = TypeVar("Value")
@@ -62,13 +61,13 @@ def _answer_of(process: subprocess.Popen) -> object:
     answered, _ = process.communicate()
     if process.returncode < 0:
         signal = -process.returncode
-        raise UserError(f"the system ended a process of this run (signal {signal}); too little "
+        raise cli.UserError(f"the system ended a process of this run (signal {signal}); too little "
                         "memory?")  # fmt: skip
     if process.returncode:
         raise RuntimeError("a process of this run failed, as told above")
     value, peak_bytes = pickle.loads(answered)
     count_memory_of_other(peak_bytes)
-    if isinstance(value, UserError):
+    if isinstance(value, cli.UserError):
         raise value
     return value
 
@@ -87,7 +86,7 @@ def answer() -> None:
         except Exception as error:
             if (message := cli.user_message(error)) is None:
                 raise
-            value = UserError(message)
+            value = cli.UserError(message)
         pickle.dump((value, peak_memory_bytes()), pipe)
 
 

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.command import cli
-from common.command.cli import UserError
+from common.command.cli import UserError, progress
 from common.images.data import ImageSet
 from common.images.storage import MAX_BYTES_IN_MEMORY
 from common.machine.device import bf16_pays
@@ -95,7 +94,7 @@ def fit(
         plan = plan_epoch(len(train), pixels.shape[1], recipe, seed, epoch, pixels.device)
         totals = torch.zeros(2, device=pixels.device)  # loss, correct: read once, at the end
         _set_training(network, recipe)
-        for step in cli.progress(range(steps), f"epoch {epoch + 1}/{recipe.epochs}"):
+        for step in progress(range(steps), f"epoch {epoch + 1}/{recipe.epochs}"):
             rate = recipe.learning_rate_at((epoch + (step + 0.5) / steps) / recipe.epochs)
             first = step * recipe.batch_size
             rows = workers.share_of(first, first + recipe.batch_size)

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.command import cli
-from common.command.cli import UserError
+from common.command.cli import UserError, log
 from common.files.unfinished import SCRIPT
 from common.files.untrusted import read_untrusted
 from common.images.data import ImageSet, balanced_subset, checksum
@@ -56,7 +55,7 @@ class EpochRecorder:
         accuracy = measure_accuracy(find_correct(state.model.eval(), self.held_out)).value
         row = EpochRow(**asdict(summary), held_out_accuracy=accuracy)
         self.rows.append(row)
-        cli.log.info(
+        log.info(
             "epoch %*d/%d  loss %.3f  held-out %s  %.1f s",
             len(str(self.epochs)), row.epoch, self.epochs, row.loss, percent(accuracy), row.seconds,
         )  # fmt: skip
@@ -82,7 +81,7 @@ class EpochRecorder:
             reason = error if is_told else f"{self.checkpoint}: damaged ({error})"
             raise UserError(f"{reason}; start anew with --overwrite instead") from None
         self.rows = rows
-        cli.log.info("resumed after epoch %d of %d", state.epochs_done, self.epochs)
+        log.info("resumed after epoch %d of %d", state.epochs_done, self.epochs)
 
 
 def split_held_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:

@@ -10,7 +10,7 @@ from torch import nn
 from common.files.output import OutputFolder
 from common.network.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
 from common.report import results as report
-from common.report.results import counted, describe_setting, format_cost, percent
+from common.report.results import counted, percent
 from common.report.story import Column, Headline, Story, Table
 from training.record.measure import EpochRow
 
@@ -69,7 +69,7 @@ def tell(results: dict) -> Story:
     low, high = map(percent, accuracy["ci95"])
     return Story(
         "ResNet18, trained",
-        describe_setting(results),
+        report.describe_setting(results),
         [
             Headline(percent(accuracy["value"]), f"top-1, 95 % interval {low} to {high}"),
             Headline(counted(epochs, "epoch"), f"of {results['data']['train_images']:,} images"),
@@ -81,5 +81,5 @@ def tell(results: dict) -> Story:
             f"The weights are in {results['artifacts']['model']}.",
         ],
         {EPOCHS_PLOT: "Loss, accuracies and learning rate by epoch."},
-        format_cost(results),
+        report.format_cost(results),
     )
