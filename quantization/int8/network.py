@@ -103,7 +103,6 @@ class FusedOperation:
     Attributes:
         name: Name of its value: the graph's name of the last operation in it.
         operation: The first operation in it.
-        inputs: Names of the values that it reads, which other steps give.
         activation: The activation that it clips with, ``relu`` or ``relu6``.
         added: Name of the value that a convolution adds to its result before the activation; only
             where additions are fused.
@@ -111,9 +110,13 @@ class FusedOperation:
 
     name: str
     operation: Operation
-    inputs: tuple[str, ...]
     activation: str | None = None
     added: str | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the values that it reads, which other steps give."""
+        return self.operation.inputs + ((self.added,) if self.added else ())
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,11 @@ class Int8Network:
         layers = {name: Layer(layer.dense(), layer.bias) for name, layer in self.layers.items()}
         return Network(self.graph, {**layers, **self.affine})
 
+    def fp32_part(self) -> Network:
+        """Return the graph with the weights of what runs in FP32."""
+        layers = {name: Layer(x.weight, x.bias) for name, x in self.layers.items() if not x.is_int8}
+        return Network(self.graph, {**layers, **self.affine})
+
     def fp32_operations(self) -> dict[str, str]:
         """Return for each operation that runs in FP32 the reason."""
         return {
@@ -193,7 +201,7 @@ def fuse_activations(
         if is_activated and reader is not None and reader.kind in activations:
             name, activation = reader.name, reader.kind
             fused.add(name)
-        steps.append(FusedOperation(name, operation, operation.inputs, activation))
+        steps.append(FusedOperation(name, operation, activation))
     return tuple(steps)
 
 
