@@ -64,7 +64,7 @@ def few_positions(monkeypatch):
 
 
 def coded(network, layers):
-    return network.with_layers({n: Layer(c.dense(), c.bias) for n, c in layers.items()})
+    return network.with_layers({n: c.dense() for n, c in layers.items()})
 
 
 @pytest.fixture(params=["resnet", *NETWORKS])

@@ -135,7 +135,7 @@ class _Encoder:
                 next(progress)
                 coded = self._code(operation)
                 layers[operation.name] = coded
-                replaced = Layer(coded.dense(), coded.bias)
+                replaced = coded.dense()
             self._coded.step(operation.name, replaced)
         next(progress, None)
         return layers

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from common.network.graph import INPUT, LINEAR
-from quantization.int8.engines.base import value_shapes
 from quantization.int8.engines.kernels import QUANTIZED, Function, clipped, kernel_of, store
 from quantization.int8.engines.program import Call, may_overwrite
 from quantization.int8.engines.switch import UsingEngine, torch_engines
@@ -31,7 +30,6 @@ class CallBuilder:
 
     def __init__(self, network: Int8Network, engine: str):
         self._network, self._engine, self._ranges = network, engine, network.ranges
-        self._shapes = value_shapes(network)
         self._steps = network.steps()
         if engine == FUSES_ADDITIONS:
             self._steps = fuse_additions(self._steps, network.graph, self._can_add)
@@ -48,7 +46,7 @@ class CallBuilder:
     def _can_add(self, step: FusedOperation, added: str) -> bool:
         """Return whether a convolution can add a value: both in INT8, of one shape."""
         is_int8 = self._network.is_int8(step.operation) and added in self._ranges
-        return is_int8 and self._shapes[step.name] == self._shapes[added]
+        return is_int8 and self._network.shapes[step.name] == self._network.shapes[added]
 
     def _call(self, step: FusedOperation) -> Call:
         operation, kept = step.operation, self._ranges.get(step.name)
