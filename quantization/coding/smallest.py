@@ -25,9 +25,9 @@ class CodingSetup:
     """What networks are coded and measured with.
 
     Attributes:
-        inputs: The network; images that set the ranges of its activations, and to measure on.
+        inputs: The network, calibration images and test images.
         images: Training images to code on; their labels are not used.
-        fp32: FP32's predictions on the images to measure on (int64, shape (N,)).
+        fp32: FP32's predictions on the test images (int64, shape (N,)).
         settings: How the network is quantized, with no layer in FP32.
         batch_size: Number of images in a batch.
         fp32_bytes: Size of the FP32 checkpoint.
@@ -67,19 +67,9 @@ def bits_per_weight(network: Int8Network, file_bytes: int) -> float:
 
 
 def write_smallest(setup: CodingSetup, bits_wanted: float, path: Path) -> dict:
-    """Write a file of the wanted size; return results.json's ``coding``.
-
-    Args:
-        setup: The network and images.
-        bits_wanted: Bits of the whole file for each weight.
-        path: File to write.
-    """
+    """Write a file of about ``bits_wanted`` for each weight; return results.json's ``coding``."""
     network = code_to_bits(lambda price: setup.write_coded(price, path), bits_wanted).network
     point = setup.measure(network, path)
     log.info("%s: %.1f times smaller than FP32", path.name, point["size_ratio"])
-    return {
-        "images": len(setup.images),
-        "file": path.name,
-        "bits_wanted": bits_wanted,
-        **point,
-    }
+    images = len(setup.images)
+    return {"images": images, "file": path.name, "bits_wanted": bits_wanted, **point}
