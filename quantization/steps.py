@@ -56,11 +56,13 @@ class OnnxModel:
         path: Path of the file.
         run: Maps normalised images to logits.
         predictions: Predictions on the test images (int64, shape (N,)).
+        agreement: Fraction of them that the model it was exported from answers alike.
     """
 
     path: Path
     run: Callable[[torch.Tensor], torch.Tensor]
     predictions: torch.Tensor
+    agreement: float
 
 
 def predict_fp32(model: nn.Module, setup: CalibrationSetup, device: torch.device) -> torch.Tensor:
@@ -136,7 +138,9 @@ def export_onnx(quantized: Quantized, path: Path, setup: CalibrationSetup) -> On
     """Write the INT8 model as ONNX and evaluate the file in ONNX Runtime, at equal threads."""
     onnx_export.export_onnx(quantized.model.network, path)
     run = onnx_export.load_onnx(path)
-    return OnnxModel(path, run, setup.predict(run, "evaluate ONNX"))
+    predictions = setup.predict(run, "evaluate ONNX")
+    agreeing = predictions == quantized.predictions
+    return OnnxModel(path, run, predictions, float(agreeing.double().mean()))
 
 
 def time_models(

@@ -75,8 +75,7 @@ def describe_models(
         entries.append(entry | _describe_conversion(candidate))
     if onnx is not None:
         entry = int8_entry(ONNX, "onnxruntime", onnx.path, onnx.predictions, timings[ONNX])
-        agreeing = onnx.predictions == quantized[0].predictions
-        entries.append(entry | {"agreement": float(agreeing.double().mean())})
+        entries.append(entry | {"agreement": onnx.agreement})
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],
