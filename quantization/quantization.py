@@ -144,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     pick_fastest = "auto" in args.engines
     if pick_fastest:
         engines.fastest_engine()  # ends the run where there is none
-    chosen = [engines.candidate_engines() if e == "auto" else [e] for e in args.engines]
-    names = dict.fromkeys(itertools.chain(*chosen))  # each once
+    named = [engines.candidate_engines() if e == "auto" else [e] for e in args.engines]
+    names = dict.fromkeys(itertools.chain(*named))  # each once
     settings = [engines.choose_settings(n, args.observer, args.reduce_range) for n in names]
     if args.export_onnx:
         onnx_export.require_packages()
@@ -168,7 +168,10 @@ def main(argv: list[str] | None = None) -> int:
             held_out_setup = replace(setup, images=held_out)
             evaluator = HeldOutEvaluator(dense, held_out_setup, args.max_drop)
             plan = meet_budget(evaluator, dense, settings[0])
-            source, settings = plan.network, [steps.apply_plan(plan, s) for s in settings]
+            source, chosen = plan.network, plan.settings
+            settings = [
+                replace(chosen, engine=s.engine, reduce_range=s.reduce_range) for s in settings
+            ]
         quantized, onnx = steps.quantize(source, setup, settings), None
         if args.export_onnx:
             onnx = steps.export_onnx(
@@ -186,27 +189,20 @@ def main(argv: list[str] | None = None) -> int:
             "quantization", args, Workers(device), inputs.describe_images(), inputs.weights,
             inputs.describe_network(),
         )  # fmt: skip
-        given_bytes = inputs.weights["size_bytes"]
-        found |= results.describe_models(
-            model, fp32, quantized, files, onnx, test, timings, given_bytes
-        )
+        found |= results.describe_models(inputs, fp32, quantized, files, onnx, timings)
         if plan is not None:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)
         if args.diagnose:
             found |= diagnose(first.observation, first.settings, test, batch_size)
             sections.diagnosis_table(found["diagnosis"]).write_csv(folder.file(DIAGNOSIS_CSV))
-        found |= results.describe_sparsity(dense, first.network)
+        found |= results.describe_sparsity(dense, first.model.network)
         if args.bits_per_weight is not None:
-            all_int8 = replace(first.settings, fp32_layers=())
-            fp32_bytes = found["models"][0]["size_bytes"]
-            coding = smallest.CodingSetup(
-                inputs, coding_images, fp32, all_int8, batch_size, fp32_bytes
-            )
+            coding = smallest.CodingSetup(inputs, coding_images, fp32, first.settings, batch_size)
             files["coded"] = folder.file(f"{inputs.file_stem}_coded.safetensors")
             found["coding"] = smallest.write_smallest(coding, args.bits_per_weight, files["coded"])
         if args.write_check:
             check.write_checks(set(files.values()), test, folder.file, first.settings.engine)
-        saved = steps.models_by_file(quantized, files)
+        saved = [(files[each.settings.engine], each.model) for each in quantized]
         with artifact.verifying_reloaded(saved, test):
             plots.plot_overview(found["models"], folder.file("overview.png"))
             plots.plot_flips(test, fp32, first.predictions, folder.file("flips.png"))

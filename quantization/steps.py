@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from common.images.data import ImageSet
 from common.measure import evaluate
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.execution import Network
-from quantization.accuracy.budget import Plan
 from quantization.calibration import CalibrationSetup
 from quantization.files import onnx_export
 from quantization.files.artifact import Int8Model
@@ -37,18 +36,16 @@ class Quantized:
     """An INT8 model and what was measured of it.
 
     Attributes:
-        settings: How it was made.
         observation: The FP32 network that it was made from, observed.
-        network: The INT8 network, which models on other engines may share.
-        model: The network on its engine, which is what is evaluated and timed.
-        predictions: Predictions on the images to measure on (int64, shape (N,)).
+        model: INT8 network on its engine; models on other engines may share the network.
+        predictions: Predictions on the test images (int64, shape (N,)).
+        settings: How it was made.
     """
 
-    settings: Settings
     observation: Observation
-    network: Int8Network
     model: Int8Model
     predictions: torch.Tensor
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,7 @@ def predict_fp32(model: nn.Module, setup: CalibrationSetup, device: torch.device
 
 @torch.inference_mode()
 def warn_of_insane_fp32(model: nn.Module, test: ImageSet, predictions: torch.Tensor) -> None:
-    """Warn where FP32 accuracy is near chance, or far below what the model's confidence claims.
-
-    Args:
-        model: FP32, in eval mode, on the CPU.
-        test: The images that were evaluated, on the CPU, shuffled.
-        predictions: int64, shape (N,).
-    """
+    """Warn if FP32 accuracy is near chance, or far below what the model's confidence claims."""
     accuracy = evaluate.measure_accuracy(predictions == test.labels).value
     logits = model(test.normalize(test.images[:SANITY_IMAGES]))
     confidence = float(logits.softmax(dim=1).amax(dim=1).mean())
@@ -121,13 +112,8 @@ def quantize(
             networks[shared] = convert(observation, choice)
         model = Int8Model(networks[shared], choice.engine)
         predictions = setup.predict(model, f"evaluate INT8 {choice.engine}")
-        quantized.append(Quantized(choice, observation, networks[shared], model, predictions))
+        quantized.append(Quantized(observation, model, predictions, choice))
     return quantized
-
-
-def apply_plan(plan: Plan, settings: Settings) -> Settings:
-    """Return the plan's settings for the engine of ``settings``."""
-    return replace(plan.settings, engine=settings.engine, reduce_range=settings.reduce_range)
 
 
 def save_models(
@@ -140,27 +126,17 @@ def save_models(
     """
     paths: dict[int, Path] = {}
     for candidate in quantized:
-        network = candidate.network
+        network = candidate.model.network
         if id(network) not in paths:
             ending = f"_{7 if network.settings.reduce_range else 8}bit" if paths else ""
             paths[id(network)] = file(f"{stem}_int8{ending}{SUFFIX}")
             save_int8(network, paths[id(network)])
-    return {candidate.settings.engine: paths[id(candidate.network)] for candidate in quantized}
-
-
-def models_by_file(
-    quantized: Sequence[Quantized], paths: Mapping[str, Path]
-) -> dict[Path, list[Int8Model]]:
-    """Return for each file the models that run its network."""
-    models: dict[Path, list[Int8Model]] = {}
-    for candidate in quantized:
-        models.setdefault(paths[candidate.settings.engine], []).append(candidate.model)
-    return models
+    return {c.settings.engine: paths[id(c.model.network)] for c in quantized}
 
 
 def export_onnx(quantized: Quantized, path: Path, setup: CalibrationSetup) -> OnnxModel:
     """Write the INT8 model as ONNX and evaluate the file in ONNX Runtime, at equal threads."""
-    onnx_export.export_onnx(quantized.network, path)
+    onnx_export.export_onnx(quantized.model.network, path)
     run = onnx_export.load_onnx(path)
     predictions = setup.predict(run, "evaluate ONNX")
     agreeing = predictions == quantized.predictions
@@ -177,8 +153,6 @@ def time_models(
     seconds: float,
 ) -> dict[str, list[Timing]]:
     """Time FP32 as usually written, FP32 at its best and each INT8 model, interleaved.
-
-    ``seconds`` are spent on each batch size.
 
     Args:
         model: FP32 as usually written.

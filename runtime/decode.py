@@ -2,7 +2,7 @@
 
     python decode.py model.safetensors model.onnx                  # takes normalised images
     python decode.py model.safetensors model.onnx --input pixels   # takes uint8 pixels
-    python decode.py model.safetensors --check model_check.safetensors
+    python decode.py model.safetensors --check model.check         # same answers as in the report?
 
     from decode import load
     classify = load("model.safetensors")
@@ -11,18 +11,8 @@
 
 It needs numpy, safetensors and constriction; onnx to build a model; onnxruntime to run one.
 
-The file is safetensors. An empty tensor is left out of it:
-
-* ``network``: zlib-compressed JSON. ``graph`` lists the operations in execution order; ``weights``
-  how the weight of each layer and affine operation is stored (``sparse``, ``dense`` or ``fp32``)
-  and its shape; ``ranges`` the index of each operation's scale and zero point, or null where its
-  value is not quantized; the rest are facts: classes, mean, std, channel order, resize, settings;
-* ``levels``: all INT8 weights, see :func:`decode_levels`; ``fp32``: the other weights;
-* ``scales`` and ``biases``: one for each output channel, FP16 where that is exact, else FP32. Equal
-  scales that follow one another are stored once, and counted in ``scale_runs``;
-* ``value_scales``, ``value_zero_points``: a value's level stands for (level - zero point) * scale.
-
-The metadata hold a mark, a version, and the SHA-256 of the file with zeros in its own place.
+A file is safetensors: the TENSORS below, of which an empty one is left out. Its metadata hold a
+mark, a version, and the SHA-256 of the file with zeros in its own place.
 """
 
 from __future__ import annotations
@@ -35,23 +25,31 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import constriction
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
-MARK, VERSION = "int8-network", "2"
-CHECK_MARK = "int8-check"
+MARK, CHECK_MARK, VERSION = "int8-network", "int8-check", "2"
 # Bounds on what a hostile file can make a reader do.
 MAX_FILE_BYTES, MAX_JSON_BYTES = 1 << 31, 1 << 24
 MAX_OPERATIONS, MAX_SIZE, MAX_KERNEL = 10_000, 1 << 24, 1 << 12
 MAX_VALUES = 1 << 28  # of all operations on one image
 MAX_ONNX_VALUES = 4 * MAX_VALUES  # with weights, and each value as it is, rounded and restored
 MIN_BITS = 0.01  # of the stream for each weight
+SIZES = {"shape", "stride", "dilation", "groups", "kernel", "size", "source_size", "padding"}
+TENSORS = {
+    "network": ["uint8"],  # JSON, see _unpack
+    "levels": ["uint8"],  # all INT8 weights, see decode_levels
+    "fp32": ["float32"],  # the other weights
+    "biases": ["float32", "float16"],  # of each output channel; FP16 where that is exact
+    "scales": ["float32", "float16"],  # likewise; a run of equal ones is stored once
+    "scale_runs": ["int32"],  # lengths of these runs
+    "value_scales": ["float32"],  # a value's level stands for (level - zero point) * scale
+    "value_zero_points": ["uint8"],
+}
 
 IMAGES, PIXELS, LOGITS = "images", "pixels", "logits"
 MEANINGS = {
@@ -62,151 +60,135 @@ OPSET, IR_VERSION = 17, 8  # of 2022
 MAX_DIFFERENCE = 0.1  # root mean square of what a check tolerates, in standard deviations of logits
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Weights of a convolution, a linear layer or an affine operation.
-
-    Attributes:
-        levels: int8 levels, or float32 weights if the layer is not quantized.
-        bias: Bias of each output channel; float32.
-        scales: Real value of one level in each output channel, float32; None in FP32.
-    """
-
-    levels: np.ndarray
-    bias: np.ndarray
-    scales: np.ndarray | None = None
+class FileError(ValueError):
+    """A file cannot be used; one line for the user."""
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network in plain numbers.
+class Weights(NamedTuple):
+    """Weights of a convolution, a linear layer or an affine operation."""
 
-    Attributes:
-        operations: Operations in execution order; the first is the input, the last gives the
-            logits. Each has a name, a kind, the names of its inputs, and numbers.
-        weights: Weights by the operation's name.
-        ranges: Scale and zero point of each value that is kept in uint8, by the operation's name.
-            An FP32 network has none.
-        facts: What is told of it, such as the names of the classes; any JSON values.
-    """
+    levels: np.ndarray  # int8, or float32 weights if the layer is not quantized
+    bias: np.ndarray  # float32, of each output channel
+    scales: np.ndarray | None = None  # float32, real value of a level in each output channel
 
-    operations: Sequence[Mapping[str, Any]]
-    weights: Mapping[str, Weights]
-    ranges: Mapping[str, tuple[float, int]] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+
+class Network(NamedTuple):
+    """A network in plain numbers; an FP32 network has no ranges."""
+
+    operations: Sequence[Mapping[str, Any]]  # in execution order, from the input to the logits
+    weights: Mapping[str, Weights]  # by the operation's name
+    ranges: Mapping[str, tuple[float, int]] = {}  # scale and zero point of each uint8 value
+    facts: Mapping[str, Any] = {}  # any JSON values: classes, mean, std, channel_order, resize, ...
 
 
 # --- the file -------------------------------------------------------------------------------------
 
 
-def read_tensors(content: bytes, mark: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file that bears a mark."""
+def read_tensors(content: bytes, mark: str) -> dict[str, np.ndarray]:
+    """Return the tensors of a safetensors file that bears a mark, if its checksum is right."""
     tensors = load_tensors(content)
     end = 8 + int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8:end]).get("__metadata__", {})
-    if metadata.get("format") != mark:
-        raise ValueError("without its mark")
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"version {metadata.get('version', '')[:20]} is not known here")
-    digits = metadata.get("sha256", "").encode()
+    version, digits = metadata.get("version", "")[:20], metadata.get("sha256", "").encode()
+    _require(metadata.get("format") == mark, "without its mark")
+    _require(version == VERSION, f"version {version} is not known here")
     unsigned = content[:end].replace(digits, b"0" * 64, 1)
-    if hashlib.sha256(unsigned + content[end:]).hexdigest().encode() != digits:
-        raise ValueError("checksum differs")
-    return tensors, metadata
+    found = hashlib.sha256(unsigned + content[end:]).hexdigest().encode()
+    _require(found == digits, "checksum differs")
+    return tensors
 
 
 def parse(content: bytes) -> Network:
-    """Return the network of a file's content, which may come from anywhere.
+    """Return the network of a file's content; raise any Exception if it is damaged or no network.
 
-    Memory is bounded by the file's size. Whether the operations fit together is left to who uses
-    them.
-
-    Raises:
-        Exception: The content is damaged or something else.
+    The content may come from anywhere: memory is bounded by its size. Whether the operations fit
+    together is left to who uses them.
     """
-    tensors, _ = read_tensors(content, MARK)
-
-    def take(name: str, *types: str, size: int | None = None) -> np.ndarray:
-        values = tensors.pop(name, np.empty(0, types[0]))
-        is_fit = values.ndim == 1 and values.dtype.name in types and size in (None, len(values))
-        if not is_fit:
-            raise ValueError(f"{name} has another shape or type")
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} holds NaN or infinite values")
-        if "scale" in name and not (values > 0).all():
-            raise ValueError(f"{name} are not positive")
-        return values
-
-    fields = _unpack(take("network", "uint8"))
-    operations = fields.pop("graph")
-    names = [o["name"] for o in operations if o["kind"] in ("convolution", "linear", "affine")]
-    stored = dict(zip(names, fields.pop("weights"), strict=True))
-    outputs = [shape[0] for _, shape in stored.values()]
-    biases = take("biases", "float16", "float32", size=sum(outputs)).astype(np.float32)
-    scales, runs = take("scales", "float16", "float32"), take("scale_runs", "int32")
-    if len(scales) != len(runs) or runs.sum(dtype=np.int64) != sum(outputs):
-        raise ValueError("scales are not as many as output channels")
-    scales = np.repeat(scales.astype(np.float32), runs)
-    coded = {name: entry for name, entry in stored.items() if entry[0] != "fp32"}
-    levels = dict(zip(coded, decode_levels(take("levels", "uint8"), coded.values()), strict=True))
-    counts = [math.prod(shape) for storage, shape in stored.values() if storage == "fp32"]
-    fp32 = iter(_split(take("fp32", "float32", size=sum(counts)).copy(), counts))
+    tensors = read_tensors(content, MARK)
+    unknown = tensors.keys() - TENSORS
+    _require(not unknown, f"{min(unknown, default='')[:60]} is unexpected")
+    for name, types in TENSORS.items():
+        values = tensors.setdefault(name, np.empty(0, types[0]))
+        is_fit = values.ndim == 1 and values.dtype.name in types
+        _require(is_fit, f"{name} has another shape or type")
+        _require(np.isfinite(values).all(), f"{name} holds NaN or infinite values")
+        _require("scale" not in name or (values > 0).all(), f"{name} are not positive")
+    fields = _unpack(tensors["network"])
+    graph, stored = fields.pop("graph"), fields.pop("weights")
+    outputs = [shape[0] for _, shape in stored]
+    fp32_sizes = [math.prod(shape) if storage == "fp32" else 0 for storage, shape in stored]
+    scales, runs = tensors["scales"].astype(np.float32), tensors["scale_runs"]
+    counted = len(scales) == len(runs) and runs.sum(dtype=np.int64) == sum(outputs)
+    _require(counted, "scales are not as many as output channels")
+    coded = [layer for layer in stored if layer[0] != "fp32"]
+    levels = iter(decode_levels(tensors["levels"], coded))
     weights = {}
-    for (name, (storage, shape)), bias, scale in zip(
-        stored.items(), _split(biases, outputs), _split(scales, outputs), strict=True
+    for name, (storage, shape), bias, scale, values in zip(
+        [o["name"] for o in graph if o["kind"] in ("convolution", "linear", "affine")],
+        stored,
+        _split(tensors["biases"].astype(np.float32), outputs, "biases"),
+        _split(np.repeat(scales, runs), outputs, "scales"),
+        _split(tensors["fp32"].copy(), fp32_sizes, "fp32"),
+        strict=True,
     ):
-        found = next(fp32) if storage == "fp32" else levels[name]
-        weights[name] = Weights(found.reshape(shape), bias, None if storage == "fp32" else scale)
-    value_scales = take("value_scales", "float32").tolist()
-    zero_points = take("value_zero_points", "uint8", size=len(value_scales)).tolist()
-    ranges = {
-        o["name"]: (value_scales[index], zero_points[index])
-        for o, index in zip(operations, fields.pop("ranges"), strict=True)
-        if index is not None
-    }
-    if tensors:
-        raise ValueError(f"{min(tensors)[:60]} is unexpected")
-    return Network(operations, weights, ranges, fields)
+        if storage == "fp32":
+            weights[name] = Weights(values.reshape(shape), bias)
+        else:
+            weights[name] = Weights(next(levels).reshape(shape), bias, scale)
+    pairs = zip(tensors["value_scales"], tensors["value_zero_points"], strict=True)
+    pairs = [(float(scale), int(zero_point)) for scale, zero_point in pairs]
+    indices = zip(graph, fields.pop("ranges"), strict=True)
+    ranges = {o["name"]: pairs[index] for o, index in indices if index is not None}
+    return Network(graph, weights, ranges, fields)
 
 
 def _unpack(packed: np.ndarray) -> dict:
-    """Return the JSON of a file, of the types and within the bounds that its readers rely on."""
+    """Return the zlib-compressed JSON of a file, checked for what its readers rely on.
+
+    ``graph`` lists the operations in execution order; ``weights`` how the weight of each layer and
+    affine operation is stored (``sparse``, ``dense`` or ``fp32``) and its shape; ``ranges`` the
+    index of each operation's scale and zero point, or null where its value is not quantized. The
+    rest are facts.
+    """
     unpacker = zlib.decompressobj()
     text = unpacker.decompress(packed.tobytes(), MAX_JSON_BYTES)
-    if not unpacker.eof:
-        raise ValueError("its description is cut off or too long")
+    _require(unpacker.eof, "its description is cut off or too long")
     fields = json.loads(text)
-    if not 0 < len(fields["graph"]) <= MAX_OPERATIONS:
-        raise ValueError("too many operations, or none")
-    for operation in fields["graph"]:
-        for key in ("shape", "stride", "dilation", "groups", "kernel", "size", "source_size"):
-            _check_sizes(operation.get(key, 1), 1)
-        _check_sizes(operation.get("padding", 0), 0)
+    graph, mean, std = fields["graph"], fields["mean"], fields["std"]
+    _require(0 < len(graph) <= MAX_OPERATIONS, "too many operations, or none")
+    _require(len({o["name"] for o in graph}) == len(graph), "two operations have one name")
+    for operation in graph:
+        for key in SIZES & operation.keys():
+            _check_sizes(operation[key], least=0 if key == "padding" else 1)
     for storage, shape in fields["weights"]:
-        _check_sizes(shape, 1)
-        if storage not in ("sparse", "dense", "fp32"):
-            raise ValueError("weights that are stored in an unknown way")
-    classes, mean, std = fields["classes"], fields["mean"], fields["std"]
-    if not all(isinstance(name, str) for name in classes):
-        raise ValueError("class names that are no text")
-    numbers = all(isinstance(value, float) and math.isfinite(value) for value in (*mean, *std))
-    if not numbers or not all(value > 0 for value in std):
-        raise ValueError("mean and std are no numbers that images can have")
-    if not len(mean) == len(std) == fields["graph"][0]["shape"][0]:
-        raise ValueError("images of another number of channels than mean and std have")
-    if fields["channel_order"] not in ("rgb", "bgr"):
-        raise ValueError("an unknown order of channels")
-    _check_sizes(fields["resize"] or 1, 1)
+        _check_sizes(shape)
+        _require(storage in ("sparse", "dense", "fp32"), "weights stored in an unknown way")
+    _check_sizes(fields["resize"] or 1)
+    for name in fields["classes"]:
+        _require(isinstance(name, str), "class names that are no text")
+    for value in (*mean, *std):
+        is_fit = isinstance(value, float) and math.isfinite(value)
+        _require(is_fit, "mean or std that is no number")
+    _require(min(std) > 0, "a std that is not positive")
+    is_fit = len(mean) == len(std) == graph[0]["shape"][0]
+    _require(is_fit, "another number of channels than mean and std have")
+    _require(fields["channel_order"] in ("rgb", "bgr"), "an unknown order of channels")
     return fields
 
 
-def _check_sizes(value: object, least: int) -> None:
+def _check_sizes(value: object, least: int = 1) -> None:
     for size in value if isinstance(value, list) else [value]:
-        if type(size) is not int or not least <= size < MAX_SIZE:
-            raise ValueError("a size that is no positive number, or far too large")
+        is_fit = type(size) is int and least <= size < MAX_SIZE
+        _require(is_fit, "a size that is no positive number, or far too large")
 
 
-def _split(values: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+def _require(is_fit: bool, reason: str) -> None:
+    if not is_fit:
+        raise ValueError(reason)
+
+
+def _split(values: np.ndarray, counts: Sequence[int], name: str) -> list[np.ndarray]:
+    _require(len(values) == sum(counts), f"{name} has another shape")
     return np.split(values, np.cumsum(counts)[:-1]) if counts else []
 
 
@@ -222,33 +204,17 @@ def _split(values: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
 
 LEVELS, LOWEST = 256, -128
 CHANNEL_PARTS = 4
-ACTIVITIES = 32  # contexts of whether a weight is zero
-GROUPS = 4  # of activities, for the flags that follow
-BITS = 8  # of a level's magnitude, at most
+ACTIVITIES, GROUPS = 32, 4  # contexts of whether a weight is zero; groups of these for its bits
 LEAN = 4  # how far neighbours' signs can point one way
-# Where the contexts begin: of zeros, of signs, of the number of bits, of these bits.
-SIGNS = ACTIVITIES
-LENGTHS = SIGNS + 2 * LEAN + 1
-LOWER_BITS = LENGTHS + GROUPS * BITS
-CONTEXTS = LOWER_BITS + BITS
+BITS = 8  # of a level's magnitude, at most
+SIGNS, LENGTHS, LOWER_BITS, CONTEXTS = 32, 41, 73, 81  # where the other contexts begin, and the end
 EVIDENCE = 4  # how active a weight's output channel, its input channel and its kernel are, and a 1
 UNIT = 32  # of the evidence's weights
 ADJACENT, APART = 3, 1  # how much a neighbour in the kernel says
 # A byte is a step on the scale of odds, from 2^-12 to 2^12; probabilities are rounded to 16 bits.
 PROBABILITIES = np.round(65536 / (1 + 2.0 ** ((128 - np.arange(256)) * 12 / 128))) / 65536
 BERNOULLI = constriction.stream.model.Bernoulli(perfect=False)
-OCTAVE = 8  # steps of a logarithm
-
-
-def _least_with_log(steps: int) -> int:
-    """Return the least n with floor(8 log2 n) = ``steps``, or more where none has as many."""
-    n = max(1, int(2 ** (steps / OCTAVE)) - 1)
-    while n**OCTAVE < 1 << steps:
-        n += 1
-    return n
-
-
-LEAST_WITH_LOG = np.array([_least_with_log(steps) for steps in range(40 * OCTAVE)], np.int64)
+EIGHTHS = 2 ** (np.arange(8) / 8 - 1)  # of an octave, from 1/2 on
 
 Context = Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
 Code = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -267,36 +233,29 @@ def decode_levels(
     """
     shapes = [(shape[0], shape[1], math.prod(shape[2:])) for _, shape in stored]
     sizes = [2 * LEVELS if storage == "dense" else EVIDENCE + CONTEXTS for storage, _ in stored]
-    weights, head = sum(map(math.prod, shapes)), sum(sizes)
-    if len(stream) < head or (len(stream) - head) % 4 or weights * MIN_BITS > 8 * len(stream):
-        raise ValueError("the coded levels are cut off")
-    if any(positions > MAX_KERNEL for _, _, positions in shapes):
-        raise ValueError("too large a kernel")
-    tables = _split(stream[:head], sizes)
+    head, weights = sum(sizes), sum(map(math.prod, shapes))
+    is_whole = len(stream) >= head and (len(stream) - head) % 4 == 0
+    _require(is_whole and weights * MIN_BITS <= 8 * len(stream), "the coded levels are cut off")
+    _require(all(shape[2] <= MAX_KERNEL for shape in shapes), "too large a kernel")
     words = np.frombuffer(stream[head:].tobytes(), "<u4").astype(np.uint32)
-    decoder = constriction.stream.queue.RangeDecoder(words)
-    layers = []
-    for (storage, _), shape, table in zip(stored, shapes, tables, strict=True):
-        if storage == "dense":
+    decoder, layers = constriction.stream.queue.RangeDecoder(words), []
+    for shape, table in zip(shapes, _split(stream[:head], sizes, "levels"), strict=True):
+        if len(table) == 2 * LEVELS:
             symbols = decoder.decode(dense_model(table.view("<u2")), math.prod(shape))
             layers.append((symbols + LOWEST).astype(np.int8).reshape(shape))
-            continue
-        evidence, probabilities = table[:EVIDENCE].view(np.int8), PROBABILITIES[table[EVIDENCE:]]
-
-        def read(contexts: np.ndarray, _: np.ndarray, p: np.ndarray = probabilities) -> np.ndarray:
-            return decoder.decode(BERNOULLI, p[contexts]).astype(bool)
-
-        layers.append(np.zeros(shape, np.int8))
-        code_layer(layers[-1], weigher(evidence), read)
-    if layers and not decoder.maybe_exhausted():
-        raise ValueError("there are more coded levels than the network has")
+        else:
+            layers.append(np.zeros(shape, np.int8))
+            context, p = weigher(table[:EVIDENCE].view(np.int8)), PROBABILITIES[table[EVIDENCE:]]
+            read = lambda contexts, _, p=p: decoder.decode(BERNOULLI, p[contexts]) > 0  # noqa: E731
+            code_layer(layers[-1], context, read)
+    is_read = not layers or decoder.maybe_exhausted()
+    _require(is_read, "there are more coded levels than the network has")
     return layers
 
 
 def dense_model(table: np.ndarray) -> object:
     """Return the coder's model of levels' frequencies; exact, so equal on every machine."""
-    if not table.any():
-        raise ValueError("a layer without levels")
+    _require(table.any(), "a layer without levels")
     shares = (table.astype(np.float64) / table.sum(dtype=np.int64)).astype(np.float32)
     return constriction.stream.model.Categorical(shares, perfect=False)
 
@@ -305,9 +264,8 @@ def weigher(weights: np.ndarray) -> Context:
     """Return what gives each weight's context of whether it is zero, from weighed evidence."""
 
     def context(evidence: Sequence[np.ndarray], nonzero: np.ndarray) -> np.ndarray:
-        weighed = [int(w) * part for w, part in zip(weights, evidence, strict=True)]
-        score = (sum(weighed[1:], weighed[0]) // UNIT).reshape(-1)
-        return np.clip(score + ACTIVITIES // 2, 0, ACTIVITIES - 1)
+        score = sum(int(w) * part for w, part in zip(weights, evidence, strict=True)) // UNIT
+        return np.clip(score.reshape(-1) + ACTIVITIES // 2, 0, ACTIVITIES - 1)
 
     return context
 
@@ -331,8 +289,7 @@ def code_layer(levels: np.ndarray, context: Context, code: Code) -> None:
         beside, lean = np.zeros(part.shape, np.int16), np.zeros(part.shape, np.int16)
         for done, position in enumerate(order):
             rows, columns = _density(in_row, coded_in_row), _density(in_column, done * outputs)
-            kernel = KERNEL_LOGS[beside[position]]
-            evidence = (rows[:, None], columns, kernel, np.int64(UNIT))
+            evidence = (rows[:, None], columns, KERNEL_LOGS[beside[position]], np.int64(UNIT))
             values = _code_batch(part[position], evidence, lean[position], context, code)
             part[position] = values
             sign, size = np.sign(values), np.minimum(np.abs(values.astype(np.int16)), 2)
@@ -346,24 +303,24 @@ def code_layer(levels: np.ndarray, context: Context, code: Code) -> None:
 
 def neighbours(positions: int) -> np.ndarray:
     """Return how much each position of a kernel says of each other (int16)."""
-    side = 3 if positions == 9 else positions
-    y, x = np.divmod(np.arange(positions), side)
+    y, x = np.divmod(np.arange(positions), 3 if positions == 9 else positions)
     away = np.abs(y[:, None] - y) + np.abs(x[:, None] - x)
     near = np.where((away == 1) & (positions == 9), ADJACENT, APART) * (away > 0)
     return near.astype(np.int16)
 
 
-def _log2(numbers: np.ndarray | int) -> np.ndarray:
+def log2_eighths(numbers: np.ndarray | int) -> np.ndarray:
     """Return floor(8 log2 n), exactly, of numbers of at least 1 (int64)."""
-    return np.searchsorted(LEAST_WITH_LOG, numbers, side="right") - 1
+    fractions, exponents = np.frexp(numbers)  # n = fraction * 2^exponent, 1/2 <= fraction < 1
+    return 8 * (exponents - 1) + np.searchsorted(EIGHTHS, fractions, side="right") - 1
 
 
-KERNEL_LOGS = _log2(2 * np.arange(2 * MAX_KERNEL) + 1)
+KERNEL_LOGS = log2_eighths(2 * np.arange(2 * MAX_KERNEL) + 1)
 
 
 def _density(nonzero: np.ndarray, coded: int) -> np.ndarray:
-    """Return the logarithm, in steps, of the share of weights that are not zero in each channel."""
-    return _log2(2 * nonzero + 2) - _log2(2 * coded + 16)  # an eighth, while nothing is known
+    """Return the logarithm of each channel's share of nonzero weights; at first of an eighth."""
+    return log2_eighths(2 * nonzero + 2) - log2_eighths(2 * coded + 16)
 
 
 def _code_batch(
@@ -380,8 +337,7 @@ def _code_batch(
     group = LENGTHS + contexts[kept] * GROUPS // ACTIVITIES * BITS
     open_ = np.arange(len(kept))  # those that may have more bits
     for length in range(1, BITS):
-        more = code(group[open_] + length - 1, given[open_] >> length > 0)
-        open_ = open_[more]
+        open_ = open_[code(group[open_] + length - 1, given[open_] >> length > 0)]
         lengths[open_] += 1
     for bit in range(1, BITS):  # the first after the leading one, and so on
         (longer,) = (lengths > bit).nonzero()
@@ -393,254 +349,179 @@ def _code_batch(
 
 
 # --- ONNX -----------------------------------------------------------------------------------------
-
-
-def build_model(network: Network, pixels: bool = False) -> Any:
-    """Return a network as an ``onnx.ModelProto``: FP32 operators between Q/DQ nodes.
-
-    QuantizeLinear and DequantizeLinear nodes are how ONNX describes quantization; runtimes merge
-    each group into one INT8 kernel. Weights are stored in INT8, biases in INT32.
-
-    Args:
-        network: Its facts become metadata, each as JSON.
-        pixels: Take uint8 ``pixels`` in place of normalised ``images``; see ``MEANINGS``.
-    """
-    from onnx import TensorProto, helper
-
-    builder, name = _Builder(network), PIXELS if pixels else IMAGES
-    source, *operations = network.operations
-    builder.add_input(source["name"], pixels)
-    for operation in operations:
-        builder.add_operation(operation)
-    builder.add("Identity", [builder.values[network.operations[-1]["name"]]], LOGITS)
-    dtype = TensorProto.UINT8 if pixels else TensorProto.FLOAT
-    classes = len(network.facts.get("classes", ())) or "classes"
-    graph = helper.make_graph(
-        builder.nodes, "network",
-        [helper.make_tensor_value_info(name, dtype, ["N", *source["shape"]])],
-        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["N", classes])],
-        builder.constants,
-    )  # fmt: skip
-    opsets = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
-    facts = {"input": MEANINGS[name], **network.facts}
-    helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
-    return model
+#
+# ONNX describes quantization by FP32 operators between QuantizeLinear and DequantizeLinear nodes;
+# runtimes merge each group into one INT8 kernel. Weights are stored in INT8, biases in INT32.
 
 
 class _Builder:
-    """Adds operation after operation.
+    """Collects the nodes and constants of a graph; each method returns the name of a value."""
 
-    Attributes:
-        nodes: Nodes so far.
-        constants: Constant tensors so far.
-        values: Name in ONNX of each operation's FP32 value.
-    """
+    def __init__(self):
+        self.nodes, self.constants, self.name = [], [], ""  # of the operation that comes next
 
-    def __init__(self, network: Network):
-        self._network = network
-        self.nodes, self.constants, self.values = [], [], {}
+    def add(self, operator: str, inputs: Sequence[str | np.ndarray], **attributes: object) -> str:
+        """Add a node, with constants for arrays among its inputs."""
+        from onnx import helper, numpy_helper
 
-    def add(self, kind: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
-        """Add a node and return the name of its output."""
-        from onnx import helper
-
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        output, names = f"{self.name}/{operator}_{len(self.nodes)}", list(inputs)
+        for index, value in enumerate(inputs):
+            if not isinstance(value, str):
+                names[index] = f"{output}/{index}"
+                self.constants.append(numpy_helper.from_array(np.asarray(value), names[index]))
+        self.nodes.append(helper.make_node(operator, names, [output], name=output, **attributes))
         return output
 
-    def constant(self, name: str, value: object, dtype: type | None = None) -> str:
-        """Add a constant tensor and return its name."""
-        from onnx import numpy_helper
-
-        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
-        return name
-
-    def add_input(self, name: str, pixels: bool) -> None:
-        """Add the input, which is normalised here if it is pixels."""
-        value, facts = PIXELS if pixels else IMAGES, self._network.facts
-        if pixels:
-            value = self.add("Cast", [value], "pixels/float", to=1)
-            for kind, key, by in (
-                ("Div", "range", 255), ("Sub", "mean", facts["mean"]), ("Div", "std", facts["std"])
-            ):  # fmt: skip
-                by = self.constant(f"pixels/{key}", np.reshape(by, (-1, 1, 1)), np.float32)
-                value = self.add(kind, [value, by], f"{by}/done")
-            if facts["channel_order"] == "bgr":
-                last_first = self.constant("pixels/order", [2, 1, 0], np.int64)
-                value = self.add("Gather", [value, last_first], "pixels/bgr", axis=1)
-        self._keep(name, value)
-
-    def add_operation(self, operation: Mapping[str, Any]) -> None:
-        """Add an operation and, if its value is kept in uint8, its quantization."""
-        name, inputs = operation["name"], [self.values[source] for source in operation["inputs"]]
-        if name in self._network.weights:
-            inputs += self._weights(name, operation["inputs"][0])
-        self._keep(name, _FORMS[operation["kind"]](self, operation, inputs))
-
-    def _keep(self, name: str, value: str) -> None:
-        if name in self._network.ranges:
-            scale, zero_point = self._network.ranges[name]
-            parameters = [
-                self.constant(f"{name}/scale", scale, np.float32),
-                self.constant(f"{name}/zero_point", zero_point, np.uint8),
-            ]
-            levels = self.add("QuantizeLinear", [value, *parameters], f"{name}/uint8")
-            value = self.add("DequantizeLinear", [levels, *parameters], f"{name}/kept")
-        self.values[name] = value
-
-    def _weights(self, name: str, source: str) -> list[str]:
-        """Add the weights and biases of a layer and return the names of their FP32 forms."""
-        weights = self._network.weights[name]
-        if weights.scales is None:
-            return [
-                self.constant(f"{name}/weight", weights.levels),
-                self.constant(f"{name}/bias", weights.bias),
-            ]
-        levels = self._dequantize(f"{name}/weight", weights.levels, weights.scales)
-        steps = np.float32(self._network.ranges[source][0]) * weights.scales
-        bias = np.rint(weights.bias.astype(np.float64) / steps)
-        if np.abs(bias).max() > 2**31 - 1:  # a channel whose weights are next to nothing
-            return [levels, self.constant(f"{name}/bias", weights.bias)]
-        return [levels, self._dequantize(f"{name}/bias", bias.astype(np.int32), steps)]
-
-    def _dequantize(self, name: str, levels: np.ndarray, scales: np.ndarray) -> str:
+    def dequantize(self, levels: np.ndarray, scales: np.ndarray) -> str:
+        """Add levels whose first dimension has a scale each."""
         zeros = np.zeros_like(scales, levels.dtype)
-        operands = {"levels": levels, "scale": scales, "zero_point": zeros}
-        names = [self.constant(f"{name}/{key}", value) for key, value in operands.items()]
-        return self.add("DequantizeLinear", names, name, axis=0)
+        return self.add("DequantizeLinear", [levels, scales, zeros], axis=0)
+
+    def round(self, value: str, scale: float, zero_point: int) -> str:
+        """Round a value to uint8 levels and back."""
+        parameters = [np.float32(scale), np.uint8(zero_point)]
+        levels = self.add("QuantizeLinear", [value, *parameters])
+        return self.add("DequantizeLinear", [levels, *parameters])
+
+    def weights(self, network: Network, name: str, source: str) -> list[str | np.ndarray]:
+        """Return the weight and bias of a layer that reads ``source``, as inputs of a node."""
+        levels, bias, scales = network.weights[name]
+        if scales is None:
+            return [levels, bias]
+        steps = np.float32(network.ranges[source][0]) * scales
+        rounded = np.rint(bias.astype(np.float64) / steps)
+        if np.abs(rounded).max() < 2**31:  # else a channel's weights are next to nothing
+            bias = self.dequantize(rounded.astype(np.int32), steps)
+        return [self.dequantize(levels, scales), bias]
+
+    def normalize(self, facts: Mapping[str, Any]) -> str:
+        """Turn uint8 RGB pixels into the network's images."""
+        value = self.add("Cast", [PIXELS], to=1)
+        mean, std = (np.float32(facts[key])[:, None, None] for key in ("mean", "std"))
+        for operator, by in (("Div", np.float32(255)), ("Sub", mean), ("Div", std)):
+            value = self.add(operator, [value, by])
+        if facts["channel_order"] == "bgr":
+            value = self.add("Gather", [value, np.array([2, 1, 0])], axis=1)
+        return value
 
 
-# The form of each kind of operation: adds nodes, and returns the name of the value.
-_Form = Callable[[_Builder, Mapping[str, Any], list[str]], str]
+def _attributes(o: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a convolution or a pool under the names that ONNX has for them."""
+    names = {
+        "stride": "strides", "dilation": "dilations", "groups": "group", "kernel": "kernel_shape",
+        "ceil": "ceil_mode", "count_padding": "count_include_pad",
+    }  # fmt: skip
+    return {new: o[old] for old, new in names.items() if old in o} | {"pads": o["padding"] * 2}
 
 
-def _node(kind: str, attributes: Callable[[Mapping], Mapping] = lambda o: {}) -> _Form:
-    """Return the form of an operation that one ONNX operator computes."""
-    return lambda builder, o, inputs: builder.add(kind, inputs, o["name"], **attributes(o))
-
-
-def _with_constants(
-    kind: str, constants: Callable[[Mapping], Mapping], dtype: type = np.int64
-) -> _Form:
-    """Return the form of an operator that takes its numbers as further inputs."""
-
-    def form(builder: _Builder, o: Mapping[str, Any], inputs: list[str]) -> str:
-        name = o["name"]
-        further = [builder.constant(f"{name}/{k}", v, dtype) for k, v in constants(o).items()]
-        return builder.add(kind, [*inputs, *further], name)
-
-    return form
-
-
-def _affine(builder: _Builder, o: Mapping[str, Any], inputs: list[str]) -> str:
-    name, channels = o["name"], len(builder._network.weights[o["name"]].bias)
-    mean = builder.constant(f"{name}/mean", np.zeros(channels), np.float32)
-    variance = builder.constant(f"{name}/variance", np.ones(channels), np.float32)
-    return builder.add("BatchNormalization", [*inputs, mean, variance], name, epsilon=0.0)
-
-
-def _window(o: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "kernel_shape": o["kernel"],
-        "strides": o["stride"],
-        "pads": [*o["padding"]] * 2,
-        "ceil_mode": int(o["ceil"]),
-    }
-
-
-def _adaptive_pool(builder: _Builder, o: Mapping[str, Any], inputs: list[str]) -> str:
+def _adaptive_pool(add: Callable, x: list, o: Mapping[str, Any]) -> str:
     """Average windows of unequal size: a product with a matrix of means in each direction."""
-    name, (rows, columns) = o["name"], map(window_means, o["source_size"], o["size"])
-    columns = builder.constant(f"{name}/columns", columns.T)
-    across = builder.add("MatMul", [*inputs, columns], f"{name}/across")
-    return builder.add("MatMul", [builder.constant(f"{name}/rows", rows), across], name)
+    rows, columns = map(window_means, o["source_size"], o["size"])
+    return add("MatMul", [rows, add("MatMul", [*x, columns.T])])
 
 
 def window_means(old: int, new: int) -> np.ndarray:
     """Return the matrix that averages ``old`` numbers in ``new`` windows, as torch lays them."""
-    if old * new > MAX_SIZE:
-        raise ValueError("far too large windows")
-    matrix = np.zeros((new, old), np.float32)
-    for index in range(new):
-        start, stop = index * old // new, -(-(index + 1) * old // new)
-        matrix[index, start:stop] = 1 / (stop - start)
-    return matrix
+    _require(old * new <= MAX_SIZE, "far too large windows")
+    window, index = np.arange(new)[:, None], np.arange(old)
+    inside = (index >= window * old // new) & (index < -(-(window + 1) * old // new))
+    return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _global_pool(builder: _Builder, o: Mapping[str, Any], inputs: list[str]) -> str:
-    if o["keep"]:
-        return builder.add("GlobalAveragePool", inputs, o["name"])
-    mean = builder.add("GlobalAveragePool", inputs, f"{o['name']}/mean")
-    return builder.add("Flatten", [mean], o["name"])
-
-
-def _silu(builder: _Builder, o: Mapping[str, Any], inputs: list[str]) -> str:
-    gate = builder.add("Sigmoid", inputs, f"{o['name']}/gate")
-    return builder.add("Mul", [*inputs, gate], o["name"])
-
-
-def _pads(o: Mapping[str, Any]) -> np.ndarray:
+def _pads(padding: Sequence[int]) -> np.ndarray:
     """Return ONNX's padding of an image; torch gives both ends of the last dimension first."""
-    pairs = np.reshape(o["padding"], (-1, 2))[::-1]
+    pairs = np.reshape(padding, (-1, 2))[::-1]
     return np.pad(pairs, ((4 - len(pairs), 0), (0, 0))).T.ravel()
 
 
-_FORMS: dict[str, _Form] = {
-    "convolution": _node("Conv", lambda o: {
-        "strides": o["stride"], "pads": [*o["padding"]] * 2, "dilations": o["dilation"],
-        "group": o["groups"],
-    }),
-    "linear": _node("Gemm", lambda o: {"transB": 1}),
-    "affine": _affine,
-    "add": _node("Add"),
-    "multiply": _node("Mul"),
-    "concatenate": _node("Concat", lambda o: {"axis": 1}),
-    "max_pool": _node("MaxPool", lambda o: {"dilations": o["dilation"], **_window(o)}),
-    "average_pool": _node("AveragePool", lambda o: {
-        "count_include_pad": int(o["count_padding"]), **_window(o)
-    }),
+# How each kind of operation ``o`` adds nodes to its inputs ``x``, its weight and bias included.
+_FORMS: dict[str, Callable[[Callable, list, Mapping[str, Any]], str]] = {
+    "convolution": lambda add, x, o: add("Conv", x, **_attributes(o)),
+    "linear": lambda add, x, o: add("Gemm", x, transB=1),
+    "affine": lambda add, x, o: add(  # a batch norm of mean 0 and variance 1
+        "BatchNormalization", [*x, np.zeros_like(x[1]), np.ones_like(x[1])], epsilon=0.0
+    ),
+    "add": lambda add, x, o: add("Add", x),
+    "multiply": lambda add, x, o: add("Mul", x),
+    "concatenate": lambda add, x, o: add("Concat", x, axis=1),
+    "max_pool": lambda add, x, o: add("MaxPool", x, **_attributes(o)),
+    "average_pool": lambda add, x, o: add("AveragePool", x, **_attributes(o)),
     "adaptive_average_pool": _adaptive_pool,
-    "global_average_pool": _global_pool,
-    "flatten": _node("Flatten"),
-    "reshape": _with_constants("Reshape", lambda o: {"shape": [-1, *o["shape"]]}),
-    "permute": _node("Transpose", lambda o: {"perm": o["order"]}),
-    "slice": _with_constants("Slice", lambda o: dict(zip(
-        ("starts", "ends", "axes", "steps"), np.array(o["parts"]).T[[1, 2, 0, 3]], strict=True
-    ))),
-    "pad": _with_constants("Pad", lambda o: {"pads": _pads(o)}),
-    "relu": _node("Relu"),
-    "relu6": _with_constants("Clip", lambda o: {"low": 0, "high": 6}, np.float32),
-    "hardswish": _node("HardSwish"),
-    "hardsigmoid": _node("HardSigmoid", lambda o: {"alpha": 1 / 6, "beta": 0.5}),
-    "sigmoid": _node("Sigmoid"),
-    "silu": _silu,
-}  # fmt: skip
+    "global_average_pool": lambda add, x, o: (
+        add("GlobalAveragePool", x) if o["keep"] else add("Flatten", [add("GlobalAveragePool", x)])
+    ),
+    "flatten": lambda add, x, o: add("Flatten", x),
+    "reshape": lambda add, x, o: add("Reshape", [*x, np.array([-1, *o["shape"]])]),
+    "permute": lambda add, x, o: add("Transpose", x, perm=o["order"]),
+    "slice": lambda add, x, o: add(  # starts, ends, dimensions, steps
+        "Slice", [*x, *np.array(o["parts"]).T[[1, 2, 0, 3]]]
+    ),
+    "pad": lambda add, x, o: add("Pad", [*x, _pads(o["padding"])]),
+    "relu": lambda add, x, o: add("Relu", x),
+    "relu6": lambda add, x, o: add("Clip", [*x, np.float32(0), np.float32(6)]),
+    "hardswish": lambda add, x, o: add("HardSwish", x),
+    "hardsigmoid": lambda add, x, o: add("HardSigmoid", x, alpha=1 / 6, beta=0.5),
+    "sigmoid": lambda add, x, o: add("Sigmoid", x),
+    "silu": lambda add, x, o: add("Mul", [*x, add("Sigmoid", x)]),
+}
+
+
+def to_onnx(network: Network, pixels: bool = False) -> bytes:
+    """Return the content of an ONNX file, checked; the network's facts are its metadata, as JSON.
+
+    It takes uint8 ``pixels`` or normalised ``images``; see ``MEANINGS``.
+
+    Raises:
+        Exception: The operations do not fit together, or their values are far too large.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    builder, facts, values = _Builder(), network.facts, {}
+    taken, dtype = (PIXELS, TensorProto.UINT8) if pixels else (IMAGES, TensorProto.FLOAT)
+    value = builder.normalize(facts) if pixels else IMAGES
+    for o in network.operations:
+        name = builder.name = o["name"]
+        if values:  # the first is the input
+            inputs = [values[source] for source in o["inputs"]]
+            if name in network.weights:
+                inputs += builder.weights(network, name, o["inputs"][0])
+            value = _FORMS[o["kind"]](builder.add, inputs, o)
+        if name in network.ranges:
+            value = builder.round(value, *network.ranges[name])
+        values[name] = value
+    builder.nodes.append(helper.make_node("Identity", [value], [LOGITS]))
+    shape, classes = network.operations[0]["shape"], len(facts.get("classes", ())) or "classes"
+    images = helper.make_tensor_value_info(taken, dtype, ["N", *shape])
+    logits = helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["N", classes])
+    graph = helper.make_graph(builder.nodes, "network", [images], [logits], builder.constants)
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    told = {"input": MEANINGS[taken], **facts}
+    helper.set_model_props(model, {key: json.dumps(value) for key, value in told.items()})
+    onnx.checker.check_model(model, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    shapes = [value.type.tensor_type.shape.dim for value in inferred.graph.value_info]
+    size = sum(math.prod(max(d.dim_value, 1) for d in shape) for shape in shapes)
+    _require(size <= MAX_ONNX_VALUES, "values too large")
+    return model.SerializeToString()
 
 
 # --- running --------------------------------------------------------------------------------------
-class FileError(ValueError):
-    """A file cannot be used; one line for the user."""
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A network in ONNX Runtime: uint8 RGB pixels (N, C, H, W) to float32 logits (N, classes).
+class Classifier(NamedTuple):
+    """A network in ONNX Runtime: uint8 RGB pixels (N, C, H, W) to float32 logits (N, classes)."""
 
-    Attributes:
-        session: The ``onnxruntime.InferenceSession``.
-        shape: Channels, height and width of an image.
-        facts: What the file tells: ``classes``, ``mean``, ``std``, ``channel_order``, ``resize``
-            (length of the short side before the middle is cut out, or null) and ``settings``.
-    """
-
-    session: Any
-    shape: tuple[int, int, int]
-    facts: Mapping[str, Any]
+    session: Any  # an ``onnxruntime.InferenceSession``
+    shape: tuple[int, int, int]  # channels, height and width of an image
+    facts: Mapping[str, Any]  # of the file; resize is the short side before cutting, or null
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Return the logits of images."""
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != self.shape:
-            raise ValueError(f"uint8 images of shape (N, {', '.join(map(str, self.shape))}) wanted")
+        shape = f"(N, {', '.join(map(str, self.shape))})"
+        is_fit = pixels.dtype == np.uint8 and pixels.shape[1:] == self.shape
+        _require(is_fit, f"uint8 images of shape {shape} wanted")
         return self.session.run(None, {PIXELS: pixels})[0]
 
 
@@ -650,14 +531,13 @@ def load(path: str | Path, threads: int = 0) -> Classifier:
     Raises:
         FileError: The file is missing, damaged or something else.
     """
-    content = _read(path)
-    with _telling_damage(path):
+    with _reading(path) as content:
         network = parse(content)
         session = start_session(to_onnx(network, pixels=True), threads)
         classify = Classifier(session, tuple(network.operations[0]["shape"]), network.facts)
         logits = classify(np.zeros((1, *classify.shape), np.uint8))
-        if logits.shape != (1, len(network.facts["classes"])):
-            raise ValueError("another number of logits than of classes")
+        is_fit = logits.shape == (1, len(network.facts["classes"]))
+        _require(is_fit, "another number of logits than of classes")
     return classify
 
 
@@ -676,42 +556,22 @@ def start_session(model: bytes | str, threads: int = 0) -> Any:
     )
 
 
-def to_onnx(network: Network, pixels: bool = False) -> bytes:
-    """Return the content of an ONNX file, checked; see :func:`build_model`.
-
-    Raises:
-        Exception: The operations do not fit together, or their values are far too large.
-    """
-    import onnx
-
-    model = build_model(network, pixels)
-    onnx.checker.check_model(model, full_check=True)
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    shapes = [value.type.tensor_type.shape.dim for value in inferred.graph.value_info]
-    if sum(math.prod(max(d.dim_value, 1) for d in shape) for shape in shapes) > MAX_ONNX_VALUES:
-        raise ValueError("values too large")
-    return model.SerializeToString()
-
-
 @contextlib.contextmanager
-def _telling_damage(path: str | Path) -> Iterator[None]:
-    """Turn what a damaged file causes, in too many ways to list, into one line."""
-    try:
-        yield
-    except ImportError:  # a package is missing
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise FileError(f"{path}: damaged or no INT8 network ({reason})") from None
-
-
-def _read(path: str | Path) -> bytes:
+def _reading(path: str | Path, problem: str = "damaged or no INT8 network") -> Iterator[bytes]:
+    """Yield a file's content; raise FileError for whatever a damaged one causes meanwhile."""
     file = Path(path)
     if not file.is_file():  # to open a named pipe would be to wait for its writer
         raise FileError(f"{path}: no such file")
     if file.stat().st_size > MAX_FILE_BYTES:
         raise FileError(f"{path}: too large")
-    return file.read_bytes()
+    content = file.read_bytes()
+    try:
+        yield content
+    except ImportError:  # a package is missing
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise FileError(f"{path}: {problem} ({reason})") from None
 
 
 def check(classify: Classifier, path: str | Path) -> tuple[int, int, float]:
@@ -724,13 +584,11 @@ def check(classify: Classifier, path: str | Path) -> tuple[int, int, float]:
     Raises:
         FileError: The file is damaged, or of another network.
     """
-    try:
-        tensors, _ = read_tensors(_read(path), CHECK_MARK)
+    with _reading(path, "not a check of this network") as content:
+        tensors = read_tensors(content, CHECK_MARK)
         expected, logits = tensors["logits"], classify(tensors["pixels"])
         same = int((logits.argmax(axis=1) == expected.argmax(axis=1)).sum())
         difference = np.sqrt(np.square(logits - expected).mean()) / expected.std()
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise FileError(f"{path}: not a check of this network ({error})") from None
     return len(expected), same, float(difference)
 
 
@@ -747,25 +605,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.model and not args.check:
         parser.error("name an ONNX file to write, or --check")
+    passed = True
     try:
         if args.model:
-            content = _read(args.file)
-            with _telling_damage(args.file):
-                content = to_onnx(parse(content), args.input == PIXELS)
-            Path(args.model).write_bytes(content)
-            print(f"{args.model}: {len(content):,} bytes, takes {args.input}")
+            with _reading(args.file) as content:
+                model = to_onnx(parse(content), args.input == PIXELS)
+            Path(args.model).write_bytes(model)
+            print(f"{args.model}: {len(model):,} bytes, takes {args.input}")
         if args.check:
             images, same, difference = check(load(args.file), args.check)
-            verdict = "passed" if difference <= MAX_DIFFERENCE else "failed"
+            passed = difference <= MAX_DIFFERENCE
             print(
-                f"{verdict}: {same} of {images} images get the expected class; logits differ by "
-                f"{difference:.3f} standard deviations (up to {MAX_DIFFERENCE} is rounding)"
+                f"{'passed' if passed else 'failed'}: {same} of {images} images get the expected "
+                f"class; logits differ by {difference:.3f} standard deviations "
+                f"(up to {MAX_DIFFERENCE} is rounding)"
             )
-            return 0 if verdict == "passed" else 1
     except (FileError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pruning.channels.groups import find_groups
 from pruning.channels.slimming import channels_given, slim_network
 from pruning.channels.surgeon import ChannelChoice, columns_of
 from quantization.coding import encoder
+from quantization.coding import levels as levels_module
 from quantization.coding.encoder import Original, encode, layers_on_the_image
 from quantization.coding.levels import choose_levels
 
@@ -64,7 +65,7 @@ def few_positions(monkeypatch):
 
 
 def coded(network, layers):
-    return network.with_layers({n: Layer(c.dense(), c.bias) for n, c in layers.items()})
+    return network.with_layers({n: c.dense() for n, c in layers.items()})
 
 
 @pytest.fixture(params=["resnet", *NETWORKS])
@@ -103,7 +104,7 @@ def test_layers_make_up_for_what_those_before_lost(
         return error_of(network, encode(network, images, price=3.0), images)
 
     repaired = error()
-    monkeypatch.setattr(encoder, "REPAIR_RIDGE", 1e3)  # no repair
+    monkeypatch.setattr(levels_module, "REPAIR_RIDGE", 1e3)  # no repair
     assert repaired < error()
 
 

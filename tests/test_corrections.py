@@ -115,7 +115,7 @@ def test_corrected_bias_cancels_the_mean_error_of_rounding(tiny_network, random_
     x = calibration.normalize(calibration.images)
     operation, plain = tiny_network.graph["conv1"], tiny_network.layers["conv1"]
     corrected = corrections.correct_biases(tiny_network, calibration, batch_size=8)
-    rounded = quantize_layer(plain).dense()
+    rounded = quantize_layer(plain).dense().weight
     exact = tiny_network.compute(operation, [x])
 
     def mean_error(bias):

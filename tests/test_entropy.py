@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from common.files import entropy
-from runtime.decode import LEVELS, decode_levels
+from runtime.decode import LEVELS, decode_levels, log2_eighths
 
 # Levels of five layers as an earlier version wrote them. Contexts are integers, so every machine
 # must read the same levels from it; a changed context would break all files already written.
@@ -31,6 +31,11 @@ def test_streams_already_written_stay_readable():
     levels = decode_levels(stream, [("sparse", shape) for shape in SHAPES])
     assert hashlib.sha256(b"".join(layer.tobytes() for layer in levels)).hexdigest() == SHA256
     assert max(int(np.abs(layer).max()) for layer in levels) == 81
+
+
+@given(st.integers(1, 1 << 40))
+def test_logarithms_are_exact(number):
+    assert log2_eighths(number) == (number**8).bit_length() - 1
 
 
 @given(

@@ -74,7 +74,7 @@ def test_an_addition_is_fused_into_the_last_convolution_that_it_reads():
     assert set(plain) - set(fused) == {"second"}
     total = fused["relu_1"]
     assert (total.operation.name, total.added, total.activation) == ("second", "short", "relu")
-    assert total.inputs == ("relu",)
+    assert total.inputs == ("relu", "short")
     assert {step.added for step in network.steps()} == {None}
 
 

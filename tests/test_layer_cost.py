@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from common.network.cascade import Fp32Recheck
-from common.network.execution import Layer
 from common.network.graph import evaluate
 from quantization.accuracy import layer_cost
 from quantization.int8 import engines
@@ -33,7 +32,7 @@ def test_only_quantized_equals_whole_forward_passes(
     steps = {step.operation.name: step for step in fuse_activations(graph)}
     for name in graph.layers:
         step, layer = steps[name], tiny_network.layers[name]
-        rounded = Layer(quantize_layer(layer).dense(), layer.bias)
+        rounded = quantize_layer(layer).dense()
 
         def compute(operation, inputs, name=name, step=step, rounded=rounded):
             if operation.name != name:

@@ -42,8 +42,15 @@ def exported(network, tmp_path):
     return onnx.load(tmp_path / "model.onnx")
 
 
-def tensors(proto):
-    return {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
+def constants_of(proto, kind):
+    """Return the constants that each node of a kind reads, by the operation's name, in order."""
+    values = {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
+    found = {}
+    for node in proto.graph.node:
+        if node.op_type == kind:
+            constants = [values[name] for name in node.input if name in values]
+            found.setdefault(node.name.rpartition("/")[0], []).append(constants)
+    return found
 
 
 @pytest.mark.exact_sums
@@ -71,18 +78,20 @@ def test_an_fp32_network_can_be_exported_too(name):
 
 
 def test_the_file_holds_the_scales_weights_and_zero_points(network, exported):
-    values = tensors(exported)
+    dequantized = constants_of(exported, "DequantizeLinear")
     for name, layer in network.layers.items():
-        assert np.array_equal(values[f"{name}/weight/levels"], layer.weight.numpy())
-        assert np.array_equal(values[f"{name}/weight/scale"], layer.scales.numpy())
-        bias = values[f"{name}/bias/levels"]
+        (bias, _, _), (levels, scales, zero_points) = dequantized[name][:2]
+        assert np.array_equal(levels, layer.weight.numpy())
+        assert np.array_equal(scales, layer.scales.numpy())
+        assert not zero_points.any()
         source = network.graph[name].inputs[0]
         expected = layer.bias_levels(network.ranges[source].scale).numpy()
         assert bias.dtype == np.int32
         assert np.abs(bias - expected).max() <= 1
     for name, kept in network.ranges.items():
-        assert values[f"{name}/scale"] == np.float32(kept.scale)
-        assert values[f"{name}/zero_point"] == np.uint8(kept.zero_point)
+        expected = [np.float32(kept.scale), np.uint8(kept.zero_point)]
+        assert constants_of(exported, "QuantizeLinear")[name] == [expected]
+        assert dequantized[name][-1] == expected
 
 
 def test_class_names_and_normalisation_travel_with_the_file(network, exported):
@@ -125,9 +134,10 @@ def test_a_bias_beyond_int32_stays_fp32(network):
     bias[0] = 1e12
     layers = {**network.layers, "stem": Int8Layer(layer.weight, layer.scales, bias)}
     spoilt = type(network)(**{**vars(network), "layers": layers})
-    values = tensors(onnx.load_from_string(onnx_export.to_onnx(spoilt)))
-    assert values["stem/bias"].dtype == np.float32
-    assert values["stem/bias"][0] == np.float32(1e12)
+    exported = onnx.load_from_string(onnx_export.to_onnx(spoilt))
+    ((bias,),) = constants_of(exported, "Conv")["stem"]
+    assert bias.dtype == np.float32
+    assert bias[0] == np.float32(1e12)
 
 
 @pytest.mark.parametrize(("old", "new"), [(6, 3), (7, 3), (1, 7), (5, 5)])

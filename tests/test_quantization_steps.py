@@ -30,7 +30,7 @@ def timing(batch_size, median_ms):
 
 
 def quantized_with(engine, predictions=None):
-    return Quantized(Settings(engine), None, None, None, predictions)
+    return Quantized(None, None, predictions, Settings(engine))
 
 
 def test_engines_share_an_observation_and_the_integers(tiny_network, random_images, monkeypatch):
@@ -45,7 +45,7 @@ def test_engines_share_an_observation_and_the_integers(tiny_network, random_imag
     setup = CalibrationSetup(random_images(32), test, 16)
     quantized = steps.quantize(tiny_network, setup, settings)
     assert len(calls) == 2
-    assert len({id(candidate.network) for candidate in quantized}) == 2
+    assert len({id(candidate.model.network) for candidate in quantized}) == 2
     assert [candidate.settings for candidate in quantized] == settings
     for candidate in quantized:
         assert candidate.model.engine == candidate.settings.engine
@@ -78,14 +78,13 @@ def test_all_models_are_verified_in_one_process_and_a_difference_is_an_error(
     paths = steps.save_models(quantized, lambda name: tmp_path / name, "net")
     assert list(paths) == ENGINES
     assert {path.name for path in paths.values()} == {"net_int8.safetensors"}
-    models = steps.models_by_file(quantized, paths)
+    models = [(paths[each.settings.engine], each.model) for each in quantized]
     with caplog.at_level("INFO", logger=cli.log.name), artifact.verifying_reloaded(models, test):
         pass
     assert len(started) == 1
     assert caplog.text.count("bit-equal") == 1
 
-    (path,) = models
-    network = quantized[0].network
+    path, network = models[0][0], quantized[0].model.network
     layer = network.layers["linear"]
     changed = {**network.layers, "linear": replace(layer, bias=layer.bias + 1)}
     save_int8(replace(network, layers=changed), path)

@@ -6,6 +6,7 @@ import pytest
 
 from common.inputs import Inputs
 from common.measure.evaluate import predict
+from common.network.size import saved_size_bytes
 from quantization.coding import encoder, smallest
 from quantization.files.artifact import load_int8
 from quantization.int8 import engines
@@ -21,11 +22,13 @@ def test_what_is_read_back_is_what_is_measured(tiny_model, random_images, tmp_pa
     fp32 = predict(tiny_model, test)
     inputs = Inputs({"size_bytes": 2 * 10**6}, tiny_model, None, 0, test, images)
     settings = Settings(ENGINE, observer="minmax")
-    setup = smallest.CodingSetup(inputs, images, fp32, settings, 16, 10**6)
+    setup = smallest.CodingSetup(inputs, images, fp32, settings, 16)
     path = tmp_path / "coded.safetensors"
     coding = smallest.write_smallest(setup, 5.0, path)
     assert coding["file_bytes"] == path.stat().st_size
-    assert coding["size_ratio"] == pytest.approx(10**6 / path.stat().st_size)
+    fp32_bytes = saved_size_bytes(tiny_model.state_dict())
+    assert coding["size_ratio"] == fp32_bytes / path.stat().st_size
+    assert coding["size_ratio_given"] == 2 * 10**6 / path.stat().st_size
     correct = predict(load_int8(path, ENGINE), test) == test.labels
     assert coding["accuracy"]["correct"] == int(correct.sum())
     before = (fp32 == test.labels).float().mean()

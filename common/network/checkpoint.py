@@ -139,7 +139,7 @@ def _narrowed(model: nn.Module, tensors: StateDict) -> nn.Module:
 def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
     """Return the FP32 network of an INT8 file; its batch norms do nothing but add the biases."""
     network = read_int8(path)
-    state = {f"{name}.weight": layer.dense() for name, layer in network.layers.items()}
+    state = {f"{name}.weight": layer.dense().weight for name, layer in network.layers.items()}
     if model is None:
         state, built, _ = _fit_resnet(path, state, max_pool)
         family = built.shape.family

@@ -52,7 +52,7 @@ def measure_models(
         correct[f"{name} fp32"] = fp32 == images.labels
         correct[f"{name} int8"] = int8.predictions == images.labels
         with tempfile.TemporaryDirectory() as folder:
-            int8_bytes = save_int8(int8.network, Path(folder, "model.safetensors"))
+            int8_bytes = save_int8(int8.model.network, Path(folder, "model.safetensors"))
         sizes |= {
             f"{name} fp32": saved_size_bytes(model.state_dict()), f"{name} int8": int8_bytes,
         }  # fmt: skip

@@ -10,7 +10,7 @@ the budget if it leaves a standard error to spare: the rule of :mod:`common.sear
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -33,10 +33,10 @@ class Attempt:
     """One thing that was tried on top of what was kept before it.
 
     Attributes:
-        action: What was tried.
+        action: Description for the user.
         drop: Accuracy lost on the held-out training images, as a fraction.
-        spare: What it leaves of the budget after this loss and one standard error.
-        kept: Whether it is so in the model that was written.
+        spare: What is left of the budget after this loss and one standard error.
+        kept: Whether the model that was written has it.
     """
 
     action: str
@@ -46,7 +46,7 @@ class Attempt:
 
     @classmethod
     def of(cls, action: str, verdict: Verdict, kept: bool) -> Attempt:
-        """Describe what was tried by its verdict."""
+        """Return the attempt with the numbers of its verdict."""
         return cls(action, verdict.comparison.drop, verdict.spare, kept)
 
 
@@ -56,15 +56,15 @@ class Plan:
 
     Attributes:
         network: FP32 network to quantize, perhaps corrected.
-        settings: How to quantize it.
-        verdict: How it does on the held-out training images.
-        steps: What was tried, in order.
+        settings: Settings to quantize it with.
+        verdict: Verdict on the held-out training images.
+        steps: Attempts in order.
     """
 
     network: Network
     settings: Settings
     verdict: Verdict
-    steps: list[Attempt] = field(default_factory=list)
+    steps: list[Attempt]
 
 
 class HeldOutEvaluator:
@@ -83,11 +83,11 @@ class HeldOutEvaluator:
         self._budget = Budget(max_drop, choosing)
 
     def judge(self, network: Network, settings: Settings) -> Verdict:
-        """Return how a network does in INT8 on the held-out images."""
+        """Return the verdict on a network in INT8."""
         return self.judge_observed(self.setup.observe(network, settings), settings)
 
     def judge_observed(self, observation: Observation, settings: Settings) -> Verdict:
-        """Return the same for a network whose values were observed before."""
+        """Return the verdict on a network whose values were observed before."""
         run = engines.runner(settings.engine, convert(observation, settings))
 
         def find_correct(images: ImageSet) -> torch.Tensor:
@@ -97,12 +97,9 @@ class HeldOutEvaluator:
 
 
 def meet_budget(evaluator: HeldOutEvaluator, network: Network, settings: Settings) -> Plan:
-    """Find a plan that holds the budget, or the one that comes closest to it.
-
-    It begins with the FP32 ``network`` and ``settings``, and takes the first plan that passes.
-    """
-    plan = Plan(network, settings, evaluator.judge(network, settings))
-    plan.steps.append(Attempt.of("plain", plan.verdict, True))
+    """Return the first plan that holds the budget, or the one that comes closest to it."""
+    verdict = evaluator.judge(network, settings)
+    plan = Plan(network, settings, verdict, [Attempt.of("plain", verdict, True)])
     plan = _try_free_corrections(evaluator, plan)
     return plan if plan.verdict.passes else _restore_layers(evaluator, plan)
 
@@ -117,9 +114,7 @@ def _try_free_corrections(evaluator: HeldOutEvaluator, plan: Plan) -> Plan:
             better, steps = verdict.spare > plan.verdict.spare, plan.steps
             _log(action, verdict, "" if better else ", not kept")
             if better:
-                steps = [
-                    s if s.action not in alternatives else replace(s, kept=False) for s in steps
-                ]
+                steps = [replace(s, kept=s.kept and s.action not in alternatives) for s in steps]
                 plan = replace(tried, verdict=verdict)
             plan = replace(plan, steps=[*steps, Attempt.of(action, verdict, better)])
     return plan
@@ -135,28 +130,29 @@ def _log(action: str, verdict: Verdict, ending: str = "") -> None:
 def _free_corrections(
     setup: CalibrationSetup, settings: Settings
 ) -> list[dict[str, Callable[[Plan], Plan]]]:
-    """Return what costs no time, in the order in which it is tried; alternatives together."""
-
-    def equalize(plan: Plan) -> Plan:
-        return replace(plan, network=corrections.equalize_cross_layer(plan.network))
-
-    def observe(observer: str, plan: Plan) -> Plan:
-        return replace(plan, settings=replace(plan.settings, observer=observer))
+    """Return the corrections in the order in which they are tried, alternatives together."""
 
     def correct_biases(plan: Plan) -> Plan:
         network = corrections.correct_biases(plan.network, setup.calibration, setup.batch_size)
         return replace(plan, network=network)
 
+    def observe(observer: str, plan: Plan) -> Plan:
+        return replace(plan, settings=replace(plan.settings, observer=observer))
+
     observers = [observer for observer in OBSERVERS if observer != settings.observer]
     return [
-        {"equalise channels across layers": equalize},
+        {
+            "equalise channels across layers": lambda plan: replace(
+                plan, network=corrections.equalize_cross_layer(plan.network)
+            )
+        },
         {f"{observer} observer": partial(observe, observer) for observer in observers},
         {"correct biases": correct_biases},
     ]
 
 
 def _restore_layers(evaluator: HeldOutEvaluator, plan: Plan) -> Plan:
-    """Return layers to FP32, worst first, and to INT8 again what need not be; one stays in INT8."""
+    """Return layers to FP32, worst first, then those not needed to INT8; one stays in INT8."""
     observation = evaluator.setup.observe(plan.network, plan.settings)
     ranking = tuple(rank_layers(observation, plan.settings.reduce_range))
 

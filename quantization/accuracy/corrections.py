@@ -68,18 +68,19 @@ def correct_biases(network: Network, calibration: ImageSet, batch_size: int) -> 
     """
     graph = network.graph
     layers = {name: network.layers[name] for name in graph.layers}
-    totals = {name: torch.zeros(len(layer.bias)) for name, layer in layers.items()}
-    rounding = {
-        name: Layer(layer.weight - quantize_layer(layer).dense(), torch.zeros_like(layer.bias))
-        for name, layer in layers.items()
-    }
+    totals = {name: torch.zeros_like(layer.bias) for name, layer in layers.items()}
+
+    def rounding(layer: Layer) -> Layer:
+        weight = layer.weight - quantize_layer(layer).dense().weight
+        return Layer(weight, torch.zeros_like(layer.bias))
+
+    errors = {name: rounding(layer) for name, layer in layers.items()}
 
     def compute(operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
         if operation.is_layer:
-            error = network.compute(operation, inputs, layer=rounding[operation.name])
-            totals[operation.name] += (
-                error.flatten(2).mean(2).sum(0) if error.ndim > 2 else error.sum(0)
-            )
+            error = network.compute(operation, inputs, layer=errors[operation.name])
+            positions = error.unsqueeze(2).flatten(2)  # (N, O, positions); a linear layer has one
+            totals[operation.name] += positions.mean(2).sum(0)
         return network.compute(operation, inputs, operation.name in network.overwriting)
 
     for images, _ in calibration.batches(batch_size):

@@ -1,9 +1,9 @@
 """What each layer contributes to the cost of INT8.
 
 Noise is measured layer by layer on FP32 inputs, so that it is the layer's own: the signal-to-
-quantization-noise ratio of its output with weights rounded, with activations rounded, with both.
-SQNR is the median over output channels, for in a plain ratio a few strong channels hide that the
-others drown. Accuracy is measured by :mod:`quantization.accuracy.layer_cost`.
+quantization-noise ratio (SQNR) of its output with weights rounded, with activations rounded, with
+both. It is the median over output channels: in a plain ratio a few strong channels would hide that
+the others drown. Accuracy is measured by :mod:`quantization.accuracy.layer_cost`.
 """
 
 from __future__ import annotations
@@ -43,16 +43,11 @@ class LayerNoise:
 def diagnose(observation: Observation, settings: Settings, test: ImageSet, batch_size: int) -> dict:
     """Return results.json's ``diagnosis``: each layer's noise and accuracy cost, in network order.
 
-    Beside it ``bf16``, where that ran: how FP32 decided what bf16 could not. Noise is measured on
-    calibration images, accuracy on the test images: ``drop_only_quantized`` is FP32's
-    accuracy minus that with only this layer in INT8, ``drop_only_fp32`` minus that with all layers
-    but this one in INT8; negative where INT8 happens to gain.
-
-    Args:
-        observation: The FP32 network, observed.
-        settings: How it was quantized; layers in FP32 are measured as if they were in INT8.
-        test: Images to measure accuracy on.
-        batch_size: Number of images in a batch.
+    Beside it comes ``bf16``, if that ran: how many predictions FP32 decided again. Noise is
+    measured on calibration images, accuracy on the test images. ``drop_only_quantized`` is the
+    accuracy lost with only this layer in INT8, ``drop_only_fp32`` with all layers but this one in
+    INT8; negative if INT8 happens to gain. Layers that ``settings`` keep in FP32 are measured as if
+    they were in INT8.
     """
     settings, record = replace(settings, fp32_layers=()), Fp32Recheck()
     ranges = observation.ranges(settings.reduce_range)
@@ -80,16 +75,7 @@ def rank_layers(observation: Observation, reduce_range: bool) -> list[str]:
 
 @torch.inference_mode()
 def measure_noise(observation: Observation, reduce_range: bool) -> list[LayerNoise]:
-    """Measure every layer's quantization noise on FP32 inputs.
-
-    Args:
-        observation: The FP32 network, observed; the first ``NOISE_IMAGES`` calibration images are
-            used.
-        reduce_range: Whether activations have 7 bits.
-
-    Returns:
-        One entry for each layer, in network order.
-    """
+    """Return every layer's noise, in network order, on ``NOISE_IMAGES`` calibration images."""
     network, ranges = observation.network, observation.ranges(reduce_range)
     steps = {step.operation.name: step for step in fuse_activations(network.graph)}
     noise: list[LayerNoise] = []
@@ -110,7 +96,7 @@ def _layer_noise(
     network: Network, step: FusedOperation, x: torch.Tensor, ranges: dict[str, ValueRange]
 ) -> LayerNoise:
     layer = network.layers[step.operation.name]
-    rounded = Layer(quantize_layer(layer).dense(), layer.bias)
+    rounded = quantize_layer(layer).dense()
     read, write = ranges[step.inputs[0]].round, ranges[step.name].round
 
     def run(x: torch.Tensor, layer: Layer) -> torch.Tensor:

@@ -18,7 +18,7 @@ from common.machine.device import bf16_pays
 from common.measure.evaluate import predict
 from common.network.branching import start_values
 from common.network.cascade import Cascade, Fp32Recheck, Variants
-from common.network.execution import Layer, Network
+from common.network.execution import Network
 from quantization.int8 import engines
 from quantization.int8.conversion import Observation, convert, quantize_layer
 from quantization.int8.network import FusedOperation, ValueRange, fuse_activations
@@ -33,13 +33,8 @@ def scan_only_quantized(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
 
-    Branches run in bf16 first, where the CPU is made for it.
-
-    Args:
-        network: FP32.
-        ranges: Range of each value.
-        test: Images to measure on.
-        record: Counts of what FP32 decided again after bf16, which are added to.
+    Branches run in bf16 first, where the CPU is made for it; what FP32 then decides again is added
+    to ``record``.
     """
     cascade = Cascade.of(network, fast=bf16_pays())
     exact = _variants(network, network, ranges)
@@ -60,14 +55,7 @@ def scan_only_quantized(
 def scan_only_fp32(
     observation: Observation, settings: Settings, test: ImageSet, batch_size: int
 ) -> dict[str, torch.Tensor]:
-    """Return per-image correctness (bool, (N,)) of INT8 with each layer alone in FP32.
-
-    Args:
-        observation: The FP32 network, observed.
-        settings: How to quantize it.
-        test: Images to measure on.
-        batch_size: Number of images in a batch.
-    """
+    """Return per-image correctness (bool, (N,)) of INT8 with each layer alone in FP32."""
     correct = {}
     for name in observation.network.graph.layers:
         mixed = convert(observation, replace(settings, fp32_layers=(name,)))
@@ -80,35 +68,22 @@ def scan_only_fp32(
 def _variants(
     network: Network, running: Network, ranges: Mapping[str, ValueRange]
 ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return each layer as it is alone in INT8.
+    """Return each layer as it is alone in INT8: it rounds its input and output in FP32.
 
-    Args:
-        network: FP32.
-        running: The same network in the precision to run in.
-        ranges: Range of each value.
+    An output's range includes the activation behind it. ``running`` is the network in the precision
+    to run in.
     """
-    variants = {}
-    for step in fuse_activations(network.graph):
-        if step.operation.is_layer:
-            name = step.operation.name
-            layer, dtype = network.layers[name], running.layers[name].weight.dtype
-            rounded = Layer(quantize_layer(layer).dense(), layer.bias).to(dtype)
-            variants[name] = _quantized(running, rounded, step, ranges)
-    return variants
 
+    def alone(step: FusedOperation) -> Callable[[torch.Tensor], torch.Tensor]:
+        name = step.operation.name
+        rounded = quantize_layer(network.layers[name]).dense().to(running.layers[name].weight.dtype)
+        read, write = ranges[step.inputs[0]].round, ranges[step.name].round
 
-def _quantized(
-    network: Network, layer: Layer, step: FusedOperation, ranges: Mapping[str, ValueRange]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a layer that rounds its input and output: (N, C, H, W).
+        def run(x: torch.Tensor) -> torch.Tensor:
+            y = running.compute(step.operation, [read(x.float())], layer=rounded)
+            return write(y.float()).to(y.dtype)
 
-    Rounding happens in FP32, whatever the layer runs in. An output's range includes the activation
-    behind it.
-    """
-    read, write = ranges[step.inputs[0]].round, ranges[step.name].round
+        return run
 
-    def run(x: torch.Tensor) -> torch.Tensor:
-        y = network.compute(step.operation, [read(x.float())], layer=layer)
-        return write(y.float()).to(y.dtype)
-
-    return run
+    layers = (step for step in fuse_activations(network.graph) if step.operation.is_layer)
+    return {step.operation.name: alone(step) for step in layers}

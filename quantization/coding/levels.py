@@ -14,10 +14,15 @@ kernel.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
+from common.command.cli import UserError
 from common.files.entropy import fit_logistic
+from common.network.execution import Layer
+from common.network.regression import Moments, with_ridge
 from runtime.decode import neighbours
 
 MAX_LEVEL = 127
@@ -26,6 +31,39 @@ PASSES = 2
 FIRST_THRESHOLD = 0.6  # weights below so many steps are zero at first
 FITTED = 100_000  # weights that the bits are estimated on
 LN2 = np.float32(np.log(2))
+RIDGE = 0.01  # share of the mean variance of a layer's inputs
+REPAIR_RIDGE = 0.2  # the same for the regression, which would otherwise fit the images at hand
+SMALLEST_SPREAD = 1e-3  # inputs after a layer of zeros vary by rounding only
+SMALLEST_STEP = 2.0**-14  # smallest normal FP16 number
+STEP_PRICES = 60.0  # square of a step, in prices of a bit
+TOO_LARGE = "activations beyond 65,504, the largest of FP16, cannot be coded"
+
+
+def fit_and_choose(
+    layer: Layer, moments: Moments, price: float, kernel: int, steps: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a layer's levels, int8, (O, columns), its steps (O,) and its bias.
+
+    The ``price`` of a bit is a share of the outputs' variance, 0 for 8 bits a weight; ``steps`` are
+    given if other inputs of the layer were coded before.
+    """
+    covariance = moments.covariance
+    if not (math.isfinite(moments.variance) and covariance.isfinite().all()):
+        raise UserError(TOO_LARGE)
+    spread = covariance.diagonal(dim1=1, dim2=2).mean(1)
+    spread = spread.maximum(SMALLEST_SPREAD * (1 + moments.mean.square().mean(1)))
+    wanted = moments.refit(layer, REPAIR_RIDGE * spread).weight
+    bit = price * moments.variance
+    if steps is None:
+        steps = wanted.abs().amax(1).clamp(min=MAX_LEVEL * SMALLEST_STEP) / MAX_LEVEL
+        if bit > 0:  # coarser, and the same for all outputs of a group
+            finest = steps.unflatten(0, (len(spread), -1))
+            coarse = (STEP_PRICES * bit / spread).sqrt().maximum(finest.amax(1))
+            steps = coarse.repeat_interleave(finest.shape[1])
+        steps = steps.half().float()  # as the file keeps them
+    damped = with_ridge(covariance, RIDGE * spread)
+    levels = choose_levels(wanted, damped, steps, bit, kernel)
+    return levels, steps, moments.best_bias(layer, levels * steps[:, None])
 
 
 def choose_levels(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from common.command.cli import log
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import Paired, predict
+from common.network.size import saved_size_bytes
 from quantization.coding.encoder import encode
 from quantization.coding.target import Coding, code_to_bits
 from quantization.files.artifact import load_int8
@@ -25,12 +26,11 @@ class CodingSetup:
     """What networks are coded and measured with.
 
     Attributes:
-        inputs: The network; images that set the ranges of its activations, and to measure on.
+        inputs: The network, calibration images and test images.
         images: Training images to code on; their labels are not used.
-        fp32: FP32's predictions on the images to measure on (int64, shape (N,)).
-        settings: How the network is quantized, with no layer in FP32.
+        fp32: FP32's predictions on the test images (int64, shape (N,)).
+        settings: How the network is quantized; no layer stays in FP32.
         batch_size: Number of images in a batch.
-        fp32_bytes: Size of the FP32 checkpoint.
     """
 
     inputs: Inputs
@@ -38,13 +38,13 @@ class CodingSetup:
     fp32: torch.Tensor
     settings: Settings
     batch_size: int
-    fp32_bytes: int
 
     def write_coded(self, price: float, path: Path) -> Coding:
         """Code the network at a price of a bit, as :func:`encode` takes it, and write its file."""
         dense, calibration = self.inputs.traced.network, self.inputs.calibration
         layers = encode(dense, self.images, price, self.inputs.seed)
-        network = convert_coded(dense, layers, calibration, self.settings, self.batch_size)
+        settings = replace(self.settings, fp32_layers=())
+        network = convert_coded(dense, layers, calibration, settings, self.batch_size)
         return Coding(price, bits_per_weight(network, save_int8(network, path)), network)
 
     def measure(self, network: Int8Network, path: Path) -> dict:
@@ -54,7 +54,7 @@ class CodingSetup:
         predictions = predict(model, test, self.batch_size, "evaluate coded")
         return {
             "file_bytes": file_bytes,
-            "size_ratio": self.fp32_bytes / file_bytes,
+            "size_ratio": saved_size_bytes(self.inputs.model.state_dict()) / file_bytes,
             "size_ratio_given": self.inputs.weights["size_bytes"] / file_bytes,
             "bits_per_weight": bits_per_weight(network, file_bytes),
             **Paired.of(self.fp32 == test.labels, predictions == test.labels).as_dict(),
@@ -67,19 +67,9 @@ def bits_per_weight(network: Int8Network, file_bytes: int) -> float:
 
 
 def write_smallest(setup: CodingSetup, bits_wanted: float, path: Path) -> dict:
-    """Write a file of the wanted size; return results.json's ``coding``.
-
-    Args:
-        setup: The network and images.
-        bits_wanted: Bits of the whole file for each weight.
-        path: File to write.
-    """
+    """Write a file of about ``bits_wanted`` for each weight; return results.json's ``coding``."""
     network = code_to_bits(lambda price: setup.write_coded(price, path), bits_wanted).network
     point = setup.measure(network, path)
     log.info("%s: %.1f times smaller than FP32", path.name, point["size_ratio"])
-    return {
-        "images": len(setup.images),
-        "file": path.name,
-        "bits_wanted": bits_wanted,
-        **point,
-    }
+    images = len(setup.images)
+    return {"images": images, "file": path.name, "bits_wanted": bits_wanted, **point}

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ class Int8Model(nn.Module):
     @property
     def fp32_operations(self) -> dict[str, str]:
         """The operations that run in FP32 on this engine, each with the reason."""
-        return getattr(self._run, "fp32_operations", self.network.fp32_operations())
+        return self._run.fp32_operations
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits; NaN for an image with a NaN in it.
@@ -89,33 +89,26 @@ def load_int8(path: str | Path, engine: str | None = None) -> Int8Model:
 
 
 @contextlib.contextmanager
-def verifying_reloaded(
-    models: Mapping[Path, Sequence[Int8Model]], test: ImageSet
-) -> Iterator[None]:
+def verifying_reloaded(models: Sequence[tuple[Path, Int8Model]], test: ImageSet) -> Iterator[None]:
     """Load saved INT8 models in a fresh process and demand the logits of those in memory.
 
     This proves that the files alone are enough: nothing of this process's state is there. They are
-    loaded while the block runs, and compared at its end.
-
-    Args:
-        models: For each file the models that were measured, one for each engine.
-        test: Images, some of which are run through all models.
+    loaded while the block runs, and compared at its end, on the first test images.
 
     Raises:
         UserError: A reloaded model computes something else.
     """
     images = test.normalize(test.images[:RELOAD_IMAGES])
-    pairs = [(path, model) for path, found in models.items() for model in found]
-    wanted = [(path, model.engine) for path, model in pairs]
+    wanted = [(path, model.engine) for path, model in models]
     with start_fresh(_run_saved, wanted, images.numpy()) as wait:
         yield
         logits = wait()
-    for (path, model), rows in zip(pairs, logits, strict=True):
+    for (path, model), rows in zip(models, logits, strict=True):
         expected, reloaded = model(images), torch.from_numpy(rows)
         if not torch.equal(expected, reloaded):
             worst = float((expected - reloaded).abs().max())
             raise UserError(f"{path.name}: reloaded logits differ by up to {worst:.3g}; not kept")
-    for path in models:
+    for path in dict.fromkeys(path for path, _ in models):
         log.info("%s: reloaded in a fresh process, logits bit-equal", path.name)
 
 

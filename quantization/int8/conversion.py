@@ -37,8 +37,8 @@ class Observation:
 
     Attributes:
         network: The network.
-        observers: What saw the values of each step, by the step's name; steps that only move or
-            average levels share that of their input.
+        observers: Observer of each step's value, by the step's name; steps that only move or
+            average levels share their input's.
         images: The calibration images.
     """
 
@@ -54,13 +54,7 @@ class Observation:
 
 @torch.inference_mode()
 def observe(network: Network, images: ImageSet, observer: str, batch_size: int) -> Observation:
-    """Run a network on calibration images, whose labels are not used, and observe its values.
-
-    Args:
-        network: FP32, on the CPU.
-        images: Training images.
-        observer: One of ``OBSERVERS``.
-        batch_size: Number of images in a batch.
+    """Run an FP32 network on calibration images, without their labels, and observe its values.
 
     Raises:
         UserError: A value is not finite.
@@ -90,10 +84,9 @@ def convert(
     """Return the INT8 network of an observed one.
 
     Args:
-        observation: Values observed with the observer of ``settings``.
+        observation: Network, observed with the observer of ``settings``.
         settings: How to quantize.
-        coded: INT8 layers to use in place of the network's weights, each rounded to the nearest
-            level.
+        coded: All layers in INT8, in place of those that rounding to the nearest level gives.
     """
     network, images = observation.network, observation.images
     graph = network.graph
@@ -124,16 +117,11 @@ def convert_coded(
     settings: Settings,
     batch_size: int,
 ) -> Int8Network:
-    """Return coded layers as an INT8 network, whose values are observed with these weights.
+    """Return a network with all of its layers coded, whose values are observed with these weights.
 
-    Args:
-        network: Network that the layers were coded from.
-        coded: All layers of the network, in INT8.
-        calibration: Images, whose labels are not used.
-        settings: How to quantize values.
-        batch_size: Number of images in a batch.
+    Labels of the calibration images are not used.
     """
-    dense = {name: Layer(layer.dense(), layer.bias) for name, layer in coded.items()}
+    dense = {name: layer.dense() for name, layer in coded.items()}
     observed = observe(network.with_layers(dense), calibration, settings.observer, batch_size)
     return convert(observed, settings, coded)
 
@@ -157,7 +145,7 @@ def _keep(layer: Layer) -> Int8Layer:
 def _fit_bias(layer: Int8Layer, ranges: Mapping[str, ValueRange], source: str) -> Int8Layer:
     """Widen the scales of channels whose bias would take more steps than int32 holds.
 
-    Only channels have such a bias whose weights are next to nothing.
+    Their weights are next to nothing.
     """
     if not layer.is_int8:
         return layer

@@ -9,15 +9,16 @@ https://arxiv.org/abs/1712.05877).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from common.network import graph as kinds
 from common.network.execution import Layer, Network
 from common.network.graph import Graph, Operation
+from common.network.shapes import infer_shapes
 from quantization.settings import Settings
 
 MAX_LEVEL = 255
@@ -83,13 +84,10 @@ class Int8Layer:
         """Whether the layer runs in INT8."""
         return self.weight.dtype == torch.int8
 
-    def dense(self) -> torch.Tensor:
-        """Return the weights in float32."""
-        return self.weight * self.scales.view(-1, *[1] * (self.weight.ndim - 1))
-
-    def matrix(self) -> np.ndarray:
-        """Return the levels as int8, (outputs, inputs per group, positions of the kernel)."""
-        return self.weight.reshape(*self.weight.shape[:2], -1).numpy()
+    def dense(self) -> Layer:
+        """Return the layer in float32."""
+        shape = (-1, *[1] * (self.weight.ndim - 1))
+        return Layer(self.weight * self.scales.view(shape), self.bias)
 
     def bias_levels(self, input_scale: float) -> torch.Tensor:
         """Return the bias in steps: float64 whole numbers, (O,)."""
@@ -103,7 +101,6 @@ class FusedOperation:
     Attributes:
         name: Name of its value: the graph's name of the last operation in it.
         operation: The first operation in it.
-        inputs: Names of the values that it reads, which other steps give.
         activation: The activation that it clips with, ``relu`` or ``relu6``.
         added: Name of the value that a convolution adds to its result before the activation; only
             where additions are fused.
@@ -111,9 +108,13 @@ class FusedOperation:
 
     name: str
     operation: Operation
-    inputs: tuple[str, ...]
     activation: str | None = None
     added: str | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the values that it reads, which other steps give."""
+        return self.operation.inputs + ((self.added,) if self.added else ())
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class Int8Network:
     Attributes:
         graph: The operations; the input's attribute ``shape`` is that of an image.
         layers: Weights of the convolutions and linear layers.
-        affine: FP32 weights of the affine operations, which run in FP32.
-        ranges: For the name of every value that is kept in uint8 its range. Other values are
-            FP32, or inside of a step and not kept.
+        affine: FP32 weights of the affine operations.
+        ranges: Range of each value that is kept in uint8. Other values are FP32, or inside of a
+            step and not kept.
         classes: Names of the classes.
         mean: Mean of each channel that is subtracted from images whose values go from 0 to 1.
         std: Standard deviation of each channel that they are then divided by.
@@ -145,6 +146,12 @@ class Int8Network:
     settings: Settings
     channel_order: str = "rgb"
     resize: int | None = None
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each operation's value for one image, without the batch dimension."""
+        weighted = {**self.layers, **self.affine}
+        return infer_shapes(self.graph, {name: x.weight.shape for name, x in weighted.items()})
 
     def steps(self) -> tuple[FusedOperation, ...]:
         """Return the steps in execution order; the first is the input."""
@@ -166,7 +173,12 @@ class Int8Network:
 
     def dense(self) -> Network:
         """Return the FP32 network whose weights are the real values of this one's."""
-        layers = {name: Layer(layer.dense(), layer.bias) for name, layer in self.layers.items()}
+        layers = {name: layer.dense() for name, layer in self.layers.items()}
+        return Network(self.graph, {**layers, **self.affine})
+
+    def fp32_part(self) -> Network:
+        """Return the graph with the weights of what runs in FP32."""
+        layers = {name: Layer(x.weight, x.bias) for name, x in self.layers.items() if not x.is_int8}
         return Network(self.graph, {**layers, **self.affine})
 
     def fp32_operations(self) -> dict[str, str]:
@@ -193,7 +205,7 @@ def fuse_activations(
         if is_activated and reader is not None and reader.kind in activations:
             name, activation = reader.name, reader.kind
             fused.add(name)
-        steps.append(FusedOperation(name, operation, operation.inputs, activation))
+        steps.append(FusedOperation(name, operation, activation))
     return tuple(steps)
 
 
@@ -207,7 +219,7 @@ def fuse_additions(
     Args:
         steps: Steps of the graph.
         graph: The graph.
-        can_add: Whether a convolution's step can add the value of a name to its result.
+        can_add: Returns whether a convolution's step can add the value of a name to its result.
     """
     positions = {step.name: index for index, step in enumerate(steps)}
     found: list[FusedOperation | None] = list(steps)

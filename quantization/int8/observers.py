@@ -25,12 +25,7 @@ AVERAGING = 0.01  # weight of a new batch in the moving average
 
 
 class MinMaxObserver:
-    """Keeps all values that were seen.
-
-    Attributes:
-        low: The least value that was seen; infinite before the first batch.
-        high: The greatest value that was seen.
-    """
+    """Keeps all values between the least and the greatest that were seen, ``low`` and ``high``."""
 
     def __init__(self):
         self.low, self.high = math.inf, -math.inf
@@ -138,11 +133,7 @@ def _search_bins(counts: torch.Tensor, width: float) -> tuple[int, int]:
 
     Each step leaves a little more out, at the end where that empties more bins, until the error
     grows. This is Caffe2's search, in FP32 arithmetic as there: the error is so flat that rounding
-    decides where it ends.
-
-    Args:
-        counts: Number of values in each bin.
-        width: Width of a bin.
+    decides where it ends. ``counts`` are the values in each bin, ``width`` is that of a bin.
     """
     cumulative, total = counts.cumsum(0).tolist(), float(counts.sum())
     start, end, least = 0, BINS - 1, math.inf

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from common.network.execution import Layer, Network
+from common.network.execution import Layer
 from common.network.graph import GLOBAL_POOL, Graph, Operation, evaluate
 from quantization.int8.network import MAX_LEVEL, SAME_RANGE, FusedOperation, Int8Network
 
@@ -36,9 +36,7 @@ class ReferenceRunner:
                 for s in self._steps.values()
             )
         )
-        in_fp32 = {name: x for name, x in network.layers.items() if not x.is_int8}
-        weights = {name: Layer(x.weight, x.bias) for name, x in in_fp32.items()}
-        self._fp32 = Network(network.graph, {**weights, **network.affine})
+        self._fp32 = network.fp32_part()
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -68,10 +66,8 @@ class ReferenceRunner:
 
     def _multiply(self, step: FusedOperation, levels: torch.Tensor) -> torch.Tensor:
         """Return what a layer gives, as real numbers before the activation."""
-        layer, scale = (
-            self._network.layers[step.operation.name],
-            self._network.ranges[step.inputs[0]].scale,
-        )
+        layer = self._network.layers[step.operation.name]
+        scale = self._network.ranges[step.inputs[0]].scale
         integers = Layer(layer.weight.double(), layer.bias_levels(scale))
         sums = self._fp32.compute(step.operation, [levels], layer=integers)
         return sums * (scale * layer.scales.double()).view(-1, *[1] * (sums.ndim - 2))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from common.files.output import OutputFolder
 from common.images.data import ImageSet
+from common.inputs import Inputs
 from common.measure import evaluate
 from common.measure.latency import Timing
 from common.network.execution import Network
 from common.network.size import saved_size_bytes
 from quantization.accuracy.budget import Plan
+from quantization.int8.engines import fastest_by_batch_size
 from quantization.int8.network import Int8Network
 from quantization.steps import FP32, FP32_NCHW, ONNX, OnnxModel, Quantized
 
@@ -26,32 +27,28 @@ MIN_SPARSITY = 0.01
 
 
 def describe_models(
-    model: nn.Module,
+    inputs: Inputs,
     predictions: torch.Tensor,
     quantized: Sequence[Quantized],
     paths: dict[str, Path],
     onnx: OnnxModel | None,
-    test: ImageSet,
     timings: dict[str, list[Timing]],
-    given_bytes: int,
 ) -> dict:
     """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.
 
-    Beside them the first INT8 model's ``comparison`` and accuracy ``per_class``, and the fastest
-    engine for each batch size.
+    Beside them come the first INT8 model's ``comparison`` and accuracy ``per_class``, and the
+    fastest engine for each batch size.
 
     Args:
-        model: FP32.
-        predictions: FP32's, on ``test``.
-        quantized: The INT8 models, the headline's first.
-        paths: The file of each engine's model.
+        inputs: FP32 network and test images.
+        predictions: Predictions of FP32 (int64, shape (N,)).
+        quantized: INT8 models, the headline's first.
+        paths: File of each engine's model.
         onnx: The exported model, if any.
-        test: The images.
-        timings: From :func:`quantization.steps.time_models`.
-        given_bytes: Size of the file that the FP32 weights were read from.
+        timings: Result of :func:`quantization.steps.time_models`.
     """
-    dense = predictions == test.labels
-    size_bytes = saved_size_bytes(model.state_dict())
+    test, dense = inputs.test, predictions == inputs.test.labels
+    size_bytes = saved_size_bytes(inputs.model.state_dict())
     fp32 = [_entry(name, None, size_bytes, dense, timings[name]) for name in (FP32_NCHW, FP32)]
 
     def int8_entry(
@@ -64,7 +61,7 @@ def describe_models(
         return entry | {
             "comparison": {
                 "size_ratio": entry["size_bytes"] / best["size_bytes"],
-                "size_ratio_given": entry["size_bytes"] / given_bytes,
+                "size_ratio_given": entry["size_bytes"] / inputs.weights["size_bytes"],
                 "accuracy": evaluate.compare(dense, correct).as_dict(),
                 "speedup": _speedups(best, entry),
             },
@@ -76,24 +73,19 @@ def describe_models(
         engine, predicted = candidate.settings.engine, candidate.predictions
         entry = int8_entry("int8", engine, paths[engine], predicted, timings[engine])
         entries.append(entry | _describe_conversion(candidate))
-    fastest = _fastest_engines(entries)
     if onnx is not None:
         entry = int8_entry(ONNX, "onnxruntime", onnx.path, onnx.predictions, timings[ONNX])
         entries.append(entry | {"agreement": onnx.agreement})
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],
-        "fastest": fastest,
+        "fastest": _fastest_engines({engine: timings[engine] for engine in paths}),
         "per_class": accuracy_by_class(test, predictions, quantized[0].predictions),
     }
 
 
 def _entry(
-    name: str,
-    engine: str | None,
-    size_bytes: int,
-    correct: torch.Tensor,
-    timings: Sequence[Timing],
+    name: str, engine: str | None, size_bytes: int, correct: torch.Tensor, timings: Sequence[Timing]
 ) -> dict:
     """Return what is said of every model."""
     return {
@@ -107,7 +99,7 @@ def _entry(
 
 def _describe_conversion(candidate: Quantized) -> dict:
     in_fp32 = candidate.model.fp32_operations
-    names = [step.operation.name for step in candidate.network.steps()[1:]]
+    names = [step.operation.name for step in candidate.model.network.steps()[1:]]
     return {
         "settings": asdict(candidate.settings),
         "int8_operations": [name for name in names if name not in in_fp32],
@@ -127,19 +119,13 @@ def _speedups(fp32: dict, int8: dict) -> list[dict]:
     ]
 
 
-def _fastest_engines(entries: Sequence[dict]) -> list[dict]:
+def _fastest_engines(timings: Mapping[str, Sequence[Timing]]) -> list[dict]:
     """Return the engine with the least median latency for each batch size."""
-    found = []
-    for timings in zip(*(entry["latency"] for entry in entries), strict=True):
-        times = [timing["median_ms"] for timing in timings]
-        found.append(
-            {
-                "batch_size": timings[0]["batch_size"],
-                "engine": entries[times.index(min(times))]["engine"],
-                "noisy": any(timing["noisy"] for timing in timings),
-            }
-        )
-    return found
+    noisy = {t.batch_size for entries in timings.values() for t in entries if t.is_noisy}
+    return [
+        {"batch_size": size, "engine": engine, "noisy": size in noisy}
+        for size, engine in fastest_by_batch_size(timings).items()
+    ]
 
 
 def int8_entries(results: dict) -> list[dict]:
@@ -151,10 +137,8 @@ def describe_budget(plan: Plan, max_drop: float, results: dict) -> dict:
     """Return results.json's ``budget``: met only if the test images agree with the plan.
 
     The held-out images chose the plan, so on these it leaves a standard error to spare; on the test
-    images, which chose nothing, the drop itself counts.
-
-    The plan is made with the first engine asked for; the test images' drop is the headline's, which
-    is another engine's where the fastest makes it.
+    images, which chose nothing, the drop itself counts. The plan is made with the first engine; the
+    headline may be of another, the fastest.
     """
     headline = int8_entries(results)[0]
     test_drop = headline["comparison"]["accuracy"]["drop"]
@@ -177,10 +161,6 @@ def describe_sparsity(network: Network, int8: Int8Network) -> dict:
 
     Weights are quantized symmetrically (zero point 0), so 0 is exactly representable, and folding
     batch norms or equalising channels only scales it. Rounding makes more zeros of small weights.
-
-    Args:
-        network: FP32, as it was loaded.
-        int8: The INT8 network made from it.
     """
     weights = before = after = 0
     for name in network.graph.layers:
@@ -207,12 +187,7 @@ def accuracy_by_class(test: ImageSet, fp32: torch.Tensor, int8: torch.Tensor) ->
 
 
 def list_artifacts(folder: OutputFolder, model: Path) -> dict:
-    """Return results.json's ``artifacts``: every file that was written.
-
-    Args:
-        folder: Folder of the run's files.
-        model: File of the main model.
-    """
+    """Return results.json's ``artifacts``: every file written, ``model`` being the main one."""
     names = folder.names
     return {
         "model": model.name,

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.report.results import (
-    counted,
-    format_change,
-    megabytes,
-    percent,
-    points,
-)
+from common.report.results import counted, format_change, megabytes, percent, points
 from common.report.story import Column, Facts, Table
 from quantization.coding.target import misses
 

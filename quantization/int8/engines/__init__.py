@@ -2,7 +2,6 @@
 
 from quantization.int8.engines.choice import (
     candidate_engines,
-    choose_fastest,
     choose_settings,
     default_engines,
     fastest_by_batch_size,
@@ -15,7 +14,6 @@ from quantization.int8.engines.fp32 import fp32_runner
 
 __all__ = [
     "candidate_engines",
-    "choose_fastest",
     "choose_settings",
     "default_engines",
     "fastest_by_batch_size",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 
 from common.command.cli import UserError
-from common.network.operations import infer_shapes
 from quantization.int8.network import Int8Network
 
 # Sizes that a runner prepares for, where the kernels are made for a batch size. Each holds a copy
@@ -50,7 +48,7 @@ class Runner(ABC):
                 return self(images)
         self._check(images)
         if not len(images):
-            return images.new_empty(0, *self._output_shape)
+            return images.new_empty(0, *self.network.shapes[self.network.graph.output])
         logits = self._run(images)
         if math.isnan(images.sum().item()):
             # The sum is NaN too where infinities of both signs meet.
@@ -71,10 +69,6 @@ class Runner(ABC):
     def fp32_operations(self) -> dict[str, str]:
         """The operations that do not run on integers, each with the reason."""
         return self.network.fp32_operations()
-
-    @functools.cached_property
-    def _output_shape(self) -> tuple[int, ...]:
-        return value_shapes(self.network)[self.network.graph.output]
 
     @abstractmethod
     def _run(self, images: torch.Tensor) -> torch.Tensor:
@@ -104,9 +98,3 @@ class PreparedSizes:
                     self._programs[size] = self._prepare(size)
                 program = self._programs[size]
         return program
-
-
-def value_shapes(network: Int8Network) -> Mapping[str, tuple[int, ...]]:
-    """Return the shape of each operation's value for one image."""
-    weights = {name: x.weight.shape for name, x in {**network.layers, **network.affine}.items()}
-    return infer_shapes(network.graph, weights)

@@ -7,12 +7,10 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from common.network.execution import Layer, Network
 from common.network.graph import INPUT, LINEAR
-from quantization.int8.engines.base import value_shapes
 from quantization.int8.engines.kernels import QUANTIZED, Function, clipped, kernel_of, store
 from quantization.int8.engines.program import Call, may_overwrite
-from quantization.int8.engines.switch import torch_engines, using
+from quantization.int8.engines.switch import UsingEngine, torch_engines
 from quantization.int8.network import FusedOperation, Int8Network, fuse_additions
 
 FUSES_ADDITIONS = "onednn"  # the engine whose convolutions can add
@@ -22,45 +20,33 @@ SATURATES_DEPTHWISE = ("fbgemm", "x86")
 FLOAT_CLIPS = {None: lambda value: value, "relu": F.relu, "relu6": F.relu6}
 
 
-def list_calls(network: Int8Network, engine: str) -> list[Call]:
-    """Return the kernel calls of a network in execution order; the first takes the images.
-
-    Weights are packed anew at each call of this function: a packed weight keeps the oneDNN kernel
-    of the first shape that it meets.
+class CallBuilder:
+    """Lists the kernel calls of a network.
 
     Args:
         network: Network to run.
-        engine: One of torch's engines, which is not set by this function for the calls.
+        engine: One of torch's engines, which must be set while the calls run.
     """
-    return _Builder(network, engine).build()
 
-
-class _Builder:
     def __init__(self, network: Int8Network, engine: str):
         self._network, self._engine, self._ranges = network, engine, network.ranges
-        self._shapes = value_shapes(network)
         self._steps = network.steps()
         if engine == FUSES_ADDITIONS:
             self._steps = fuse_additions(self._steps, network.graph, self._can_add)
-        self._fp32 = Network(
-            network.graph,
-            {
-                **{
-                    name: Layer(layer.weight, layer.bias)
-                    for name, layer in network.layers.items()
-                    if not layer.is_int8
-                },
-                **network.affine,
-            },
-        )
+        self._fp32 = network.fp32_part()
 
     def build(self) -> list[Call]:
+        """Return the calls in execution order; the first takes the images.
+
+        Each time weights are packed anew: a packed weight keeps the oneDNN kernel of the first
+        shape that it meets.
+        """
         return [self._call(step) for step in self._steps]
 
     def _can_add(self, step: FusedOperation, added: str) -> bool:
         """Return whether a convolution can add a value: both in INT8, of one shape."""
         is_int8 = self._network.is_int8(step.operation) and added in self._ranges
-        return is_int8 and self._shapes[step.name] == self._shapes[added]
+        return is_int8 and self._network.shapes[step.name] == self._network.shapes[added]
 
     def _call(self, step: FusedOperation) -> Call:
         operation, kept = step.operation, self._ranges.get(step.name)
@@ -75,47 +61,33 @@ class _Builder:
 
     def _layer(self, step: FusedOperation) -> Call:
         """Return the call of an INT8 convolution or linear layer."""
-        kept, packed = self._ranges[step.name], self._pack(step)
-        kernel = _layer_kernel(step)
-        if step.added is None:
+        kept, packed, kernel = self._ranges[step.name], self._pack(step), _layer_kernel(step)
+        copies = step.added is not None and not may_overwrite(step, self._steps)
 
-            def run(value: torch.Tensor) -> torch.Tensor:
-                return kernel(value, packed, kept.scale, kept.zero_point)
+        def run(value: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:
+            if copies:  # the kernel writes its result over what it adds
+                added = [x.clone(memory_format=torch.channels_last) for x in added]
+            return kernel(value, *added, packed, kept.scale, kept.zero_point)
 
-            inputs = step.inputs
-        else:
-            is_free = may_overwrite(step, self._steps)
-
-            def run(value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-                if not is_free:
-                    added = added.clone(memory_format=torch.channels_last)
-                return kernel(value, added, packed, kept.scale, kept.zero_point)
-
-            inputs = (*step.inputs, step.added)
-        return Call(step.name, clipped(run, step, kept), inputs, (packed,))
+        return Call(step.name, clipped(run, step, kept), step.inputs, (packed,))
 
     def _pack(self, step: FusedOperation) -> object:
         """Pack a layer's weights for the engine that runs it."""
         operation, engine = step.operation, self._engine
-        layer, scale = (
-            self._network.layers[operation.name],
-            self._ranges[step.inputs[0]].scale,
-        )
+        layer, scale = self._network.layers[operation.name], self._ranges[step.inputs[0]].scale
         bias = (layer.bias_levels(scale) * scale * layer.scales.double()).float()
+        zeros = torch.zeros(len(layer.scales), dtype=torch.int64)
         weight = torch._make_per_channel_quantized_tensor(
-            layer.weight,
-            layer.scales.double(),
-            torch.zeros(len(layer.scales), dtype=torch.int64),
-            0,
+            layer.weight, layer.scales.double(), zeros, 0
         )
         if operation.kind == LINEAR:
-            with using(engine):
+            with UsingEngine(engine):
                 return QUANTIZED.linear_prepack.default(weight, bias)
         settings = operation.attributes
         is_depthwise = settings["groups"] == len(layer.weight) and layer.weight.shape[1] == 1
         if is_depthwise and engine in SATURATES_DEPTHWISE:
             engine = "onednn" if "onednn" in torch_engines() else engine
-        with using(engine):
+        with UsingEngine(engine):
             return QUANTIZED.conv2d_prepack.default(
                 weight, bias, list(settings["stride"]), list(settings["padding"]),
                 list(settings["dilation"]), settings["groups"],

@@ -1,8 +1,7 @@
-"""Which engines are here, what they can do, and which is the fastest for a batch size."""
+"""The engines that run here, what they can do, and the fastest of them."""
 
 from __future__ import annotations
 
-import bisect
 import functools
 import importlib.util
 import platform
@@ -12,8 +11,8 @@ import torch
 
 from common.command import cli
 from common.command.cli import UserError
-from common.measure.latency import Contender, Timing, time_interleaved
-from quantization.int8.engines.base import Run, Runner
+from common.measure.latency import Timing
+from quantization.int8.engines.base import Runner
 from quantization.int8.engines.saturation import adds_exactly
 from quantization.int8.engines.switch import torch_engines
 from quantization.int8.engines.torch_engine import TorchRunner
@@ -88,12 +87,7 @@ def saturates(engine: str) -> bool:
 def choose_settings(
     engine: str, observer: str = "histogram", reduce_range: str = "auto"
 ) -> Settings:
-    """Return settings for the CPU at hand.
-
-    Args:
-        engine: One of ``ENGINES``.
-        observer: One of ``OBSERVERS``.
-        reduce_range: ``on``, ``off``, or ``auto``: on where products would saturate.
+    """Return settings for this CPU; with ``auto`` the range is reduced where sums would saturate.
 
     Raises:
         UserError: The engine does not run here.
@@ -104,20 +98,13 @@ def choose_settings(
 
 
 def candidate_engines() -> list[str]:
-    """Return the engines worth measuring here.
-
-    qnnpack, made for Arm, is one only where torch has nothing else; the reference never is.
-    """
+    """Return the engines worth measuring: not the reference, nor qnnpack if torch has others."""
     left_out = {"reference"} | ({"qnnpack"} if len(torch_engines()) > 1 else set())
     return [name for name in available_engines() if name not in left_out]
 
 
 def fastest_engine() -> str:
-    """Return the one of torch's engines that is usually the fastest on this CPU.
-
-    Raises:
-        UserError: torch has none here.
-    """
+    """Return torch's engine that is usually the fastest on this CPU; UserError if it has none."""
     for engine in USUALLY_FASTEST:
         if engine in torch_engines():
             return engine
@@ -125,7 +112,7 @@ def fastest_engine() -> str:
 
 
 def default_engines() -> list[str]:
-    """Return fbgemm; where torch is built without it, as for Arm, what it has, said in one line."""
+    """Return fbgemm; where torch is built without it, as for Arm, another, which is logged."""
     if "fbgemm" in torch_engines():
         return ["fbgemm"]
     engine = "qnnpack" if "qnnpack" in torch_engines() else fastest_engine()
@@ -133,52 +120,14 @@ def default_engines() -> list[str]:
     return [engine]
 
 
-# --- the fastest for each batch size --------------------------------------------------------------
-
-
 def fastest_by_batch_size(timings: Mapping[str, Sequence[Timing]]) -> dict[int, str]:
-    """Return for each batch size the engine whose median is the least.
+    """Return the engine with the least median latency for each batch size.
 
     Args:
-        timings: For each engine its timings, from
-            :func:`common.measure.latency.time_interleaved`.
+        timings: Timings of each engine, from :func:`common.measure.latency.time_interleaved`.
     """
-    by_size: dict[int, dict[str, float]] = {}
-    for engine, entries in timings.items():
-        for timing in entries:
-            by_size.setdefault(timing.batch_size, {})[engine] = timing.median_ms
-    return {size: min(times, key=times.get) for size, times in by_size.items()}
-
-
-class FastestRunner:
-    """Runs each batch on the engine that was the fastest at the next measured batch size.
-
-    Args:
-        runners: For each measured batch size the runner to use.
-    """
-
-    def __init__(self, runners: Mapping[int, Run]):
-        self._sizes = sorted(runners)
-        self._runners = [runners[size] for size in self._sizes]
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Map normalised images to logits."""
-        index = bisect.bisect_left(self._sizes, len(images))
-        return self._runners[min(index, len(self._sizes) - 1)](images)
-
-
-def choose_fastest(
-    runners: Mapping[str, Run], images: torch.Tensor, batch_sizes: Sequence[int], seconds: float
-) -> FastestRunner:
-    """Time engines in turns and return a runner that takes the fastest for each batch size.
-
-    Args:
-        runners: The network on each engine, by the engine's name.
-        images: Normalised images to run.
-        batch_sizes: Batch sizes to compare at.
-        seconds: Time to spend on each batch size.
-    """
-    contenders = [Contender(engine, run) for engine, run in runners.items()]
-    timings = time_interleaved(contenders, images, batch_sizes, seconds)
-    best = fastest_by_batch_size(timings)
-    return FastestRunner({size: runners[engine] for size, engine in best.items()})
+    fastest = {}
+    for entries in zip(*timings.values(), strict=True):
+        medians_ms = [timing.median_ms for timing in entries]
+        fastest[entries[0].batch_size] = [*timings][medians_ms.index(min(medians_ms))]
+    return fastest

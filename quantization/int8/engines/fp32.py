@@ -114,4 +114,4 @@ def _packed_convolution(
         total = kernel(added, value, packed, bias, *geometry, "add", 1.0, fused, [], "")
         return total if later is None else network.compute(later, [total], in_place=True)
 
-    return Call(step.name, run, (*step.inputs, step.added))
+    return Call(step.name, run, step.inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -55,11 +56,6 @@ def clipped(run: Function, step: FusedOperation, kept: ValueRange) -> Function:
     return run_and_clip
 
 
-def _add(step: FusedOperation, kept: ValueRange) -> Function:
-    kernel = (QUANTIZED.add_relu if step.activation else QUANTIZED.add).default
-    return lambda x, y: kernel(x, y, kept.scale, kept.zero_point)
-
-
 def _multiply(step: FusedOperation, kept: ValueRange) -> Function:
     def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         gate, value = sorted((x, y), key=torch.numel)  # the result has the first one's layout
@@ -68,39 +64,23 @@ def _multiply(step: FusedOperation, kept: ValueRange) -> Function:
     return run
 
 
-def _concatenate(step: FusedOperation, kept: ValueRange) -> Function:
-    return lambda *values: QUANTIZED.cat.default(values, 1, kept.scale, kept.zero_point)
-
-
 def _global_pool(step: FusedOperation, kept: ValueRange) -> Function:
     if step.operation.attributes["keep"]:
         return lambda x: ATEN.adaptive_avg_pool2d.default(x, [1, 1])
     return lambda x: ATEN.flatten.using_ints(ATEN.adaptive_avg_pool2d.default(x, [1, 1]), 1)
 
 
-def _flatten(step: FusedOperation, kept: ValueRange) -> Function:
-    return lambda x: ATEN.flatten.using_ints(x, 1)
-
-
-def _reshape(step: FusedOperation, kept: ValueRange) -> Function:
-    shape = [-1, *step.operation.attributes["shape"]]  # of a batch of any size
-    return lambda x: ATEN.reshape.default(x, shape)
-
-
 def _slice(step: FusedOperation, kept: ValueRange) -> Function:
-    def run(x: torch.Tensor) -> torch.Tensor:
-        for part in step.operation.attributes["parts"]:
-            x = ATEN.slice.Tensor(x, *part)
-        return x
-
-    return run
+    parts = step.operation.attributes["parts"]
+    return lambda x: functools.reduce(lambda y, part: ATEN.slice.Tensor(y, *part), parts, x)
 
 
-def _in_range(kernel: Function) -> Callable[[FusedOperation, ValueRange], Function]:
-    return lambda step, kept: lambda x: kernel(x, kept.scale, kept.zero_point)
+def _with_range(kernel: Function) -> Callable[..., Function]:
+    """Return what makes the function of a kernel that takes the range of its result."""
+    return lambda step, kept: lambda *x: kernel(*x, kept.scale, kept.zero_point)
 
 
-def _on_levels(kernel: Function) -> Callable[[FusedOperation, ValueRange], Function]:
+def _on_levels(kernel: Function) -> Callable[..., Function]:
     """Return what makes the function of a kernel that takes FP32's arguments, and any dtype."""
 
     def make(step: FusedOperation, kept: ValueRange) -> Function:
@@ -110,20 +90,30 @@ def _on_levels(kernel: Function) -> Callable[[FusedOperation, ValueRange], Funct
     return make
 
 
+def _add(step: FusedOperation, kept: ValueRange) -> Function:
+    kernel = QUANTIZED.add_relu if step.activation else QUANTIZED.add
+    return _with_range(kernel.default)(step, kept)
+
+
+# What makes the function of each kind of operation from its step and the range of its value.
 KERNELS: dict[str, Callable[[FusedOperation, ValueRange], Function]] = {
     kinds.ADD: _add,
     kinds.MULTIPLY: _multiply,
-    kinds.CONCATENATE: _concatenate,
+    kinds.CONCATENATE: lambda step, kept: (
+        lambda *x: QUANTIZED.cat.default(x, 1, kept.scale, kept.zero_point)
+    ),
     kinds.MAX_POOL: _on_levels(ATEN.max_pool2d.default),
     kinds.AVERAGE_POOL: _on_levels(ATEN.avg_pool2d.default),
     kinds.ADAPTIVE_POOL: _on_levels(ATEN.adaptive_avg_pool2d.default),
     kinds.GLOBAL_POOL: _global_pool,
-    kinds.FLATTEN: _flatten,
-    kinds.RESHAPE: _reshape,
+    kinds.FLATTEN: lambda step, kept: lambda x: ATEN.flatten.using_ints(x, 1),
+    kinds.RESHAPE: lambda step, kept: (
+        lambda x: ATEN.reshape.default(x, [-1, *step.operation.attributes["shape"]])
+    ),
     kinds.PERMUTE: _on_levels(ATEN.permute.default),
     kinds.SLICE: _slice,
     kinds.PAD: _on_levels(ATEN.constant_pad_nd.default),
     # These look a level up, or compute it from the real value, in one pass.
-    "hardswish": _in_range(QUANTIZED.hardswish.default),
-    "sigmoid": _in_range(QUANTIZED.sigmoid.default),
+    "hardswish": _with_range(QUANTIZED.hardswish.default),
+    "sigmoid": _with_range(QUANTIZED.sigmoid.default),
 }

@@ -73,8 +73,10 @@ def may_overwrite(step: FusedOperation, steps: Sequence[FusedOperation]) -> bool
         steps: All steps in execution order, the first of which is the input.
     """
     positions = {other.name: index for index, other in enumerate(steps)}
-    readers = [other for other in steps if step.added in (*other.inputs, other.added)]
-    shares_memory = any(other.operation.kind in VIEWS for other in readers)
-    shares_memory |= steps[positions[step.added]].operation.kind in VIEWS
-    is_last = all(positions[reader.name] <= positions[step.name] for reader in readers)
-    return is_last and not shares_memory and step.added not in (*step.inputs, steps[0].name)
+    readers = [other for other in steps if step.added in other.inputs]
+    sharing = (*readers, steps[positions[step.added]])
+    return (
+        all(positions[reader.name] <= positions[step.name] for reader in readers)
+        and not any(other.operation.kind in VIEWS for other in sharing)
+        and step.added not in (*step.operation.inputs, steps[0].name)
+    )

@@ -36,9 +36,10 @@ def _largest_products() -> Int8Network:
 
     Each layer returns the mean of its inputs, the last one a little less.
     """
-    dense = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
-    depthwise = dense | {"padding": [1, 1], "groups": CHANNELS}
-    pool = dense | {"kernel": [3, 3], "ceil": False}
+    window = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+    pool = window | {"kernel": [3, 3], "ceil": False}
+    dense = window | {"groups": 1}
+    depthwise = window | {"padding": [1, 1], "groups": CHANNELS}
     graph = Graph(
         (
             Operation("images", kinds.INPUT, (), {"shape": [CHANNELS, 3, 3]}),

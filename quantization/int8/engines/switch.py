@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 
 import torch
 
@@ -14,46 +12,39 @@ def torch_engines() -> list[str]:
     return [name for name in torch.backends.quantized.supported_engines if name != "none"]
 
 
-class EngineSwitch:
-    """Sets ``torch.backends.quantized.engine`` while kernels run, and then what it was before.
+class UsingEngine:
+    """Context in which ``torch.backends.quantized.engine`` is set; then it is what it was before.
 
     Threads that use the same engine run at the same time; one that needs another waits for them.
+    A thread may not enter the context of another engine within it.
+
+    Args:
+        engine: Name of the engine.
     """
 
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._is_free = threading.Condition(self._lock)
-        self._engine, self._users, self._before = "", 0, ""
+    _lock = threading.Lock()  # faster than a condition's own
+    _is_free = threading.Condition(_lock)
+    _current, _before, _users = "", "", 0
 
-    def acquire(self, engine: str) -> None:
-        """Set an engine; until it is released no block of the same thread may need another."""
-        with self._lock:
-            while self._users and self._engine != engine:
-                self._is_free.wait()
-            if not self._users:
-                self._engine, self._before = engine, torch.backends.quantized.engine
-                if engine != self._before:
-                    torch.backends.quantized.engine = engine
-            self._users += 1
+    def __init__(self, engine: str):
+        self._engine = engine
 
-    def release(self) -> None:
-        """End the use of the engine that was acquired."""
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                if self._engine != self._before:
-                    torch.backends.quantized.engine = self._before
-                self._is_free.notify_all()
+    def __enter__(self) -> None:
+        switch = UsingEngine
+        with switch._lock:
+            while switch._users and switch._current != self._engine:
+                switch._is_free.wait()
+            if not switch._users:
+                switch._current, switch._before = self._engine, torch.backends.quantized.engine
+                if switch._current != switch._before:
+                    torch.backends.quantized.engine = switch._current
+            switch._users += 1
 
-    @contextlib.contextmanager
-    def using(self, engine: str) -> Iterator[None]:
-        """Run a block on an engine."""
-        self.acquire(engine)
-        try:
-            yield
-        finally:
-            self.release()
-
-
-SWITCH = EngineSwitch()
-using = SWITCH.using
+    def __exit__(self, *_: object) -> None:
+        switch = UsingEngine
+        with switch._lock:
+            switch._users -= 1
+            if not switch._users:
+                if switch._current != switch._before:
+                    torch.backends.quantized.engine = switch._before
+                switch._is_free.notify_all()

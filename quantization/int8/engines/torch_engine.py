@@ -13,10 +13,10 @@ import warnings
 import torch
 
 from quantization.int8.engines.base import PreparedSizes, Run, Runner
-from quantization.int8.engines.calls import list_calls
+from quantization.int8.engines.calls import CallBuilder
 from quantization.int8.engines.kernels import fp32_activations
 from quantization.int8.engines.program import Program
-from quantization.int8.engines.switch import SWITCH, using
+from quantization.int8.engines.switch import UsingEngine
 from quantization.int8.network import Int8Network
 
 # Kernels of oneDNN are made for a shape; x86 calls oneDNN or fbgemm, whichever it takes to be
@@ -32,13 +32,12 @@ _preparing = threading.Lock()  # traces in two threads at once can crash
 class TorchRunner(Runner):
     """Runs an INT8 network on one of torch's engines.
 
-    A call sets ``torch.backends.quantized.engine`` and restores it. See
-    :class:`quantization.int8.engines.base.Runner` for the rest.
+    A call sets ``torch.backends.quantized.engine`` and restores it.
     """
 
     def __init__(self, network: Int8Network, engine: str):
         super().__init__(network, engine)
-        self._programs = PreparedSizes(self._prepare)
+        self._programs, self._using = PreparedSizes(self._prepare), UsingEngine(engine)
 
     @property
     def fp32_operations(self) -> dict[str, str]:
@@ -47,21 +46,18 @@ class TorchRunner(Runner):
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         program = self._programs[len(images) if self.engine in PREPARES_SIZES else None]
-        SWITCH.acquire(self.engine)  # a context manager takes twice the time
-        try:
+        with self._using:
             return program(images.contiguous(memory_format=torch.channels_last))
-        finally:
-            SWITCH.release()
 
     def _prepare(self, size: int | None) -> Run:
         with _preparing, warnings.catch_warnings():
             warnings.filterwarnings("ignore", DEPRECATIONS)
             # Tensors made in inference mode could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                program = Program(list_calls(self.network, self.engine)).eval()
+                program = Program(CallBuilder(self.network, self.engine).build()).eval()
                 shape = (size or 1, *self._shape)
                 example = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
-                with using(self.engine):
+                with self._using:
                     if CAN_TRACE:
                         return torch.jit.trace(program, example, check_trace=False)
                     program(example)
