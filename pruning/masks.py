@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from common.network.execution import Layer, Network
+
 
 def pruned_count(weights: int, amount: float) -> int:
     """Return how many of ``weights`` weights a fraction prunes, rounded as torch does."""
@@ -43,6 +45,19 @@ def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
         ones = torch.ones_like(magnitudes)
         kept = prune.L1Unstructured(count).compute_mask(weight.detach(), ones).bool()
     return kept
+
+
+def l1_masks(weights: Mapping[str, torch.Tensor], amount: float) -> dict[str, torch.Tensor]:
+    """Choose the weights to keep, on their device, where each layer is pruned by ``amount``."""
+    return {
+        name: l1_mask(weight.cpu(), pruned_count(weight.numel(), amount)).to(weight.device)
+        for name, weight in weights.items()
+    }
+
+
+def masked_layers(network: Network, kept: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
+    """Return the pruned layers: folding scales whole output channels, so masks may follow it."""
+    return {name: network.layers[name].masked(mask) for name, mask in kept.items()}
 
 
 @torch.no_grad()

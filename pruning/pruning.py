@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     from common.search.budget import why_too_strict
     from pruning import steps
     from pruning.alone.brute_force import verify
-    from pruning.alone.scan import Scan, choose_layers, run_scan
+    from pruning.alone.scan import Scan, choose_layers
+    from pruning.alone.walk import run_scan
     from pruning.channels.search import ChannelSearch, require_possible
     from pruning.files.saved import LINEAR_ENDING, PRUNED_ENDING, SLIM_ENDING
     from pruning.report import plots, story

@@ -7,7 +7,8 @@ from cifar import image_set
 from torch import nn
 
 from pruning.alone.brute_force import verify
-from pruning.alone.scan import Scan, run_scan
+from pruning.alone.scan import Scan
+from pruning.alone.walk import run_scan
 from pruning.files import saved
 from pruning.report import plots, story
 from pruning.report.results import describe_scan

@@ -16,7 +16,7 @@ import torch
 from common.command import cli
 from common.network.execution import Network
 from common.network.graph import LINEAR
-from pruning.masks import l1_mask, pruned_count
+from pruning.masks import l1_mask, l1_masks, masked_layers, pruned_count
 
 # Amounts to try: every number of weights, where a single layer has at most this many; else a
 # thousand of a single layer, and whole percents of several.
@@ -90,7 +90,7 @@ class Head:
 
     def masks_at(self, level: int) -> dict[str, torch.Tensor]:
         """Return the masks of the weights that are kept at a level."""
-        return {n: l1_mask(self.weights[n], count) for n, count in self.counts_at(level).items()}
+        return l1_masks(self.weights, level / self.levels)
 
     def sweep(self, features: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
         """Find the correct images at every level.
@@ -105,12 +105,10 @@ class Head:
         if self.is_single and self.levels == self.total:
             layer = self.network.layers[self.layers[0]]
             return sweep_single(features, labels, layer.weight, layer.bias)
-        output, layers = self.network.graph.output, self.network.layers
+        output = self.network.graph.output
         correct = np.empty((self.levels + 1, len(labels)), dtype=bool)
         for level in cli.progress(range(self.levels + 1), "linear layers", unit="amount"):
-            masked = {
-                name: layers[name].masked(kept) for name, kept in self.masks_at(level).items()
-            }
+            masked = masked_layers(self.network, self.masks_at(level))
             found = self.network.with_layers(masked).run({self.features: features}, [output])
             correct[level] = (found[output].argmax(dim=1) == labels).numpy()
         return correct
