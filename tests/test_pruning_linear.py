@@ -117,7 +117,7 @@ def test_search_reports_all_that_it_did():
     head, model = head_of(nn.Conv2d(3, 2, 5, 2), nn.Flatten(), nn.Linear(8, 10))
     found, _, _ = search(head, model, 2, 0.05)
     assert (head.features, head.layers) == ("1", ("2",))
-    assert (found.weights, found.images, found.required) == (80, 200, 190)
+    assert (found.counts[-1], found.images, found.required) == (80, 200, 190)
     assert found.counts.tolist() == list(range(81))
     assert found.correct[0] == 200
     assert found.correct[found.found] >= 190
@@ -133,7 +133,7 @@ def test_several_linear_layers_are_pruned_together_by_the_same_amount():
     head, model = head_of(*modules)
     found, x, labels = search(head, model, 2, 0.1)
     assert head.layers == found.layers == ("2", "4")
-    assert (head.levels, found.weights) == (AMOUNTS_OF_SEVERAL, 72 * 20 + 20 * 5)
+    assert (head.levels, found.counts[-1]) == (AMOUNTS_OF_SEVERAL, 72 * 20 + 20 * 5)
     for level in (1, 37, 90, 100):
         pruned = copy.deepcopy(model)
         for name in ("2", "4"):

@@ -92,6 +92,11 @@ class Head:
         """Return the masks of the weights that are kept at a level."""
         return l1_masks(self.weights, level / self.levels)
 
+    def classify(self, network: Network, features: torch.Tensor) -> torch.Tensor:
+        """Return the classes (N,) that a network of other weights finds from the head's input."""
+        output = network.graph.output
+        return network.run({self.features: features}, [output])[output].argmax(dim=1)
+
     def sweep(self, features: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
         """Find the correct images at every level.
 
@@ -105,12 +110,10 @@ class Head:
         if self.is_single and self.levels == self.total:
             layer = self.network.layers[self.layers[0]]
             return sweep_single(features, labels, layer.weight, layer.bias)
-        output = self.network.graph.output
         correct = np.empty((self.levels + 1, len(labels)), dtype=bool)
         for level in cli.progress(range(self.levels + 1), "linear layers", unit="amount"):
-            masked = masked_layers(self.network, self.masks_at(level))
-            found = self.network.with_layers(masked).run({self.features: features}, [output])
-            correct[level] = (found[output].argmax(dim=1) == labels).numpy()
+            pruned = self.network.with_layers(masked_layers(self.network, self.masks_at(level)))
+            correct[level] = (self.classify(pruned, features) == labels).numpy()
         return correct
 
 

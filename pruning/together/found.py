@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from common.command import cli
-from common.measure.evaluate import Paired
+from common.measure.evaluate import Paired, compare
 from common.report.results import format_change
 from common.search.trials import Trial
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
@@ -33,8 +34,7 @@ class Found:
         finetune_epochs: Epochs of training after pruning; 0 for none.
         sparsity: Sparsity that was given, or the largest within the tolerance; 0 if there is none.
         model: Network of that sparsity.
-        measured: Result of the network on all held-out images.
-        on_curve: Result of the network on the curve's images.
+        correct: Correctness of the network on all held-out images: bool, shape (N,), on the CPU.
         points: Results by sparsity, on the first ``CURVE_IMAGES`` held-out images.
         trials: Trials of the search, in order.
     """
@@ -43,8 +43,7 @@ class Found:
     finetune_epochs: int
     sparsity: float
     model: nn.Module
-    measured: Paired
-    on_curve: Paired
+    correct: torch.Tensor
     points: Mapping[float, Paired]
     trials: Sequence[Trial]
 
@@ -53,34 +52,20 @@ class Found:
         """Whether the method serves only as a comparison."""
         return self.method.allocation in CONTROLS
 
-    @classmethod
-    def of(
-        cls, search: ModelSearch, method: Method, finetune_epochs: int, sparsity: float,
-        model: nn.Module, points: Mapping[float, Paired], trials: Sequence[Trial],
-    ) -> Found:  # fmt: skip
-        """Measure the network that the search ended with."""
-        measured, on_curve = (measure(search, model, most) for most in (None, CURVE_IMAGES))
-        return cls(method, finetune_epochs, sparsity, model, measured, on_curve, points, trials)
-
-
-def measure(search: ModelSearch, model: nn.Module, most: int | None) -> Paired:
-    """Measure a pruned model on the first ``most`` held-out images; None for all."""
-    split = search.held_out.first(most)
-    return Paired.of(split.dense_correct, search.classifier(model).find_correct(split.images))
-
 
 def search_all(search: ModelSearch) -> list[Found]:
     """Search with every method, controls last."""
     found = []
     for method in search.methods():
         found.append(search_with(search, method))
+        comparison = compare(search.held_out.dense_correct, found[-1].correct)
         cli.log.info(
             "%s%s: %.1f %% of the %s can go, %s points on held-out images",
             method.allocation,
             ", batch norms re-estimated" if method.recalibrated else "",
             100 * found[-1].sparsity,
             search.unit,
-            format_change(found[-1].measured.comparison.as_dict()).points,
+            format_change(comparison.as_dict()).points,
         )
     return found
 
@@ -88,8 +73,18 @@ def search_all(search: ModelSearch) -> list[Found]:
 def search_with(search: ModelSearch, method: Method) -> Found:
     """Search with one method and measure it on the held-out half."""
     sparsity, trials = search.find_largest(method)
-    points = {at: measure(search, search.prune(method, at), CURVE_IMAGES) for at in search.curve}
-    return Found.of(search, method, 0, sparsity, search.prune(method, sparsity), points, trials)
+    points = {at: _measure_point(search, search.prune(method, at)) for at in search.curve}
+    model = search.prune(method, sparsity)
+    return Found(method, 0, sparsity, model, _find_correct(search, model), points, trials)
+
+
+def _measure_point(search: ModelSearch, model: nn.Module) -> Paired:
+    split = search.held_out.first(CURVE_IMAGES)
+    return Paired.of(split.dense_correct, search.classifier(model).find_correct(split.images))
+
+
+def _find_correct(search: ModelSearch, model: nn.Module) -> torch.Tensor:
+    return search.classifier(model).find_correct(search.held_out.images)
 
 
 def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
@@ -119,7 +114,7 @@ def finetune(
         dense: Dense network, in eval mode.
         training: Images to learn from, on the models' device.
         seed: Seed of order and augmentation.
-        channels: Output channels that are left of each layer that channels were removed of.
+        channels: Output channels that are left of each layer that lost any.
 
     Raises:
         UserError: The loss is no longer finite.
@@ -138,14 +133,15 @@ def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Fo
     network. If not even the first is within the tolerance, nothing can be pruned, unless the
     sparsity is given.
     """
-    best_so_far, points, trials = (0.0, search.model), {}, []
+    largest, sparsest, points, trials = 0.0, search.model, {}, []
     wanted = {s for s in (best.sparsity, *search.curve) if s >= best.sparsity}
     for sparsity in sorted(wanted - {0.0} or wanted):
         model = copy.deepcopy(search.prune(best.method, sparsity))
         finetune(model, search.model, training, search.seed, search.kept_channels(model))
         trials.append(Trial(1 / (1 - sparsity), search.judge(model)))
-        points[sparsity] = measure(search, model, CURVE_IMAGES)
+        points[sparsity] = _measure_point(search, model)
         if not (trials[-1].verdict.passes or search.is_given):
             break
-        best_so_far = (sparsity, model)
-    return Found.of(search, best.method, training.epochs, *best_so_far, points, trials)
+        largest, sparsest = sparsity, model
+    correct = _find_correct(search, sparsest)
+    return Found(best.method, training.epochs, largest, sparsest, correct, points, trials)
