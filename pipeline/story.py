@@ -10,11 +10,11 @@ from common.report.results import (
     at_batch_sizes,
     change_columns,
     counted,
+    describe_change,
     describe_given,
     describe_setting,
     doubt,
     explain_doubt,
-    format_change,
     format_cost,
     network_name,
     percent,
@@ -50,14 +50,14 @@ def tell(results: dict) -> Story:
 
 
 def _headline(answer: dict) -> Headline:
-    change = format_change(answer["comparison"])
-    return Headline(
-        f"{answer['size_ratio']:.1f}× smaller",
+    meaning = (
         f"{answer['name']}; as fast as FP32 at its best: "
-        f"{at_batch_sizes(answer['speedup'], 'over_fp32')}; {change.points} points, 95 % interval "
-        f"{change.low} to {change.high}" + ("" if answer["within_budget"] else "; not within the "
-        "budget"),
-    )  # fmt: skip
+        f"{at_batch_sizes(answer['speedup'], 'over_fp32')}; "
+        f"{describe_change(answer['comparison'])}"
+    )
+    if not answer["within_budget"]:
+        meaning += "; not within the budget"
+    return Headline(f"{answer['size_ratio']:.1f}× smaller", meaning)
 
 
 def label(name: str, coded: bool) -> str:
