@@ -30,15 +30,15 @@ def measure_files(
     Args:
         fp32: The dense network; FP32 at its best is what the others are compared with.
         int8: Files by name.
-        only_timed: Files by name that are not evaluated.
-        images: To evaluate and to time on.
-        batch_size: Of the evaluation, in images.
+        only_timed: Files by name that are timed but not evaluated.
+        images: Images to evaluate and to time on.
+        batch_size: Number of images in a batch of the evaluation.
         timed: Batch sizes to time.
-        seconds: To spend on each of these.
+        seconds: Time to spend on each of these.
 
     Returns:
-        By name, the dense network's under ``FP32``: ``accuracy``, ``comparison`` and ``latency`` as
-        results.json has them; only ``latency`` of those that are only timed.
+        ``accuracy``, ``comparison`` and ``latency`` of results.json by name, the dense network's
+        under ``FP32``; only ``latency`` where a file is only timed.
 
     Raises:
         UserError: A file is not what was written.
