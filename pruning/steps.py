@@ -13,7 +13,6 @@ from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.tracing import trace_network
-from pruning.alone.head import Head
 from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
 from pruning.channels import search as channels
@@ -45,15 +44,13 @@ def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> I
     return inputs.load_training(count).to(inputs.test.images.device)
 
 
-def prune_linear(
-    scan: Scan, scanned: ScanResult, head: Head, tolerance: float, seed: int, path: Path
-) -> dict:
+def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, path: Path) -> dict:
     """Search how far the linear layers can go, write that model, and confirm the file.
 
     Raises:
         UserError: The reloaded model is not the one that the search measured.
     """
-    model, images, labels = scan.model, scan.images, scan.images.labels.cpu()
+    model, images, labels, head = scan.model, scan.images, scan.images.labels.cpu(), scan.head
     started = time.perf_counter()
     search = search_linear(head, scanned.features, labels, tolerance, seed)
     seconds = time.perf_counter() - started
@@ -73,6 +70,17 @@ def prune_linear(
             "latency": saved.time_zeros(models, images),
         },
     }
+
+
+def prepare_search(
+    scan: Scan, scanned: ScanResult, scope: str, tolerance: float, seed: int,
+    calibration: ImageSet | None, macs_removed: float | None,
+) -> ModelSearch:  # fmt: skip
+    """Return the search over many layers together, of weights or of whole channels."""
+    question = (scan, scanned.dense_correct, scope, tolerance, seed, calibration)
+    if scope == channels.SCOPE:
+        return channels.ChannelSearch.prepare(*question, macs_removed=macs_removed)
+    return ModelSearch.prepare(*question)
 
 
 def prune_together(search: ModelSearch, training: Training | None, path: Path) -> dict:

@@ -33,7 +33,7 @@ def run(scan, tmp_path):
     results = describe_scan(scan, scanned) | {"artifacts": {"plots": []}}
     if scan.head is not None:
         path = tmp_path / "pruned.pth"
-        results |= prune_linear(scan, scanned, scan.head, 0.05, 0, path)
+        results |= prune_linear(scan, scanned, 0.05, 0, path)
         results["artifacts"] |= {"model": path.name}
     results |= {
         "arguments": {"tolerance": 0.05}, "network": {"family": "a network"},
