@@ -24,7 +24,7 @@ from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
 
 TOLERANCE = 5  # images
-SCANNED_IMAGES = 300
+SCANNED_IMAGES = 100
 pytestmark = MARKS
 
 
