@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from check_results import check_results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PINS = Path(__file__).with_name("fixtures") / "pins.json"
@@ -25,12 +26,14 @@ BUNDLED = ("--bundled", "--weights", "common/assets/resnet18_cifar10_fp16.pth", 
 
 
 def run(script: str, *arguments: str) -> tuple[dict, Path]:
-    """Run a script; return its results and the folder that it wrote."""
+    """Run a script; return its results, which keep their contract, and the folder it wrote."""
     folder = Path(tempfile.mkdtemp(prefix="pins-"))
     command = [sys.executable, f"{script}/{script}.py", *BUNDLED, *arguments]
     command += ["--output-dir", str(folder), "--quiet"]
     subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((folder / "results.json").read_text()), folder
+    results = json.loads((folder / "results.json").read_text())
+    check_results(results, folder)
+    return results, folder
 
 
 def pin_scan() -> dict:
