@@ -196,5 +196,5 @@ def search_linear(
     counts = np.array([sum(head.counts_at(level).values()) for level in range(head.levels + 1)])
     splits = repeat_on_halves(sweep, tolerance, seed)
     return LinearSearch(
-        head.layers, counts, tolerance, found, steps, required, len(labels), correct, splits
+        tuple(head.weights), counts, tolerance, found, steps, required, len(labels), correct, splits
     )

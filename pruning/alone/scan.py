@@ -100,10 +100,7 @@ def choose_layers(
 ) -> list[str]:
     """Return the layers that match any pattern (``layer4.*``), in their order.
 
-    Args:
-        names: Names of the layers.
-        patterns: Patterns of their names, here or in the checkpoint; None for all layers.
-        own_names: For a layer its name in the checkpoint, where that may differ.
+    Patterns are of names here or, by ``own_names``, in the checkpoint; None stands for all layers.
 
     Raises:
         UserError: A pattern matches nothing.

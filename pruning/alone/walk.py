@@ -32,10 +32,7 @@ def run_scan(
 ) -> tuple[ScanResult, float | None]:
     """Scan, and check that the model is unchanged afterwards.
 
-    Args:
-        scan: What to scan.
-        folder: Folder that keeps partial results, in the first worker; None in the others.
-        resume: Continue from the partial results of an earlier run.
+    The first worker's ``folder`` keeps partial results, from which ``resume`` continues.
 
     Returns:
         The result, and the scan's seconds; None where an earlier run did part of it.

@@ -49,7 +49,7 @@ def measure_damage(
         fast: Whether to run in bf16.
 
     Returns:
-        Curve of each layer, from nothing pruned; the damage is a fraction of the images.
+        The layers' curves, from nothing pruned; the damage is a fraction of the images.
     """
     regrown = copy.deepcopy(context)  # dense weights, but with the batch norms of the context
     for name, weight in weights.items():
