@@ -27,14 +27,8 @@ def measure_files(
 ) -> dict[str, dict]:
     """Read INT8 files; evaluate one after the other, then time all in turns.
 
-    Args:
-        fp32: The dense network; FP32 at its best is what the others are compared with.
-        int8: Files by name.
-        only_timed: Files by name that are timed but not evaluated.
-        images: Images to evaluate and to time on.
-        batch_size: Number of images in a batch of the evaluation.
-        timed: Batch sizes to time.
-        seconds: Time to spend on each of these.
+    ``fp32`` is the dense network, which the others are compared with. ``batch_size`` is that of
+    the evaluation; each batch size in ``timed`` is timed for some ``seconds``.
 
     Returns:
         ``accuracy``, ``comparison`` and ``latency`` of results.json by name, the dense network's

@@ -27,7 +27,7 @@ def describe(
     Args:
         builder: Builder of the candidates.
         found: The answers, and what was tried.
-        measured: Result of :func:`pipeline.readback.measure_files`, by goal and by slim network.
+        measured: Result of :func:`pipeline.readback.measure_files`.
         paths: Files of the dense networks, under ``FP32`` and ``INT8``, and of the answers.
     """
     size_bytes = {name: path.stat().st_size for name, path in paths.items()}

@@ -48,8 +48,7 @@ def identify(
 def write_files(found: Found, folder: OutputFolder, stem: str) -> dict[str, Path]:
     """Write every answer's file, and the slim network of the fastest one as a checkpoint.
 
-    Returns:
-        The coded files by goal; their names begin with ``stem``.
+    Return the answers' files by goal; all names begin with ``stem``.
     """
     files = {}
     for goal, best in found.best.items():
@@ -71,13 +70,7 @@ def measure(
 ) -> dict:
     """Return results.json's ``models``, ``answers`` and ``tried``, all of files read back.
 
-    Args:
-        builder: Builder of the candidates.
-        found: The answers, and what was tried.
-        files: Files of the answers, by goal.
-        confirming: Images that chose nothing.
-        batch_sizes: Batch sizes to time.
-        seconds: Time to spend on each of them.
+    ``files`` are the answers' by goal, ``confirming`` the images that chose nothing.
     """
     store, dense = builder.store, builder.inputs.model
     fp32 = store.folder / "dense.pth"

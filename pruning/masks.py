@@ -29,12 +29,8 @@ def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
     partition finds the same threshold in a tenth of the time. Where several weights have the
     magnitude of the threshold, torch chooses among them.
 
-    Args:
-        weight: Any shape, on the CPU.
-        count: Number of weights to prune, from 0 to all.
-
     Returns:
-        bool, the shape of ``weight``; True where the weight is kept.
+        bool, the shape of ``weight``, which is on the CPU; True where the weight is kept.
     """
     if count == 0:
         return torch.ones_like(weight, dtype=torch.bool)
@@ -62,12 +58,7 @@ def masked_layers(network: Network, kept: Mapping[str, torch.Tensor]) -> dict[st
 
 @torch.no_grad()
 def copy_without(model: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a pruned copy on the CPU.
-
-    Args:
-        model: On any device; not changed.
-        kept: For each pruned layer's name, the mask of the weights to keep.
-    """
+    """Return a pruned copy on the CPU; ``kept`` holds the mask of each layer, True where kept."""
     pruned = copy.deepcopy(model).cpu()
     for name, mask in kept.items():
         pruned.get_submodule(name).weight.masked_fill_(~mask, 0)

@@ -114,12 +114,6 @@ def sweep_single(
     Each step subtracts one weight's share from one class's logits. It is FP64, so that thousands of
     steps add up to less than the rounding of one FP32 product.
 
-    Args:
-        features: Input of the layer, shape (N, features).
-        labels: int64, shape (N,).
-        weight: Shape (classes, features).
-        bias: Shape (classes,).
-
     Returns:
         bool, shape (number of weights + 1, N): row k with the k smallest weights pruned.
     """

@@ -39,10 +39,8 @@ def binary_search(
     """Search the largest level, up to ``largest``, that keeps ``required`` images correct.
 
     The answer is right where correctness falls steadily. Where it does not, the answer still holds,
-    but a larger one may exist: the sweep finds it. Level 0, nothing pruned, is not tried.
-
-    Returns:
-        The level, and the steps that led to it.
+    but a larger one may exist: the sweep finds it. Level 0, nothing pruned, is not tried. Return
+    the level, and the steps that led to it.
     """
     low, high, steps = 0, largest, []
     while low < high:
@@ -185,7 +183,7 @@ def search_linear(
     Args:
         head: The layers.
         features: Input of the layers for every image, FP32, shape (N, features), on the CPU.
-        labels: int64, shape (N,), on the CPU.
+        labels: Classes, int64, shape (N,), on the CPU.
         tolerance: Accuracy that may be lost, as a fraction.
         seed: Seed of the random halves.
     """

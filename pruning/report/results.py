@@ -18,9 +18,6 @@ from pruning.together.search import ModelSearch
 TIE_P = 0.05
 
 
-# --- each layer alone ----------------------------------------------------------------------------
-
-
 def describe_scan(scan: Scan, scanned: ScanResult) -> dict:
     """Return the structure, and what pruning each layer alone costs."""
     layers = describe_layers(scan.model, scan.network)
@@ -70,9 +67,6 @@ def rank(scanned: ScanResult, amount: float) -> list[dict]:
         p = compare(correct[layer], correct[following]).mcnemar_p
         entry |= {"p_against_next": p, "tied_with_next": p > TIE_P}
     return entries
-
-
-# --- layers together ---------------------------------------------------------------------------
 
 
 def describe_found(search: ModelSearch, found: Found) -> dict:

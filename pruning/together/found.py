@@ -106,15 +106,9 @@ def finetune(
 ) -> None:
     """Train a pruned model to imitate the dense one; its zeros stay zeros.
 
-    Training keeps the statistics of batch norms, so they are re-estimated first, unless channels
-    were removed: then the repair has done so.
-
-    Args:
-        model: Pruned network; changed in place, left in eval mode.
-        dense: Dense network, in eval mode.
-        training: Images to learn from, on the models' device.
-        seed: Seed of order and augmentation.
-        channels: Output channels that are left of each layer that lost any.
+    ``model`` is changed in place and left in eval mode. Training keeps the statistics of batch
+    norms, so they are re-estimated first, unless ``channels`` were removed: then the repair has
+    done so.
 
     Raises:
         UserError: The loss is no longer finite.
