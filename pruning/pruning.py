@@ -23,7 +23,6 @@ from common.command import arguments, cli
 from common.command.argument_types import accuracy_loss, fraction, list_of, name
 
 DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "pruning"
-# Images in a batch. Small batches keep the activations of all variants in a CPU's cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
 NEEDED_FLAGS = {
     "--recalibrate-bn": "--scope",

@@ -47,11 +47,6 @@ class Found:
     points: Mapping[float, Paired]
     trials: Sequence[Trial]
 
-    @property
-    def is_control(self) -> bool:
-        """Whether the method serves only as a comparison."""
-        return self.method.allocation in CONTROLS
-
 
 def search_all(search: ModelSearch) -> list[Found]:
     """Search with every method, controls last."""
@@ -92,7 +87,7 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
 
     Held-out images play no part, or they would no longer be held out.
     """
-    candidates = [one for one in found if not one.is_control]
+    candidates = [one for one in found if one.method.allocation not in CONTROLS]
     largest = max(one.sparsity for one in candidates)
     equals = [one for one in candidates if one.sparsity == largest]
     if len(equals) == 1:
