@@ -66,7 +66,7 @@ def time_network(network_name: str, size: int, batch_size: int, amount: float) -
     from common.network.branching import branch_logits, start_values
     from common.network.tracing import trace_network, weight_layers
     from pruning.alone.brute_force import pruned_copy
-    from pruning.alone.walk import PrunedVariants
+    from pruning.masks import l1_masks, masked_layers
 
     torch.manual_seed(0)
     options = {"init_weights": False} if network_name == "googlenet" else {}
@@ -87,10 +87,11 @@ def time_network(network_name: str, size: int, batch_size: int, amount: float) -
     def scan() -> torch.Tensor:
         wanted = start_values(network.graph, weights)
         dense = network.run({network.graph.input: laid_out}, wanted)
-        return branch_logits(network, dense, variants.exact)
+        return branch_logits(network, dense, variants)
 
     with torch.inference_mode():
-        variants = timed("masks", PrunedVariants.of, network, weights, amount, False)
+        masks = timed("masks", l1_masks, weights, amount)
+        variants = timed("masks", masked_layers, network, masks)
         scan()  # warm up
         found = timed("scan", scan)
         copies = (timed("copies", pruned_copy, model, {layer: amount}) for layer in weights)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import accuracy_loss, image_count, list_of, one_of, positive_int
+from common.command.argument_types import accuracy_loss, list_of, one_of
 from pipeline import GOALS
 from quantization.settings import ENGINES
 
@@ -42,15 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to find: size, the smallest file; speed, the fastest network; both, one that is "
         "small and fast",
     )  # fmt: skip
-    asked.add_argument(
-        "--finetune-epochs", type=positive_int, metavar="N",
-        help="also train narrower networks for N epochs, without labels, to answer as the given "
+    arguments.add_finetuning_arguments(
+        asked,
+        "also train narrower networks for N epochs, without labels, to answer as the given "
         "network does (long)",
-    )  # fmt: skip
-    asked.add_argument(
-        "--finetune-images", type=image_count, metavar="N|all", default="all",
-        help="training images for --finetune-epochs",
-    )  # fmt: skip
+    )
     asked.add_argument(
         "--engine", choices=ENGINES, help="INT8 kernels; by default the fastest here"
     )
@@ -120,13 +116,9 @@ def main(argv: list[str] | None = None) -> int:
         builder = CandidateBuilder(inputs, settings, budget, store, batch_size, training)
         found = find_answers(builder, args.goals)
         results = common_results(
-            "pipeline",
-            args,
-            Workers(chosen_device),
-            inputs.describe_images(),
-            inputs.weights,
+            "pipeline", args, Workers(chosen_device), inputs.describe_images(), inputs.weights,
             inputs.describe_network(),
-        )
+        )  # fmt: skip
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
         files = steps.write_files(found, folder, inputs.file_stem)
         results |= steps.measure(

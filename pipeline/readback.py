@@ -27,18 +27,12 @@ def measure_files(
 ) -> dict[str, dict]:
     """Read INT8 files; evaluate one after the other, then time all in turns.
 
-    Args:
-        fp32: The dense network; FP32 at its best is what the others are compared with.
-        int8: Files by name.
-        only_timed: Files by name that are not evaluated.
-        images: To evaluate and to time on.
-        batch_size: Of the evaluation, in images.
-        timed: Batch sizes to time.
-        seconds: To spend on each of these.
+    ``fp32`` is the dense network, which the others are compared with. ``batch_size`` is that of
+    the evaluation; each batch size in ``timed`` is timed for some ``seconds``.
 
     Returns:
-        By name, the dense network's under ``FP32``: ``accuracy``, ``comparison`` and ``latency`` as
-        results.json has them; only ``latency`` of those that are only timed.
+        ``accuracy``, ``comparison`` and ``latency`` of results.json by name, the dense network's
+        under ``FP32``; only ``latency`` where a file is only timed.
 
     Raises:
         UserError: A file is not what was written.

@@ -1,4 +1,4 @@
-"""What results.json says of the dense network, of the answers and of all that was tried."""
+"""The part of results.json about the dense network, the answers and all that was tried."""
 
 from __future__ import annotations
 
@@ -20,51 +20,46 @@ def describe(
 ) -> dict:
     """Return ``models``, ``answers`` and ``tried``.
 
-    The models, dense, and the answers are as read back, on the images that confirm. What was tried
-    is as it did on those of the images that choose which it was shown; its times are those of the
-    same widths in plain INT8: the kernels are the same.
+    The dense models and the answers are as read back, on the images that confirm. What was tried is
+    as the images that choose saw it; its times are those of the same widths in plain INT8, for the
+    kernels are the same.
 
     Args:
-        builder: That made them.
+        builder: Builder of the candidates.
         found: The answers, and what was tried.
-        measured: From :func:`pipeline.readback.measure_files`, by goal and by slim network.
-        paths: Of the dense networks' files, under ``FP32`` and ``INT8``, and of the answers'.
+        measured: Result of :func:`pipeline.readback.measure_files`.
+        paths: Files of the dense networks, under ``FP32`` and ``INT8``, and of the answers.
     """
-    given_bytes = builder.inputs.weights["size_bytes"]
+    size_bytes = {name: path.stat().st_size for name, path in paths.items()}
     dense_macs = sum(builder.inputs.traced.network.macs.values())
-    dense_bytes = paths[FP32].stat().st_size
 
     def describe_candidate(candidate: Candidate) -> dict:
+        given_bytes = builder.inputs.weights["size_bytes"]
         return {
             "file_bytes": candidate.file_bytes,
-            "size_ratio": dense_bytes / candidate.file_bytes,
+            "size_ratio": size_bytes[FP32] / candidate.file_bytes,
             "size_ratio_given": given_bytes / candidate.file_bytes,
             "macs_kept": candidate.macs / dense_macs,
             "trained": candidate.trained,
         }
 
+    def describe_answer(goal: str, best: Candidate) -> dict:
+        drop = measured[goal]["comparison"]["drop"]
+        return {
+            "name": goal,
+            "file": paths[goal].name,
+            **describe_candidate(best),
+            "within_budget": best.verdict.passes and drop <= builder.budget.max_drop,
+            **measured[goal],
+            "speedup": _speedups(measured, goal),
+        }
+
     return {
         "models": [
-            {
-                "name": name,
-                "engine": None if name == FP32 else builder.settings.engine,
-                "size_bytes": paths[name].stat().st_size,
-                **measured[name],
-            }
-            for name in (FP32, INT8)
+            {"name": name, "engine": engine, "size_bytes": size_bytes[name], **measured[name]}
+            for name, engine in ((FP32, None), (INT8, builder.settings.engine))
         ],
-        "answers": [
-            {
-                "name": goal,
-                "file": paths[goal].name,
-                **describe_candidate(best),
-                "within_budget": best.verdict.passes
-                and measured[goal]["comparison"]["drop"] <= builder.budget.max_drop,
-                **measured[goal],
-                "speedup": _speedups(measured, goal),
-            }
-            for goal, best in found.best.items()
-        ],
+        "answers": [describe_answer(goal, best) for goal, best in found.best.items()],
         "tried": [
             {
                 "goal": candidate.goal,

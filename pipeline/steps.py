@@ -48,13 +48,7 @@ def identify(
 def write_files(found: Found, folder: OutputFolder, stem: str) -> dict[str, Path]:
     """Write every answer's file, and the slim network of the fastest one as a checkpoint.
 
-    Args:
-        found: The answers.
-        folder: Of the results.
-        stem: Beginning of the files' names.
-
-    Returns:
-        The coded files by goal.
+    Return the answers' files by goal; all names begin with ``stem``.
     """
     files = {}
     for goal, best in found.best.items():
@@ -76,48 +70,36 @@ def measure(
 ) -> dict:
     """Return results.json's ``models``, ``answers`` and ``tried``, all of files read back.
 
-    Args:
-        builder: That made the answers.
-        found: The answers, and what was tried.
-        files: The answers' files by goal.
-        confirming: Images that chose nothing.
-        batch_sizes: To time, in images.
-        seconds: To spend on each.
+    ``files`` are the answers' by goal, ``confirming`` the images that chose nothing.
     """
     store, dense = builder.store, builder.inputs.model
     fp32 = store.folder / "dense.pth"
     save_checkpoint(dense.state_dict(), fp32)
     _, int8 = store.int8("dense-int8", lambda: builder.quantize(dense))
     # A coded network runs as fast as the same one uncoded, so of those tried these are timed.
-    tried = {
-        c.slim_path.stem: store.folder / f"{c.slim_path.stem}-int8.safetensors" for c in found.tried
-    }
+    stems = [candidate.slim_path.stem for candidate in found.tried]
+    tried = {stem: store.folder / f"{stem}-int8{SUFFIX}" for stem in stems}
+    evaluated = {INT8: int8} | dict(files)
     with start_fresh(
-        measure_files, builder.inputs.traced.network, {INT8: int8} | dict(files), tried,
-        confirming, builder.batch_size, batch_sizes, seconds,
+        measure_files, builder.inputs.traced.network, evaluated, tried, confirming,
+        builder.batch_size, batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()
-    paths = {FP32: fp32, INT8: int8} | dict(files)
-    return describe(builder, found, measured, paths)
+    return describe(builder, found, measured, {FP32: fp32} | evaluated)
 
 
 def export_answers_to_onnx(
-    answers: Sequence[dict], files: Mapping[str, Path], confirming: ImageSet, batch_size: int
+    answers: Sequence[dict], files: Mapping[str, Path], images: ImageSet, batch_size: int
 ) -> None:
     """Write each answer as ONNX beside its file, and add how often both predict the same class.
 
-    Args:
-        answers: Of results.json; changed in place.
-        files: By goal.
-        confirming: Images to compare on.
-        batch_size: In images.
+    ``answers`` are those of results.json, changed in place; ``files`` are theirs by goal.
     """
     for answer in answers:
         model = load_int8(files[answer["name"]])
         path = files[answer["name"]].with_suffix(".onnx")
         export_onnx(model.network, path)
-        run = load_onnx(path)
-        ours = predict(model, confirming, batch_size, "INT8")
-        theirs = predict(run, confirming, batch_size, "ONNX Runtime")
+        ours = predict(model, images, batch_size, "INT8")
+        theirs = predict(load_onnx(path), images, batch_size, "ONNX Runtime")
         agreement = float((ours == theirs).double().mean())
         answer["onnx"] = {"file": path.name, "agreement": agreement}

@@ -1,4 +1,4 @@
-"""Networks that took minutes to make: kept while the run is unfinished, and not made again."""
+"""Networks that take minutes to make: kept while the run is unfinished, and not made again."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from quantization.files.int8_file import SUFFIX, read_int8, save_int8
 from quantization.int8.network import Int8Network
 from training.loop.fit import choose_precision
 
-PRECISION = "precision"  # name of what is recorded: the precision of each device's networks
+PRECISION = "precision"  # name of the partial result: the precision of each device's networks
 
 
 @dataclass(frozen=True)
 class Store:
-    """Networks by name, in what an unfinished run leaves.
+    """Networks by name, among the partial results of a run.
 
     Attributes:
-        unfinished: What the run has finished.
-        model: The dense network that the others are made from.
+        unfinished: Partial results of the run.
+        model: Dense network that the others are made from.
     """
 
     unfinished: PartialResults

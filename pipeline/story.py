@@ -10,11 +10,11 @@ from common.report.results import (
     at_batch_sizes,
     change_columns,
     counted,
+    describe_change,
     describe_given,
     describe_setting,
     doubt,
     explain_doubt,
-    format_change,
     format_cost,
     network_name,
     percent,
@@ -50,14 +50,14 @@ def tell(results: dict) -> Story:
 
 
 def _headline(answer: dict) -> Headline:
-    change = format_change(answer["comparison"])
-    return Headline(
-        f"{answer['size_ratio']:.1f}× smaller",
+    meaning = (
         f"{answer['name']}; as fast as FP32 at its best: "
-        f"{at_batch_sizes(answer['speedup'], 'over_fp32')}; {change.points} points, 95 % interval "
-        f"{change.low} to {change.high}" + ("" if answer["within_budget"] else "; not within the "
-        "budget"),
-    )  # fmt: skip
+        f"{at_batch_sizes(answer['speedup'], 'over_fp32')}; "
+        f"{describe_change(answer['comparison'])}"
+    )
+    if not answer["within_budget"]:
+        meaning += "; not within the budget"
+    return Headline(f"{answer['size_ratio']:.1f}× smaller", meaning)
 
 
 def label(name: str, coded: bool) -> str:
@@ -82,7 +82,7 @@ def size_table(results: dict) -> Table:
     (fp32, int8), given = results["models"], results["weights"]["size_bytes"]
     columns = [
         _label_column(results, ""),
-        Column("MB", size_of, lambda size_bytes: f"{size_bytes / 1e6:.2f}"),
+        Column("MB", lambda entry: size_of(entry) / 1e6, "{:.2f}".format),
         Column("smaller", _compressed(lambda e: fp32["size_bytes"] / size_of(e)), "{:.1f}×".format),
         Column("than given", _compressed(lambda e: given / size_of(e)), "{:.1f}×".format),
         *accuracy_columns(),
@@ -102,10 +102,7 @@ def speed_table(results: dict) -> Table:
     fp32 = results["models"][0]
     columns = [_label_column(results, "ms at")]
     for index, timing in enumerate(fp32["latency"]):
-        columns += [
-            Column(f"batch {timing['batch_size']}", _timing(index), _show_median),
-            Column("as fast", _compressed(_timing(index)), _show_speedup(timing)),
-        ]
+        columns += _columns_at(index, timing)
     rows = [*results["models"], *results["answers"]]
     note = (
         "Medians of one call on a batch; as fast: as FP32 at its best. Models took turns."
@@ -119,16 +116,22 @@ def _compressed(value: Callable[[dict], object]) -> Callable[[dict], object]:
     return lambda entry: None if entry["name"] == "fp32" else value(entry)
 
 
-def _timing(index: int) -> Callable[[dict], dict]:
-    return lambda entry: entry["latency"][index]
+def _columns_at(index: int, fp32: dict) -> list[Column]:
+    """Return the columns of one batch size; ``fp32`` is FP32's timing at it."""
 
+    def timing(entry: dict) -> dict:
+        return entry["latency"][index]
 
-def _show_median(timing: dict) -> str:
-    return f"{timing['median_ms']:.1f}{doubt(timing)}"
+    def show_median(own: dict) -> str:
+        return f"{own['median_ms']:.1f}{doubt(own)}"
 
+    def show_speedup(own: dict) -> str:
+        return f"{fp32['median_ms'] / own['median_ms']:.1f}×{doubt(fp32, own)}"
 
-def _show_speedup(fp32: dict) -> Callable[[dict], str]:
-    return lambda own: f"{fp32['median_ms'] / own['median_ms']:.1f}×{doubt(fp32, own)}"
+    return [
+        Column(f"batch {fp32['batch_size']}", timing, show_median),
+        Column("as fast", _compressed(timing), show_speedup),
+    ]
 
 
 def advise(results: dict) -> list[str]:
@@ -167,8 +170,7 @@ def advise(results: dict) -> list[str]:
 def choose_to_ship(within: Sequence[dict]) -> tuple[dict, str]:
     """Return the answer to ship, and why: ``both``, unless another one is smaller and better.
 
-    Args:
-        within: Answers within the budget, one at least.
+    ``within`` holds the answers within the budget, at least one.
     """
     both = next((answer for answer in within if answer["name"] == "both"), within[0])
 
@@ -184,13 +186,13 @@ def choose_to_ship(within: Sequence[dict]) -> tuple[dict, str]:
         return both, "it is the only answer within the budget"
     others = {answer["name"]: answer for answer in within if answer is not both}
     pieces = []
-    if "size" in others:
-        more = both["file_bytes"] / others["size"]["file_bytes"]
-        pieces.append(f"{more:.2f} times the bytes of {others['size']['file']}")
-    if "speed" in others:
-        now, least = (answer["latency"][-1] for answer in (both, others["speed"]))
+    if size := others.get("size"):
+        more = both["file_bytes"] / size["file_bytes"]
+        pieces.append(f"{more:.2f} times the bytes of {size['file']}")
+    if speed := others.get("speed"):
+        now, least = (answer["latency"][-1] for answer in (both, speed))
         pieces.append(
             f"{now['median_ms'] / least['median_ms']:.2f}{doubt(now, least)} times the time of "
-            f"{others['speed']['file']} at batch {now['batch_size']}"
+            f"{speed['file']} at batch {now['batch_size']}"
         )
     return both, f"it takes {' and '.join(pieces)}"

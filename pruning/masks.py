@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from common.network.execution import Layer, Network
+
 
 def pruned_count(weights: int, amount: float) -> int:
     """Return how many of ``weights`` weights a fraction prunes, rounded as torch does."""
@@ -27,12 +29,8 @@ def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
     partition finds the same threshold in a tenth of the time. Where several weights have the
     magnitude of the threshold, torch chooses among them.
 
-    Args:
-        weight: Any shape, on the CPU.
-        count: Number of weights to prune, from 0 to all.
-
     Returns:
-        bool, the shape of ``weight``; True where the weight is kept.
+        bool, the shape of ``weight``, which is on the CPU; True where the weight is kept.
     """
     if count == 0:
         return torch.ones_like(weight, dtype=torch.bool)
@@ -45,14 +43,22 @@ def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
     return kept
 
 
+def l1_masks(weights: Mapping[str, torch.Tensor], amount: float) -> dict[str, torch.Tensor]:
+    """Choose the weights to keep, on their device, where each layer is pruned by ``amount``."""
+    return {
+        name: l1_mask(weight.cpu(), pruned_count(weight.numel(), amount)).to(weight.device)
+        for name, weight in weights.items()
+    }
+
+
+def masked_layers(network: Network, kept: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
+    """Return the pruned layers: folding scales whole output channels, so masks may follow it."""
+    return {name: network.layers[name].masked(mask) for name, mask in kept.items()}
+
+
 @torch.no_grad()
 def copy_without(model: nn.Module, kept: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a pruned copy on the CPU.
-
-    Args:
-        model: On any device; not changed.
-        kept: For each pruned layer's name, the mask of the weights to keep.
-    """
+    """Return a pruned copy on the CPU; ``kept`` holds the mask of each layer, True where kept."""
     pruned = copy.deepcopy(model).cpu()
     for name, mask in kept.items():
         pruned.get_submodule(name).weight.masked_fill_(~mask, 0)

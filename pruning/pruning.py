@@ -9,9 +9,6 @@ Describes the structure. Prunes each layer alone (L1, unstructured) and measures
 same images. Searches how far the linear layers can be pruned within a tolerance, and checks the
 answer against every amount. With --scope, searches how far all layers can be pruned together.
 Writes the pruned model, results.json and plots.
-
-The scan goes through the images once, for all layers and amounts together. It saves its progress
-every sixteen batches: if it is killed, ``--resume`` repeats at most that much.
 """
 
 from __future__ import annotations
@@ -23,17 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import (
-    accuracy_loss,
-    fraction,
-    image_count,
-    list_of,
-    name,
-    positive_int,
-)
+from common.command.argument_types import accuracy_loss, fraction, list_of, name
 
 DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "pruning"
-# Images in a batch. Small batches keep the activations of all variants in a CPU's cache.
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
 NEEDED_FLAGS = {
     "--recalibrate-bn": "--scope",
@@ -80,8 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="repeat scan and search by brute force (slow); fail if more than 1 in 1,000 "
         "predictions differ",
     )  # fmt: skip
-    searching = parser.add_argument_group("search over the linear layers")
-    searching.add_argument(
+    parser.add_argument_group("search over the linear layers").add_argument(
         "--tolerance", type=accuracy_loss, metavar="T", default=0.02,
         help="accuracy that may be lost, as a fraction: 0.01 is one point",
     )  # fmt: skip
@@ -100,22 +88,17 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--remove-macs", type=fraction, metavar="F",
-        help="with --scope channels: remove this fraction of the multiply-adds instead of "
-        "searching",
+        help="with --scope channels: remove this fraction of the multiply-adds, without a search",
     )  # fmt: skip
     group.add_argument(
         "--recalibrate-bn", action="store_true",
         help="add a row: batch-norm statistics re-estimated on training images after pruning",
     )  # fmt: skip
-    group.add_argument(
-        "--finetune-epochs", type=positive_int, metavar="N",
-        help="add a row: the best network found, trained for N epochs with its zeros kept, then at "
+    arguments.add_finetuning_arguments(
+        group,
+        "add a row: the best network found, trained for N epochs with its zeros kept, then at "
         "higher sparsities for as long as it stays within --tolerance",
-    )  # fmt: skip
-    group.add_argument(
-        "--finetune-images", type=image_count, metavar="N|all", default="all",
-        help="training images for --finetune-epochs",
-    )  # fmt: skip
+    )
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -146,18 +129,18 @@ def main(argv: list[str] | None = None) -> int:
     from common.search.budget import why_too_strict
     from pruning import steps
     from pruning.alone.brute_force import verify
-    from pruning.alone.scan import Scan, choose_layers, run_scan
-    from pruning.channels.search import ChannelSearch, require_possible
+    from pruning.alone.scan import Scan, choose_layers
+    from pruning.alone.walk import run_scan
+    from pruning.channels.search import require_possible
     from pruning.files.saved import LINEAR_ENDING, PRUNED_ENDING, SLIM_ENDING
     from pruning.report import plots, story
     from pruning.report.results import describe_scan
     from pruning.together.recalibration import adopt_statistics
-    from pruning.together.search import ModelSearch
     from training.loop.distillation import Training
 
     device.set_up_cpu(args.threads)
     chosen_device = device.choose_device(args.device)
-    amounts = args.amounts or [args.amount]
+    amounts, channels = args.amounts or [args.amount], args.scope == "channels"
     on_cpu = chosen_device.type == "cpu"
     batch_size = args.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
     with start_run(chosen_device, args.output_dir, args.overwrite) as (workers, folder):
@@ -166,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         fast = workers.broadcast(fast and on_cpu)  # a timing, so the first worker's counts
         names = list(weight_layers(inputs.model, inputs.traced.network))
         layers = choose_layers(names, args.layers, inputs.own_names)
-        if args.scope == "channels":
+        if channels:
             require_possible(inputs.traced.network, args.remove_macs)
         searches = args.scope and args.remove_macs is None
         if searches and (reason := why_too_strict(len(inputs.test), args.tolerance)):
@@ -182,15 +165,12 @@ def main(argv: list[str] | None = None) -> int:
         results = common_results(
             "pruning", args, workers, inputs.describe_images(), inputs.weights,
             inputs.describe_network(),
-        )  # fmt: skip
-        results |= describe_scan(scan, scanned)
-        linear_name = inputs.file_stem + (LINEAR_ENDING if args.scope else PRUNED_ENDING)
-        ending = SLIM_ENDING if args.scope == "channels" else PRUNED_ENDING
-        model_name = inputs.file_stem + ending
+        ) | describe_scan(scan, scanned)  # fmt: skip
+        model_ending = SLIM_ENDING if channels else PRUNED_ENDING
+        model_path = folder.file(inputs.file_stem + model_ending)
+        linear_path = folder.file(inputs.file_stem + LINEAR_ENDING) if args.scope else model_path
         if scan.head is not None:
-            results |= steps.prune_linear(
-                scan, scanned, scan.head, args.tolerance, args.seed, folder.file(linear_name)
-            )
+            results |= steps.prune_linear(scan, scanned, args.tolerance, args.seed, linear_path)
         if verification is not None:
             searched = results["linear_search"]["seconds"] if scan.head else 0.0
             seconds = scan_seconds and scan_seconds + searched
@@ -199,19 +179,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.scope:
             if learned_from := calibration or (training and training.images):
                 adopt_statistics(inputs.model, learned_from)
-            question = (scan, scanned.dense_correct, args.scope, args.tolerance, args.seed)
-            if args.scope == "channels":
-                search = ChannelSearch.prepare(
-                    *question, calibration, macs_removed=args.remove_macs
-                )
-            else:
-                search = ModelSearch.prepare(*question, calibration)
-            results |= steps.prune_together(search, training, folder.file(model_name))
+            search = steps.prepare_search(
+                scan, scanned, args.scope, args.tolerance, args.seed, calibration, args.remove_macs
+            )
+            results |= steps.prune_together(search, training, model_path)
         story.write_csv_files(results, folder.file)
         plots.draw_all(results, folder.file)
         results["artifacts"] = {
-            **({"model": model_name} if args.scope or scan.head else {}),
-            **({"linear_model": linear_name} if args.scope and scan.head else {}),
+            **({"model": model_path.name} if args.scope or scan.head else {}),
+            **({"linear_model": linear_path.name} if args.scope and scan.head else {}),
             "csv": folder.names(".csv"),
             "plots": folder.names(".png"),
         }

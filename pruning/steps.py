@@ -9,21 +9,17 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
-from common.network.execution import Network
 from common.network.tracing import trace_network
-from pruning.alone.head import Head
 from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
 from pruning.channels import search as channels
 from pruning.channels.speed import measure_models
 from pruning.files import saved
-from pruning.masks import copy_without
-from pruning.report import results, search_results
+from pruning.masks import copy_without, l1_masks
+from pruning.report.results import describe_found, describe_slim
 from pruning.together.found import best_of, search_all, search_finetuned
 from pruning.together.recalibration import RECALIBRATION_IMAGES, require_batch_norm
 from pruning.together.search import ModelSearch
@@ -31,11 +27,9 @@ from training.loop.distillation import Training
 
 
 def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> ImageSet | None:
-    """Read the training images that the search over many layers needs, to the network's device.
+    """Read the training images to re-estimate batch norms, or to repair a slim network, with.
 
-    Returns:
-        The images to re-estimate batch norms or to repair a network without channels; None where
-        neither is done.
+    They are on the network's device; None where neither is done.
 
     Raises:
         UserError: There are too few images, or no batch norms.
@@ -50,41 +44,43 @@ def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> I
     return inputs.load_training(count).to(inputs.test.images.device)
 
 
-def prune_linear(
-    scan: Scan, scanned: ScanResult, head: Head, tolerance: float, seed: int, path: Path
-) -> dict:
+def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, path: Path) -> dict:
     """Search how far the linear layers can go, write that model, and confirm the file.
 
     Raises:
         UserError: The reloaded model is not the one that the search measured.
     """
-    model, images, labels = scan.model, scan.images, scan.images.labels.cpu()
+    model, images, labels, head = scan.model, scan.images, scan.images.labels.cpu(), scan.head
     started = time.perf_counter()
     search = search_linear(head, scanned.features, labels, tolerance, seed)
     seconds = time.perf_counter() - started
-    reloaded, sizes = saved.save_pruned(
-        model, copy_without(model, head.masks_at(search.found)), path
-    )
-    expected = _classes_from_features(trace_network(reloaded, images.shape), head, scanned.features)
+    pruned = copy_without(model, head.masks_at(search.found))
+    reloaded, sizes = saved.save_pruned(model, pruned, path)
+    expected = head.classify(trace_network(reloaded, images.shape), scanned.features)
     predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
     confirmed = saved.confirm(scanned.dense_correct, expected == labels, predictions == labels)
-    sparse = f"{100 * saved.TIMED_AMOUNT:g} % zeros in every layer"
-    kept_last = {  # kernels take the same time whichever weights are zero
-        name: torch.arange(weight.numel()).view_as(weight) >= saved.TIMED_AMOUNT * weight.numel()
-        for name, weight in scan.weights.items()
-    }
-    models = {"dense": model, sparse: copy_without(model, kept_last)}
-    timings = saved.time_zeros(models, images)
+    sparse = copy_without(model, l1_masks(scan.weights, saved.TIMED_AMOUNT))
+    models = {"dense": model, f"{100 * saved.TIMED_AMOUNT:g} % zeros in every layer": sparse}
     share = head.total / sum(weight.numel() for weight in scan.weights.values())
     return {
-        "linear_search": results.describe_linear(search, seconds, confirmed),
-        "savings": {**sizes, "linear_share": share, "latency": timings},
+        "linear_search": search.as_dict() | {"seconds": seconds, "confirmed": confirmed},
+        "savings": {
+            **sizes,
+            "linear_share": share,
+            "latency": saved.time_zeros(models, images),
+        },
     }
 
 
-def _classes_from_features(network: Network, head: Head, features: torch.Tensor) -> torch.Tensor:
-    output = network.graph.output
-    return network.run({head.features: features}, [output])[output].argmax(dim=1)
+def prepare_search(
+    scan: Scan, scanned: ScanResult, scope: str, tolerance: float, seed: int,
+    calibration: ImageSet | None, macs_removed: float | None,
+) -> ModelSearch:  # fmt: skip
+    """Return the search over many layers together, of weights or of whole channels."""
+    question = (scan, scanned.dense_correct, scope, tolerance, seed, calibration)
+    if scope == channels.SCOPE:
+        return channels.ChannelSearch.prepare(*question, macs_removed=macs_removed)
+    return ModelSearch.prepare(*question)
 
 
 def prune_together(search: ModelSearch, training: Training | None, path: Path) -> dict:
@@ -102,9 +98,8 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
         found.append(search_finetuned(search, best, training))
         best = best_of(search, found)
     seconds = time.perf_counter() - started
-    rows = [search_results.describe_found(search, one) for one in found]
+    rows = [describe_found(search, one) for one in found]
     images, dense_correct = search.held_out.images, search.held_out.dense_correct
-    expected = search.classifier(best.model).find_correct(images)
     reloaded, sizes = saved.save_pruned(search.model, best.model, path)
     predictions = predict(reloaded.to(images.images.device), images, description="confirm")
     row = rows[found.index(best)]
@@ -115,14 +110,14 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
         "model_saved": {
             **{name: row[name] for name in same},
             "sparsity": row["max_sparsity"],
-            **saved.confirm(dense_correct, expected, predictions == images.labels.cpu()),
+            **saved.confirm(dense_correct, best.correct, predictions == images.labels.cpu()),
             **sizes,
             "latency": saved.time_zeros({"dense": search.model, "pruned": reloaded}, images),
         },
     }
     if search.scope == channels.SCOPE:
         models = measure_models(search.model, reloaded, search.calibration, images)
-        told["slim"] = search_results.describe_slim(search.model, reloaded, models)
+        told["slim"] = describe_slim(search.model, reloaded, models)
     if search.fast:
         search.record.warn_if_near()
         told["model_search_bf16"] = asdict(search.record)

@@ -1,12 +1,10 @@
-"""Check a report.html as a browser that trusts nobody would: python tests/check_page.py FILE..."""
+"""Check a report.html as a browser that trusts nobody would."""
 
 from __future__ import annotations
 
 import base64
-import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from pathlib import Path
 
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "main", "section", "h1", "h2", "p", "ul",
@@ -61,9 +59,3 @@ def check_page(content: str) -> Page:
     page.close()
     assert not page._open
     return page
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        found = check_page(Path(name).read_text())
-        print(f"{name}: {len(found.text):,} characters, {len(found.images)} plots, nothing else")

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from check_results import check_results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PINS = Path(__file__).with_name("fixtures") / "pins.json"
@@ -25,21 +26,30 @@ BUNDLED = ("--bundled", "--weights", "common/assets/resnet18_cifar10_fp16.pth", 
 
 
 def run(script: str, *arguments: str) -> tuple[dict, Path]:
-    """Run a script; return its results and the folder that it wrote."""
+    """Run a script; return its results, which keep their contract, and the folder it wrote."""
     folder = Path(tempfile.mkdtemp(prefix="pins-"))
     command = [sys.executable, f"{script}/{script}.py", *BUNDLED, *arguments]
     command += ["--output-dir", str(folder), "--quiet"]
     subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((folder / "results.json").read_text()), folder
+    results = json.loads((folder / "results.json").read_text())
+    check_results(results, folder)
+    return results, folder
 
 
 def pin_scan() -> dict:
-    """Return how many of 2,000 images are right with each layer pruned alone, and the search."""
-    results, _ = run("pruning", "--precision", "fp32", "--test-images", "2000")
-    search = results["linear_search"]
+    """Return how many of 500 images are right with each layer pruned alone, and the search.
+
+    Beside them stands how many of the dense network's right answers that costs: the number tells
+    layers apart that end at the same accuracy.
+    """
+    results, _ = run("pruning", "--precision", "fp32", "--test-images", "500")
+    search, layers = results["linear_search"], results["sensitivity"]
     return {
         "dense": results["baseline"]["correct"],
-        "layers": {e["layer"]: e["accuracy"]["correct"] for e in results["sensitivity"]},
+        "layers": {
+            entry["layer"]: [entry["accuracy"]["correct"], entry["comparison"]["only_a_correct"]]
+            for entry in layers
+        },
         "linear_kept_weights": search["kept_weights"],
         "linear_steps": [step["accuracy"]["correct"] for step in search["steps"]],
     }
@@ -62,9 +72,9 @@ def pin_int8() -> dict:
 
 def pin_channels() -> dict:
     """Return how many outputs each layer has where half of the multiply-adds are removed."""
-    results, folder = run(
+    results, folder = run(  # one layer is enough of the scan, which comes first
         "pruning", "--scope", "channels", "--remove-macs", "0.5", "--test-images", "200",
-        "--precision", "fp32",
+        "--precision", "fp32", "--layers", "linear",
     )  # fmt: skip
     state = torch.load(folder / results["artifacts"]["model"], weights_only=True)
     return {name: len(value) for name, value in state.items() if value.ndim > 1}

@@ -19,10 +19,10 @@ from common.images import data
 from common.images.data import ImageSet
 from common.machine import device
 from common.measure.evaluate import predict
-from common.network.cascade import Cascade, Fp32Recheck
+from common.network.cascade import Cascade, Fp32Recheck, Variants
 from common.network.classifier import Classifier
 from common.network.tracing import trace_network
-from pruning.alone.walk import PrunedVariants, Walk
+from pruning.alone.walk import walk
 from training.loop.augment import make_batch, plan_epoch
 from training.recipe import Recipe
 
@@ -116,13 +116,13 @@ def test_the_scan_neither_waits_nor_leaves_the_gpu(imagined):
     model, images = imagined
     network = trace_network(model, images.shape)
     layers = ["conv1", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0", "linear"]
-    variants = PrunedVariants({n: network.layers[n] for n in layers}, None, 0.9, {})
-    walk = Walk(Cascade.of(network, fast=False), layers, network.graph["linear"].inputs[0])
+    variants = Variants({name: network.layers[name] for name in layers}, None)
+    cascade, (features,) = Cascade.of(network, fast=False), network.graph["linear"].inputs
     assert network.shapes  # learned once
     with Devices() as devices:
-        chunk = walk.run(images, [variants], 16, lambda count: None)
-    assert chunk.correct.shape == (5, 64)
-    assert chunk.correct.is_cuda
+        batches = [*walk(cascade, features, [(variants, None)], images, 16, Fp32Recheck())]
+    assert [correct.shape for _, _, correct in batches] == [(5, 16)] * 4
+    assert all(value.is_cuda for batch in batches for value in batch)
     assert devices.crossings == 0
 
 

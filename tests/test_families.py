@@ -16,7 +16,7 @@ from common.network.execution import Network
 from common.network.size import count_macs, describe_layers
 from common.network.tracing import trace_network, weight_layers
 from pruning.alone.brute_force import pruned_copy
-from pruning.alone.walk import PrunedVariants
+from pruning.masks import l1_masks, masked_layers
 
 FAMILIES = (
     "resnet18", "resnet50", "mobilenet_v2", "vgg11_bn", "mobilenet_v3_small", "efficientnet_b0",
@@ -82,7 +82,7 @@ def test_scan_is_exact(family):
     weights = {n: m.weight.detach() for n, m in weight_layers(model, network).items()}
     some = [*list(weights)[:: 1 + len(weights) // 8], list(weights)[-1]]
     with torch.inference_mode():
-        variants = PrunedVariants.of(network, weights, 0.9, fast=False).exact
+        variants = masked_layers(network, l1_masks(weights, 0.9))
         wanted = start_values(network.graph, weights)
         dense = network.run({network.graph.input: images}, wanted)
         found = branch_logits(network, dense, variants).view(len(weights), 2, 5)

@@ -9,7 +9,7 @@ import json
 import pytest
 from record_pins import PINS, record
 
-FEW = 4  # of 2,000 images
+FEW = 2  # of 500 images
 
 
 @pytest.mark.full

@@ -20,8 +20,7 @@ from processes import REPOSITORY, Copy, run_fresh, run_here, run_together, start
 from common.files.output import OUR_ENTRIES, STAGING_PREFIX, UNFINISHED_NAME
 from common.network.checkpoint import load_model
 from common.report.results import floor_percent
-from pruning.alone import scan as scan_module
-from pruning.alone.walk import Walk
+from pruning.alone import walk as walk_module
 from pruning.pruning import main
 
 SCRIPT = REPOSITORY / "pruning" / "pruning.py"
@@ -130,14 +129,14 @@ def whole(small, tmp_path_factory):
 @pytest.fixture
 def slow(monkeypatch):
     """Let each chunk after the first take three seconds more, in which a run can be stopped."""
-    run, calls = Walk.run, itertools.count()
+    walk, calls = walk_module.walk, itertools.count()
 
     def run_slowly(*arguments):
         if next(calls):
             time.sleep(3)
-        return run(*arguments)
+        return walk(*arguments)
 
-    monkeypatch.setattr(Walk, "run", run_slowly)
+    monkeypatch.setattr(walk_module, "walk", run_slowly)
     return monkeypatch
 
 
@@ -247,7 +246,7 @@ def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole,
 def test_bad_input_is_one_line_before_the_scan(
     arguments, message, tiny_weights, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(scan_module, "run_scan", None)
+    monkeypatch.setattr(walk_module, "run_scan", None)
     weights = ["--weights", str(tiny_weights)]  # another in the arguments takes its place
     arguments = ["--bundled", "--test-images", "20", *weights, *arguments]
     assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 1

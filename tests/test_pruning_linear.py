@@ -116,8 +116,8 @@ def test_search_reports_all_that_it_did():
     torch.manual_seed(0)
     head, model = head_of(nn.Conv2d(3, 2, 5, 2), nn.Flatten(), nn.Linear(8, 10))
     found, _, _ = search(head, model, 2, 0.05)
-    assert (head.features, head.layers) == ("1", ("2",))
-    assert (found.weights, found.images, found.required) == (80, 200, 190)
+    assert (head.features, list(head.weights)) == ("1", ["2"])
+    assert (found.counts[-1], found.images, found.required) == (80, 200, 190)
     assert found.counts.tolist() == list(range(81))
     assert found.correct[0] == 200
     assert found.correct[found.found] >= 190
@@ -132,8 +132,8 @@ def test_several_linear_layers_are_pruned_together_by_the_same_amount():
     modules = [nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 20), nn.ReLU(), nn.Linear(20, 5)]
     head, model = head_of(*modules)
     found, x, labels = search(head, model, 2, 0.1)
-    assert head.layers == found.layers == ("2", "4")
-    assert (head.levels, found.weights) == (AMOUNTS_OF_SEVERAL, 72 * 20 + 20 * 5)
+    assert tuple(head.weights) == found.layers == ("2", "4")
+    assert (head.levels, found.counts[-1]) == (AMOUNTS_OF_SEVERAL, 72 * 20 + 20 * 5)
     for level in (1, 37, 90, 100):
         pruned = copy.deepcopy(model)
         for name in ("2", "4"):
@@ -162,7 +162,7 @@ def test_head_ends_where_more_than_a_vector_is_read():
     model = Excited().eval()
     network = trace_network(model, (3, 8, 8))
     weights = {name: layer.weight for name, layer in network.layers.items()}
-    assert Head.of(network, weights).layers == ("fc",)
+    assert list(Head.of(network, weights).weights) == ["fc"]
 
 
 def test_network_that_ends_in_a_convolution_has_no_head():

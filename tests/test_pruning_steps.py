@@ -7,7 +7,8 @@ from cifar import image_set
 from torch import nn
 
 from pruning.alone.brute_force import verify
-from pruning.alone.scan import Scan, run_scan
+from pruning.alone.scan import Scan
+from pruning.alone.walk import run_scan
 from pruning.files import saved
 from pruning.report import plots, story
 from pruning.report.results import describe_scan
@@ -32,7 +33,7 @@ def run(scan, tmp_path):
     results = describe_scan(scan, scanned) | {"artifacts": {"plots": []}}
     if scan.head is not None:
         path = tmp_path / "pruned.pth"
-        results |= prune_linear(scan, scanned, scan.head, 0.05, 0, path)
+        results |= prune_linear(scan, scanned, 0.05, 0, path)
         results["artifacts"] |= {"model": path.name}
     results |= {
         "arguments": {"tolerance": 0.05}, "network": {"family": "a network"},

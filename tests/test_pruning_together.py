@@ -10,16 +10,16 @@ from processes import run_here
 from resnet18 import weight_modules
 from test_pruning import QUICK
 
-from common.measure.evaluate import Accuracy, Paired, predict
+from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
 from common.network.size import describe_layers
 from common.network.tracing import trace_network
 from common.search.split import split_test
 from pruning.alone.scan import Scan
 from pruning.pruning import main
-from pruning.report import search_results
+from pruning.report import results as results_module
+from pruning.report.results import describe_found
 from pruning.report.search_plots import plot_model_search
-from pruning.report.search_results import describe_found
 from pruning.together import found as found_module
 from pruning.together.allocation import GLOBAL, RANDOM, SENSITIVITY, global_masks
 from pruning.together.found import Found, best_of, search_all, search_with
@@ -72,7 +72,7 @@ def test_entry_is_what_plain_passes_measure(search):
     entry = describe_found(search, found)
     pruned = search.prune(method, found.sparsity)
     held = search.held_out.images
-    assert found.measured.accuracy.correct == int((predict(pruned, held, 16) == held.labels).sum())
+    assert torch.equal(found.correct, predict(pruned, held, 16) == held.labels)
     assert entry["accuracy"]["total"] == len(held)
     kept = sum(
         layer.macs * float((weight_modules(pruned)[layer.name].weight != 0).float().mean())
@@ -86,7 +86,7 @@ def test_entry_is_what_plain_passes_measure(search):
 def test_all_of_a_curve_is_on_the_same_images(search, monkeypatch):
     """Two points of it were on all held-out images, the others on the first 2,000."""
     monkeypatch.setattr(found_module, "CURVE_IMAGES", 12)
-    monkeypatch.setattr(search_results, "CURVE_IMAGES", 12)
+    monkeypatch.setattr(results_module, "CURVE_IMAGES", 12)
     found = search_with(search, Method(RANDOM, False))
     entry = describe_found(search, found)
     first = search.held_out.images.rows(slice(12))
@@ -95,7 +95,7 @@ def test_all_of_a_curve_is_on_the_same_images(search, monkeypatch):
         assert accuracy == int((predict(pruned, first, 16) == first.labels).sum()) / 12
     assert entry["curve"][0][0] == 0
     assert found.sparsity in [sparsity for sparsity, _ in entry["curve"]]
-    assert found.measured.accuracy.total == 20
+    assert len(found.correct) == 20
 
 
 def test_equals_are_told_apart_by_the_half_that_chooses(search):
@@ -105,8 +105,8 @@ def test_equals_are_told_apart_by_the_half_that_chooses(search):
     worse = search.prune(Method(RANDOM, False), 0.99)
 
     def made(model, right_on_held_out):
-        measured = Paired(Accuracy(right_on_held_out, 20), None)
-        return Found(Method(GLOBAL, False), 0, 0.5, model, measured, measured, {}, [])
+        correct = torch.arange(20) < right_on_held_out
+        return Found(Method(GLOBAL, False), 0, 0.5, model, correct, {}, [])
 
     chosen.labels[:] = predict(better, chosen, 16)
     assert not torch.equal(predict(worse, chosen, 16), chosen.labels)
@@ -122,7 +122,7 @@ def test_every_method_gets_its_row(search, tmp_path):
     for entry in entries:
         check_model_search(json.loads(json.dumps(entry)))
     best = best_of(search, found)
-    assert best.sparsity == max(one.sparsity for one in found if not one.is_control)
+    assert best.sparsity == max(one.sparsity for one in found if one.method.allocation != RANDOM)
     plot_model_search(entries, 0.1, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 

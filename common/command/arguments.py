@@ -121,6 +121,18 @@ def add_calibration_argument(
     )  # fmt: skip
 
 
+def add_finetuning_arguments(group: argparse._ActionsContainer, purpose: str) -> None:
+    """Add the flags that train what a search finds; the first one's help is its ``purpose``."""
+    group.add_argument("--finetune-epochs", type=positive_int, metavar="N", help=purpose)
+    group.add_argument(
+        "--finetune-images",
+        type=image_count,
+        metavar="N|all",
+        default="all",
+        help="training images for --finetune-epochs",
+    )
+
+
 def add_check_argument(group: argparse._ActionsContainer) -> None:
     """Add the flag that writes images and logits to check a model with on another device."""
     group.add_argument(

@@ -126,6 +126,12 @@ def format_change(comparison: Mapping[str, Any]) -> Change:
     return Change(*(points(-loss) for loss in (comparison["drop"], high, low)))
 
 
+def describe_change(comparison: Mapping[str, Any]) -> str:
+    """Say how many points a ``comparison`` object of results.json lost or gained."""
+    change = format_change(comparison)
+    return f"{change.points} points, 95 % interval {change.low} to {change.high}"
+
+
 def megabytes(size_bytes: float, digits: int = 2) -> str:
     """Format bytes as megabytes (10^6 bytes)."""
     return f"{size_bytes / 1e6:,.{digits}f} MB"

@@ -16,7 +16,7 @@ import torch
 from common.command import cli
 from common.network.execution import Network
 from common.network.graph import LINEAR
-from pruning.masks import l1_mask, pruned_count
+from pruning.masks import l1_mask, l1_masks, masked_layers, pruned_count
 
 # Amounts to try: every number of weights, where a single layer has at most this many; else a
 # thousand of a single layer, and whole percents of several.
@@ -31,36 +31,30 @@ class Head:
     Attributes:
         network: Dense network, on the CPU.
         features: Name of the operation whose value, one vector an image, is all that they need.
-        layers: Names of the layers, in execution order.
-        weights: Weights of the layers without batch norms, by whose magnitudes they are pruned.
+        weights: Weights of the layers without batch norms, by whose magnitudes they are pruned, in
+            execution order.
     """
 
     network: Network
     features: str
-    layers: tuple[str, ...]
     weights: Mapping[str, torch.Tensor]
 
     @classmethod
     def of(cls, network: Network, weights: Mapping[str, torch.Tensor]) -> Head | None:
         """Find the linear layers that the logits depend on through one vector an image.
 
-        Args:
-            network: Dense network, on any device.
-            weights: Weight of every layer without the batch norm.
-
-        Returns:
-            None where there are none: the network's last layer is a convolution.
+        ``weights`` are those of every layer, without batch norms. The result is None where the
+        network ends in a convolution.
         """
         graph, found = network.graph, None
         linear = [name for name in graph.layers if graph[name].kind == LINEAR]
         for first in reversed(range(len(linear))):
-            layers = tuple(linear[first:])
-            inside = graph.affected_by(layers)
+            inside = graph.affected_by(linear[first:])
             read = {name for inner in inside for name in graph[inner].inputs} - inside
             if len(read) != 1 or len(network.shapes[features := read.pop()]) != 1:
                 break
-            own = {name: weights[name].cpu() for name in layers}
-            found = cls(network.to_device("cpu"), features, layers, own)
+            own = {name: weights[name].cpu() for name in linear[first:]}
+            found = cls(network.to_device("cpu"), features, own)
         return found
 
     @property
@@ -72,7 +66,7 @@ class Head:
     def is_single(self) -> bool:
         """Whether the head is one layer that gives the logits, without a batch norm."""
         name = self.network.graph.output
-        return self.layers == (name,) and torch.equal(
+        return list(self.weights) == [name] and torch.equal(
             self.weights[name], self.network.layers[name].weight
         )
 
@@ -90,29 +84,25 @@ class Head:
 
     def masks_at(self, level: int) -> dict[str, torch.Tensor]:
         """Return the masks of the weights that are kept at a level."""
-        return {n: l1_mask(self.weights[n], count) for n, count in self.counts_at(level).items()}
+        return l1_masks(self.weights, level / self.levels)
+
+    def classify(self, network: Network, features: torch.Tensor) -> torch.Tensor:
+        """Return the classes (N,) that a network of other weights finds from the head's input."""
+        output = network.graph.output
+        return network.run({self.features: features}, [output])[output].argmax(dim=1)
 
     def sweep(self, features: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-        """Find the correct images at every level.
+        """Find the correct images at every level: bool, shape (levels + 1, N).
 
-        Args:
-            features: Input of the head, FP32, shape (N, features).
-            labels: int64, shape (N,).
-
-        Returns:
-            bool, shape (levels + 1, N).
+        ``features``, the input of the head, is FP32, (N, features); ``labels`` is int64, (N,).
         """
         if self.is_single and self.levels == self.total:
-            layer = self.network.layers[self.layers[0]]
+            layer = self.network.layers[self.network.graph.output]
             return sweep_single(features, labels, layer.weight, layer.bias)
-        output, layers = self.network.graph.output, self.network.layers
         correct = np.empty((self.levels + 1, len(labels)), dtype=bool)
         for level in cli.progress(range(self.levels + 1), "linear layers", unit="amount"):
-            masked = {
-                name: layers[name].masked(kept) for name, kept in self.masks_at(level).items()
-            }
-            found = self.network.with_layers(masked).run({self.features: features}, [output])
-            correct[level] = (found[output].argmax(dim=1) == labels).numpy()
+            pruned = self.network.with_layers(masked_layers(self.network, self.masks_at(level)))
+            correct[level] = (self.classify(pruned, features) == labels).numpy()
         return correct
 
 
@@ -123,12 +113,6 @@ def sweep_single(
 
     Each step subtracts one weight's share from one class's logits. It is FP64, so that thousands of
     steps add up to less than the rounding of one FP32 product.
-
-    Args:
-        features: Input of the layer, shape (N, features).
-        labels: int64, shape (N,).
-        weight: Shape (classes, features).
-        bias: Shape (classes,).
 
     Returns:
         bool, shape (number of weights + 1, N): row k with the k smallest weights pruned.

@@ -9,24 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from common.measure.evaluate import Accuracy
 from pruning.alone.head import Head
 
 SPLITS = 200
 
 
-@dataclass(frozen=True)
-class SearchStep:
-    """One step of the binary search.
-
-    Attributes:
-        level: Level that was tried.
-        correct: Number of correct images.
-        kept: Whether that is within the tolerance.
-    """
+class SearchStep(NamedTuple):
+    """A level that the binary search tried, its correct images, and whether those are enough."""
 
     level: int
     correct: int
@@ -44,10 +39,8 @@ def binary_search(
     """Search the largest level, up to ``largest``, that keeps ``required`` images correct.
 
     The answer is right where correctness falls steadily. Where it does not, the answer still holds,
-    but a larger one may exist: the sweep finds it. Level 0, nothing pruned, is not tried.
-
-    Returns:
-        The level, and the steps that led to it.
+    but a larger one may exist: the sweep finds it. Level 0, nothing pruned, is not tried. Return
+    the level, and the steps that led to it.
     """
     low, high, steps = 0, largest, []
     while low < high:
@@ -59,14 +52,11 @@ def binary_search(
     return low, steps
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """Results of ``SPLITS`` random splits: one half chooses a level, the other half judges it.
 
-    Attributes:
-        levels: Chosen levels; int64, shape (SPLITS,).
-        drops: Accuracy that each lost on its other half, as a fraction; shape (SPLITS,).
-        within: Number of splits in which that loss is within the tolerance.
+    Each array has shape (SPLITS,): the chosen levels, int64, and the fraction of accuracy that each
+    lost on its other half. ``within`` counts the losses that are within the tolerance.
     """
 
     levels: np.ndarray
@@ -77,10 +67,7 @@ class Splits:
 def repeat_on_halves(correct: np.ndarray, tolerance: float, seed: int) -> Splits | None:
     """Repeat the binary search on random halves; None for fewer than two images.
 
-    Args:
-        correct: Result of :meth:`pruning.alone.head.Head.sweep`.
-        tolerance: Accuracy that may be lost, as a fraction.
-        seed: Seed of the halves.
+    ``correct`` is the result of :meth:`pruning.alone.head.Head.sweep`.
     """
     largest, total = correct.shape[0] - 1, correct.shape[1]
     half = total // 2
@@ -111,8 +98,7 @@ class LinearSearch:
         tolerance: Accuracy that may be lost, as a fraction.
         found: Level that the binary search found.
         steps: Steps of the binary search.
-        required: Number of images that must stay correct.
-        images: Number of images.
+        required: Number of images that must stay correct, of ``images``.
         correct: Number of correct images at each level; int64, shape (levels + 1,).
         splits: Results on random halves; None where there is only one image.
     """
@@ -126,11 +112,6 @@ class LinearSearch:
     images: int
     correct: np.ndarray
     splits: Splits | None
-
-    @property
-    def weights(self) -> int:
-        """The number of weights of the layers."""
-        return int(self.counts[-1])
 
     @property
     def largest(self) -> int:
@@ -153,6 +134,46 @@ class LinearSearch:
             "the binary search fell into the gap"
         )
 
+    def as_dict(self) -> dict:
+        """Return the ``linear_search`` object of results.json."""
+        counts, amounts = self.counts.tolist(), (self.counts / self.counts[-1]).tolist()
+        found = {
+            "layers": list(self.layers),
+            "tolerance": self.tolerance,
+            "images": self.images,
+            "dense": Accuracy(int(self.correct[0]), self.images).as_dict(),
+            "max_amount": amounts[self.found],
+            "pruned_weights": counts[self.found],
+            "kept_weights": counts[-1] - counts[self.found],
+            "steps": [
+                {
+                    "amount": amounts[step.level],
+                    "pruned_weights": counts[step.level],
+                    "accuracy": Accuracy(step.correct, self.images).as_dict(),
+                    "kept": step.kept,
+                }
+                for step in self.steps
+            ],
+            "curve": np.stack([amounts, self.correct / self.images], axis=1).tolist(),
+            "exhaustive_max_amount": amounts[self.largest],
+            "monotone": self.is_monotone,
+            "explanation": self.explain(),
+        }
+        if self.splits is not None:
+            found["splits"] = {
+                "splits": len(self.splits.drops),
+                "within_tolerance": self.splits.within,
+                "amount": _spread(self.counts[self.splits.levels] / self.counts[-1]),
+                "drop": {**_spread(self.splits.drops), "mean": float(self.splits.drops.mean())},
+            }
+        return found
+
+
+def _spread(values: np.ndarray) -> dict:
+    """Return the median and the range of the middle 90 %."""
+    low, median, high = np.quantile(values, [0.05, 0.5, 0.95]).tolist()
+    return {"median": median, "middle90": [low, high]}
+
 
 def search_linear(
     head: Head, features: torch.Tensor, labels: torch.Tensor, tolerance: float, seed: int
@@ -162,9 +183,9 @@ def search_linear(
     Args:
         head: The layers.
         features: Input of the layers for every image, FP32, shape (N, features), on the CPU.
-        labels: int64, shape (N,), on the CPU.
+        labels: Classes, int64, shape (N,), on the CPU.
         tolerance: Accuracy that may be lost, as a fraction.
-        seed: Seed of the halves.
+        seed: Seed of the random halves.
     """
     sweep = head.sweep(features, labels)
     correct = sweep.sum(axis=1)
@@ -173,5 +194,5 @@ def search_linear(
     counts = np.array([sum(head.counts_at(level).values()) for level in range(head.levels + 1)])
     splits = repeat_on_halves(sweep, tolerance, seed)
     return LinearSearch(
-        head.layers, counts, tolerance, found, steps, required, len(labels), correct, splits
+        tuple(head.weights), counts, tolerance, found, steps, required, len(labels), correct, splits
     )

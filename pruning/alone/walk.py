@@ -1,4 +1,4 @@
-"""One walk over the images: the dense network and all pruned variants.
+"""The scan at work: one walk over the images, in chunks that an interrupted run keeps.
 
 Each batch runs through the dense network once, and every pruned variant branches off it
 (:mod:`common.network.branching`), in bf16 where that is fast, with FP32's predictions
@@ -7,133 +7,181 @@ Each batch runs through the dense network once, and every pruned variant branche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict
 
+import numpy as np
 import torch
 
-from common.images.data import ImageSet
+from common.command import cli
+from common.files.output import OutputFolder
+from common.images.data import ImageSet, checksum
 from common.network.branching import start_values
 from common.network.cascade import Cascade, Fp32Recheck, Variants
-from common.network.execution import Network
-from pruning.masks import l1_mask, pruned_count
+from pruning.alone.scan import Scan, ScanResult
+from pruning.masks import l1_masks, masked_layers
+
+# Unit of partial results: all layers at all amounts, on this many batches of images.
+CHUNK_BATCHES = 16
 
 
-@dataclass(frozen=True)
-class PrunedVariants(Variants):
-    """Variants of a network, each with one layer pruned by the same amount.
+def run_scan(
+    scan: Scan, folder: OutputFolder | None = None, resume: bool = False
+) -> tuple[ScanResult, float | None]:
+    """Scan, and check that the model is unchanged afterwards.
 
-    Attributes:
-        amount: Fraction to prune.
-        achieved: For each layer, its fraction of zeros.
+    The first worker's ``folder`` keeps partial results, from which ``resume`` continues.
+
+    Returns:
+        The result, and the scan's seconds; None where an earlier run did part of it.
+
+    Raises:
+        UserError: The workers differ in model, images or settings, or the partial results belong
+            to another scan.
     """
-
-    amount: float
-    achieved: dict[str, float]
-
-    @classmethod
-    def of(
-        cls, network: Network, weights: Mapping[str, torch.Tensor], amount: float, fast: bool
-    ) -> PrunedVariants:
-        """Prune each of some layers alone.
-
-        Args:
-            network: Dense network.
-            weights: For each layer to prune, its weight without the batch norm, whose magnitudes
-                decide; on any device.
-            amount: Fraction to prune.
-            fast: Whether to make variants in bf16 too.
-        """
-        exact, achieved = {}, {}
-        for name, weight in weights.items():
-            total = weight.numel()
-            kept = l1_mask(weight.cpu(), pruned_count(total, amount)).to(weight.device)
-            achieved[name] = (total - int(weight.masked_fill(~kept, 0).count_nonzero())) / total
-            # Folding scales whole output channels, so a mask may follow it.
-            exact[name] = network.layers[name].masked(kept)
-        rounded = network.with_layers(exact).to(torch.bfloat16).layers if fast else {}
-        return cls(exact, {n: rounded[n] for n in exact} if fast else None, amount, achieved)
+    identity = scan.identity()
+    scan.workers.require_same(identity)
+    started = time.perf_counter()
+    kept = {} if folder is None else folder.keep_unfinished(identity, resume)
+    finished = scan.workers.broadcast(dict(kept))
+    is_whole = not finished
+    result = scan_images(scan, finished if folder is None else kept)
+    seconds = time.perf_counter() - started
+    if checksum(scan.model.state_dict().values()) != identity["the checkpoint"]:
+        raise AssertionError("the scan changed the model")
+    if result.recheck is not None:
+        result.recheck.warn_if_near()
+    return result, seconds if is_whole else None
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Results for n images.
+@torch.inference_mode()
+def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
+    """Run all images, but variants only on chunks that are not ``finished``.
 
-    Attributes:
-        dense_correct: Correctness of the dense network, bool, shape (n,).
-        features: Input of the head's first linear layer, FP32, shape (n, features); without
-            columns where the network has no such head.
-        correct: Correctness of each variant, bool, shape (variants, n).
-        recheck: Counts of what FP32 checked.
+    Memory holds the weights of all variants and one batch. Every worker returns the whole result.
     """
+    cascade = Cascade.of(scan.network, scan.fast)
+    variants, achieved = _prune_each_layer(scan, cascade)
+    bounds = _bounds(scan, cascade, variants, finished) if scan.fast else dict.fromkeys(variants)
+    bounded = [(variants[amount], bounds[amount]) for amount in variants]
+    dense_correct, features, correct, recheck = [], [], [], Fp32Recheck()
+    chunk_size = scan.batch_size * CHUNK_BATCHES * scan.workers.count
+    with cli.progress(None, "scan", total=len(scan.images), unit="image") as bar:
+        for first in range(0, len(scan.images), chunk_size):
+            chunk = slice(first, min(first + chunk_size, len(scan.images)))
+            key = f"images-{chunk.start}-{chunk.stop}"
+            dense, values, bits, counts = _run_chunk(
+                scan, cascade, [] if key in finished else bounded, chunk, bar.update
+            )
+            dense_correct.append(dense)
+            features.append(values)
+            if key not in finished:
+                packed = np.packbits(bits.numpy()).tobytes().hex()
+                finished[key] = {"correct": packed, "recheck": asdict(counts)}
+            packed = np.frombuffer(bytes.fromhex(finished[key]["correct"]), dtype=np.uint8)
+            shape = (len(achieved), len(dense))
+            bits = np.unpackbits(packed, count=math.prod(shape)).reshape(shape)
+            correct.append(torch.from_numpy(bits.astype(bool)))
+            recheck.add(Fp32Recheck(**finished[key]["recheck"]))
+    return ScanResult(
+        torch.cat(dense_correct),
+        torch.cat(features),
+        dict(zip(achieved, torch.cat(correct, dim=1), strict=True)),
+        achieved,
+        recheck if scan.fast else None,
+    )
 
-    dense_correct: torch.Tensor
-    features: torch.Tensor
-    correct: torch.Tensor
-    recheck: Fp32Recheck
 
-    def cpu(self) -> Chunk:
-        """Return the chunk with its tensors in main memory."""
-        tensors = (self.dense_correct, self.features, self.correct)
-        return Chunk(*(tensor.cpu() for tensor in tensors), self.recheck)
-
-    @classmethod
-    def joined(cls, shares: Sequence[Chunk]) -> Chunk:
-        """Join the workers' shares, in the order of the images."""
-        shares = [share for share in shares if len(share.features)]  # few images, many workers
-        recheck = Fp32Recheck()
-        for share in shares:
-            recheck.add(share.recheck)
-        return cls(
-            torch.cat([share.dense_correct for share in shares]),
-            torch.cat([share.features for share in shares]),
-            torch.cat([share.correct for share in shares], dim=1),
-            recheck,
-        )
+def _prune_each_layer(
+    scan: Scan, cascade: Cascade
+) -> tuple[dict[float, Variants], dict[tuple[float, str], float]]:
+    """Return the variants of each amount, and for each amount and layer the fraction of zeros."""
+    variants, achieved = {}, {}
+    for amount in scan.amounts:
+        masks = l1_masks({name: scan.weights[name] for name in scan.layers}, amount)
+        for name, kept in masks.items():
+            zeros = int((scan.weights[name].masked_fill(~kept, 0) == 0).sum())
+            achieved[amount, name] = zeros / kept.numel()
+        fast = masked_layers(cascade.fast_network, masks) if scan.fast else None
+        variants[amount] = Variants(masked_layers(cascade.network, masks), fast)
+    return variants, achieved
 
 
-@dataclass(frozen=True)
-class Walk:
-    """The network to run, and what to keep of it.
+def _bounds(
+    scan: Scan,
+    cascade: Cascade,
+    variants: Mapping[float, Variants],
+    finished: MutableMapping[str, dict],
+) -> dict[float, torch.Tensor]:
+    """Return each amount's bounds for bf16, from the partial results if they are there.
 
-    Attributes:
+    All workers measure on the same images and use the first worker's bounds.
+    """
+    if "bounds" not in finished:
+        bounds = {
+            str(amount): cascade.measure_bounds(scan.images, v, scan.batch_size).tolist()
+            for amount, v in variants.items()
+        }
+        finished["bounds"] = scan.workers.broadcast(bounds)
+    return {amount: torch.tensor(finished["bounds"][str(amount)]) for amount in variants}
+
+
+def _run_chunk(
+    scan: Scan,
+    cascade: Cascade,
+    variants: Sequence[tuple[Variants, torch.Tensor | None]],
+    chunk: slice,
+    report: Callable[[int], object],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Fp32Recheck]:
+    """Run some images, each worker its share; return the results of all on the CPU."""
+    workers, features = scan.workers, scan.head.features if scan.head else None
+    share = scan.images.rows(workers.share_of(chunk.start, chunk.stop, scan.batch_size))
+    batches, counts = [], Fp32Recheck()
+    for batch in walk(cascade, features, variants, share, scan.batch_size, counts):
+        batches.append(batch)
+        report(len(batch[0]) * workers.count)
+    whole, recheck = [], Fp32Recheck()
+    for found, counted in workers.gather(([[t.cpu() for t in batch] for batch in batches], counts)):
+        whole += found
+        recheck.add(counted)
+    dense_correct, values, correct = zip(*whole, strict=True)
+    return torch.cat(dense_correct), torch.cat(values), torch.cat(correct, dim=1), recheck
+
+
+def walk(
+    cascade: Cascade,
+    features: str | None,
+    variants: Sequence[tuple[Variants, torch.Tensor | None]],
+    images: ImageSet,
+    batch_size: int,
+    recheck: Fp32Recheck,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Run the dense network and its variants batch by batch; in FP32 this never waits for a GPU.
+
+    Args:
         cascade: Dense network.
-        layers: Names of the layers that are pruned.
-        features: Name of the operation whose value is kept for every image; None for none.
-        bounds: For each amount, the margins below which FP32 decides.
+        features: Name of the operation whose value is yielded; None for none.
+        variants: Variants of the same layers, each with the margins below which FP32 decides.
+        images: Images, on the network's device.
+        batch_size: Number of images in a batch.
+        recheck: Counts of what FP32 checked, which are added to.
+
+    Yields:
+        For n images, the correctness of the dense network, bool, (n,); the value of ``features``,
+        FP32, (n, width), without columns where there is none; the correctness of each layer's
+        variants, bool, (variants, n).
     """
-
-    cascade: Cascade
-    layers: Sequence[str]
-    features: str | None
-    bounds: dict[float, torch.Tensor] = field(default_factory=dict)
-
-    def run(
-        self,
-        dataset: ImageSet,
-        variants: Sequence[PrunedVariants],
-        batch_size: int,
-        report: Callable[[int], object],
-    ) -> Chunk:
-        """Run the dense network and all variants; in FP32 this never waits for a GPU."""
-        network = self.cascade.network
-        graph = network.graph
-        wanted = start_values(graph, self.layers) if variants else []
-        wanted = [*wanted, graph.output, *([self.features] if self.features else [])]
-        dense_correct, features, correct, recheck = [], [], [], Fp32Recheck()
-        for images, labels in dataset.batches(batch_size):
-            dense = network.run({graph.input: images}, wanted)
-            none = images.new_empty(len(images), 0)
-            features.append(dense[self.features] if self.features else none)
-            dense_correct.append(dense[graph.output].argmax(dim=1) == labels)
-            found = [
-                self.cascade.predict(dense, v, self.bounds.get(v.amount), recheck) for v in variants
-            ]
-            correct += [torch.cat(found) == labels] if found else []
-            report(len(images))
-        return Chunk(
-            torch.cat(dense_correct) if dense_correct else dataset.labels.bool(),
-            torch.cat(features) if features else torch.empty(0, 0),
-            torch.cat(correct, dim=1) if correct else torch.empty(0, len(dataset)),
-            recheck,
+    network, graph = cascade.network, cascade.network.graph
+    wanted = [graph.output, *([features] if features else [])]
+    wanted += start_values(graph, variants[0][0].exact) if variants else []
+    for pixels, labels in images.batches(batch_size):
+        dense = network.run({graph.input: pixels}, wanted)
+        found = [cascade.predict(dense, *variant, recheck) for variant in variants]
+        none = pixels.new_empty(len(pixels), 0)
+        yield (
+            dense[graph.output].argmax(dim=1) == labels,
+            dense[features] if features else none,
+            torch.cat(found) == labels if found else none.T,
         )

@@ -37,9 +37,8 @@ def save_pruned(
 ) -> tuple[nn.Module, dict[str, int]]:
     """Write the pruned model and read it back: the same tensors, bit for bit.
 
-    Returns:
-        The model that was read, on the CPU, and the sizes in bytes of its file and of the dense
-        model's, plain and compressed by zlib.
+    Return the model that was read, on the CPU, and the sizes in bytes of its file and of the dense
+    model's, plain and compressed by zlib.
     """
     plain, content = (
         serialize({name: t.cpu().contiguous() for name, t in model.state_dict().items()})
@@ -62,14 +61,10 @@ def save_pruned(
     }
 
 
-# --- accuracy ------------------------------------------------------------------------------------
-
-
 def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.Tensor) -> dict:
     """Compare the reloaded model's per-image correctness with what the search ``expected``.
 
-    Returns:
-        Its accuracy as in results.json, and the number of images on which the two differ.
+    Return its accuracy as in results.json, and the number of images on which the two differ.
 
     Raises:
         UserError: More than 1 image in 1,000 differs.
@@ -78,9 +73,6 @@ def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.
     if unlike > max(1, MAX_FLIPS * len(correct)):
         raise UserError(f"the reloaded model differs from the search on {unlike} images")
     return Paired.of(dense_correct, correct).as_dict() | {"images_unlike_search": unlike}
-
-
-# --- speed ---------------------------------------------------------------------------------------
 
 
 def time_zeros(models: Mapping[str, nn.Module], images: ImageSet) -> list[dict]:

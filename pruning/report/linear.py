@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 from common.report.results import (
     accuracy_columns,
     counted,
+    describe_change,
     doubt,
     floor_percent,
-    format_change,
     megabytes,
     percent,
     points,
 )
 from common.report.story import Column, Facts, Table
-
-NO_LINEAR_LAYERS = (
-    "Linear layers: none at the end of this network, so there is no search over them."
-)
 
 
 def linear_layers(linear: dict) -> str:
@@ -26,88 +24,79 @@ def linear_layers(linear: dict) -> str:
 
 def curve_table(linear: dict) -> Table:
     """Return the accuracy at every amount of the linear layers, for a CSV file."""
-    columns = [
-        Column("amount", lambda pair: pair[0]),
-        Column("accuracy", lambda pair: pair[1]),
-    ]
+    columns = [Column("amount", itemgetter(0)), Column("accuracy", itemgetter(1))]
     return Table("", columns, linear["curve"])
 
 
-def steps_table(linear: dict) -> Table:
-    """Return the steps of the binary search."""
-    dense = linear["dense"]["value"]
+def tell_linear(results: dict) -> list[Table | Facts | str]:
+    """Return the answer, the steps to it, how sure it is, and what it saves."""
+    if "linear_search" not in results:
+        return ["Linear layers: none at the end of this network, so there is no search over them."]
+    linear = results["linear_search"]
+    tolerated, layers = counted(100 * linear["tolerance"], "point"), linear_layers(linear)
+    dense, total = linear["dense"]["value"], linear["pruned_weights"] + linear["kept_weights"]
     columns = [
-        Column("step", lambda step: step["number"]),
-        Column("amount", lambda step: step["amount"], floor_percent),
-        Column("weights", lambda step: step["pruned_weights"], "{:,}".format),
+        Column("step", itemgetter("number")),
+        Column("amount", itemgetter("amount"), floor_percent),
+        Column("weights", itemgetter("pruned_weights"), "{:,}".format),
         *accuracy_columns(),
         Column("points", lambda step: step["accuracy"]["value"] - dense, points),
         Column("", lambda step: "within" if step["kept"] else "too much"),
     ]
-    steps = [step | {"number": n} for n, step in enumerate(linear["steps"], start=1)]
-    layers = linear_layers(linear).removeprefix("the ").capitalize()
-    tolerance = counted(100 * linear["tolerance"], "point")
-    return Table(f"{layers}: binary search within {tolerance} of dense", columns, steps)
+    title = f"{layers.removeprefix('the ').capitalize()}: binary search within {tolerated} of dense"
+    steps = [step | {"number": number} for number, step in enumerate(linear["steps"], start=1)]
+    return [
+        f"Largest amount found: {floor_percent(linear['max_amount'])} of {layers} "
+        f"({linear['pruned_weights']:,} of {total:,} weights) within {tolerated}.",
+        Table(title, columns, steps),
+        describe_certainty(linear, tolerated),
+        describe_savings(results),
+    ]
 
 
-def describe_answer(linear: dict) -> str:
-    """Say in one line how far the linear layers can be pruned."""
-    total = linear["pruned_weights"] + linear["kept_weights"]
-    return (
-        f"Largest amount found: {floor_percent(linear['max_amount'])} of {linear_layers(linear)} "
-        f"({linear['pruned_weights']:,} of {total:,} weights) within "
-        f"{counted(100 * linear['tolerance'], 'point')}."
-    )
-
-
-def describe_certainty(linear: dict) -> Facts:
+def describe_certainty(linear: dict, tolerated: str) -> Facts:
     """Say how the answer does as a saved model, beside every other amount, and on other images."""
     confirmed = linear["confirmed"]
-    change = format_change(confirmed["comparison"])
-    tolerance = counted(100 * linear["tolerance"], "point")
+    tried = f"{len(linear['curve']):,} amounts were tried"
+    if linear["exhaustive_max_amount"] == linear["max_amount"]:
+        largest = f"no larger amount is within the tolerance; {tried}"
+    else:
+        largest = (
+            f"a larger amount, {floor_percent(linear['exhaustive_max_amount'])}, is within the "
+            "tolerance too, because accuracy does not fall steadily: the binary search stepped "
+            f"over it ({tried})"
+        )
     facts = {
         "saved model": f"{percent(confirmed['accuracy']['value'])}, reloaded, on "
-        f"{counted(confirmed['accuracy']['total'], 'image')}: {change.points} points, 95 % "
-        f"interval {change.low} to {change.high}",
-        "all amounts": describe_largest(linear),
+        f"{counted(confirmed['accuracy']['total'], 'image')}: "
+        + describe_change(confirmed["comparison"]),
+        "all amounts": largest,
     }
-    if "splits" in linear:
-        splits = linear["splits"]
+    if splits := linear.get("splits"):
         outside = splits["splits"] - splits["within_tolerance"]
         facts["new images"] = (
-            f"such an amount lost more than {tolerance} on other images {outside} times in "
+            f"such an amount lost more than {tolerated} on other images {outside} times in "
             f"{splits['splits']} (on average {points(-splits['drop']['mean'])} points): each time "
             "one random half of the images chose and the other half judged"
         )
     return Facts("How sure that is", facts)
 
 
-def describe_largest(linear: dict) -> str:
-    """Say how the answer compares with the largest of all amounts that is within the tolerance."""
-    tried = f"{len(linear['curve']):,} amounts were tried"
-    if linear["exhaustive_max_amount"] == linear["max_amount"]:
-        return f"no larger amount is within the tolerance; {tried}"
-    return (
-        f"a larger amount, {floor_percent(linear['exhaustive_max_amount'])}, is within the "
-        "tolerance too, because accuracy does not fall steadily: the binary search stepped over "
-        f"it ({tried})"
-    )
-
-
 def compare_zeros(dense: dict, sparse: dict, what: str) -> str:
     """Say that zeros make nothing faster, and how long both networks took.
 
-    Args:
-        dense: Timing of the network as given.
-        sparse: Timing of the network with zeros.
-        what: What the network with zeros is.
+    ``dense`` and ``sparse`` are their timings; ``what`` names the network with zeros.
     """
     return (
         f"no faster: dense kernels multiply zeros too. For {counted(dense['batch_size'], 'image')} "
-        f"{what} took {sparse['median_ms']:.0f}{doubt(sparse)} ms, the network as given "
-        f"{dense['median_ms']:.0f}{doubt(dense)} ms; they do the same work, so any difference is "
-        f"noise"
+        f"{what} took {milliseconds(sparse)}, the network as given {milliseconds(dense)}; they do "
+        "the same work, so any difference is noise"
     )
+
+
+def milliseconds(timing: dict) -> str:
+    """Format a median time, with a question mark where it is noisy."""
+    return f"{timing['median_ms']:.0f}{doubt(timing)} ms"
 
 
 def describe_savings(results: dict) -> Facts:

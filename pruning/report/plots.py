@@ -33,12 +33,7 @@ LABEL_GAP = 3  # of the axis's 100 %, between a step's number and the line of th
 
 
 def draw_all(results: dict, file: Callable[[str], Path]) -> None:
-    """Draw every plot of a run.
-
-    Args:
-        results: Content of results.json.
-        file: Returns the path to write a name to.
-    """
+    """Draw every plot of results.json; ``file`` returns the path to write a name to."""
     dense, tolerance = results["baseline"]["value"], results["arguments"]["tolerance"]
     amounts = [ranking["amount"] for ranking in results["ranking"]]
     for amount in amounts:
@@ -49,8 +44,7 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
             path = file(f"sensitivity{suffix}{order}.png")
             plot_sensitivity(rows, tolerance, amount, by_drop, path)
     if len(amounts) > 1:
-        path = file("sensitivity_amounts.png")
-        plot_amounts(results["sensitivity"], dense, tolerance, path)
+        plot_amounts(results["sensitivity"], dense, tolerance, file("sensitivity_amounts.png"))
     if "linear_search" in results:
         plot_search(results["linear_search"], file("linear_search.png"))
     if "model_search" in results:
@@ -64,34 +58,26 @@ def plot_sensitivity(
 ) -> None:
     """Draw what pruning each layer alone changes: one bar a layer, with paired whiskers.
 
-    Args:
-        rows: Entries of results.json's ``sensitivity``, in network order.
-        tolerance: Drop that is drawn as a limit.
-        amount: Fraction that was pruned.
-        by_drop: Sort by drop, largest first, instead of network order.
-        path: Path of the PNG.
+    Bars are in network order, or sorted ``by_drop``, largest first.
     """
     if by_drop:
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
-    value, low, high = accuracies(0.0, rows)
+    value, whiskers = accuracies(0.0, rows)
     limit = -100 * tolerance
     figure, axes = new_figure(max(9.5, 0.3 * len(rows)), 4.6)
     positions = np.arange(len(rows))
-    colors = [RED if v < limit else BLUE for v in value]
-    axes.bar(positions, value, color=colors, width=0.72)
-    whiskers = np.clip([value - low, high - value], 0, None)
+    axes.bar(positions, value, color=np.where(value < limit, RED, BLUE), width=0.72)
     axes.errorbar(positions, value, whiskers, fmt="none", ecolor="#333333", capsize=2.5, lw=1)
     axes.axhline(0, color="black", lw=1.2, label="dense")
-    label = f"dense − {counted(100 * tolerance, 'point')}"
-    axes.axhline(limit, color=ORANGE, lw=1.2, ls="--", label=label)
+    tolerated = counted(100 * tolerance, "point")
+    axes.axhline(limit, color=ORANGE, lw=1.2, ls="--", label=f"dense − {tolerated}")
     axes.set_xticks(positions, [row["layer"] for row in rows], rotation=60, ha="right")
     axes.set_xlim(-0.7, len(rows) - 0.3)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("top-1 accuracy against dense (points)")
-    worse = sum(v < limit for v in value)
     axes.set_title(
-        f"{worse} of {len(rows)} layers lose more than {counted(100 * tolerance, 'point')} "
-        f"when {100 * amount:g} % of their weights go" + (" (sorted by drop)" if by_drop else "")
+        f"{(value < limit).sum()} of {len(rows)} layers lose more than {tolerated} when "
+        f"{100 * amount:g} % of their weights go" + " (sorted by drop)" * by_drop
     )
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     save_figure(figure, path)
@@ -134,16 +120,10 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
 
 
 def plot_search(linear: dict, path: Path) -> None:
-    """Draw accuracy against the amount of the linear layers, the limit and the search's steps.
-
-    Args:
-        linear: The ``linear_search`` object of results.json.
-        path: Path of the PNG.
-    """
-    values = 100 * np.array([accuracy for _, accuracy in linear["curve"]])
+    """Draw accuracy against the amount of the linear layers, the limit and the search's steps."""
+    amounts, values = 100 * np.array(linear["curve"]).T
     levels, steps = len(values) - 1, linear["steps"]
     found, largest = linear["max_amount"], linear["exhaustive_max_amount"]
-    amounts = 100 * np.array([amount for amount, _ in linear["curve"]])
     limit = 100 * (linear["dense"]["value"] - linear["tolerance"])
     figure, (whole, near) = new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
     points = [(100 * step["amount"], 100 * step["accuracy"]["value"]) for step in steps]

@@ -1,24 +1,21 @@
-"""The parts of results.json about each layer alone and about the linear layers."""
+"""The parts of results.json about each layer alone, and about many layers together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import numpy as np
 from torch import nn
 
-from common.measure.evaluate import Accuracy, Paired, compare, measure_accuracy
+from common.measure.evaluate import Paired, compare, measure_accuracy
 from common.network.size import LayerDescription, describe_layers
-from pruning.alone.linear import LinearSearch
+from common.network.tracing import trace_network
 from pruning.alone.scan import Scan, ScanResult
-from pruning.masks import pruned_count
+from pruning.together.found import CURVE_IMAGES, Found
+from pruning.together.search import ModelSearch
 
 # Neighbours in the ranking whose difference McNemar's test cannot tell from chance.
 TIE_P = 0.05
-
-
-# --- each layer alone ----------------------------------------------------------------------------
 
 
 def describe_scan(scan: Scan, scanned: ScanResult) -> dict:
@@ -28,7 +25,11 @@ def describe_scan(scan: Scan, scanned: ScanResult) -> dict:
         "baseline": measure_accuracy(scanned.dense_correct).as_dict(),
         "structure": describe_structure(scan.model, layers),
         "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in layers],
-        "sensitivity": describe_sensitivity(scanned, {x.name: x.weights for x in layers}),
+        "sensitivity": [
+            {"layer": layer, "amount": amount, "achieved": scanned.achieved[amount, layer]}
+            | Paired.of(scanned.dense_correct, correct).as_dict()
+            for (amount, layer), correct in scanned.correct.items()
+        ],
         "ranking": [{"amount": amount, "layers": rank(scanned, amount)} for amount in scan.amounts],
     }
     if scanned.recheck is not None:
@@ -37,40 +38,20 @@ def describe_scan(scan: Scan, scanned: ScanResult) -> dict:
 
 
 def describe_structure(model: nn.Module, layers: Sequence[LayerDescription]) -> dict:
-    """Return totals by kind; ``parameters`` is their sum and the model's own count."""
-    weights = {
-        kind: sum(x.weights for x in layers if x.kind == kind) for kind in ("conv", "linear")
-    }
+    """Return totals by kind; ``parameters`` is the sum of the first four."""
+    conv, linear = (sum(x.weights for x in layers if x.kind == k) for k in ("conv", "linear"))
     total = sum(parameter.numel() for parameter in model.parameters())
     modules = [model.get_submodule(layer.name) for layer in layers]
     biases = sum(module.bias.numel() for module in modules if module.bias is not None)
     return {
-        "conv_weights": weights["conv"],
-        "linear_weights": weights["linear"],
+        "conv_weights": conv,
+        "linear_weights": linear,
         "biases": biases,
-        "batch_norm_parameters": total - biases - sum(weights.values()),
+        "batch_norm_parameters": total - biases - conv - linear,
         "parameters": total,
         "macs": sum(layer.macs for layer in layers),
         "nonzeros": sum(layer.nonzeros for layer in layers),
     }
-
-
-def describe_sensitivity(scanned: ScanResult, weights: dict[str, int]) -> list[dict]:
-    """Return one entry for each layer and amount, compared with the dense network.
-
-    Args:
-        scanned: Result of the scan.
-        weights: Number of weights of each layer, to check the sparsity against.
-    """
-    entries = []
-    for (amount, layer), correct in scanned.correct.items():
-        achieved = scanned.achieved[amount, layer]
-        # Weights that were zero before only add to what pruning asked for.
-        if achieved < pruned_count(weights[layer], amount) / weights[layer] - 1e-9:
-            raise AssertionError(f"{layer}: sparsity {achieved} is below the amount {amount}")
-        measured = Paired.of(scanned.dense_correct, correct).as_dict()
-        entries.append({"layer": layer, "amount": amount, "achieved": achieved, **measured})
-    return entries
 
 
 def rank(scanned: ScanResult, amount: float) -> list[dict]:
@@ -88,61 +69,78 @@ def rank(scanned: ScanResult, amount: float) -> list[dict]:
     return entries
 
 
-# --- the linear layers ---------------------------------------------------------------------------
-
-
-def describe_linear(search: LinearSearch, seconds: float, confirmed: dict) -> dict:
-    """Return the search over the linear layers.
-
-    Args:
-        search: Result of the search.
-        seconds: Time that it took.
-        confirmed: Result of :func:`pruning.files.saved.confirm` for its model.
-    """
-    total, images, counts = search.weights, search.images, search.counts.tolist()
-    result = {
-        "layers": list(search.layers),
-        "tolerance": search.tolerance,
-        "images": images,
-        "dense": Accuracy(int(search.correct[0]), images).as_dict(),
-        "max_amount": counts[search.found] / total,
-        "pruned_weights": counts[search.found],
-        "kept_weights": total - counts[search.found],
+def describe_found(search: ModelSearch, found: Found) -> dict:
+    """Return a method's row; the points of its curve, from dense on, share the same images."""
+    network = trace_network(search.model, search.held_out.images.shape)
+    dense_correct = search.held_out.dense_correct
+    measured = Paired.of(dense_correct, found.correct)
+    curve = {(sparsity, point.accuracy.value) for sparsity, point in found.points.items()}
+    for sparsity, correct in ((0.0, dense_correct), (found.sparsity, found.correct)):
+        curve.add((sparsity, measure_accuracy(correct[:CURVE_IMAGES]).value))
+    return {
+        "scope": search.scope,
+        **asdict(found.method),
+        "finetune_epochs": found.finetune_epochs,
+        "max_sparsity": found.sparsity,
+        "chosen_on_images": len(search.budget.choosing),
+        **measured.as_dict(),
+        "within_tolerance": measured.comparison.drop <= search.budget.max_drop + 1e-12,
+        "dense": measure_accuracy(dense_correct).as_dict(),
+        "curve": [list(pair) for pair in sorted(curve)],
+        "points": [{"sparsity": s} | point.as_dict() for s, point in found.points.items()],
         "steps": [
             {
-                "amount": counts[step.level] / total,
-                "pruned_weights": counts[step.level],
-                "accuracy": Accuracy(step.correct, images).as_dict(),
-                "kept": step.kept,
+                "sparsity": 1 - 1 / trial.strength,
+                "images": trial.verdict.shown,
+                "correct": trial.verdict.accuracy.correct,
+                "kept": trial.verdict.passes,
             }
-            for step in search.steps
+            for trial in found.trials
         ],
-        "curve": [
-            [count / total, correct / images]
-            for count, correct in zip(counts, search.correct.tolist(), strict=True)
-        ],
-        "exhaustive_max_amount": counts[search.largest] / total,
-        "monotone": search.is_monotone,
-        "explanation": search.explain(),
-        "seconds": seconds,
-        "confirmed": confirmed,
+        **describe_density(found.model, describe_layers(search.model, network)),
     }
-    if search.splits is not None:
-        result["splits"] = describe_splits(search)
-    return result
 
 
-def describe_splits(search: LinearSearch) -> dict:
-    """Return the choices on random halves: medians, and the range of the middle 90 %."""
+def describe_density(model: nn.Module, layers: Sequence[LayerDescription]) -> dict:
+    """Return the share of each layer's weights that is gone, and of multiply-adds that is left.
 
-    def spread(values: np.ndarray) -> dict:
-        low, median, high = np.quantile(values, [0.05, 0.5, 0.95]).tolist()
-        return {"median": median, "middle90": [low, high]}
-
-    splits = search.splits
+    ``layers`` are those of the dense network. In the model some weights are zero, or missing.
+    """
+    kept = {
+        layer.name: int(model.get_submodule(layer.name).weight.count_nonzero()) / layer.weights
+        for layer in layers
+    }
+    macs = sum(layer.macs for layer in layers)
     return {
-        "splits": len(splits.drops),
-        "within_tolerance": splits.within,
-        "amount": spread(search.counts[splits.levels] / search.weights),
-        "drop": spread(splits.drops) | {"mean": float(splits.drops.mean())},
+        "layers": [{"layer": name, "sparsity": 1 - density} for name, density in kept.items()],
+        "macs_kept": sum(layer.macs * kept[layer.name] for layer in layers) / macs,
+    }
+
+
+def describe_slim(dense: nn.Module, slim: nn.Module, models: Sequence[dict]) -> dict:
+    """Return which layers are narrower in the slim network, and how fast it is.
+
+    ``models`` are the entries of both networks in FP32 and INT8.
+    """
+    before, after = (
+        {name: len(weight) for name, weight in model.state_dict().items() if weight.ndim > 1}
+        for model in (dense, slim)
+    )
+    latency = {one["name"]: one["latency"] for one in models}
+    pairs = zip(latency["dense int8"], latency["slim int8"], strict=True)
+    return {
+        "widths": [
+            {"layer": name.removesuffix(".weight"), "dense": width, "slim": after[name]}
+            for name, width in before.items()
+            if after[name] < width
+        ],
+        "models": list(models),
+        "speedup": [
+            {
+                "batch_size": one["batch_size"],
+                "over_dense": one["median_ms"] / other["median_ms"],
+                "noisy": one["noisy"] or other["noisy"],
+            }
+            for one, other in pairs
+        ],
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from common.report.loading import how_to_load
 from common.report.results import (
     accuracy_columns,
     change_columns,
+    describe_change,
     describe_given,
     describe_setting,
     floor_percent,
@@ -20,15 +22,7 @@ from common.report.results import (
     percent,
 )
 from common.report.story import Column, Headline, Story, Table
-from pruning.report.linear import (
-    NO_LINEAR_LAYERS,
-    curve_table,
-    describe_answer,
-    describe_certainty,
-    describe_savings,
-    linear_layers,
-    steps_table,
-)
+from pruning.report.linear import curve_table, linear_layers, tell_linear
 from pruning.report.together import SCOPES, tell_search, tell_slim, unit_of
 
 CAPTIONS = {
@@ -48,31 +42,25 @@ CAPTIONS = {
 
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
-    parts = [describe_given(results["weights"]), describe_baseline(results["baseline"])]
-    parts += [structure_table(results), describe_structure(results["structure"])]
-    parts += [ranking_table(results, ranking) for ranking in results["ranking"]]
-    if "linear_search" in results:
-        linear = results["linear_search"]
-        parts += [
-            describe_answer(linear),
-            steps_table(linear),
-            describe_certainty(linear),
-            describe_savings(results),
-        ]
-    else:
-        parts.append(NO_LINEAR_LAYERS)
+    parts = [
+        describe_given(results["weights"]),
+        describe_baseline(results["baseline"]),
+        structure_table(results),
+        describe_structure(results["structure"]),
+        *(ranking_table(results, ranking) for ranking in results["ranking"]),
+        *tell_linear(results),
+    ]
     if "model_search" in results:
         parts += tell_search(results)
     if "slim" in results:
         parts += tell_slim(results["slim"])
     if "verification" in results:
         parts.append(describe_verification(results))
-    parts += how_to_load(results["artifacts"])
     return Story(
         f"{network_name(results)}, pruned",
         describe_setting(results),
         _headlines(results),
-        parts,
+        [*parts, *how_to_load(results["artifacts"])],
         _captions(results["artifacts"]["plots"]),
         format_cost(results),
     )
@@ -97,7 +85,7 @@ def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
 
 def _headlines(results: dict) -> list[Headline]:
     baseline, ranking = results["baseline"], results["ranking"][-1]
-    worst = _entries(results, ranking["amount"])[ranking["layers"][0]["layer"]]
+    worst = _entries(results, ranking)[0]
     change = format_change(worst["comparison"])
     low, high = map(percent, baseline["ci95"])
     which = ", the most sensitive layer" if len(ranking["layers"]) > 1 else ""
@@ -109,20 +97,13 @@ def _headlines(results: dict) -> list[Headline]:
             f"{change.low} to {change.high}",
         ),
     ]
-    if "linear_search" in results:
-        linear = results["linear_search"]
+    if linear := results.get("linear_search"):
         amount = floor_percent(linear["max_amount"])
         found.append(Headline(amount, f"of {linear_layers(linear)} can go"))
-    if "model_saved" in results:
-        saved = results["model_saved"]
-        change = format_change(saved["comparison"])
-        found.append(
-            Headline(
-                floor_percent(saved["sparsity"], 1),
-                f"of the {unit_of([saved])} can go ({SCOPES[saved['scope']]}): {change.points} "
-                f"points, 95 % interval {change.low} to {change.high}",
-            )
-        )
+    if saved := results.get("model_saved"):
+        meaning = f"of the {unit_of([saved])} can go ({SCOPES[saved['scope']]}): "
+        meaning += describe_change(saved["comparison"])
+        found.append(Headline(floor_percent(saved["sparsity"], 1), meaning))
     return found
 
 
@@ -138,19 +119,21 @@ def structure_table(results: dict) -> Table:
     total = structure["conv_weights"] + structure["linear_weights"]
     whole = structure | {"name": "all", "shape": [], "weights": total}
     columns = [
-        Column("layer", lambda layer: layer["name"]),
+        Column("layer", itemgetter("name")),
         Column("shape", lambda layer: "×".join(map(str, layer["shape"]))),
-        Column("weights", lambda layer: layer["weights"], "{:,}".format),
+        Column("weights", itemgetter("weights"), "{:,}".format),
         Column("share", lambda layer: layer["weights"] / total, percent),
         Column("MMAC", lambda layer: layer["macs"] / 1e6, "{:.2f}".format),
-        Column("non-zero", lambda layer: layer["nonzeros"], "{:,}".format),
+        Column("non-zero", itemgetter("nonzeros"), "{:,}".format),
     ]
     layers = results["layers"]
-    note = (
+    return Table(
+        f"The layers ({len(layers)}), before pruning",
+        columns,
+        [*layers, whole],
         "MMAC: millions of multiply-adds for one image. Non-zero: weights of the given file that "
-        "are not exactly 0; a few zeros are weights too small for its precision."
+        "are not exactly 0; a few zeros are weights too small for its precision.",
     )
-    return Table(f"The layers ({len(layers)}), before pruning", columns, [*layers, whole], note)
 
 
 def describe_structure(structure: Mapping[str, int]) -> str:
@@ -162,16 +145,12 @@ def describe_structure(structure: Mapping[str, int]) -> str:
     )
 
 
-def _entries(results: dict, amount: float) -> dict[str, dict]:
-    return {e["layer"]: e for e in results["sensitivity"] if e["amount"] == amount}
-
-
 def sensitivity_table(title: str, rows: Sequence[dict], note: str = "") -> Table:
     """Return what pruning a layer alone changes; ``rows`` are of results.json's ``sensitivity``."""
     columns = [
-        Column("layer", lambda row: row["layer"]),
-        Column(None, lambda row: row["amount"], name="amount"),
-        Column(None, lambda row: row["achieved"], name="achieved"),
+        Column("layer", itemgetter("layer")),
+        Column(None, itemgetter("amount"), name="amount"),
+        Column(None, itemgetter("achieved"), name="achieved"),
         *accuracy_columns(),
         *change_columns(),
         Column("p", lambda row: row["comparison"]["mcnemar_p"], lambda p: p_value(p, 1),
@@ -183,16 +162,19 @@ def sensitivity_table(title: str, rows: Sequence[dict], note: str = "") -> Table
     return Table(title, columns, rows, note)
 
 
+def _entries(results: dict, ranking: dict) -> list[dict]:
+    """Return the entries of ``sensitivity`` in the order of a ranking, each with its rank."""
+    entries = {e["layer"]: e for e in results["sensitivity"] if e["amount"] == ranking["amount"]}
+    return [entries[ranked["layer"]] | ranked for ranked in ranking["layers"]]
+
+
 def ranking_table(results: dict, ranking: dict) -> Table:
     """Return the layers by drop at the ranking's amount; ≈ ties a row with the next."""
-    entries = _entries(results, ranking["amount"])
-    rows = [entries[ranked["layer"]] | ranked for ranked in ranking["layers"]]
-    note = (
-        "Against dense on the same images. Lost: images that only dense gets right; gained: that "
-        "only the pruned network does. ≈: chance explains the difference to the next row."
-    )
     return sensitivity_table(
-        f"Each layer pruned alone by {100 * ranking['amount']:g} %", rows, note
+        f"Each layer pruned alone by {100 * ranking['amount']:g} %",
+        _entries(results, ranking),
+        "Against dense on the same images. Lost: images that only dense gets right; gained: that "
+        "only the pruned network does. ≈: chance explains the difference to the next row.",
     )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 from common.report.results import (
     accuracy_columns,
     at_batch_sizes,
     change_columns,
     counted,
-    doubt,
+    describe_change,
     explain_doubt,
     floor_factor,
     floor_percent,
-    format_change,
     megabytes,
     percent,
     points,
@@ -21,7 +21,7 @@ from common.report.results import (
 )
 from common.report.story import Column, Facts, Table
 from pruning.channels.search import SCOPE as CHANNELS
-from pruning.report.linear import compare_zeros
+from pruning.report.linear import compare_zeros, milliseconds
 
 SCOPES = {
     "linear": "all linear layers",
@@ -56,30 +56,25 @@ def sparsities(entries: Sequence[dict]) -> list[float]:
 def tell_search(results: dict) -> list[Table | Facts]:
     """Return each method's largest sparsity, its accuracies, and what was saved."""
     entries, tolerance = results["model_search"], results["arguments"]["tolerance"]
-    title = (
-        f"{SCOPES[entries[0]['scope']].capitalize()}: the largest sparsity within "
-        f"{counted(100 * tolerance, 'point')} ({results['model_search_seconds']:.0f} s)"
-    )
-    parts = [largest_table(entries, title), curve_table(entries), describe_saved(results)]
-    return [part for part in parts if not isinstance(part, Table) or len(part.columns) > 1]
-
-
-def largest_table(entries: Sequence[dict], title: str) -> Table:
-    """Return each method's largest sparsity, and its accuracy on held-out images."""
     columns = [
         Column("", method_name),
-        Column("pruned", lambda row: row["max_sparsity"], lambda share: floor_percent(share, 1)),
+        Column("pruned", itemgetter("max_sparsity"), lambda share: floor_percent(share, 1)),
         Column("fewer", lambda row: 1 / (1 - row["max_sparsity"]), floor_factor),
         *accuracy_columns(),
         *change_columns(),
         Column("within", lambda row: "yes" if row["within_tolerance"] else "NO"),
-        Column("MACs", lambda row: row["macs_kept"], lambda share: percent(share, 0)),
+        Column("MACs", itemgetter("macs_kept"), lambda share: percent(share, 0)),
     ]
-    note = (
+    largest = Table(
+        f"{SCOPES[entries[0]['scope']].capitalize()}: the largest sparsity within "
+        f"{counted(100 * tolerance, 'point')} ({results['model_search_seconds']:.0f} s)",
+        columns,
+        entries,
         f"Chosen on {counted(entries[0]['chosen_on_images'], 'image')} with one standard error to "
-        f"spare, measured on {entries[0]['accuracy']['total']:,} others. {explain_names(entries)}"
+        f"spare, measured on {entries[0]['accuracy']['total']:,} others. {explain_names(entries)}",
     )
-    return Table(title, columns, entries, note)
+    curves = [curve_table(entries)] if sparsities(entries) else []
+    return [largest, *curves, describe_saved(results)]
 
 
 def explain_names(entries: Sequence[dict]) -> str:
@@ -101,10 +96,9 @@ def curve_table(entries: Sequence[dict]) -> Table:
     """Return the change of accuracy at each compression, ± half the paired 95 % interval."""
     columns = [Column("points at", method_name)]
     columns += [Column(fewer(sparsity), _change_at(sparsity)) for sparsity in sparsities(entries)]
-    images = entries[0]["points"][0]["accuracy"]["total"] if entries[0]["points"] else 0
     title = (
         f"Points against dense at each compression of the {unit_of(entries)}, on "
-        f"{images:,} of the held-out images"
+        f"{entries[0]['points'][0]['accuracy']['total']:,} of the held-out images"
     )
     return Table(title, columns, entries)
 
@@ -124,25 +118,26 @@ def describe_saved(results: dict) -> Facts:
     """Say what the saved model is, and what it saves."""
     saved = results["model_saved"]
     dense, sparse = saved["latency"]
-    change, compressed = format_change(saved["comparison"]), saved["pruned_compressed_bytes"]
+    compressed, theory = saved["pruned_compressed_bytes"], ""
+    speed = f"{milliseconds(sparse)} for {counted(dense['batch_size'], 'image')}, dense "
+    speed += milliseconds(dense)
+    if saved["scope"] != CHANNELS:
+        theory = "; dense kernels do them all"
+        speed = compare_zeros(dense, sparse, "the pruned network")
     return Facts(
         f"Saved: {method_name(saved)} at {floor_percent(saved['sparsity'], 1)}; reloaded and "
         "measured again",
         {
-            "accuracy": f"{percent(saved['accuracy']['value'])}: {change.points} points, 95 % "
-            f"interval {change.low} to {change.high}",
+            "accuracy": f"{percent(saved['accuracy']['value'])}: "
+            + describe_change(saved["comparison"]),
             "plain file": f"{megabytes(saved['pruned_bytes'])}, compressed {megabytes(compressed)}",
             "that is": f"{saved['dense_compressed_bytes'] / compressed:.1f}× smaller than dense, "
             "compressed as well, "
             f"{results['weights']['size_bytes'] / compressed:.1f}× smaller than the given file",
             "written as": results["artifacts"]["model"],
             "in theory": f"{percent(1 - saved['macs_kept'], 0)} of the multiply-adds are saved"
-            + ("" if saved["scope"] == CHANNELS else "; dense kernels do them all"),
-            "speed": f"{sparse['median_ms']:.0f}{doubt(sparse)} ms for "
-            f"{counted(dense['batch_size'], 'image')}, dense "
-            f"{dense['median_ms']:.0f}{doubt(dense)} ms"
-            if saved["scope"] == CHANNELS
-            else compare_zeros(dense, sparse, "the pruned network"),
+            + theory,
+            "speed": speed,
         },
     )
 
@@ -151,27 +146,20 @@ def tell_slim(slim: dict) -> list[Table | Facts]:
     """Return how fast the slim network is beside the dense one, in FP32 and INT8."""
     models = slim["models"]
     columns = [
-        Column("images/s at", _precision_name),
-        Column("size", lambda model: model["size_bytes"], megabytes),
+        Column("images/s at", lambda m: m["name"].replace("fp32", "FP32").replace("int8", "INT8")),
+        Column("size", itemgetter("size_bytes"), megabytes),
         *change_columns(),
         Column("MACs", lambda m: m["macs"] / models[0]["macs"], lambda share: percent(share, 0)),
         *rate_columns(models[0]["latency"]),
     ]
     title = f"Slim and dense in turns, {models[0]['accuracy']['total']:,} held-out images"
     note = f"Points are against dense FP32 on the same images.{explain_doubt(models)}"
+    left = [f"{row['layer']} {row['slim']} of {row['dense']}" for row in slim["widths"]]
+    gained = {
+        "INT8, slim against dense": at_batch_sizes(slim["speedup"], "over_dense"),
+        "channels left": ", ".join(left),
+    }
     return [
         Table(title, columns, [models[0] | {"comparison": None}, *models[1:]], note),
-        Facts(
-            "What removing channels gained",
-            {
-                "INT8, slim against dense": at_batch_sizes(slim["speedup"], "over_dense"),
-                "channels left": ", ".join(
-                    f"{row['layer']} {row['slim']} of {row['dense']}" for row in slim["widths"]
-                ),
-            },
-        ),
+        Facts("What removing channels gained", gained),
     ]
-
-
-def _precision_name(model: dict) -> str:
-    return model["name"].replace("fp32", "FP32").replace("int8", "INT8")

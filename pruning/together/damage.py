@@ -21,8 +21,7 @@ from common.images.data import ImageSet
 from common.network.branching import Variant, branch_logits, start_values
 from common.network.execution import Network
 from common.network.tracing import trace_network
-from pruning.alone.walk import PrunedVariants
-from pruning.masks import pruned_count
+from pruning.masks import l1_masks, masked_layers, pruned_count
 from pruning.together.allocation import DamageCurve
 
 # From all of a layer's weights to one in 64; each step halves what is left.
@@ -50,18 +49,17 @@ def measure_damage(
         fast: Whether to run in bf16.
 
     Returns:
-        Curve of each layer, from nothing pruned; the damage is a fraction of the images.
+        The layers' curves, from nothing pruned; the damage is a fraction of the images.
     """
     regrown = copy.deepcopy(context)  # dense weights, but with the batch norms of the context
     for name, weight in weights.items():
         module = regrown.get_submodule(name)
         module.weight.data = weight.to(module.weight.device)
     dense, around, grown = (trace_network(m, images.shape) for m in (model, context, regrown))
-    variants = [PrunedVariants.of(grown, weights, amount, fast) for amount in AMOUNTS]
-    parts = [variant.fast if fast else variant.exact for variant in variants]
     if fast:
-        dense, around = dense.to(torch.bfloat16), around.to(torch.bfloat16)
-    changed = _count_changed(dense, around, parts, images)
+        dense, around, grown = (network.to(torch.bfloat16) for network in (dense, around, grown))
+    variants = [masked_layers(grown, l1_masks(weights, amount)) for amount in AMOUNTS]
+    changed = _count_changed(dense, around, variants, images)
     damage = (changed / len(images)).cpu().double().numpy()
     return {
         name: _curve(weight.numel(), damage[:, index], len(images))

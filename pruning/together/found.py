@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from common.command import cli
-from common.measure.evaluate import Paired
+from common.measure.evaluate import Paired, compare
 from common.report.results import format_change
 from common.search.trials import Trial
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
@@ -33,8 +34,7 @@ class Found:
         finetune_epochs: Epochs of training after pruning; 0 for none.
         sparsity: Sparsity that was given, or the largest within the tolerance; 0 if there is none.
         model: Network of that sparsity.
-        measured: Result of the network on all held-out images.
-        on_curve: Result of the network on the curve's images.
+        correct: Correctness of the network on all held-out images: bool, shape (N,), on the CPU.
         points: Results by sparsity, on the first ``CURVE_IMAGES`` held-out images.
         trials: Trials of the search, in order.
     """
@@ -43,30 +43,9 @@ class Found:
     finetune_epochs: int
     sparsity: float
     model: nn.Module
-    measured: Paired
-    on_curve: Paired
+    correct: torch.Tensor
     points: Mapping[float, Paired]
     trials: Sequence[Trial]
-
-    @property
-    def is_control(self) -> bool:
-        """Whether the method serves only as a comparison."""
-        return self.method.allocation in CONTROLS
-
-    @classmethod
-    def of(
-        cls, search: ModelSearch, method: Method, finetune_epochs: int, sparsity: float,
-        model: nn.Module, points: Mapping[float, Paired], trials: Sequence[Trial],
-    ) -> Found:  # fmt: skip
-        """Measure the network that the search ended with."""
-        measured, on_curve = (measure(search, model, most) for most in (None, CURVE_IMAGES))
-        return cls(method, finetune_epochs, sparsity, model, measured, on_curve, points, trials)
-
-
-def measure(search: ModelSearch, model: nn.Module, most: int | None) -> Paired:
-    """Measure a pruned model on the first ``most`` held-out images; None for all."""
-    split = search.held_out.first(most)
-    return Paired.of(split.dense_correct, search.classifier(model).find_correct(split.images))
 
 
 def search_all(search: ModelSearch) -> list[Found]:
@@ -74,13 +53,14 @@ def search_all(search: ModelSearch) -> list[Found]:
     found = []
     for method in search.methods():
         found.append(search_with(search, method))
+        comparison = compare(search.held_out.dense_correct, found[-1].correct)
         cli.log.info(
             "%s%s: %.1f %% of the %s can go, %s points on held-out images",
             method.allocation,
             ", batch norms re-estimated" if method.recalibrated else "",
             100 * found[-1].sparsity,
             search.unit,
-            format_change(found[-1].measured.comparison.as_dict()).points,
+            format_change(comparison.as_dict()).points,
         )
     return found
 
@@ -88,8 +68,18 @@ def search_all(search: ModelSearch) -> list[Found]:
 def search_with(search: ModelSearch, method: Method) -> Found:
     """Search with one method and measure it on the held-out half."""
     sparsity, trials = search.find_largest(method)
-    points = {at: measure(search, search.prune(method, at), CURVE_IMAGES) for at in search.curve}
-    return Found.of(search, method, 0, sparsity, search.prune(method, sparsity), points, trials)
+    points = {at: _measure_point(search, search.prune(method, at)) for at in search.curve}
+    model = search.prune(method, sparsity)
+    return Found(method, 0, sparsity, model, _find_correct(search, model), points, trials)
+
+
+def _measure_point(search: ModelSearch, model: nn.Module) -> Paired:
+    split = search.held_out.first(CURVE_IMAGES)
+    return Paired.of(split.dense_correct, search.classifier(model).find_correct(split.images))
+
+
+def _find_correct(search: ModelSearch, model: nn.Module) -> torch.Tensor:
+    return search.classifier(model).find_correct(search.held_out.images)
 
 
 def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
@@ -97,7 +87,7 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
 
     Held-out images play no part, or they would no longer be held out.
     """
-    candidates = [one for one in found if not one.is_control]
+    candidates = [one for one in found if one.method.allocation not in CONTROLS]
     largest = max(one.sparsity for one in candidates)
     equals = [one for one in candidates if one.sparsity == largest]
     if len(equals) == 1:
@@ -111,15 +101,9 @@ def finetune(
 ) -> None:
     """Train a pruned model to imitate the dense one; its zeros stay zeros.
 
-    Training keeps the statistics of batch norms, so they are re-estimated first, unless channels
-    were removed: then the repair has done so.
-
-    Args:
-        model: Pruned network; changed in place, left in eval mode.
-        dense: Dense network, in eval mode.
-        training: Images to learn from, on the models' device.
-        seed: Seed of order and augmentation.
-        channels: Output channels that are left of each layer that channels were removed of.
+    ``model`` is changed in place and left in eval mode. Training keeps the statistics of batch
+    norms, so they are re-estimated first, unless ``channels`` were removed: then the repair has
+    done so.
 
     Raises:
         UserError: The loss is no longer finite.
@@ -138,14 +122,15 @@ def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Fo
     network. If not even the first is within the tolerance, nothing can be pruned, unless the
     sparsity is given.
     """
-    best_so_far, points, trials = (0.0, search.model), {}, []
+    largest, sparsest, points, trials = 0.0, search.model, {}, []
     wanted = {s for s in (best.sparsity, *search.curve) if s >= best.sparsity}
     for sparsity in sorted(wanted - {0.0} or wanted):
         model = copy.deepcopy(search.prune(best.method, sparsity))
         finetune(model, search.model, training, search.seed, search.kept_channels(model))
         trials.append(Trial(1 / (1 - sparsity), search.judge(model)))
-        points[sparsity] = measure(search, model, CURVE_IMAGES)
+        points[sparsity] = _measure_point(search, model)
         if not (trials[-1].verdict.passes or search.is_given):
             break
-        best_so_far = (sparsity, model)
-    return Found.of(search, best.method, training.epochs, *best_so_far, points, trials)
+        largest, sparsest = sparsity, model
+    correct = _find_correct(search, sparsest)
+    return Found(best.method, training.epochs, largest, sparsest, correct, points, trials)

@@ -58,12 +58,8 @@ def recalibrate_batch_norm(model: nn.Module, images: ImageSet) -> None:
 def adopt_statistics(model: nn.Module, images: ImageSet) -> None:
     """Give batch norms without statistics those of images; what they compute stays the same.
 
-    In a network read from a coded file, batch norms only add a bias. Without this, measuring their
-    statistics after pruning would change what they compute.
-
-    Args:
-        model: Network in eval mode; changed in place if all running means are zero.
-        images: Training images, on the model's device.
+    In a network read from a coded file, batch norms only add a bias, and all running means are
+    zero. Without this, measuring their statistics after pruning would change what they compute.
     """
     norms = _batch_norms(model)
     if any(norm.running_mean.any() or not norm.affine for norm in norms.values()):
