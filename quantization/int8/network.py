@@ -18,7 +18,7 @@ import torch
 from common.network import graph as kinds
 from common.network.execution import Layer, Network
 from common.network.graph import Graph, Operation
-from common.network.shapes import infer_shapes
+from common.network.operations import infer_shapes
 from quantization.settings import Settings
 
 MAX_LEVEL = 255
