@@ -189,7 +189,8 @@ def ranking_table(results: dict, ranking: dict) -> Table:
     rows = [entries[ranked["layer"]] | ranked for ranked in ranking["layers"]]
     note = (
         "Against dense on the same images. Lost: images that only dense gets right; gained: that "
-        "only the pruned network does. ≈: chance explains the difference to the next row."
+        "only the pruned network does. p: McNemar's; how likely chance alone makes such a "
+        "difference. ≈: chance explains the difference to the next row."
     )
     return sensitivity_table(
         f"Each layer pruned alone by {100 * ranking['amount']:g} %", rows, note
