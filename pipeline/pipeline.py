@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="training images for --finetune-epochs",
     )  # fmt: skip
     asked.add_argument(
-        "--engine", choices=ENGINES, help="INT8 kernels; by default the fastest here"
+        "--engine", choices=ENGINES, help="INT8 kernels; by default the fastest on this CPU"
     )
     asked.add_argument(
         "--resume", action="store_true",

@@ -193,4 +193,4 @@ def choose_to_ship(within: Sequence[dict]) -> tuple[dict, str]:
             f"{now['median_ms'] / least['median_ms']:.2f}{doubt(now, least)} times the time of "
             f"{others['speed']['file']} at batch {now['batch_size']}"
         )
-    return both, f"it takes {' and '.join(pieces)}"
+    return both, f"it is small and fast at once, with {' and '.join(pieces)}"
