@@ -98,7 +98,7 @@ def plot(results: dict, path: Path) -> None:
         axis.axhline(-100 * WITHIN, color=report.GREY, lw=1, ls="--")
     ticks = [2**power for power in range(2, 8)]
     axes[0].set(xscale="log", title="Size", xlabel="times smaller than FP32",
-                ylabel="points against FP32")  # fmt: skip
+                ylabel=f"points against FP32 (lower ones at {LOWEST_POINTS:g})")  # fmt: skip
     axes[0].set_xlim(3.5, 160)
     axes[0].set_xticks(ticks, [f"{tick}×" for tick in ticks])
     axes[0].set_xticks([], minor=True)

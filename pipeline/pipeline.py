@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "network does (long)",
     )
     asked.add_argument(
-        "--engine", choices=ENGINES, help="INT8 kernels; by default the fastest here"
+        "--engine", choices=ENGINES, help="INT8 kernels; by default the fastest on this CPU"
     )
     asked.add_argument(
         "--resume", action="store_true",

@@ -2,7 +2,7 @@
 
     python decode.py model.safetensors model.onnx                  # takes normalised images
     python decode.py model.safetensors model.onnx --input pixels   # takes uint8 pixels
-    python decode.py model.safetensors --check model.check         # same answers as in the report?
+    python decode.py model.safetensors --check model.check         # are the answers the same here?
 
     from decode import load
     classify = load("model.safetensors")

@@ -92,7 +92,11 @@ def test_values_out_of_range(parse, texts):
 
 def test_points_and_percentages_are_told_what_to_write():
     for parse, text, message in (
-        (accuracy_loss, "1", "'1' is not below 0.5; it is a fraction: one point is 0.01"),
+        (
+            accuracy_loss,
+            "1",
+            "'1' is not at least 0 and below 0.5; it is a fraction: one point is 0.01",
+        ),
         (accuracy_loss, "1%", "'1%': write 0.01"),
         (fraction, "12.5%", "'12.5%': write 0.125"),
         (fraction, "120%", "'120%' is not a fraction between 0 and 1"),

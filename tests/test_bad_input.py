@@ -169,21 +169,21 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "infinite weights": with_tensor("conv1.weight", STEM + float("inf")),
     "FP64 weights beyond FP32's range": with_tensor("conv1.weight", STEM.double() + 1e300),
     "a negative variance": with_tensor("bn1.running_var", torch.full((64,), -1.0)),
-    "finite weights whose products are not": with_tensor("conv1.weight", STEM + 1e38),
+    "finite weights that give infinite logits": with_tensor("conv1.weight", STEM + 1e38),
     "a missing tensor": saved(lambda s: {k: v for k, v in s.items() if k != "linear.bias"}),
     "an extra tensor": with_tensor("linear2.bias", torch.zeros(10)),
     "a wrong shape": with_tensor("bn1.weight", torch.zeros(32)),
-    "a shape of more numbers than any memory holds": with_tensor(
+    "a shape with more numbers than fit in memory": with_tensor(
         "conv1.weight", torch.zeros(()).expand(10**5, 10**5, 10**5)
     ),
-    "as many classes as the images do not have": of_torchvision("resnet18", num_classes=100),
-    "quantization-aware training behind it": with_tensor(
+    "another number of classes than the images have": of_torchvision("resnet18", num_classes=100),
+    "weights of quantization-aware training": with_tensor(
         "conv1.weight_fake_quant.scale", torch.ones(1)
     ),
-    "dynamic quantization behind it": saved(
+    "weights after dynamic quantization": saved(
         lambda state: state | {"linear._packed_params._packed_params": (STEM, None)}
     ),
-    "several state dicts, none of the usual names": saved(
+    "several state dicts, none with a usual name": saved(
         lambda state: {"a": state, "b": {**state}}
     ),
     "torchvision's `mobilenet_v2`, without `--model`": of_torchvision(
@@ -197,11 +197,11 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
 MODELS = {
     "`--model resnet18`": None,
     "`--model torchvision:resnet17`": None,
-    "`--model FILE:net`, and no such file": None,
-    "`--model FILE:net`, and no such function": "nets = 1",
+    "`--model FILE:net`, without that file": None,
+    "`--model FILE:net`, without that function": "nets = 1",
     "`--model FILE:net`, which returns no network": "def net(): return 1",
     "`--model FILE:net`, which fails": "def net(): return 1 / 0",
-    "`--model torchvision:vgg11_bn`, and weights of another network": None,
+    "`--model torchvision:vgg11_bn`, with weights of another network": None,
 }
 
 
@@ -293,9 +293,9 @@ DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
     "`test/` without class folders": bare,
     "no `test/`, `val/`, `validation/` or `valid/`": remove_split,
     "splits of other names (`Test/`, `Train/`)": rename_splits,
-    "an archive that was not unpacked": not_unpacked,
-    "the folder of one split": only_one_split,
-    "an empty folder, and no network": lambda root: (
+    "an archive that is not unpacked": not_unpacked,
+    "class folders, but no `train/` and `test/`": only_one_split,
+    "an empty folder, without internet": lambda root: (
         root.rename(root.parent / "aside"),
         root.mkdir(),
     ),
@@ -313,7 +313,7 @@ DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
     "a 16-bit PNG": picture(Image.fromarray(np.zeros((32, 32), dtype=np.uint16))),
     "a 64×64 image among many of 32×32": one_of_another_size,
     "a PNG of 60000×60000 pixels": raw_picture(empty_png(60_000, 60_000)),
-    "fewer images than `--test-images`": lambda root: None,
+    "fewer images than `--test-images` asks for": lambda root: None,
     "`cifar-10-batches-py/` with a wrong checksum": batches(lambda folder: None),
     "`cifar-10-batches-py/` with a file missing": batches(
         lambda folder: (folder / "test_batch").unlink()
@@ -322,7 +322,7 @@ DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
         lambda folder: cut_in_half(folder / "test_batch")
     ),
     "`--data-dir` is a file": lambda root: (root.rename(root.parent / "aside"), root.touch()),
-    "`--no-bundled`, CIFAR-10 absent, and no network": lambda root: root.rename(
+    "`--no-bundled`, without CIFAR-10 and without internet": lambda root: root.rename(
         root.parent / "aside"
     ),
 }
@@ -334,15 +334,15 @@ OUTPUT_FOLDERS: dict[str, Callable[[Path], object]] = {
 }
 IDENTITY = "unfinished/identity.json"
 UNFINISHED = {
-    "files, but no run's": {"unfinished/thesis.tex": b"mine"},
-    "a run's, and neither `--resume` nor `--overwrite`": {IDENTITY: b"0a1b2c3d {}"},
-    "another script's, and `--resume`": {IDENTITY: b'1c8c6cd0 {"the script": "other"}'},
-    "that of a run of other settings, and `--resume`": {},
-    "a run's, damaged, and `--resume`": {IDENTITY: b"0a1b2c3d {}"},
+    "files that no run left": {"unfinished/thesis.tex": b"mine"},
+    "those of a run, without `--resume` and `--overwrite`": {IDENTITY: b"0a1b2c3d {}"},
+    "those of another script, with `--resume`": {IDENTITY: b'1c8c6cd0 {"the script": "other"}'},
+    "those of a run with other settings, with `--resume`": {},
+    "damaged ones, with `--resume`": {IDENTITY: b"0a1b2c3d {}"},
 }
 DEVICES = {
-    "`--device cuda`, and no NVIDIA GPU that torch can use": "cuda",
-    "`--device mps`, and no Apple GPU": "mps",
+    "`--device cuda`, without an NVIDIA GPU that torch can use": "cuda",
+    "`--device mps`, without an Apple GPU": "mps",
 }
 SCRIPTS = {
     f"{script.__name__.rpartition('.')[2]}.py": script
@@ -473,7 +473,7 @@ def test_unfinished(row, script, folder, tiny_weights, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(OutputFolder, "keep_unfinished", keep_a_piece_and_stop)
             assert run_here(script.main, *argv, "--seed", 1).returncode == cli.EXIT_FAILED
-    argv += ["--resume"] if "and `--resume`" in row else []
+    argv += ["--resume"] if "with `--resume`" in row else []
     check(script, argv, expected_line(row, DIR=folder), folder)
 
 

@@ -21,6 +21,8 @@ PAGES = sorted(
     for path in REPOSITORY.glob(pattern)
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+FOLDERS = "quantization|pruning|pipeline|runtime|training|common|benchmarks|tests"
+CODE_PATH = re.compile(rf"`((?:{FOLDERS})/[\w./]*)`")
 
 
 def anchors(page: Path) -> set[str]:
@@ -45,6 +47,21 @@ def test_every_page_is_in_the_index():
     index = (REPOSITORY / "docs" / "README.md").read_text(encoding="utf-8")
     linked = {name.partition("#")[0] for name in LINK.findall(index)}
     assert {path.name for path in (REPOSITORY / "docs").glob("*.md")} - {"README.md"} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_and_folders_exist(page):
+    for named in CODE_PATH.findall((REPOSITORY / page).read_text(encoding="utf-8")):
+        assert (REPOSITORY / named).exists(), named
+
+
+def test_every_folder_of_code_is_described():
+    described = CODE_PATH.findall((REPOSITORY / "docs" / "code.md").read_text(encoding="utf-8"))
+    folders = {Path(path).parent if path.endswith(".py") else Path(path) for path in described}
+    for path in REPOSITORY.glob("[a-z]*/**/*.py"):
+        folder = path.parent.relative_to(REPOSITORY)
+        if re.match(f"({FOLDERS})(/|$)", folder.as_posix()):
+            assert folder in folders
 
 
 def test_the_first_page_is_short():

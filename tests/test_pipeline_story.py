@@ -41,7 +41,8 @@ def test_both_is_shipped_and_compared_with_the_others():
         answer("both", 600, 0.002, 2.0),
     )  # fmt: skip
     assert ship.startswith(
-        "Ship both.safetensors: it takes 1.20 times the bytes of size.safetensors and 1.25 times "
+        "Ship both.safetensors: it is small and fast at once, with 1.20 times the bytes of "
+        "size.safetensors and 1.25 times "
         "the time of speed.safetensors at batch 32."
     )
 

@@ -19,7 +19,7 @@ from pruning.alone.scan import Scan
 from pruning.pruning import main
 from pruning.report import results as results_module
 from pruning.report.results import describe_found
-from pruning.report.search_plots import plot_model_search
+from pruning.report.search_plots import plot_model_search, search_title
 from pruning.together import found as found_module
 from pruning.together.allocation import GLOBAL, RANDOM, SENSITIVITY, global_masks
 from pruning.together.found import Found, best_of, search_all, search_with
@@ -125,6 +125,20 @@ def test_every_method_gets_its_row(search, tmp_path):
     assert best.sparsity == max(one.sparsity for one in found if one.method.allocation != RANDOM)
     plot_model_search(entries, 0.1, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_plot_promises_no_more_than_the_held_out_images_confirm():
+    held, lost = (
+        {
+            "scope": "all",
+            "allocation": SENSITIVITY,
+            "max_sparsity": share,
+            "within_tolerance": within,
+        }
+        for share, within in ((0.758, True), (0.866, False))
+    )
+    assert search_title([held, lost], 0.02).startswith("75.8 % of the weights can go")
+    assert search_title([lost], 0.02).startswith("0.0 % of the weights can go")
 
 
 @pytest.fixture(scope="module")

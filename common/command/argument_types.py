@@ -53,27 +53,32 @@ thread_count = integer(1, MAX_THREADS, f"a number of threads from 1 to {MAX_THRE
 batch_size = integer(1, MAX_BATCH_SIZE, f"a number of images from 1 to {MAX_BATCH_SIZE}")
 positive_float = number(math.ulp(0.0), sys.float_info.max, "a number above 0")
 _number_to_one = number(0.0, 1.0, "a fraction between 0 and 1")
+_number_to_max_loss = number(
+    0.0,
+    math.nextafter(MAX_LOSS, 0.0),
+    f"at least 0 and below {MAX_LOSS:g}; it is a fraction: one point is 0.01",
+)
 
 
 def fraction(text: str) -> float:
     """Parse a fraction; for a percentage, the message says what to write instead."""
+    _refuse_percentage(text)
+    return _number_to_one(text)
+
+
+def _refuse_percentage(text: str) -> None:
     try:
         percentage = float(text.removesuffix("%")) if text.endswith("%") else math.nan
     except ValueError:
         percentage = math.nan
     if 0 <= percentage <= 100:
         raise argparse.ArgumentTypeError(f"{text!r}: write {percentage / 100:.10g}")
-    return _number_to_one(text)
 
 
 def accuracy_loss(text: str) -> float:
-    """Parse the accuracy that may be lost; half of all images or more is taken for points."""
-    value = fraction(text)
-    if value >= MAX_LOSS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not below {MAX_LOSS:g}; it is a fraction: one point is 0.01"
-        )
-    return value
+    """Parse the accuracy that may be lost. Half of all images and more is taken for points."""
+    _refuse_percentage(text)
+    return _number_to_max_loss(text)
 
 
 def image_count(text: str) -> int | None:

@@ -123,10 +123,10 @@ def add_calibration_argument(
 
 def add_finetuning_arguments(group: argparse._ActionsContainer, purpose: str) -> None:
     """Add the flags that train what a search finds; the first one's help is its ``purpose``."""
-    group.add_argument("--finetune-epochs", type=positive_int, metavar="N", help=purpose)
+    group.add_argument("--finetune-epochs", type=types.positive_int, metavar="N", help=purpose)
     group.add_argument(
         "--finetune-images",
-        type=image_count,
+        type=types.image_count,
         metavar="N|all",
         default="all",
         help="training images for --finetune-epochs",

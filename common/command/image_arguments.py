@@ -25,7 +25,7 @@ def add_image_arguments(
     )  # fmt: skip
     fallback = inputs.add_mutually_exclusive_group()
     fallback.add_argument(
-        "--bundled", action="store_true", help="use the bundled images; touch no network"
+        "--bundled", action="store_true", help="use the bundled images; download nothing"
     )
     fallback.add_argument(
         "--no-bundled", action="store_true",

@@ -11,10 +11,14 @@ KINDS = {
     ".safetensors": (
         "INT8",
         "from quantization import load_int8; model = load_int8(path), where Python finds this "
-        f"repository: PYTHONPATH={visible(REPOSITORY)}",
+        f"repository: PYTHONPATH={visible(REPOSITORY)}. On a device without torch: "
+        "runtime/decode.py (docs/ship_it.md)",
     ),
     ".onnx": ("ONNX", "onnxruntime.InferenceSession(path)"),
-    ".check": ("check", "python decode.py MODEL --check path, on the device"),
+    ".check": (
+        "check",
+        "python decode.py MODEL --check path on the device, with a copy of runtime/decode.py",
+    ),
     ".pth": (
         "FP32",
         "--weights of each script, or torch.load(path, weights_only=True), a state dict",

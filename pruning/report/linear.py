@@ -108,9 +108,9 @@ def describe_savings(results: dict) -> Facts:
         f"What that saves, where {linear_layers(linear)} {hold} "
         f"{percent(savings['linear_share'], 3)} of the weights",
         {
-            "unpruned": f"{megabytes(savings['dense_bytes'])}, compressed "
+            "unpruned": f"{megabytes(savings['dense_bytes'])}, compressed by zlib "
             f"{megabytes(savings['dense_compressed_bytes'])}",
-            "pruned file": f"{megabytes(savings['pruned_bytes'])}, compressed "
+            "pruned file": f"{megabytes(savings['pruned_bytes'])}, compressed by zlib "
             f"{megabytes(savings['pruned_compressed_bytes'])}",
             "written as": artifacts.get("linear_model", artifacts["model"]),
             "speed": compare_zeros(dense, sparse, f"a copy with {sparse['name']}"),

@@ -64,13 +64,22 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
     axes.minorticks_off()
     axes.set_xlabel(f"compression: {unit} before / {unit} after")
     axes.set_ylabel("top-1 accuracy (%), held-out images")
-    best = max(entry["max_sparsity"] for entry in entries if entry["allocation"] not in CONTROLS)
-    axes.set_title(
-        f"{floor_percent(best, 1)} of the {unit} can go within {tolerated} (star: where each "
-        "search ended)"
-    )
+    axes.set_title(search_title(entries, tolerance))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
     save_figure(figure, path)
+
+
+def search_title(entries: Sequence[dict], tolerance: float) -> str:
+    """Name the largest sparsity that is within the tolerance on the held-out images too."""
+    held = [
+        entry["max_sparsity"]
+        for entry in entries
+        if entry["allocation"] not in CONTROLS and entry["within_tolerance"]
+    ]
+    return (
+        f"{floor_percent(max(held, default=0.0), 1)} of the {unit_of(entries)} can go within "
+        f"{counted(100 * tolerance, 'point')} (star: where each search ended)"
+    )
 
 
 def plot_slim(models: list[dict], path: Path) -> None:

@@ -174,7 +174,8 @@ def ranking_table(results: dict, ranking: dict) -> Table:
         f"Each layer pruned alone by {100 * ranking['amount']:g} %",
         _entries(results, ranking),
         "Against dense on the same images. Lost: images that only dense gets right; gained: that "
-        "only the pruned network does. ≈: chance explains the difference to the next row.",
+        "only the pruned network does. p: McNemar's; how likely chance alone makes such a "
+        "difference. ≈: chance explains the difference to the next row.",
     )
 
 

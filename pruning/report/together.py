@@ -130,9 +130,9 @@ def describe_saved(results: dict) -> Facts:
         {
             "accuracy": f"{percent(saved['accuracy']['value'])}: "
             + describe_change(saved["comparison"]),
-            "plain file": f"{megabytes(saved['pruned_bytes'])}, compressed {megabytes(compressed)}",
-            "that is": f"{saved['dense_compressed_bytes'] / compressed:.1f}× smaller than dense, "
-            "compressed as well, "
+            "plain file": megabytes(saved["pruned_bytes"]),
+            "compressed": f"{megabytes(compressed)} by zlib: "
+            f"{saved['dense_compressed_bytes'] / compressed:.1f}× smaller than dense by zlib, "
             f"{results['weights']['size_bytes'] / compressed:.1f}× smaller than the given file",
             "written as": results["artifacts"]["model"],
             "in theory": f"{percent(1 - saved['macs_kept'], 0)} of the multiply-adds are saved"

@@ -46,7 +46,8 @@ def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     data, weights = results["data"], results["weights"]
     parts = [model_table(results["models"]), describe_given(weights)]
-    parts += [describe_comparison(model) for model in int8_entries(results)]
+    fp32 = next(model for model in results["models"] if model["name"] == "fp32")
+    parts += [describe_comparison(model, fp32) for model in int8_entries(results)]
     if len(int8_entries(results)) > 1:
         parts.append(describe_fastest(results["fastest"]))
     parts += [describe_agreement(model) for model in results["models"] if "agreement" in model]
@@ -109,16 +110,24 @@ def model_table(models: Sequence[dict]) -> Table:
         *accuracy_columns(),
         *rate_columns(models[0]["latency"]),
     ]
-    note = f"Models took turns on the same images.{explain_doubt(models)}"
+    note = (
+        "FP32 at its best: batch norms folded, weights packed once; as usually written: the plain "
+        f"module. Models took turns on the same images.{explain_doubt(models)}"
+    )
     return Table("", columns, models, note)
 
 
-def describe_comparison(model: dict) -> Facts:
-    """Say what an INT8 model gains and costs."""
+def describe_comparison(model: dict, fp32: dict) -> Facts:
+    """Say what an INT8 model gains and costs; ``fp32`` is the entry of FP32 at its best."""
     comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
     change = format_change(accuracy)
     over_nchw = ", ".join(
         f"{entry['value']:.2f}×{doubt(entry)}" for entry in model["speedup_over_nchw"]
+    )
+    times = ", ".join(
+        f"{before['median_ms']:.1f}{doubt(before)} to {after['median_ms']:.1f}{doubt(after)} ms at "
+        f"batch {after['batch_size']}"
+        for before, after in zip(fp32["latency"], model["latency"], strict=True)
     )
     return Facts(
         f"{label(model)} against FP32 on the same images",
@@ -129,6 +138,7 @@ def describe_comparison(model: dict) -> Facts:
             "accuracy": f"{change.points} points, 95 % interval {change.low} to {change.high}",
             "images": f"{accuracy['only_a_correct']:,} lost, {accuracy['only_b_correct']:,} gained "
             f"(McNemar p = {p_value(accuracy['mcnemar_p'])})",
+            "time": f"{times} (medians)",
             "speed": f"{at_batch_sizes(comparison['speedup'])} "
             f"(against FP32 as usually written: {over_nchw})",
             "coverage": describe_coverage(model),
