@@ -16,7 +16,7 @@ import torch
 from common.command import cli
 from common.network.execution import Network
 from common.network.graph import LINEAR
-from pruning.masks import l1_mask, pruned_count
+from pruning.masks import l1_mask, l1_masks, pruned_count
 
 # Amounts to try: every number of weights, where a single layer has at most this many; else a
 # thousand of a single layer, and whole percents of several.
@@ -107,10 +107,11 @@ class Head:
             return sweep_single(features, labels, layer.weight, layer.bias)
         output, layers = self.network.graph.output, self.network.layers
         correct = np.empty((self.levels + 1, len(labels)), dtype=bool)
-        for level in cli.progress(range(self.levels + 1), "linear layers", unit="amount"):
-            masked = {
-                name: layers[name].masked(kept) for name, kept in self.masks_at(level).items()
-            }
+        levels = range(self.levels + 1)
+        counts = [self.counts_at(level) for level in levels]
+        masks = {n: l1_masks(w, [count[n] for count in counts]) for n, w in self.weights.items()}
+        for level in cli.progress(levels, "linear layers", unit="amount"):
+            masked = {name: layers[name].masked(next(kept)) for name, kept in masks.items()}
             found = self.network.with_layers(masked).run({self.features: features}, [output])
             correct[level] = (found[output].argmax(dim=1) == labels).numpy()
         return correct
