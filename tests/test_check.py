@@ -9,7 +9,13 @@ import torch
 from cifar import image_set
 from torch import nn
 
-from common.images.check import Subject, _moments, best_normalisation, find_mismatches
+from common.images.check import (
+    Subject,
+    _find_exchanged_classes,
+    _moments,
+    best_normalisation,
+    find_mismatches,
+)
 from common.images.data import ImageSet
 from common.images.normalisation import NORMALISATIONS
 from common.network.resnet import BlockShape, ResNet, ResNetShape
@@ -124,6 +130,13 @@ def test_a_network_that_answers_one_class_alone_has_no_order():
     with torch.no_grad():
         model.linear.bias[0] = 1e4
     assert find_mismatches(subject(model)) == []
+
+
+def test_one_class_that_a_poor_network_confuses_is_no_other_order():
+    lime_as_cherry = torch.tensor([0, 0, 2, 3]).repeat(8)
+    labels, classes = torch.arange(32) % 4, ("cherry", "lime", "plum", "quince")
+    lime_as_cherry[labels == 0] = torch.tensor([0, 1, 2, 3]).repeat(2)
+    assert _find_exchanged_classes(lime_as_cherry, labels, classes) == []
 
 
 def test_moments_of_batches_are_those_of_all_values():

@@ -19,7 +19,7 @@ def net():
 """
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "squeezenet1_1", "googlenet"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "squeezenet1_1", "googlenet", "regnet_y_400mf"])
 def test_torchvision(name, tmp_path):
     options = {"init_weights": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, num_classes=5, **options).eval()

@@ -6,7 +6,8 @@ from resnet18 import ResNet18, Widths
 from torch import nn
 from torch.nn.utils import prune
 
-from pruning.masks import copy_without, l1_mask, pruned_count
+from pruning import masks
+from pruning.masks import copy_without, l1_mask, l1_mask_series, pruned_count
 
 
 def torch_mask(weight, amount):
@@ -28,6 +29,18 @@ def test_keeps_the_weights_that_torch_keeps(seed, count, with_ties):
         assert l1_mask(weight, 0).all()
     else:
         assert torch.equal(l1_mask(weight, count), torch_mask(weight, count))
+
+
+@pytest.mark.parametrize("most_sorted", [0, masks.MOST_SORTED])
+def test_masks_of_several_counts(most_sorted, monkeypatch):
+    monkeypatch.setattr(masks, "MOST_SORTED", most_sorted)
+    weight = (torch.randn(6, 10, generator=torch.Generator().manual_seed(0)) * 2).round()
+    counts = [0, 7, 30, 59, 60]
+    for count, kept in zip(counts, l1_mask_series(weight, counts), strict=True):
+        assert torch.equal(kept, l1_mask(weight, count))
+        assert int(kept.sum()) == 60 - count
+        if 0 < count < 60:
+            assert weight[kept].abs().min() >= weight[~kept].abs().max()
 
 
 @pytest.mark.parametrize("amount", [0.5, 0.33, 0.9, 0.999])

@@ -36,6 +36,7 @@ GOOD_ACCURACY = 0.97  # from here on no alternative is tried
 STANDARD_ERRORS, STANDARD_ERRORS_AGREED = 3.0, 2.0
 CONFUSED = 0.7  # of a class's images are called by one other class's name
 MIN_OF_CLASS = 5  # images by which a class is judged
+MIN_EXCHANGED = 2  # classes; another order moves at least two, a poor network may confuse one
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def _find_exchanged_classes(
         for label, target in called.items()
         if label != target and targets.count(target) == 1
     ]
-    if not pairs:
+    if len(pairs) < MIN_EXCHANGED:
         return []
     shown = ", ".join(pairs[:4]) + (f" and {len(pairs) - 4} more" if len(pairs) > 4 else "")
     return [

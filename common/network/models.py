@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from common.command.cli import UserError
 
@@ -23,8 +24,8 @@ def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
 
     Args:
         model: ``torchvision:NAME`` or ``FILE.py:FUNCTION``; the function is run.
-        state: Tensors of the checkpoint, whose number of classes torchvision's networks get; these
-            are built on the meta device.
+        state: Tensors of the checkpoint; torchvision's networks get its number of classes, and
+            parameters on the meta device.
 
     Raises:
         UserError: There is no such network, or it cannot be built.
@@ -58,13 +59,21 @@ def _build_torchvision(name: str, state: Mapping[str, torch.Tensor]) -> nn.Modul
         options = {"aux_logits": has_auxiliary, "init_weights": False}
 
     def build(class_count: int) -> nn.Module:
-        with torch.device("meta"):
+        with _EmptyOnMeta():
             return models.get_model(name, weights=None, num_classes=class_count, **options)
 
     default, other = build(1000).state_dict(), build(1001).state_dict()
     heads = [entry for entry in default if default[entry].shape != other[entry].shape]
     counts = [len(state[entry]) for entry in heads if entry in state and state[entry].ndim]
     return build(counts[0] if counts and counts[0] else 1000)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Gives parameters no memory; what a constructor computes with, as a RegNet's does, is real."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        device = {"device": "meta"} if function is torch.empty else {}
+        return function(*args, **(kwargs or {}) | device)
 
 
 def _run_function(file: Path, function: str) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from common.command import cli
 from common.network.execution import Network
 from common.network.graph import LINEAR
-from pruning.masks import l1_mask, l1_masks, masked_layers, pruned_count
+from pruning.masks import l1_mask, l1_mask_series, l1_masks, masked_layers, pruned_count
 
 # Amounts to try: every number of weights, where a single layer has at most this many; else a
 # thousand of a single layer, and whole percents of several.
@@ -100,8 +100,15 @@ class Head:
             layer = self.network.layers[self.network.graph.output]
             return sweep_single(features, labels, layer.weight, layer.bias)
         correct = np.empty((self.levels + 1, len(labels)), dtype=bool)
-        for level in cli.progress(range(self.levels + 1), "linear layers", unit="amount"):
-            pruned = self.network.with_layers(masked_layers(self.network, self.masks_at(level)))
+        levels = range(self.levels + 1)
+        counts = [self.counts_at(level) for level in levels]
+        series = {
+            name: l1_mask_series(weight, [count[name] for count in counts])
+            for name, weight in self.weights.items()
+        }
+        for level in cli.progress(levels, "linear layers", unit="amount"):
+            kept = {name: next(masks) for name, masks in series.items()}
+            pruned = self.network.with_layers(masked_layers(self.network, kept))
             correct[level] = (self.classify(pruned, features) == labels).numpy()
         return correct
 
