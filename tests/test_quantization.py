@@ -212,10 +212,17 @@ def test_every_number_in_the_tables_is_that_of_results_json(finished):
     comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
     ratio, (low, high) = comparison["size_ratio"], accuracy["ci95"]
     speeds = [number for e in comparison["speedup"] for number in (e["value"], e["batch_size"])]
+    fp32 = next(entry for entry in results["models"] if entry["name"] == "fp32")
+    times = [
+        number
+        for before, after in zip(fp32["latency"], model["latency"], strict=True)
+        for number in (before["median_ms"], after["median_ms"], after["batch_size"])
+    ]
     expected = {
         "size": [100 * (1 - ratio), 1 / ratio, 1 / comparison["size_ratio_given"]],
         "accuracy": [-100 * accuracy["drop"], 95, -100 * high, -100 * low],
         "images": [accuracy["only_a_correct"], accuracy["only_b_correct"], accuracy["mcnemar_p"]],
+        "time": times,
         "speed": [*speeds, 32, *(entry["value"] for entry in model["speedup_over_nchw"])],
         "coverage": [len(model["int8_operations"]) + len(model["fp32_operations"]), 8],
     }
