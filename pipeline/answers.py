@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.command import cli
+from common.command.cli import counted
 from common.search.trials import Range, Spare, nearest, run_trials, strongest
 from pipeline import GOALS
 from pipeline.candidates import Candidate, CandidateBuilder
@@ -148,7 +149,7 @@ def _try_all(goal: str, attempt: Callable[[float], Candidate], where: Range) -> 
         made += 1
         return attempt(strength)
 
-    cli.log.info("%s: up to %d networks are tried, more if none passes", goal, where.trials)
+    cli.log.info("%s: trying up to %s, more if none passes", goal, counted(where.trials, "network"))
     return run_trials(make, where)
 
 

@@ -186,7 +186,10 @@ def choose_to_ship(within: Sequence[dict]) -> tuple[dict, str]:
         return both, "it is the only answer within the budget"
     others = {answer["name"]: answer for answer in within if answer is not both}
     pieces = []
-    if size := others.get("size"):
+    size = others.get("size")
+    if size and size["file_bytes"] == both["file_bytes"]:
+        pieces.append("no more bytes than the smallest answer")
+    elif size:
         more = both["file_bytes"] / size["file_bytes"]
         pieces.append(f"{more:.2f} times the bytes of {size['file']}")
     if speed := others.get("speed"):

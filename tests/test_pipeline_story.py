@@ -47,6 +47,13 @@ def test_both_is_shipped_and_compared_with_the_others():
     )
 
 
+def test_an_answer_is_not_compared_with_itself():
+    ship, *_ = advised(answer("size", 600, 0.002, 2.0), answer("both", 600, 0.002, 2.0))
+    assert ship.startswith(
+        "Ship both.safetensors: it is small and fast at once, with no more bytes than the smallest"
+    )
+
+
 def test_what_is_smaller_and_better_is_shipped():
     ship, *_ = advised(answer("size", 500, 0.001, 3.0), answer("both", 600, 0.002, 2.0))
     assert ship.startswith("Ship size.safetensors: it is smaller than both.safetensors and loses")
