@@ -21,11 +21,9 @@ from pruning.channels.costs import MACS, WEIGHTS
 # Prices of a bit; of the bundled weights one point allows about as much of each goal.
 FIRST_PRICE = {"size": 0.028, "both": 0.018}
 LEAST_PRICE, MOST_PRICE = 0.001, 0.5
-# Of the budget, what the channels of a network may use that is then coded. For size that is what
-# the search for them begins with: channels that hold many weights hardly cost accuracy. For both it
-# is what the images that choose measure; a trained network may have used more, for nothing else is
-# as fast.
-SIZE_SHARE, BOTH_SHARE, TRAINED_SHARE = 0.6, 0.5, 0.65
+# Share of the budget that a fast network may use on the images that choose if it is coded for both;
+# a trained one may have used more, for nothing else is as fast.
+BOTH_SHARE, TRAINED_SHARE = 0.5, 0.65
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
 # of the multiply-adds, shares smaller by so much than without it. After two epochs of 50,000 images
 # 1.12 has passed and failed, 1.25 just failed.
@@ -78,13 +76,13 @@ def choose_best(goal: str, tried: Mapping[str, Sequence[Candidate]]) -> Candidat
 
 
 def _find_size(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
-    slim = _search_slim(builder, "size", WEIGHTS, 1, SIZE_SHARE)
+    slim = _search_slim(builder, "size", WEIGHTS, builder.coding_range())
     base = strongest(slim) or nearest(slim)
     tried["size"] = [*slim, *_search_coded(builder, "size", base)]
 
 
 def _find_speed(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
-    slim = _search_slim(builder, "speed", MACS, 5, 1.0)
+    slim = _search_slim(builder, "speed", MACS, builder.search_range())
     if builder.training:
         reached = 1 / (strongest(slim) or nearest(slim)).strength
         least = builder.least_share(MACS)
@@ -119,14 +117,8 @@ def _room(builder: CandidateBuilder, share: float) -> Spare:
     return lambda candidate: min(candidate.spare, allowed - candidate.verdict.comparison.drop)
 
 
-def _search_slim(
-    builder: CandidateBuilder, goal: str, unit: str, trials: int, budget_share: float
-) -> list[Candidate]:
-    """Look for the least share of the ``unit`` within the budget.
-
-    The first guess is what should use up a share of it.
-    """
-    where = builder.search_range(unit, budget_share, trials)
+def _search_slim(builder: CandidateBuilder, goal: str, unit: str, where: Range) -> list[Candidate]:
+    """Look for the least share of the ``unit`` within the budget."""
     return _try_all(goal, lambda times: builder.try_slim(goal, 1 / times, unit), where)
 
 

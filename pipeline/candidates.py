@@ -163,9 +163,13 @@ class CandidateBuilder:
     def _range_images(self) -> ImageSet:
         return self.inputs.calibration.rows(slice(RANGE_IMAGES))
 
-    def search_range(self, unit: str, budget_share: float, trials: int) -> Range:
-        """Return how many times fewer of the ``unit`` to try for a share of the budget."""
-        return self._slimmer.search_range(unit, budget_share * self.budget.max_drop, trials)
+    def search_range(self) -> Range:
+        """Return how many times fewer multiply-adds to try for the whole budget."""
+        return self._slimmer.search_range(MACS, self.budget.max_drop)
+
+    def coding_range(self) -> Range:
+        """Return how many times fewer weights to try in a network that is then coded."""
+        return self._slimmer.coding_range(self.budget.max_drop)
 
     def least_share(self, unit: str) -> float:
         """Return the smallest share of the ``unit`` that can be left."""

@@ -72,8 +72,11 @@ class FakeBuilder:
     def least_share(self, unit):
         return 0.1
 
-    def search_range(self, unit, budget_share, trials):
-        return Range(1 / 0.6, 1 / 0.97, 1 / 0.1, trials=trials)
+    def search_range(self):
+        return Range(1 / 0.6, 1 / 0.97, 1 / 0.1, trials=5)
+
+    def coding_range(self):
+        return Range(1 / 0.6, 1 / 0.97, 1 / 0.1, trials=1)
 
     def try_slim(self, goal, share, unit="macs", trained=False):
         spare = share - self.passes_from + 0.1 * trained

@@ -159,3 +159,21 @@ def test_a_search_begins_where_the_curves_add_up_to_the_budget(tiny_model, rando
         assert divergence(1 / where.start) <= max_drop < divergence(1 / where.start - 0.02)
         assert 1 / where.most == slimmer.costs.least_share(unit)
     assert 1 / slimmer.search_range(unit, 10.0).start < 1 / where.most + 0.02  # all that can go
+
+
+def test_a_network_to_code_is_as_narrow_as_pays(tiny_model, random_images):
+    slimmer = slimmer_of(tiny_model, random_images(40))
+    grid = slimmer.costs.grid
+
+    def start(lost):
+        """Return the share of the weights to begin with where each narrowing costs ``lost``."""
+        vars(slimmer)["_curves"] = {
+            name: {width: lost * (widths[-1] - width) / widths[-1] for width in widths}
+            for name, widths in grid.items()
+        }
+        return 1 / slimmer.coding_range(0.01).start
+
+    least = slimmer.costs.least_share(WEIGHTS)
+    assert start(0.0) < 1.02 * least  # what costs nothing goes
+    assert start(10.0) == pytest.approx(max(least, 0.97))  # what costs more than coding does stays
+    assert start(0.0) <= start(0.02) <= start(10.0)
