@@ -6,7 +6,7 @@ import argparse
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from common.network.size import describe_network
 from common.network.tracing import Traced, trace
 
 MAX_VALUE_BYTES = 1 << 26  # largest FP32 result for a batch; a few exist at a time
+MAX_TIMED_BYTES = 1 << 28  # the same for a batch that is timed
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,21 @@ class Inputs:
 
     def fit_batch_size(self, asked: int) -> int:
         """Return a default batch size bounded by memory; one that the user chose stays."""
+        return (
+            min(asked, self._most_images(MAX_VALUE_BYTES)) if isinstance(asked, AtMost) else asked
+        )
+
+    def fit_batch_sizes(self, asked: Sequence[int]) -> list[int]:
+        """Return the batch sizes to time, without defaults that would take too much memory."""
+        most = self._most_images(MAX_TIMED_BYTES)
+        left_out = [size for size in asked if isinstance(size, AtMost) and size > most]
+        for size in left_out:
+            log.info("batch %d is not timed, to save memory; --batch-sizes %d does it", size, size)
+        return [size for size in asked if size not in left_out]
+
+    def _most_images(self, value_bytes: int) -> int:
         largest_bytes = 4 * max(map(math.prod, self.traced.network.shapes.values()))
-        fitting = max(1, MAX_VALUE_BYTES // largest_bytes)
-        return min(asked, fitting) if isinstance(asked, AtMost) else asked
+        return max(1, value_bytes // largest_bytes)
 
     def to(self, device: torch.device) -> Inputs:
         """Move the model to a device; return the inputs with it and the test images there."""

@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=AtMost(2000),
         help="training images, without labels, that --bits-per-weight uses",
     )
-    arguments.add_timing_arguments(parser, batch_sizes=[1, 32, 128], seconds=5.0)
+    arguments.add_timing_arguments(parser, batch_sizes=[1, 32, AtMost(128)], seconds=5.0)
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     return parser
 
@@ -177,8 +177,9 @@ def main(argv: list[str] | None = None) -> int:
             onnx = steps.export_onnx(
                 quantized[0], folder.file(f"{inputs.file_stem}_int8.onnx"), setup
             )
+        batch_sizes = inputs.fit_batch_sizes(args.batch_sizes)
         timings = steps.time_models(
-            model, dense, quantized, onnx, test, args.batch_sizes, args.timing_seconds
+            model, dense, quantized, onnx, test, batch_sizes, args.timing_seconds
         )
         if pick_fastest:
             quantized = steps.fastest_first(quantized, timings)

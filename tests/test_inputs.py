@@ -129,3 +129,6 @@ def test_a_default_batch_size_is_bounded_by_the_largest_value(load, monkeypatch)
     assert inputs.fit_batch_size(AtMost(64)) == 8
     assert inputs.fit_batch_size(AtMost(4)) == 4
     assert inputs.fit_batch_size(64) == 64  # the user's choice
+    monkeypatch.setattr("common.inputs.MAX_TIMED_BYTES", 32 * largest_bytes)
+    assert inputs.fit_batch_sizes([1, 32, AtMost(33)]) == [1, 32]
+    assert inputs.fit_batch_sizes([33]) == [33]
