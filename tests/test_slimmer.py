@@ -148,7 +148,7 @@ def test_a_search_begins_where_the_curves_add_up_to_the_budget(tiny_model, rando
         name: {width: (1 - width / group.width) / 10 for width in slimmer.costs.grid[name]}
         for name, group in slimmer.costs.groups.items()
     }
-    vars(slimmer)["_curves"] = curves
+    vars(slimmer)["_curves"] = vars(slimmer)["_weight_curves"] = curves
 
     def divergence(share):
         widths = slimmer.costs.choose(curves, share, unit)
@@ -167,7 +167,7 @@ def test_a_network_to_code_is_as_narrow_as_pays(tiny_model, random_images):
 
     def start(lost):
         """Return the share of the weights to begin with where each narrowing costs ``lost``."""
-        vars(slimmer)["_curves"] = {
+        vars(slimmer)["_weight_curves"] = {
             name: {width: lost * (widths[-1] - width) / widths[-1] for width in widths}
             for name, widths in grid.items()
         }
@@ -177,3 +177,20 @@ def test_a_network_to_code_is_as_narrow_as_pays(tiny_model, random_images):
     assert start(0.0) < 1.02 * least  # what costs nothing goes
     assert start(10.0) == pytest.approx(max(least, 0.97))  # what costs more than coding does stays
     assert start(0.0) <= start(0.02) <= start(10.0)
+
+
+def test_curves_of_weights_are_measured_on_means_of_two_images_too(
+    tiny_model, random_images, monkeypatch
+):
+    seen = []
+
+    def measure(network, groups, choices, context, images):
+        seen.append(images.images)
+        return {name: dict.fromkeys(widths, float(len(seen))) for name, widths in choices.items()}
+
+    monkeypatch.setattr(module, "measure_curves", measure)
+    slimmer = slimmer_of(tiny_model, random_images(8))
+    assert set(next(iter(slimmer._curves_for(MACS).values())).values()) == {2.0}
+    assert set(next(iter(slimmer._curves_for(WEIGHTS).values())).values()) == {(2 + 3 / 3) / 2}
+    first, second = seen[1][:2].double(), seen[2][1].double()
+    assert torch.equal(second, first.mean(0).floor())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ FITTED_SHARE = 0.75
 CONTEXT_SHARE = 0.5  # of the multiply-adds
 WIDEST_SHARE = 0.97
 SHARE_STEP = 1.02  # ratio of two shares whose best widths are compared
+MEANS_RATIO = 3.0  # of the divergence on means of two images to that on images (docs/channels.md)
 # Coded within one point, the bundled ResNet18 diverges by about 0.036 nats, and as the file shrinks
 # the divergence grows with this power of it (docs/channels.md).
 CODED_NATS, CODING_EXPONENT = 3.6, 1.6
@@ -49,7 +50,7 @@ class Slimmer:
 
     def slim(self, share: float, unit: str = MACS) -> SlimNetwork:
         """Return the network in which ``share`` of the ``unit`` is left, repaired."""
-        return repair(self._dense, self.costs.choose(self._curves, share, unit))
+        return repair(self._dense, self.costs.choose(self._curves_for(unit), share, unit))
 
     def search_range(self, unit: str, max_drop: float, trials: int = 5) -> Range:
         """Return where to look for how many times fewer of the ``unit`` a network may have.
@@ -84,10 +85,10 @@ class Slimmer:
 
     def _divergences(self, unit: str) -> list[tuple[float, float]]:
         """Return shares of the ``unit``, and what the curves of the best widths add up to."""
-        found, share = [], self._widest(unit)
+        curves, found, share = self._curves_for(unit), [], self._widest(unit)
         while share >= self.costs.least_share(unit):
-            widths = self.costs.choose(self._curves, share, unit)
-            lost = sum(self._curves[name][width] for name, width in widths.items())
+            widths = self.costs.choose(curves, share, unit)
+            lost = sum(curves[name][width] for name, width in widths.items())
             found.append((share, lost))
             share /= SHARE_STEP
         return found
@@ -115,17 +116,47 @@ class Slimmer:
             self.model, self.traced, groups, self.images, grid, self.seed, self.dtype, self._fitted
         )
 
+    def _curves_for(self, unit: str) -> Curves:
+        return self._curves if unit == MACS else self._weight_curves
+
     @functools.cached_property
     def _curves(self) -> Curves:
         """What each width costs, in a network of half of the multiply-adds."""
-        share = max(CONTEXT_SHARE, self.costs.least_share())
-        return self._measure(self.costs.choose(self._measure(self.costs.half), share, MACS))
+        return self._measure(self._context, self._unseen)
 
-    def _measure(self, context: Widths) -> Curves:
+    @functools.cached_property
+    def _weight_curves(self) -> Curves:
+        """The same for weights, half of it measured on means of two images.
+
+        These tell more of the last layers, which hold most weights and are sure of themselves on
+        training images. They exaggerate what the first layers lose, which hold few.
+        """
+        pixels = self._unseen.images.int()
+        means = ((pixels + pixels.roll(1, 0)) // 2).to(torch.uint8)
+        on_means = self._measure(self._context, replace(self._unseen, images=means))
+        return {
+            name: {
+                width: (lost + on_means[name][width] / MEANS_RATIO) / 2
+                for width, lost in curve.items()
+            }
+            for name, curve in self._curves.items()
+        }
+
+    @functools.cached_property
+    def _context(self) -> Widths:
+        """Widths of a network of half of the multiply-adds."""
+        share = max(CONTEXT_SHARE, self.costs.least_share())
+        return self.costs.choose(self._measure(self.costs.half, self._unseen), share, MACS)
+
+    def _measure(self, context: Widths, images: ImageSet) -> Curves:
         dense = self._dense
+        return measure_curves(dense.network, dense.groups, dense.choices, context, images)
+
+    @property
+    def _unseen(self) -> ImageSet:
+        """Images that did not say what to keep."""
         first = min(self._fitted, len(self.images) - 1)  # of one image, that
-        unseen = self.images.rows(slice(first, first + CURVE_IMAGES))
-        return measure_curves(dense.network, dense.groups, dense.choices, context, unseen)
+        return self.images.rows(slice(first, first + CURVE_IMAGES))
 
     @property
     def _fitted(self) -> int:
