@@ -5,8 +5,6 @@ a standard error to spare. Channels go first, those that hold the most weights f
 that take the most multiply-adds for speed; what is left is coded with the rest of the budget.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Each is made on calibration images without labels, kept in the run's store, and 
 it will run, on the images that choose.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from dataclasses import dataclass

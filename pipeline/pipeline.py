@@ -10,8 +10,6 @@ multiply-adds are removed. ``both`` is small and fast. One half of the test imag
 other half measures what was written, read back by a fresh process.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -1,7 +1,5 @@
 """The plot of pipeline.py: the frontier, accuracy against size and against images a second."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files measured by a process that made none of them: what it reads is all that it knows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

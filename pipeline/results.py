@@ -1,7 +1,5 @@
 """The part of results.json about the dense network, the answers and all that was tried."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

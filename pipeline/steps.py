@@ -1,7 +1,5 @@
 """The steps of pipeline.py: from loaded inputs to files that were read back and measured."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

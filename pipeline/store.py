@@ -1,7 +1,5 @@
 """Networks that take minutes to make: kept while the run is unfinished, and not made again."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What pipeline.py tells: the answers, and what to ship in words."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from common.report.loading import how_to_load

@@ -11,8 +11,6 @@ answer against every amount. With --scope, searches how far all layers can be pr
 Writes the pruned model, results.json and plots.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -3,8 +3,6 @@
 They return their part of results.json.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict
 from pathlib import Path

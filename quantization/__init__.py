@@ -4,8 +4,6 @@ Python finds it in the repository's root, with PYTHONPATH=/path/to/repository fr
 after ``pip install .``.
 """
 
-from __future__ import annotations
-
 
 def __getattr__(name: str) -> object:
     """Hand on ``load_int8`` late: torch takes seconds to import, and ``--help`` needs none."""

@@ -1,7 +1,5 @@
 """What INT8 networks are calibrated and measured with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ Loads the pretrained network, measures its size and accuracy, calibrates and con
 times both. Writes the INT8 model, reloads it in a fresh process, and writes results.json and plots.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

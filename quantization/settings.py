@@ -1,7 +1,5 @@
 """How a model is quantized: what a run chooses, and what a file tells; imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 # torch's, from the slowest on x86 to the fastest; qnnpack is made for Arm.

@@ -1,7 +1,5 @@
 """The steps of quantization.py: from a loaded network to INT8 models that are saved and timed."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence

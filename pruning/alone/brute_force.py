@@ -4,8 +4,6 @@ This repeats for each layer, and for each step of the search over the linear lay
 reference that the fast scan and search are checked and timed against.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Mapping

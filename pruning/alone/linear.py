@@ -4,8 +4,6 @@ An answer is chosen because it is just within the tolerance on some images; on o
 So the choice is repeated on random halves of the images, each judged on the other half.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The sensitivity scan: every layer pruned alone, its correctness image by image."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

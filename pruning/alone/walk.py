@@ -5,8 +5,6 @@ Each batch runs through the dense network once, and every pruned variant branche
 (:mod:`common.network.cascade`).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence

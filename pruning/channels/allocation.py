@@ -6,8 +6,6 @@ narrow: the divergence of the logits from the dense network's, which needs no la
 curves taken to add up, the best widths for any number of multiply-adds follow exactly.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """What networks of other widths cost, and the widths to choose for a share of it."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping

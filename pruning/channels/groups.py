@@ -7,8 +7,6 @@ channels. Where all that reads the channels are such operations or layers, a cha
 all sides, and nothing else in the network changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ channels are refitted on what the slim layers before them give, so that they als
 errors of those.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

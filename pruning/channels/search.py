@@ -1,7 +1,5 @@
 """How many of the multiply-adds can go by removing whole channels, within the tolerance."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

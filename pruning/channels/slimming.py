@@ -1,7 +1,5 @@
 """Slim networks: a network, or the module that it was traced from, without some channels."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Mapping

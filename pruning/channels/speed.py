@@ -1,7 +1,5 @@
 """How fast a slim network is: FP32 and INT8, dense and slim, timed in turns on the CPU."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from pathlib import Path

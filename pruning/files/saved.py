@@ -4,8 +4,6 @@ It is a plain checkpoint with the original names, so every script takes it for `
 zeros still take four bytes each; their worth shows once the file is compressed.
 """
 
-from __future__ import annotations
-
 import copy
 import zlib
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What pruning.py tells of the search over the linear layers."""
 
-from __future__ import annotations
-
 from operator import itemgetter
 
 from common.report.results import (

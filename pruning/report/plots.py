@@ -1,7 +1,5 @@
 """Plots of a run: which layers are sensitive, and how far the linear layers can go."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path

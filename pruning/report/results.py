@@ -1,7 +1,5 @@
 """The parts of results.json about each layer alone, and about many layers together."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 

@@ -1,7 +1,5 @@
 """Plots of the search over many layers, and of what removing channels gained."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

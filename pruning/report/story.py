@@ -1,7 +1,5 @@
 """What pruning.py tells: the structure, each layer alone, the linear layers, layers together."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter

@@ -1,7 +1,5 @@
 """What pruning.py tells of the search over many layers together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 

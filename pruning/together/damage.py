@@ -6,8 +6,6 @@ left: each layer in turn goes from all its weights to few, while the others stay
 branching walk does this for all layers at once.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Results of the search over many layers: for each method, its sparsest network, measured."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

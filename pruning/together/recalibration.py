@@ -5,8 +5,6 @@ the dense network. Measuring mean and variance again on training images undoes m
 (Hubara et al., 2021, https://arxiv.org/abs/2006.10518; Izmailov et al., 2018).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -4,8 +4,6 @@ Each returns a network that computes the same function in FP32 (equalisation) or
 correction), and loses less of it in INT8.
 """
 
-from __future__ import annotations
-
 import torch
 
 from common.images.data import ImageSet

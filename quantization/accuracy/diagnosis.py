@@ -6,8 +6,6 @@ both. It is the median over output channels: in a plain ratio a few strong chann
 the others drown. Accuracy is measured by :mod:`quantization.accuracy.layer_cost`.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
 
 import torch

@@ -4,8 +4,6 @@ Alone in INT8, a layer's variant branches off the FP32 network, as in the prunin
 FP32, the rest of the network runs on its engine, as it would be deployed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -10,8 +10,6 @@ A network that was made from another one is coded towards the outputs of that on
 compensates for earlier errors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The network coded to a wanted size, as a file that was read back and measured."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

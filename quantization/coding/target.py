@@ -4,8 +4,6 @@ Bits fall with the price about as a power of it, so each price follows from a li
 logarithms of two codings before it: the two that lie around the target, or the last two.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

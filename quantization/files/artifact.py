@@ -8,8 +8,6 @@
 :mod:`quantization.files.int8_file` describes the file.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A few images and the logits that an INT8 file gives for them, to compare with on a device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 

@@ -4,8 +4,6 @@
 network again. There is no pickle, no program and no type of torch's quantization in the file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

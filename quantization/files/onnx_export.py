@@ -1,7 +1,5 @@
 """Networks as ONNX files: INT8 with the scales and zero points that every engine runs, or FP32."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path

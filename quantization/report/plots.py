@@ -1,7 +1,5 @@
 """The plots of quantization.py."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The ranges that INT8 has to cover: of the weights, by channel, and of the activations, drawn."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from common.network.execution import Network

@@ -1,7 +1,5 @@
 """What results.json says of the models, each against FP32, and of the accuracy budget."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """What quantization.py tells of the accuracy budget, the diagnosis, zeros, and the coded file."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from common.report.results import counted, format_change, megabytes, percent, points

@@ -1,7 +1,5 @@
 """What quantization.py tells: sizes, accuracies and speeds, and what else was asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from common.report.loading import how_to_load
