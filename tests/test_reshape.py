@@ -31,6 +31,17 @@ def test_layer_may_have_gained_a_bias():
     assert torch.equal(with_tensors(model, state)[0].bias, torch.arange(4.0))
 
 
+def test_buffers_that_no_state_dict_holds_and_second_names_are_kept():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
+    model.register_buffer("grid", torch.arange(3.0), persistent=False)
+    model.alias = model[0]
+    other = {name: torch.randn(2, *t.shape[1:]) for name, t in model.state_dict().items()}
+    shaped = with_tensors(model, other)
+    assert shaped.alias is shaped[0]
+    assert torch.equal(shaped[0].weight, other["0.weight"])
+    assert torch.equal(shaped.grid, model.grid)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

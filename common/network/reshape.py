@@ -13,24 +13,26 @@ def with_tensors(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Modu
 
     Args:
         model: The module; it may be on the meta device.
-        state: State dict with the module's names. Layers without a bias may have gained one.
+        state: State dict with the module's names. Layers without a bias may have gained one. Of the
+            tensors of a module with several names, those of the first count.
 
     Raises:
         ValueError: A tensor is missing or unexpected, or has another number of dimensions.
     """
     shaped = copy.deepcopy(model)
-    left = dict(state)
-    for prefix, module in shaped.named_modules():
+    left, seen = dict(state), set()
+    for prefix, module in shaped.named_modules(remove_duplicate=False):
         for tensors in (module._parameters, module._buffers):
             for name, old in tensors.items():
                 full = f"{prefix}.{name}" if prefix else name
-                new = left.pop(full, None)
-                if new is None and old is None:
+                new, is_kept = left.pop(full, None), name in module._non_persistent_buffers_set
+                if is_kept or module in seen or (new is None and old is None):
                     continue
                 if new is None or (old is not None and new.ndim != old.ndim):
                     raise ValueError(f"{full} is missing or has another number of dimensions")
                 new = new.clone()
                 tensors[name] = nn.Parameter(new) if tensors is module._parameters else new
+        seen.add(module)
         _fit_sizes(module)
     if left:
         raise ValueError(f"{min(left)} is unexpected")

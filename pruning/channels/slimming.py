@@ -1,6 +1,5 @@
 """Slim networks: a network, or the module that it was traced from, without some channels."""
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 
@@ -9,6 +8,7 @@ from torch import nn
 
 from common.network.execution import Layer, Network
 from common.network.graph import AFFINE, RESHAPE, Graph
+from common.network.reshape import with_tensors
 from common.network.tracing import Traced
 from pruning.channels.groups import ChannelGroup
 from pruning.channels.surgeon import ChannelChoice
@@ -16,6 +16,7 @@ from pruning.channels.surgeon import ChannelChoice
 Channels = Mapping[str, torch.Tensor]
 Statistics = tuple[torch.Tensor, torch.Tensor]
 LARGEST_SCALE = 1e6
+NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
 
 
 def channels_given(
@@ -86,24 +87,25 @@ def slim_module(
         statistics: For each layer with other weights than the dense one: mean and variance of its
             outputs without its bias, each (O,).
     """
-    slim = copy.deepcopy(model)
+    state = model.state_dict()
     for name, kept in channels.items():
         if traced.network.graph[name].kind == AFFINE:
-            _narrow_norm(slim.get_submodule(name), kept)
-    for name in statistics:
-        layer, module = network.layers[name], slim.get_submodule(name)
-        scale = 1.0
-        if name in traced.norms:
-            norm = slim.get_submodule(traced.norms[name])
-            if name in channels:
-                _narrow_norm(norm, channels[name])
-            scale = _relative_size(module.weight, traced.network.layers[name].weight)
-            _set_norm(norm, layer.bias, *statistics[name], scale)
-        _set_weight(module, scale * layer.weight, None if name in traced.norms else layer.bias)
-        if network.graph[name].attributes.get("groups", 1) > 1:
-            module.groups = network.graph[name].attributes["groups"]
-            module.in_channels = module.groups
-    return slim
+            entries = (f"{name}.{entry}" for entry in NORM_ENTRIES)
+            state |= {entry: state[entry][kept] for entry in entries if entry in state}
+    for name, (mean, variance) in statistics.items():
+        layer, scale = network.layers[name], 1.0
+        bias = layer.bias
+        if (norm := traced.norms.get(name)) is not None:
+            scale = _relative_size(state[f"{name}.weight"], traced.network.layers[name].weight)
+            variance = variance * scale**2
+            own = (variance + model.get_submodule(norm).eps).sqrt() / scale
+            tensors = (own, bias + mean, scale * mean, variance)
+            state |= {f"{norm}.{e}": x for e, x in zip(NORM_ENTRIES, tensors, strict=True)}
+            bias = torch.zeros_like(bias) if f"{name}.bias" in state else None
+        state[f"{name}.weight"] = (scale * layer.weight).contiguous()
+        if bias is not None:
+            state[f"{name}.bias"] = bias
+    return with_tensors(model, state)
 
 
 def _relative_size(weight: torch.Tensor, folded: torch.Tensor) -> float:
@@ -113,39 +115,6 @@ def _relative_size(weight: torch.Tensor, folded: torch.Tensor) -> float:
     """
     sizes = float(weight.norm()), float(folded.norm())
     return min(max(sizes[0] / sizes[1], 1 / LARGEST_SCALE), LARGEST_SCALE) if all(sizes) else 1.0
-
-
-def _set_norm(
-    norm: nn.Module, bias: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, scale: float
-) -> None:
-    """Have a batch norm give what the weights do that are ``scale`` times too large."""
-    variance = variance * scale**2
-    norm.running_mean, norm.running_var = scale * mean, variance
-    norm.weight = nn.Parameter((variance + norm.eps).sqrt() / scale)
-    norm.bias = nn.Parameter(bias + mean)
-
-
-def _set_weight(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Replace a layer's weight and bias; a bias that a batch norm holds becomes zero."""
-    module.weight = nn.Parameter(weight.contiguous())
-    if bias is not None:
-        module.bias = nn.Parameter(bias)
-    elif module.bias is not None:
-        module.bias = nn.Parameter(torch.zeros(len(weight), device=weight.device))
-    outputs, inputs = weight.shape[:2]
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = outputs, inputs
-    else:
-        module.out_channels, module.in_channels = outputs, inputs
-
-
-def _narrow_norm(norm: nn.Module, channels: torch.Tensor) -> None:
-    norm.num_features = len(channels)
-    for name in ("running_mean", "running_var"):
-        setattr(norm, name, getattr(norm, name)[channels])
-    for name in ("weight", "bias"):
-        if getattr(norm, name) is not None:
-            setattr(norm, name, nn.Parameter(getattr(norm, name)[channels]))
 
 
 def _laid_out(layer: Layer) -> Layer:
