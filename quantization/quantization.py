@@ -184,10 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         first = quantized[0]
 
         files = steps.save_models(quantized, folder.file, inputs.file_stem)
-        found = common_results(
-            "quantization", args, Workers(device), inputs.describe_images(), inputs.weights,
-            inputs.describe_network(),
-        )  # fmt: skip
+        found = common_results("quantization", args, Workers(device), inputs.describe())
         found |= results.describe_models(inputs, fp32, quantized, files, onnx, timings)
         if plan is not None:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)
@@ -196,9 +193,11 @@ def main(argv: list[str] | None = None) -> int:
             sections.diagnosis_table(found["diagnosis"]).write_csv(folder.file(DIAGNOSIS_CSV))
         found |= results.describe_sparsity(dense, first.model.network)
         if args.bits_per_weight is not None:
-            coding = smallest.CodingSetup(inputs, coding_images, fp32, first.settings, batch_size)
             files["coded"] = folder.file(f"{inputs.file_stem}_coded.safetensors")
-            found["coding"] = smallest.write_smallest(coding, args.bits_per_weight, files["coded"])
+            found["coding"] = smallest.write_smallest(
+                inputs, coding_images, fp32, first.settings, batch_size, args.bits_per_weight,
+                files["coded"],
+            )  # fmt: skip
         if args.write_check:
             check.write_checks(set(files.values()), test, folder.file, first.settings.engine)
         saved = [(files[each.settings.engine], each.model) for each in quantized]

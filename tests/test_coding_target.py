@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from quantization.coding.target import MAX_CODINGS, TOLERANCE, Coding, code_to_bits
+from quantization.coding.smallest import MAX_CODINGS, TOLERANCE, Coding, code_to_bits
 
 
 class Coder:

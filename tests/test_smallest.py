@@ -22,9 +22,8 @@ def test_what_is_read_back_is_what_is_measured(tiny_model, random_images, tmp_pa
     fp32 = predict(tiny_model, test)
     inputs = Inputs({"size_bytes": 2 * 10**6}, tiny_model, None, 0, test, images)
     settings = Settings(ENGINE, observer="minmax")
-    setup = smallest.CodingSetup(inputs, images, fp32, settings, 16)
     path = tmp_path / "coded.safetensors"
-    coding = smallest.write_smallest(setup, 5.0, path)
+    coding = smallest.write_smallest(inputs, images, fp32, settings, 16, 5.0, path)
     assert coding["file_bytes"] == path.stat().st_size
     fp32_bytes = saved_size_bytes(tiny_model.state_dict())
     assert coding["size_ratio"] == fp32_bytes / path.stat().st_size

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from common.report.results import counted, format_change, megabytes, percent, points
 from common.report.story import Column, Facts, Table
-from quantization.coding.target import misses
+from quantization.coding.smallest import misses
 
 NOISIEST_SHOWN = 5
 
