@@ -83,10 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             if timed := timings.get(f"{row['method']}, {row['setting']}"):
                 row["latency"] = [timing.as_dict() for timing in timed]
 
-        results = common_results(
-            "compression_peers", args, ALONE, inputs.describe_images(), inputs.weights,
-            inputs.describe_network(),
-        )  # fmt: skip
+        results = common_results("compression_peers", args, ALONE, inputs.describe())
         results["fp32"] = {
             "size_bytes": saved_size_bytes(inputs.model.state_dict()),
             "accuracy": measure_accuracy(dense).as_dict(),

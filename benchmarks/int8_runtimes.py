@@ -75,10 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         gemm_rate = runtimes.measure_gemm_rate()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 
-        results = common_results(
-            "int8_runtimes", args, ALONE, inputs.describe_images(), inputs.weights,
-            inputs.describe_network(),
-        )  # fmt: skip
+        results = common_results("int8_runtimes", args, ALONE, inputs.describe())
         results |= {"gemm_macs_per_second": gemm_rate, "macs_per_image": macs["dense"]}
         results["rows"] = runtimes_report.describe(rows, accuracies, timings, macs, gemm_rate)
         results["artifacts"] = {"plots": [runtimes_report.PLOT]}

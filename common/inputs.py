@@ -56,16 +56,16 @@ class Inputs:
             return WEIGHTS_NAME.removesuffix(".pth")
         return re.sub(r"[^A-Za-z0-9]+", "_", self.family.rpartition(":")[2]).strip("_")
 
-    def describe_images(self) -> dict:
-        """Return results.json's ``data``."""
+    def describe(self) -> dict:
+        """Return results.json's ``data``, ``weights`` and ``network``."""
         counts = {"source": self.source.name, "test_images": len(self.test)}
         if self.calibration is not None:
             counts["calibration_images"] = len(self.calibration)
-        return counts | self.test.describe()
-
-    def describe_network(self) -> dict:
-        """Return results.json's ``network``."""
-        return describe_network(self.family, self.model, self.traced.network)
+        return {
+            "data": counts | self.test.describe(),
+            "weights": self.weights,
+            "network": describe_network(self.family, self.model, self.traced.network),
+        }
 
     def identify(self) -> dict[str, str]:
         """Return checksums, named for the user."""

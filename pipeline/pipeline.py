@@ -113,10 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         budget = Budget(args.max_drop, EvaluationSplit(choosing, dense == choosing.labels))
         builder = CandidateBuilder(inputs, settings, budget, store, batch_size, training)
         found = find_answers(builder, args.goals)
-        results = common_results(
-            "pipeline", args, Workers(chosen_device), inputs.describe_images(), inputs.weights,
-            inputs.describe_network(),
-        )  # fmt: skip
+        results = common_results("pipeline", args, Workers(chosen_device), inputs.describe())
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
         files = steps.write_files(found, folder, inputs.file_stem)
         results |= steps.measure(

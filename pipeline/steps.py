@@ -16,8 +16,7 @@ from common.measure.evaluate import predict
 from common.network.checkpoint import save_checkpoint
 from pipeline.answers import Found
 from pipeline.candidates import CandidateBuilder
-from pipeline.readback import FP32, measure_files
-from pipeline.results import INT8, describe
+from pipeline.results import FP32, INT8, describe, measure_files
 from pruning.files.saved import SLIM_ENDING
 from quantization.files.artifact import load_int8
 from quantization.files.int8_file import SUFFIX

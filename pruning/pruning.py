@@ -160,10 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         if not workers.is_first:  # the rest is short, or cannot be shared
             return cli.EXIT_DONE
 
-        results = common_results(
-            "pruning", args, workers, inputs.describe_images(), inputs.weights,
-            inputs.describe_network(),
-        ) | describe_scan(scan, scanned)  # fmt: skip
+        results = common_results("pruning", args, workers, inputs.describe())
+        results |= describe_scan(scan, scanned)
         model_ending = SLIM_ENDING if channels else PRUNED_ENDING
         model_path = folder.file(inputs.file_stem + model_ending)
         linear_path = folder.file(inputs.file_stem + LINEAR_ENDING) if args.scope else model_path

@@ -48,10 +48,10 @@ def test_both_splits_are_the_seeds(load, tmp_path):
     described = {
         "classes": list(CLASSES), "image_size": [32, 32], "mean": list(MEAN), "std": list(STD),
     }  # fmt: skip
-    assert inputs.describe_images() == {
+    assert inputs.describe()["data"] == {
         "source": "folder", "test_images": 20, "calibration_images": 10, **described,
     }  # fmt: skip
-    assert inputs.describe_network() == {
+    assert inputs.describe()["network"] == {
         "family": "resnet18-cifar", "layers": 21, "macs": 555_422_720, "parameters": 11_173_962,
     }  # fmt: skip
     assert inputs.weights["source"] == f"{WEIGHTS_NAME} in the working directory"
@@ -60,8 +60,8 @@ def test_both_splits_are_the_seeds(load, tmp_path):
 def test_calibration_images_are_loaded_only_where_asked_for(load):
     inputs = load(test_images=None)
     assert inputs.calibration is None
-    assert inputs.describe_images()["test_images"] == 40
-    assert "calibration_images" not in inputs.describe_images()
+    assert inputs.describe()["data"]["test_images"] == 40
+    assert "calibration_images" not in inputs.describe()["data"]
 
 
 def test_other_training_images_are_none_of_the_calibration_images(load):

@@ -48,14 +48,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def test_common_results(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"weights")
     arguments = argparse.Namespace(weights=None, output_dir=Path("results"), seed=3, amounts=[0.5])
-    results = common_results(
-        "pruning",
-        arguments,
-        ALONE,
-        {"source": "bundled", "test_images": 10},
-        WeightsFile(tmp_path / "weights.pth", "--weights weights.pth").describe(),
-        {"family": "resnet18-cifar"},
-    )
+    inputs = {
+        "data": {"source": "bundled", "test_images": 10},
+        "weights": WeightsFile(tmp_path / "weights.pth", "--weights weights.pth").describe(),
+        "network": {"family": "resnet18-cifar"},
+    }
+    results = common_results("pruning", arguments, ALONE, inputs)
     assert {"schema", "script", "arguments", "environment", "data", "weights"} <= results.keys()
     assert results["schema"] == 1
     assert results["arguments"] == {

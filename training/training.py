@@ -125,9 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         counts = {"train_images": len(train), "held_out_images": len(held_out)}
         counts = {"source": source.name, **counts, "test_images": len(test), **test.describe()}
         network = describe_network(shape.family, model, trace_network(model, train.shape))
-        results = common_results(
-            "training", args, workers, counts, report.save_weights(model, folder), network
-        )
+        weights = report.save_weights(model, folder)
+        described = {"data": counts, "weights": weights, "network": network}
+        results = common_results("training", args, workers, described)
         results["recipe"] = dataclasses.asdict(recipe)
         results["parameters"] = network["parameters"]
         results |= measure.describe_accuracy(model, held_out, test.to(workers.device))

@@ -139,6 +139,19 @@ def _call_ms(contender: Contender, batch: torch.Tensor) -> float:
     return (time.perf_counter_ns() - start) / 1e6
 
 
+def speedups(own: Sequence[dict], **others: Sequence[dict]) -> list[dict]:
+    """Return by how much a model is faster than others at each batch size, under their names.
+
+    All are entries of results.json's ``latency``; the ratios are of medians.
+    """
+    found = []
+    for timing, *slower in zip(own, *others.values(), strict=True):
+        ratios = [other["median_ms"] / timing["median_ms"] for other in slower]
+        entry = {"batch_size": timing["batch_size"]} | dict(zip(others, ratios, strict=True))
+        found.append(entry | {"noisy": any(one["noisy"] for one in (timing, *slower))})
+    return found
+
+
 def _summarize(batch_size: int, samples_ms: list[float]) -> Timing:
     low, _, high = statistics.quantiles(samples_ms, n=4, method="inclusive")
     median_ms = statistics.median(samples_ms)

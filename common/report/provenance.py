@@ -24,18 +24,15 @@ PACKAGES = (  # torch's version is among the facts of the machine
 
 
 def common_results(
-    script: str, arguments: argparse.Namespace, workers: Workers, data: dict, weights: dict,
-    network: dict,
-) -> dict:  # fmt: skip
+    script: str, arguments: argparse.Namespace, workers: Workers, inputs: dict
+) -> dict:
     """Return the part of results.json that all scripts share, but for what is known at the end.
 
     Args:
         script: Name of the script, such as ``quantization``.
         arguments: Its arguments, as parsed.
         workers: The processes that shared the run, and where FP32 ran.
-        data: Result of :meth:`common.inputs.Inputs.describe_images`, or the like.
-        weights: Result of :meth:`common.network.checkpoint.WeightsFile.describe`.
-        network: Result of :meth:`common.inputs.Inputs.describe_network`.
+        inputs: Result of :meth:`common.inputs.Inputs.describe`, or the like.
     """
     device = workers.device.type
     given = sorted(vars(arguments).items())
@@ -59,9 +56,7 @@ def common_results(
             "packages": package_versions(),
         },
         "processes": workers.count,
-        "data": data,
-        "weights": weights,
-        "network": network,
+        **inputs,
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from torch import nn
 
 from common.measure.evaluate import Paired, compare, measure_accuracy
+from common.measure.latency import speedups
 from common.network.size import LayerDescription, describe_layers
 from common.network.tracing import trace_network
 from pruning.alone.scan import Scan, ScanResult
@@ -125,7 +126,6 @@ def describe_slim(dense: nn.Module, slim: nn.Module, models: Sequence[dict]) -> 
         for model in (dense, slim)
     )
     latency = {one["name"]: one["latency"] for one in models}
-    pairs = zip(latency["dense int8"], latency["slim int8"], strict=True)
     return {
         "widths": [
             {"layer": name.removesuffix(".weight"), "dense": width, "slim": after[name]}
@@ -133,12 +133,5 @@ def describe_slim(dense: nn.Module, slim: nn.Module, models: Sequence[dict]) -> 
             if after[name] < width
         ],
         "models": list(models),
-        "speedup": [
-            {
-                "batch_size": one["batch_size"],
-                "over_dense": one["median_ms"] / other["median_ms"],
-                "noisy": one["noisy"] or other["noisy"],
-            }
-            for one, other in pairs
-        ],
+        "speedup": speedups(latency["slim int8"], over_dense=latency["dense int8"]),
     }

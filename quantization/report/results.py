@@ -11,7 +11,7 @@ from common.files.output import OutputFolder
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure import evaluate
-from common.measure.latency import Timing
+from common.measure.latency import Timing, speedups
 from common.network.execution import Network
 from common.network.size import saved_size_bytes
 from quantization.accuracy.budget import Plan
@@ -61,9 +61,9 @@ def describe_models(
                 "size_ratio": entry["size_bytes"] / best["size_bytes"],
                 "size_ratio_given": entry["size_bytes"] / inputs.weights["size_bytes"],
                 "accuracy": evaluate.compare(dense, correct).as_dict(),
-                "speedup": _speedups(best, entry),
+                "speedup": speedups(entry["latency"], value=best["latency"]),
             },
-            "speedup_over_nchw": _speedups(nchw, entry),
+            "speedup_over_nchw": speedups(entry["latency"], value=nchw["latency"]),
         }
 
     entries: list[dict] = []
@@ -103,18 +103,6 @@ def _describe_conversion(candidate: Quantized) -> dict:
         "int8_operations": [name for name in names if name not in in_fp32],
         "fp32_operations": [{"name": name, "reason": reason} for name, reason in in_fp32.items()],
     }
-
-
-def _speedups(fp32: dict, int8: dict) -> list[dict]:
-    """Return the ratio of median latencies by batch size; above 1 the INT8 entry is faster."""
-    return [
-        {
-            "batch_size": b["batch_size"],
-            "value": a["median_ms"] / b["median_ms"],
-            "noisy": a["noisy"] or b["noisy"],
-        }
-        for a, b in zip(fp32["latency"], int8["latency"], strict=True)
-    ]
 
 
 def _fastest_engines(timings: Mapping[str, Sequence[Timing]]) -> list[dict]:
