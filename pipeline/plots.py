@@ -3,20 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from common.report.results import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    doubt,
-    mark_doubt,
-    new_figure,
-    save_figure,
-)
+from common.report import results as report
 from pipeline.story import label, size_of
 
-COLORS = {"int8": GREY, "size": BLUE, "speed": ORANGE, "both": GREEN}
+COLORS = {"int8": report.GREY, "size": report.BLUE, "speed": report.ORANGE, "both": report.GREEN}
 
 
 def plot_frontier(results: dict, path: Path) -> None:
@@ -24,7 +14,7 @@ def plot_frontier(results: dict, path: Path) -> None:
 
     What was timed while the machine was busy has a question mark.
     """
-    figure, (small, fast) = new_figure(11, 4.6, columns=2, sharey=True)
+    figure, (small, fast) = report.new_figure(11, 4.6, columns=2, sharey=True)
     shown = [*results["models"], *results["answers"]]
     fp32_bytes, timing = shown[0]["size_bytes"], shown[0]["latency"][-1]
 
@@ -38,10 +28,10 @@ def plot_frontier(results: dict, path: Path) -> None:
     _plot(fast, results, rate)
     for entry in shown:
         fast.annotate(
-            doubt(entry["latency"][-1]), (rate(entry), -100 * entry["comparison"]["drop"]),
-            xytext=(9, 7), textcoords="offset points", color=RED, fontweight="bold",
+            report.doubt(entry["latency"][-1]), (rate(entry), -100 * entry["comparison"]["drop"]),
+            xytext=(9, 7), textcoords="offset points", color=report.RED, fontweight="bold",
         )  # fmt: skip
-    mark_doubt(figure, [{"latency": entry["latency"][-1:]} for entry in shown])
+    report.mark_doubt(figure, [{"latency": entry["latency"][-1:]} for entry in shown])
     small.set(xscale="log", title="How small", xlabel="times smaller than the FP32 file")
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
     small.set_xlim(0.75, 1.4 * max(*ticks, *map(times_smaller, shown)))
@@ -51,19 +41,21 @@ def plot_frontier(results: dict, path: Path) -> None:
     fast.set(title="How fast", xlabel=f"images a second at batch {timing['batch_size']}")
     fast.set_xlim(left=0)
     fast.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
-    save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> None:
     max_drop, (fp32, int8) = results["budget"]["max_drop"], results["models"]
     coded = results["weights"]["coded"]
-    axis.axhline(-100 * max_drop, color=RED, lw=1, ls="--", label="the budget")
+    axis.axhline(-100 * max_drop, color=report.RED, lw=1, ls="--", label="the budget")
     axis.plot(position(fp32), 0, "D", color="black", ms=7, label=label("fp32", coded))
     lowest = -100 * max(4 * max_drop, 0.02)  # what fell further is drawn at the plot's edge
     for trained, marker in ((False, "."), (True, "x")):
         tried = [entry for entry in results["tried"] if entry["trained"] is trained]
         if tried:
-            axis.plot([], [], marker, color=GREY, ms=7, label="tried" + ", trained" * trained)
+            axis.plot(
+                [], [], marker, color=report.GREY, ms=7, label="tried" + ", trained" * trained
+            )
         for entry in tried:
             height = max(-100 * entry["comparison"]["drop"], lowest)
             axis.plot(position(entry), height, marker, color=COLORS[entry["goal"]], alpha=0.6, ms=7)

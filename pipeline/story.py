@@ -2,21 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from common.command.cli import counted
+from common.report import results as report
 from common.report.loading import how_to_load
-from common.report.results import (
-    accuracy_columns,
-    at_batch_sizes,
-    change_columns,
-    counted,
-    describe_change,
-    describe_given,
-    describe_setting,
-    doubt,
-    explain_doubt,
-    format_cost,
-    network_name,
-    percent,
-)
 from common.report.story import Column, Headline, Story, Table
 from pipeline import GOALS
 
@@ -30,28 +18,29 @@ def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     budget, confirming = results["budget"], results["models"][0]["accuracy"]["total"]
     return Story(
-        f"{network_name(results)}, as small and as fast as a budget allows",
-        f"{describe_setting(results)} At most {counted(100 * budget['max_drop'], 'point')} lost, "
-        f"chosen on {counted(budget['choosing_images'], 'image')}; every figure is of a file that "
-        f"was read back, on the other {confirming:,}.",
+        f"{report.network_name(results)}, as small and as fast as a budget allows",
+        f"{report.describe_setting(results)} At most "
+        f"{counted(100 * budget['max_drop'], 'point')} lost, chosen on "
+        f"{counted(budget['choosing_images'], 'image')}; every figure is of a file that was read "
+        f"back, on the other {confirming:,}.",
         [_headline(answer) for answer in results["answers"]],
         [
-            describe_given(results["weights"]),
+            report.describe_given(results["weights"]),
             size_table(results),
             speed_table(results),
             *advise(results),
             *how_to_load(results["artifacts"]),
         ],
         CAPTIONS,
-        format_cost(results),
+        report.format_cost(results),
     )
 
 
 def _headline(answer: dict) -> Headline:
     meaning = (
         f"{answer['name']}; as fast as FP32 at its best: "
-        f"{at_batch_sizes(answer['speedup'], 'over_fp32')}; "
-        f"{describe_change(answer['comparison'])}"
+        f"{report.at_batch_sizes(answer['speedup'], 'over_fp32')}; "
+        f"{report.describe_change(answer['comparison'])}"
     )
     if not answer["within_budget"]:
         meaning += "; not within the budget"
@@ -83,9 +72,11 @@ def size_table(results: dict) -> Table:
         Column("MB", lambda entry: size_of(entry) / 1e6, "{:.2f}".format),
         Column("smaller", _compressed(lambda e: fp32["size_bytes"] / size_of(e)), "{:.1f}×".format),
         Column("than given", _compressed(lambda e: given / size_of(e)), "{:.1f}×".format),
-        *accuracy_columns(),
-        *change_columns(),
-        Column("MACs", lambda entry: entry.get("macs_kept", 1), lambda share: percent(share, 0)),
+        *report.accuracy_columns(),
+        *report.change_columns(),
+        Column(
+            "MACs", lambda entry: entry.get("macs_kept", 1), lambda share: report.percent(share, 0)
+        ),
     ]
     note = (
         f"Smaller: than the file of {label('fp32', results['weights']['coded'])}, and than the "
@@ -104,7 +95,7 @@ def speed_table(results: dict) -> Table:
     rows = [*results["models"], *results["answers"]]
     note = (
         "Medians of one call on a batch; as fast: as FP32 at its best (batch norms folded, weights "
-        "packed once). Models took turns." + explain_doubt(rows)
+        "packed once). Models took turns." + report.explain_doubt(rows)
     )
     return Table("How fast", columns, rows, note)
 
@@ -120,14 +111,11 @@ def _columns_at(index: int, fp32: dict) -> list[Column]:
     def timing(entry: dict) -> dict:
         return entry["latency"][index]
 
-    def show_median(own: dict) -> str:
-        return f"{own['median_ms']:.1f}{doubt(own)}"
-
     def show_speedup(own: dict) -> str:
-        return f"{fp32['median_ms'] / own['median_ms']:.1f}×{doubt(fp32, own)}"
+        return f"{fp32['median_ms'] / own['median_ms']:.1f}×{report.doubt(fp32, own)}"
 
     return [
-        Column(f"batch {fp32['batch_size']}", timing, show_median),
+        Column(f"batch {fp32['batch_size']}", timing, report.show_median),
         Column("as fast", _compressed(timing), show_speedup),
     ]
 
@@ -147,7 +135,7 @@ def advise(results: dict) -> list[str]:
             f"Ship {best['file']}: {reason}. It is {best['size_ratio']:.1f}× smaller than FP32, "
             f"{best['size_ratio_given']:.1f}× smaller than the given file; as fast as "
             f"{label('int8', results['weights']['coded'])}: "
-            f"{at_batch_sizes(best['speedup'], 'over_int8')}."
+            f"{report.at_batch_sizes(best['speedup'], 'over_int8')}."
         )
     parts += [
         f"{answer['name']}: on {counted(answer['accuracy']['total'], 'image')} a loss of up to "
@@ -158,7 +146,7 @@ def advise(results: dict) -> list[str]:
     ]
     parts += [
         f"{answer['onnx']['file']} in ONNX Runtime: the same class on "
-        f"{percent(answer['onnx']['agreement'])} of the images."
+        f"{report.percent(answer['onnx']['agreement'])} of the images."
         for answer in answers
         if "onnx" in answer
     ]
@@ -193,7 +181,7 @@ def choose_to_ship(within: Sequence[dict]) -> tuple[dict, str]:
     if speed := others.get("speed"):
         now, least = (answer["latency"][-1] for answer in (both, speed))
         pieces.append(
-            f"{now['median_ms'] / least['median_ms']:.2f}{doubt(now, least)} times the time of "
-            f"{speed['file']} at batch {now['batch_size']}"
+            f"{now['median_ms'] / least['median_ms']:.2f}{report.doubt(now, least)} times the time "
+            f"of {speed['file']} at batch {now['batch_size']}"
         )
     return both, f"it is small and fast at once, with {' and '.join(pieces)}"

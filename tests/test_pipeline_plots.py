@@ -19,7 +19,7 @@ def entry(name: str, noisy: bool) -> dict:
 @pytest.mark.parametrize("noisy", [False, True])
 def test_noisy_speeds_have_question_marks(noisy, monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots.report, "save_figure", lambda figure, path: figures.append(figure))
     results = {
         "models": [entry("fp32", False), entry("int8", noisy)],
         "answers": [entry("size", noisy)],

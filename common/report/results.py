@@ -82,6 +82,11 @@ def show_rate(timing: Mapping[str, Any]) -> str:
     return f"{timing['images_per_second']:,.0f}{doubt(timing)}"
 
 
+def show_median(timing: Mapping[str, Any], digits: int = 1) -> str:
+    """Format a median in milliseconds, with a question mark where it is noisy."""
+    return f"{timing['median_ms']:.{digits}f}{doubt(timing)}"
+
+
 def explain_doubt(models: Sequence[Mapping[str, Any]]) -> str:
     """Return what explains the question marks at the ``latency`` of models, if there are any."""
     return f" {DOUBT}" if any(doubt(*model["latency"]) for model in models) else ""

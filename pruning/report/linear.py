@@ -2,16 +2,8 @@
 
 from operator import itemgetter
 
-from common.report.results import (
-    accuracy_columns,
-    counted,
-    describe_change,
-    doubt,
-    floor_percent,
-    megabytes,
-    percent,
-    points,
-)
+from common.command.cli import counted
+from common.report import results as report
 from common.report.story import Column, Facts, Table
 
 
@@ -35,16 +27,16 @@ def tell_linear(results: dict) -> list[Table | Facts | str]:
     dense, total = linear["dense"]["value"], linear["pruned_weights"] + linear["kept_weights"]
     columns = [
         Column("step", itemgetter("number")),
-        Column("amount", itemgetter("amount"), floor_percent),
+        Column("amount", itemgetter("amount"), report.floor_percent),
         Column("weights", itemgetter("pruned_weights"), "{:,}".format),
-        *accuracy_columns(),
-        Column("points", lambda step: step["accuracy"]["value"] - dense, points),
+        *report.accuracy_columns(),
+        Column("points", lambda step: step["accuracy"]["value"] - dense, report.points),
         Column("", lambda step: "within" if step["kept"] else "too much"),
     ]
     title = f"{layers.removeprefix('the ').capitalize()}: binary search within {tolerated} of dense"
     steps = [step | {"number": number} for number, step in enumerate(linear["steps"], start=1)]
     return [
-        f"Largest amount found: {floor_percent(linear['max_amount'])} of {layers} "
+        f"Largest amount found: {report.floor_percent(linear['max_amount'])} of {layers} "
         f"({linear['pruned_weights']:,} of {total:,} weights) within {tolerated}.",
         Table(title, columns, steps),
         describe_certainty(linear, tolerated),
@@ -59,23 +51,23 @@ def describe_certainty(linear: dict, tolerated: str) -> Facts:
     if linear["exhaustive_max_amount"] == linear["max_amount"]:
         largest = f"no larger amount is within the tolerance; {tried}"
     else:
+        larger = report.floor_percent(linear["exhaustive_max_amount"])
         largest = (
-            f"a larger amount, {floor_percent(linear['exhaustive_max_amount'])}, is within the "
-            "tolerance too, because accuracy does not fall steadily: the binary search stepped "
-            f"over it ({tried})"
+            f"a larger amount, {larger}, is within the tolerance too, because accuracy does not "
+            f"fall steadily: the binary search stepped over it ({tried})"
         )
     facts = {
-        "saved model": f"{percent(confirmed['accuracy']['value'])}, reloaded, on "
+        "saved model": f"{report.percent(confirmed['accuracy']['value'])}, reloaded, on "
         f"{counted(confirmed['accuracy']['total'], 'image')}: "
-        + describe_change(confirmed["comparison"]),
+        + report.describe_change(confirmed["comparison"]),
         "all amounts": largest,
     }
     if splits := linear.get("splits"):
         outside = splits["splits"] - splits["within_tolerance"]
         facts["new images"] = (
             f"such an amount lost more than {tolerated} on other images {outside} times in "
-            f"{splits['splits']} (on average {points(-splits['drop']['mean'])} points): each time "
-            "one random half of the images chose and the other half judged"
+            f"{splits['splits']} (on average {report.points(-splits['drop']['mean'])} points): "
+            "each time one random half of the images chose and the other half judged"
         )
     return Facts("How sure that is", facts)
 
@@ -87,14 +79,9 @@ def compare_zeros(dense: dict, sparse: dict, what: str) -> str:
     """
     return (
         f"no faster: dense kernels multiply zeros too. For {counted(dense['batch_size'], 'image')} "
-        f"{what} took {milliseconds(sparse)}, the network as given {milliseconds(dense)}; they do "
-        "the same work, so any difference is noise"
+        f"{what} took {report.show_median(sparse, 0)} ms, the network as given "
+        f"{report.show_median(dense, 0)} ms; they do the same work, so any difference is noise"
     )
-
-
-def milliseconds(timing: dict) -> str:
-    """Format a median time, with a question mark where it is noisy."""
-    return f"{timing['median_ms']:.0f}{doubt(timing)} ms"
 
 
 def describe_savings(results: dict) -> Facts:
@@ -104,12 +91,12 @@ def describe_savings(results: dict) -> Facts:
     hold = "holds" if len(linear["layers"]) == 1 else "hold"
     return Facts(
         f"What that saves, where {linear_layers(linear)} {hold} "
-        f"{percent(savings['linear_share'], 3)} of the weights",
+        f"{report.percent(savings['linear_share'], 3)} of the weights",
         {
-            "unpruned": f"{megabytes(savings['dense_bytes'])}, compressed by zlib "
-            f"{megabytes(savings['dense_compressed_bytes'])}",
-            "pruned file": f"{megabytes(savings['pruned_bytes'])}, compressed by zlib "
-            f"{megabytes(savings['pruned_compressed_bytes'])}",
+            "unpruned": f"{report.megabytes(savings['dense_bytes'])}, compressed by zlib "
+            f"{report.megabytes(savings['dense_compressed_bytes'])}",
+            "pruned file": f"{report.megabytes(savings['pruned_bytes'])}, compressed by zlib "
+            f"{report.megabytes(savings['pruned_compressed_bytes'])}",
             "written as": artifacts.get("linear_model", artifacts["model"]),
             "speed": compare_zeros(dense, sparse, f"a copy with {sparse['name']}"),
         },

@@ -6,17 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.report.results import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    counted,
-    floor_percent,
-    new_figure,
-    save_figure,
-)
+from common.command.cli import counted
+from common.report import results as report
 from pruning.report.linear import linear_layers
 from pruning.report.search_plots import (
     SEARCH_PLOT,
@@ -62,13 +53,13 @@ def plot_sensitivity(
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
     value, whiskers = accuracies(0.0, rows)
     limit = -100 * tolerance
-    figure, axes = new_figure(max(9.5, 0.3 * len(rows)), 4.6)
+    figure, axes = report.new_figure(max(9.5, 0.3 * len(rows)), 4.6)
     positions = np.arange(len(rows))
-    axes.bar(positions, value, color=np.where(value < limit, RED, BLUE), width=0.72)
+    axes.bar(positions, value, color=np.where(value < limit, report.RED, report.BLUE), width=0.72)
     axes.errorbar(positions, value, whiskers, fmt="none", ecolor="#333333", capsize=2.5, lw=1)
     axes.axhline(0, color="black", lw=1.2, label="dense")
     tolerated = counted(100 * tolerance, "point")
-    axes.axhline(limit, color=ORANGE, lw=1.2, ls="--", label=f"dense − {tolerated}")
+    axes.axhline(limit, color=report.ORANGE, lw=1.2, ls="--", label=f"dense − {tolerated}")
     axes.set_xticks(positions, [row["layer"] for row in rows], rotation=60, ha="right")
     axes.set_xlim(-0.7, len(rows) - 0.3)
     axes.grid(axis="x", visible=False)
@@ -78,7 +69,7 @@ def plot_sensitivity(
         f"{100 * amount:g} % of their weights go" + " (sorted by drop)" * by_drop
     )
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Path) -> None:
@@ -88,15 +79,15 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
     found = {(row["layer"], row["amount"]): row["comparison"]["drop"] for row in rows}
     drops = np.array([[found[layer, amount] for amount in amounts] for layer in layers])
     changes = 0.0 - 100 * drops  # no minus before a zero
-    figure, (curves, heat) = new_figure(11, 5.6, 1, 2, width_ratios=(1, 1))
+    figure, (curves, heat) = report.new_figure(11, 5.6, 1, 2, width_ratios=(1, 1))
     worst = set(np.argsort(changes[:, -1])[:5])
-    palette = iter((RED, BLUE, GREEN, ORANGE, "#CC79A7"))
+    palette = iter((report.RED, report.BLUE, report.GREEN, report.ORANGE, "#CC79A7"))
     for index, layer in enumerate(layers):
         accuracy = 100 * dense + np.concatenate([[0.0], changes[index]])
         style = (
             {"color": next(palette), "label": layer, "lw": 2, "zorder": 3}
             if index in worst
-            else {"color": GREY, "lw": 0.9}
+            else {"color": report.GREY, "lw": 0.9}
         )
         curves.plot([0, *(100 * a for a in amounts)], accuracy, marker="o", ms=3, **style)
     curves.axhline(100 * (dense - tolerance), color="black", ls="--", lw=1)
@@ -114,7 +105,7 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
         color = "white" if change < dark else "black"
         heat.text(column, row, f"{change:.1f}", ha="center", va="center", fontsize=7.5, color=color)
     figure.colorbar(image, ax=heat)
-    save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 def plot_search(linear: dict, path: Path) -> None:
@@ -123,13 +114,20 @@ def plot_search(linear: dict, path: Path) -> None:
     levels, steps = len(values) - 1, linear["steps"]
     found, largest = linear["max_amount"], linear["exhaustive_max_amount"]
     limit = 100 * (linear["dense"]["value"] - linear["tolerance"])
-    figure, (whole, near) = new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
+    figure, (whole, near) = report.new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
     points = [(100 * step["amount"], 100 * step["accuracy"]["value"]) for step in steps]
     for axes, stride, lw in ((whole, max(1, levels // MAX_CURVE_POINTS), 1.4), (near, 1, 1.2)):
-        axes.axhline(limit, color=ORANGE, ls="--", lw=1.2, label=f"limit {limit:.2f} %")
-        axes.axvline(100 * found, color=GREEN, lw=1.2, label=f"found {floor_percent(found)}")
-        axes.plot(amounts[::stride], values[::stride], color=BLUE, lw=lw, label="every amount")
-        for kept, color, label in ((True, GREEN, "step kept"), (False, RED, "step rejected")):
+        axes.axhline(limit, color=report.ORANGE, ls="--", lw=1.2, label=f"limit {limit:.2f} %")
+        axes.axvline(
+            100 * found, color=report.GREEN, lw=1.2, label=f"found {report.floor_percent(found)}"
+        )
+        axes.plot(
+            amounts[::stride], values[::stride], color=report.BLUE, lw=lw, label="every amount"
+        )
+        for kept, color, label in (
+            (True, report.GREEN, "step kept"),
+            (False, report.RED, "step rejected"),
+        ):
             chosen = [p for p, step in zip(points, steps, strict=True) if step["kept"] is kept]
             x, y = np.reshape(chosen, (-1, 2)).T
             axes.scatter(x, y, color=color, s=24, zorder=3, label=label)
@@ -141,16 +139,18 @@ def plot_search(linear: dict, path: Path) -> None:
                 fontsize=8,
             )  # fmt: skip
     near.axvline(
-        100 * largest, color=GREY, ls=":", lw=2,
-        label=f"largest of all amounts {floor_percent(largest)}",
+        100 * largest, color=report.GREY, ls=":", lw=2,
+        label=f"largest of all amounts {report.floor_percent(largest)}",
     )  # fmt: skip
     left = max(0.0, 100 * found - 4)
     near.set_xlim(left, min(100.0, 100 * max(largest, found) + 0.5))
     near.set_ylim(limit - 3, values[int(levels * left / 100) :].max() + 0.5)
     near.set_title("Near the answer")
     whole.set_ylabel("top-1 accuracy (%)")
-    whole.set_title(f"{floor_percent(found)} of the weights of {linear_layers(linear)} can go")
+    whole.set_title(
+        f"{report.floor_percent(found)} of the weights of {linear_layers(linear)} can go"
+    )
     figure.legend(
         *near.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
     )
-    save_figure(figure, path)
+    report.save_figure(figure, path)

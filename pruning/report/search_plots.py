@@ -5,25 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from common.report.results import (
-    BLUE,
-    GREEN,
-    GREY,
-    RED,
-    counted,
-    doubt,
-    floor_percent,
-    mark_doubt,
-    new_figure,
-    save_figure,
-)
+from common.command.cli import counted
+from common.report import results as report
 from pruning.channels.search import RECONSTRUCTED
 from pruning.report.together import fewer, method_name, sparsities, unit_of
 from pruning.together.allocation import RANDOM, SENSITIVITY
 from pruning.together.search import CONTROLS
 
 SEARCH_PLOT, SLIM_PLOT = "model_search.png", "slim.png"
-COLORS = {SENSITIVITY: GREEN, RANDOM: GREY, RECONSTRUCTED: BLUE}
+COLORS = {SENSITIVITY: report.GREEN, RANDOM: report.GREY, RECONSTRUCTED: report.BLUE}
 
 
 def accuracies(dense: float, entries: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -36,10 +26,10 @@ def accuracies(dense: float, entries: Sequence[dict]) -> tuple[np.ndarray, np.nd
 
 def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> None:
     """Draw accuracy against compression: a line a method, a star where its search ended."""
-    figure, axes = new_figure(9.5, 4.8)
+    figure, axes = report.new_figure(9.5, 4.8)
     dense = entries[0]["curve"][0][1]
     for entry in entries:
-        color = RED if entry["finetune_epochs"] else COLORS[entry["allocation"]]
+        color = report.RED if entry["finetune_epochs"] else COLORS[entry["allocation"]]
         style = "--" if entry["recalibrated"] else "-"
         times = [1 / (1 - point["sparsity"]) for point in entry["points"]]
         value, whiskers = accuracies(dense, entry["points"])
@@ -64,7 +54,7 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
     axes.set_ylabel("top-1 accuracy (%), held-out images")
     axes.set_title(search_title(entries, tolerance))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
-    save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 def search_title(entries: Sequence[dict], tolerance: float) -> str:
@@ -74,9 +64,10 @@ def search_title(entries: Sequence[dict], tolerance: float) -> str:
         for entry in entries
         if entry["allocation"] not in CONTROLS and entry["within_tolerance"]
     ]
+    most = report.floor_percent(max(held, default=0.0), 1)
     return (
-        f"{floor_percent(max(held, default=0.0), 1)} of the {unit_of(entries)} can go within "
-        f"{counted(100 * tolerance, 'point')} (star: where each search ended)"
+        f"{most} of the {unit_of(entries)} can go within {counted(100 * tolerance, 'point')} "
+        "(star: where each search ended)"
     )
 
 
@@ -85,9 +76,9 @@ def plot_slim(models: list[dict], path: Path) -> None:
 
     ``models`` is ``slim.models`` of results.json; each is drawn at its smallest and largest batch.
     """
-    figure, axes = new_figure(8, 4.5)
+    figure, axes = report.new_figure(8, 4.5)
     named = {model["name"]: model for model in models}
-    for precision, color in (("fp32", BLUE), ("int8", GREEN)):
+    for precision, color in (("fp32", report.BLUE), ("int8", report.GREEN)):
         for index, marker in ((0, "o"), (-1, "s")):
             ends = []
             for name, face in (("dense", "white"), ("slim", color)):
@@ -101,7 +92,7 @@ def plot_slim(models: list[dict], path: Path) -> None:
                     label=f"{name} {precision.upper()}, batch {timing['batch_size']}",
                 )  # fmt: skip
                 ends.append((rate, value))
-                if mark := doubt(timing):
+                if mark := report.doubt(timing):
                     axes.annotate(mark, ends[-1], xytext=(7, 4), textcoords="offset points")
             arrow = {"arrowstyle": "->", "color": color, "shrinkA": 7, "shrinkB": 7}
             axes.annotate("", xy=ends[1], xytext=ends[0], arrowprops=arrow)
@@ -110,5 +101,5 @@ def plot_slim(models: list[dict], path: Path) -> None:
     axes.set_ylabel("top-1 accuracy (%), held-out images")
     axes.set_title("Dense and slim, FP32 and INT8")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
-    mark_doubt(figure, models)
-    save_figure(figure, path)
+    report.mark_doubt(figure, models)
+    report.save_figure(figure, path)

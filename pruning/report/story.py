@@ -5,20 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 
+from common.report import results as report
 from common.report.loading import how_to_load
-from common.report.results import (
-    accuracy_columns,
-    change_columns,
-    describe_change,
-    describe_given,
-    describe_setting,
-    floor_percent,
-    format_change,
-    format_cost,
-    network_name,
-    p_value,
-    percent,
-)
 from common.report.story import Column, Headline, Story, Table
 from pruning.report.linear import curve_table, linear_layers, tell_linear
 from pruning.report.together import SCOPES, tell_search, tell_slim, unit_of
@@ -41,7 +29,7 @@ CAPTIONS = {
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     parts = [
-        describe_given(results["weights"]),
+        report.describe_given(results["weights"]),
         describe_baseline(results["baseline"]),
         structure_table(results),
         describe_structure(results["structure"]),
@@ -55,12 +43,12 @@ def tell(results: dict) -> Story:
     if "verification" in results:
         parts.append(describe_verification(results))
     return Story(
-        f"{network_name(results)}, pruned",
-        describe_setting(results),
+        f"{report.network_name(results)}, pruned",
+        report.describe_setting(results),
         _headlines(results),
         [*parts, *how_to_load(results["artifacts"])],
         _captions(results["artifacts"]["plots"]),
-        format_cost(results),
+        report.format_cost(results),
     )
 
 
@@ -84,11 +72,13 @@ def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
 def _headlines(results: dict) -> list[Headline]:
     baseline, ranking = results["baseline"], results["ranking"][-1]
     worst = _entries(results, ranking)[0]
-    change = format_change(worst["comparison"])
-    low, high = map(percent, baseline["ci95"])
+    change = report.format_change(worst["comparison"])
+    low, high = map(report.percent, baseline["ci95"])
     which = ", the most sensitive layer" if len(ranking["layers"]) > 1 else ""
     found = [
-        Headline(percent(baseline["value"]), f"dense accuracy, 95 % interval {low} to {high}"),
+        Headline(
+            report.percent(baseline["value"]), f"dense accuracy, 95 % interval {low} to {high}"
+        ),
         Headline(
             f"{change.points} points",
             f"with {100 * worst['amount']:g} % of {worst['layer']} pruned{which}; 95 % interval "
@@ -96,19 +86,19 @@ def _headlines(results: dict) -> list[Headline]:
         ),
     ]
     if linear := results.get("linear_search"):
-        amount = floor_percent(linear["max_amount"])
+        amount = report.floor_percent(linear["max_amount"])
         found.append(Headline(amount, f"of {linear_layers(linear)} can go"))
     if saved := results.get("model_saved"):
         meaning = f"of the {unit_of([saved])} can go ({SCOPES[saved['scope']]}): "
-        meaning += describe_change(saved["comparison"])
-        found.append(Headline(floor_percent(saved["sparsity"], 1), meaning))
+        meaning += report.describe_change(saved["comparison"])
+        found.append(Headline(report.floor_percent(saved["sparsity"], 1), meaning))
     return found
 
 
 def describe_baseline(baseline: dict) -> str:
     """Say how accurate the dense network is."""
-    low, high = map(percent, baseline["ci95"])
-    return f"Dense accuracy {percent(baseline['value'])}, 95 % interval {low} to {high}."
+    low, high = map(report.percent, baseline["ci95"])
+    return f"Dense accuracy {report.percent(baseline['value'])}, 95 % interval {low} to {high}."
 
 
 def structure_table(results: dict) -> Table:
@@ -120,7 +110,7 @@ def structure_table(results: dict) -> Table:
         Column("layer", itemgetter("name")),
         Column("shape", lambda layer: "×".join(map(str, layer["shape"]))),
         Column("weights", itemgetter("weights"), "{:,}".format),
-        Column("share", lambda layer: layer["weights"] / total, percent),
+        Column("share", lambda layer: layer["weights"] / total, report.percent),
         Column("MMAC", lambda layer: layer["macs"] / 1e6, "{:.2f}".format),
         Column("non-zero", itemgetter("nonzeros"), "{:,}".format),
     ]
@@ -149,9 +139,9 @@ def sensitivity_table(title: str, rows: Sequence[dict], note: str = "") -> Table
         Column("layer", itemgetter("layer")),
         Column(None, itemgetter("amount"), name="amount"),
         Column(None, itemgetter("achieved"), name="achieved"),
-        *accuracy_columns(),
-        *change_columns(),
-        Column("p", lambda row: row["comparison"]["mcnemar_p"], lambda p: p_value(p, 1),
+        *report.accuracy_columns(),
+        *report.change_columns(),
+        Column("p", lambda row: row["comparison"]["mcnemar_p"], lambda p: report.p_value(p, 1),
                "mcnemar_p"),
         Column("lost", lambda row: row["comparison"]["only_a_correct"], name="images_lost"),
         Column("gained", lambda row: row["comparison"]["only_b_correct"], name="images_gained"),

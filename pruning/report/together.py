@@ -3,23 +3,11 @@
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 
-from common.report.results import (
-    accuracy_columns,
-    at_batch_sizes,
-    change_columns,
-    counted,
-    describe_change,
-    explain_doubt,
-    floor_factor,
-    floor_percent,
-    megabytes,
-    percent,
-    points,
-    rate_columns,
-)
+from common.command.cli import counted
+from common.report import results as report
 from common.report.story import Column, Facts, Table
 from pruning.channels.search import SCOPE as CHANNELS
-from pruning.report.linear import compare_zeros, milliseconds
+from pruning.report.linear import compare_zeros
 
 SCOPES = {
     "linear": "all linear layers",
@@ -56,12 +44,12 @@ def tell_search(results: dict) -> list[Table | Facts]:
     entries, tolerance = results["model_search"], results["arguments"]["tolerance"]
     columns = [
         Column("", method_name),
-        Column("pruned", itemgetter("max_sparsity"), lambda share: floor_percent(share, 1)),
-        Column("fewer", lambda row: 1 / (1 - row["max_sparsity"]), floor_factor),
-        *accuracy_columns(),
-        *change_columns(),
+        Column("pruned", itemgetter("max_sparsity"), lambda share: report.floor_percent(share, 1)),
+        Column("fewer", lambda row: 1 / (1 - row["max_sparsity"]), report.floor_factor),
+        *report.accuracy_columns(),
+        *report.change_columns(),
         Column("within", lambda row: "yes" if row["within_tolerance"] else "NO"),
-        Column("MACs", itemgetter("macs_kept"), lambda share: percent(share, 0)),
+        Column("MACs", itemgetter("macs_kept"), lambda share: report.percent(share, 0)),
     ]
     largest = Table(
         f"{SCOPES[entries[0]['scope']].capitalize()}: the largest sparsity within "
@@ -106,7 +94,7 @@ def _change_at(sparsity: float) -> Callable[[dict], str | None]:
         for point in entry["points"]:
             if point["sparsity"] == sparsity:
                 low, high = point["comparison"]["ci95"]
-                return f"{points(-point['comparison']['drop'], 1)} ±{50 * (high - low):.1f}"
+                return f"{report.points(-point['comparison']['drop'], 1)} ±{50 * (high - low):.1f}"
         return None
 
     return change
@@ -117,24 +105,24 @@ def describe_saved(results: dict) -> Facts:
     saved = results["model_saved"]
     dense, sparse = saved["latency"]
     compressed, theory = saved["pruned_compressed_bytes"], ""
-    speed = f"{milliseconds(sparse)} for {counted(dense['batch_size'], 'image')}, dense "
-    speed += milliseconds(dense)
+    before, after = (f"{report.show_median(timing, 0)} ms" for timing in (dense, sparse))
+    speed = f"{after} for {counted(dense['batch_size'], 'image')}, dense {before}"
     if saved["scope"] != CHANNELS:
         theory = "; dense kernels do them all"
         speed = compare_zeros(dense, sparse, "the pruned network")
     return Facts(
-        f"Saved: {method_name(saved)} at {floor_percent(saved['sparsity'], 1)}; reloaded and "
-        "measured again",
+        f"Saved: {method_name(saved)} at {report.floor_percent(saved['sparsity'], 1)}; reloaded "
+        "and measured again",
         {
-            "accuracy": f"{percent(saved['accuracy']['value'])}: "
-            + describe_change(saved["comparison"]),
-            "plain file": megabytes(saved["pruned_bytes"]),
-            "compressed": f"{megabytes(compressed)} by zlib: "
+            "accuracy": f"{report.percent(saved['accuracy']['value'])}: "
+            + report.describe_change(saved["comparison"]),
+            "plain file": report.megabytes(saved["pruned_bytes"]),
+            "compressed": f"{report.megabytes(compressed)} by zlib: "
             f"{saved['dense_compressed_bytes'] / compressed:.1f}× smaller than dense by zlib, "
             f"{results['weights']['size_bytes'] / compressed:.1f}× smaller than the given file",
             "written as": results["artifacts"]["model"],
-            "in theory": f"{percent(1 - saved['macs_kept'], 0)} of the multiply-adds are saved"
-            + theory,
+            "in theory": f"{report.percent(1 - saved['macs_kept'], 0)} of the multiply-adds are "
+            f"saved{theory}",
             "speed": speed,
         },
     )
@@ -145,16 +133,18 @@ def tell_slim(slim: dict) -> list[Table | Facts]:
     models = slim["models"]
     columns = [
         Column("images/s at", lambda m: m["name"].replace("fp32", "FP32").replace("int8", "INT8")),
-        Column("size", itemgetter("size_bytes"), megabytes),
-        *change_columns(),
-        Column("MACs", lambda m: m["macs"] / models[0]["macs"], lambda share: percent(share, 0)),
-        *rate_columns(models[0]["latency"]),
+        Column("size", itemgetter("size_bytes"), report.megabytes),
+        *report.change_columns(),
+        Column(
+            "MACs", lambda m: m["macs"] / models[0]["macs"], lambda share: report.percent(share, 0)
+        ),
+        *report.rate_columns(models[0]["latency"]),
     ]
     title = f"Slim and dense in turns, {models[0]['accuracy']['total']:,} held-out images"
-    note = f"Points are against dense FP32 on the same images.{explain_doubt(models)}"
+    note = f"Points are against dense FP32 on the same images.{report.explain_doubt(models)}"
     left = [f"{row['layer']} {row['slim']} of {row['dense']}" for row in slim["widths"]]
     gained = {
-        "INT8, slim against dense": at_batch_sizes(slim["speedup"], "over_dense"),
+        "INT8, slim against dense": report.at_batch_sizes(slim["speedup"], "over_dense"),
         "channels left": ", ".join(left),
     }
     return [

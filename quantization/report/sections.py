@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from common.report.results import counted, format_change, megabytes, percent, points
+from common.report.results import counted, describe_change, megabytes, percent, points
 from common.report.story import Column, Facts, Table
 from quantization.coding.smallest import misses
 
@@ -75,7 +75,6 @@ def describe_sparsity(sparsity: dict) -> str:
 
 def describe_coding(coding: dict) -> Facts:
     """Describe the coded file."""
-    change = format_change(coding["comparison"])
     missed = misses(coding["bits_per_weight"], coding["bits_wanted"])
     asked = f" ({coding['bits_wanted']:g} asked for)" if missed else ""
     return Facts(
@@ -84,7 +83,7 @@ def describe_coding(coding: dict) -> Facts:
             "size": f"{megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
             f"FP32, {coding['size_ratio_given']:.1f}× smaller than the given file; "
             f"{coding['bits_per_weight']:.2f} bits a weight{asked}",
-            "accuracy": f"{percent(coding['accuracy']['value'])}, {change.points} points, 95 % "
-            f"interval {change.low} to {change.high}",
+            "accuracy": f"{percent(coding['accuracy']['value'])}, "
+            + describe_change(coding["comparison"]),
         },
     )

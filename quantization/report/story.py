@@ -2,24 +2,9 @@
 
 from collections.abc import Sequence
 
+from common.command.cli import counted
+from common.report import results as report
 from common.report.loading import how_to_load
-from common.report.results import (
-    accuracy_columns,
-    at_batch_sizes,
-    counted,
-    describe_given,
-    describe_setting,
-    doubt,
-    explain_doubt,
-    format_change,
-    format_cost,
-    megabytes,
-    network_name,
-    p_value,
-    percent,
-    points,
-    rate_columns,
-)
 from common.report.story import Column, Facts, Headline, Story, Table
 from quantization.report.results import int8_entries
 from quantization.report.sections import (
@@ -43,7 +28,7 @@ CAPTIONS = {
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     data, weights = results["data"], results["weights"]
-    parts = [model_table(results["models"]), describe_given(weights)]
+    parts = [model_table(results["models"]), report.describe_given(weights)]
     fp32 = next(model for model in results["models"] if model["name"] == "fp32")
     parts += [describe_comparison(model, fp32) for model in int8_entries(results)]
     if len(int8_entries(results)) > 1:
@@ -60,32 +45,32 @@ def tell(results: dict) -> Story:
         parts.append(describe_coding(results["coding"]))
     parts += how_to_load(results["artifacts"])
     return Story(
-        f"{network_name(results)} in INT8",
-        f"{describe_setting(results)} Calibrated on "
+        f"{report.network_name(results)} in INT8",
+        f"{report.describe_setting(results)} Calibrated on "
         f"{counted(data['calibration_images'], 'training image')} with the "
         f"{results['arguments']['observer']} observer.",
         _headlines(results),
         parts,
         CAPTIONS,
-        format_cost(results),
+        report.format_cost(results),
     )
 
 
 def _headlines(results: dict) -> list[Headline]:
     fp32, int8 = results["models"][0], int8_entries(results)[0]
     comparison = int8["comparison"]
-    change = format_change(comparison["accuracy"])
+    change = report.format_change(comparison["accuracy"])
     return [
         Headline(
             f"{1 / comparison['size_ratio']:.2f}× smaller",
-            f"{megabytes(fp32['size_bytes'])} to {megabytes(int8['size_bytes'])}",
+            f"{report.megabytes(fp32['size_bytes'])} to {report.megabytes(int8['size_bytes'])}",
         ),
         Headline(
             f"{change.points} points",
             f"95 % interval {change.low} to {change.high}; FP32 "
-            f"{percent(fp32['accuracy']['value'])}",
+            f"{report.percent(fp32['accuracy']['value'])}",
         ),
-        Headline(at_batch_sizes(comparison["speedup"]), "as fast as FP32 at its best"),
+        Headline(report.at_batch_sizes(comparison["speedup"]), "as fast as FP32 at its best"),
     ]
 
 
@@ -104,13 +89,13 @@ def model_table(models: Sequence[dict]) -> Table:
     """Return each model's size, accuracy and speed."""
     columns = [
         Column("images/s at", label),
-        Column("size", lambda model: model["size_bytes"], megabytes),
-        *accuracy_columns(),
-        *rate_columns(models[0]["latency"]),
+        Column("size", lambda model: model["size_bytes"], report.megabytes),
+        *report.accuracy_columns(),
+        *report.rate_columns(models[0]["latency"]),
     ]
     note = (
         "FP32 at its best: batch norms folded, weights packed once; as usually written: the plain "
-        f"module. Models took turns on the same images.{explain_doubt(models)}"
+        f"module. Models took turns on the same images.{report.explain_doubt(models)}"
     )
     return Table("", columns, models, note)
 
@@ -118,26 +103,25 @@ def model_table(models: Sequence[dict]) -> Table:
 def describe_comparison(model: dict, fp32: dict) -> Facts:
     """Say what an INT8 model gains and costs; ``fp32`` is the entry of FP32 at its best."""
     comparison, accuracy = model["comparison"], model["comparison"]["accuracy"]
-    change = format_change(accuracy)
     over_nchw = ", ".join(
-        f"{entry['value']:.2f}×{doubt(entry)}" for entry in model["speedup_over_nchw"]
+        f"{entry['value']:.2f}×{report.doubt(entry)}" for entry in model["speedup_over_nchw"]
     )
     times = ", ".join(
-        f"{before['median_ms']:.1f}{doubt(before)} to {after['median_ms']:.1f}{doubt(after)} ms at "
-        f"batch {after['batch_size']}"
+        f"{report.show_median(before)} to {report.show_median(after)} ms at batch "
+        f"{after['batch_size']}"
         for before, after in zip(fp32["latency"], model["latency"], strict=True)
     )
     return Facts(
         f"{label(model)} against FP32 on the same images",
         {
-            "size": f"{percent(1 - comparison['size_ratio'], 1)} smaller "
+            "size": f"{report.percent(1 - comparison['size_ratio'], 1)} smaller "
             f"({1 / comparison['size_ratio']:.2f}×); {1 / comparison['size_ratio_given']:.2f}× "
             "smaller than the given file",
-            "accuracy": f"{change.points} points, 95 % interval {change.low} to {change.high}",
+            "accuracy": report.describe_change(accuracy),
             "images": f"{accuracy['only_a_correct']:,} lost, {accuracy['only_b_correct']:,} gained "
-            f"(McNemar p = {p_value(accuracy['mcnemar_p'])})",
+            f"(McNemar p = {report.p_value(accuracy['mcnemar_p'])})",
             "time": f"{times} (medians)",
-            "speed": f"{at_batch_sizes(comparison['speedup'])} "
+            "speed": f"{report.at_batch_sizes(comparison['speedup'])} "
             f"(against FP32 as usually written: {over_nchw})",
             "coverage": describe_coverage(model),
         },
@@ -155,7 +139,7 @@ def describe_coverage(model: dict) -> str:
 
 def describe_fastest(fastest: Sequence[dict]) -> str:
     """Name the fastest engine for each batch size."""
-    engines = [f"{e['engine']}{doubt(e)} at batch {e['batch_size']}" for e in fastest]
+    engines = [f"{e['engine']}{report.doubt(e)} at batch {e['batch_size']}" for e in fastest]
     return f"Fastest: {', '.join(engines)}."
 
 
@@ -163,7 +147,7 @@ def describe_agreement(model: dict) -> str:
     """Say how often the ONNX file and torch predict the same class."""
     return (
         f"{model['file']} in ONNX Runtime agrees with the model that it was made from on "
-        f"{percent(model['agreement'])} of the images."
+        f"{report.percent(model['agreement'])} of the images."
     )
 
 
@@ -173,6 +157,6 @@ def describe_classes(rows: Sequence[dict]) -> str:
     if worst["fp32"] == worst["int8"]:
         return "By class, no accuracy changes."
     return (
-        f"By class, {worst['class']} changes most: {percent(worst['fp32'])} to "
-        f"{percent(worst['int8'])} ({points(worst['int8'] - worst['fp32'])} points)."
+        f"By class, {worst['class']} changes most: {report.percent(worst['fp32'])} to "
+        f"{report.percent(worst['int8'])} ({report.points(worst['int8'] - worst['fp32'])} points)."
     )
