@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.command import argument_types as types
 from common.command import arguments, cli
-from common.command.argument_types import accuracy_loss, fraction, list_of, name
 
 DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "pruning"
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
@@ -42,15 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
     scanning = parser.add_argument_group("sensitivity scan")
     amounts = scanning.add_mutually_exclusive_group()
     amounts.add_argument(
-        "--amount", type=fraction, metavar="A", default=0.9,
+        "--amount", type=types.fraction, metavar="A", default=0.9,
         help="fraction of each layer's weights to prune",
     )  # fmt: skip
     amounts.add_argument(
-        "--amounts", type=list_of(fraction), metavar="A,...",
+        "--amounts", type=types.list_of(types.fraction), metavar="A,...",
         help="several fractions; adds a plot of all of them",
     )  # fmt: skip
     scanning.add_argument(
-        "--layers", type=list_of(name), metavar="NAME,...",
+        "--layers", type=types.list_of(types.name), metavar="NAME,...",
         help="layers to prune, by name or pattern (layer4.*); all by default",
     )  # fmt: skip
     scanning.add_argument(
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "predictions differ",
     )  # fmt: skip
     parser.add_argument_group("search over the linear layers").add_argument(
-        "--tolerance", type=accuracy_loss, metavar="T", default=0.02,
+        "--tolerance", type=types.accuracy_loss, metavar="T", default=0.02,
         help="accuracy that may be lost, as a fraction: 0.01 is one point",
     )  # fmt: skip
     _add_model_search_arguments(parser.add_argument_group("search over many layers together"))
@@ -85,7 +85,7 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
         "channels, which makes the network faster",
     )  # fmt: skip
     group.add_argument(
-        "--remove-macs", type=fraction, metavar="F",
+        "--remove-macs", type=types.fraction, metavar="F",
         help="with --scope channels: remove this fraction of the multiply-adds, without a search",
     )  # fmt: skip
     group.add_argument(

@@ -18,15 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "quantization":  # imported from its own folder, where it hides the package
     raise ImportError(f"this is the script; for the package set PYTHONPATH={sys.path[0]}")
+from common.command import argument_types as types
 from common.command import arguments, cli
-from common.command.argument_types import (
-    AtMost,
-    accuracy_loss,
-    list_of,
-    number,
-    one_of,
-    positive_int,
-)
 from quantization.settings import ENGINES, OBSERVERS
 
 DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "quantization"
@@ -43,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantizing = parser.add_argument_group("quantization")
     quantizing.add_argument(
         "--engines",
-        type=list_of(one_of(*ENGINES, "auto")),
+        type=types.list_of(types.one_of(*ENGINES, "auto")),
         metavar="NAME,...",
         help=f"INT8 kernels to compare: {', '.join(ENGINES)}; the first is the headline. auto: all "
         "that suit this CPU, of which the fastest is the headline (default: fbgemm, or qnnpack "
@@ -73,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget = parser.add_argument_group("accuracy")
     budget.add_argument(
         "--max-drop",
-        type=accuracy_loss,
+        type=types.accuracy_loss,
         metavar="F",
         help="accuracy that INT8 may lose, as a fraction: 0.005 is half a point. Tries corrections "
         "that cost no time, then returns layers to FP32, worst first, until the loss and one "
@@ -81,9 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     budget.add_argument(
         "--held-out-images",
-        type=positive_int,
+        type=types.positive_int,
         metavar="N",
-        default=AtMost(1400),
+        default=types.AtMost(1400),
         help="training images, other than the calibration images, on which --max-drop decides",
     )
     budget.add_argument(
@@ -94,19 +87,19 @@ def build_parser() -> argparse.ArgumentParser:
     coding = parser.add_argument_group("coding")
     coding.add_argument(
         "--bits-per-weight",
-        type=number(0.1, 8.0, "a number of bits from 0.1 to 8"),
+        type=types.number(0.1, 8.0, "a number of bits from 0.1 to 8"),
         metavar="B",
         help="also write a coded file of about B bits for each weight: the INT8 levels that cost "
         "least in error and bits, compressed",
     )
     coding.add_argument(
         "--coding-images",
-        type=positive_int,
+        type=types.positive_int,
         metavar="N",
-        default=AtMost(2000),
+        default=types.AtMost(2000),
         help="training images, without labels, that --bits-per-weight uses",
     )
-    arguments.add_timing_arguments(parser, batch_sizes=[1, 32, AtMost(128)], seconds=5.0)
+    arguments.add_timing_arguments(parser, batch_sizes=[1, 32, types.AtMost(128)], seconds=5.0)
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     return parser
 

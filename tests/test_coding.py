@@ -157,7 +157,7 @@ def test_a_layer_of_very_many_inputs_is_coded_in_parts(random_images, few_positi
     images = random_images(64)
     network = trace_network(build(NETWORKS[1], images), images.shape)
     whole = encode(network, images, price=1.0)
-    monkeypatch.setattr(encoder, "MAX_COLUMNS", 30)  # of 48, 72 and 147
+    monkeypatch.setattr(encoder.regression, "MAX_COLUMNS", 30)  # of 48, 72 and 147
     parts = encode(network, images, price=1.0)
     assert error_of(network, parts, images) < 1.5 * error_of(network, whole, images)
     assert error_of(network, encode(network, images, price=1e-6), images) < 0.05

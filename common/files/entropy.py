@@ -9,18 +9,7 @@ from collections.abc import Sequence
 import constriction
 import numpy as np
 
-from runtime.decode import (
-    BERNOULLI,
-    CHANNEL_PARTS,
-    CONTEXTS,
-    LEVELS,
-    LOWEST,
-    PROBABILITIES,
-    UNIT,
-    code_layer,
-    dense_model,
-    weigher,
-)
+from runtime import decode
 
 MAX_FREQUENCY = 65_535  # frequency of a dense layer's commonest level; the table holds uint16
 MIN_DENSE_WEIGHTS = 1 << 16  # a smaller layer does not pay for its table
@@ -55,10 +44,10 @@ def encode(layers: Sequence[np.ndarray]) -> np.ndarray:
 
 def _encode_dense(levels: np.ndarray, encoder: object) -> np.ndarray:
     """Encode a layer; return its table."""
-    symbols = levels.reshape(-1).astype(np.int32) - LOWEST
-    counts = np.bincount(symbols, minlength=LEVELS)
+    symbols = levels.reshape(-1).astype(np.int32) - decode.LOWEST
+    counts = np.bincount(symbols, minlength=decode.LEVELS)
     table = -(-counts * MAX_FREQUENCY // counts.max())  # rounded up: none becomes zero
-    encoder.encode(symbols, dense_model(table))
+    encoder.encode(symbols, decode.dense_model(table))
     return table.astype("<u2").view(np.uint8)
 
 
@@ -66,13 +55,13 @@ def _encode_sparse(levels: np.ndarray, encoder: object) -> np.ndarray:
     """Encode a layer; return its table."""
     weights = _weigh_evidence(levels)
     table = _cheapest_table(levels, weights)
-    probabilities = PROBABILITIES[table]
+    probabilities = decode.PROBABILITIES[table]
 
     def write(contexts: np.ndarray, flags: np.ndarray) -> np.ndarray:
-        encoder.encode(flags.astype(np.int32), BERNOULLI, probabilities[contexts])
+        encoder.encode(flags.astype(np.int32), decode.BERNOULLI, probabilities[contexts])
         return flags
 
-    code_layer(levels.copy(), weigher(weights), write)
+    decode.code_layer(levels.copy(), decode.weigher(weights), write)
     return np.concatenate([weights.view(np.uint8), table])
 
 
@@ -82,27 +71,27 @@ def _weigh_evidence(levels: np.ndarray) -> np.ndarray:
 
     def note(evidence: Sequence[np.ndarray], nonzero: np.ndarray) -> np.ndarray:
         parts = [np.broadcast_to(part, nonzero.shape) for part in (*evidence, nonzero)]
-        every = -(-nonzero.size * 9 * CHANNEL_PARTS // SURVEYED)  # so many batches, or fewer
+        every = -(-nonzero.size * 9 * decode.CHANNEL_PARTS // SURVEYED)  # so many batches, or fewer
         rows.append(np.stack([part.reshape(-1)[::every] for part in parts], axis=1))
         return np.zeros(nonzero.size, np.int64)
 
-    code_layer(levels.copy(), note, lambda contexts, flags: flags)
+    decode.code_layer(levels.copy(), note, lambda contexts, flags: flags)
     noted = np.concatenate(rows)
     weights = fit_logistic(noted[:, :-1], noted[:, -1])
-    return np.clip(np.round(weights * (UNIT / ACTIVITY_NATS)), -127, 127).astype(np.int8)
+    return np.clip(np.round(weights * (decode.UNIT / ACTIVITY_NATS)), -127, 127).astype(np.int8)
 
 
 def _cheapest_table(levels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the step of each context's probability that costs least (uint8, (CONTEXTS,))."""
-    counts = np.zeros((2, CONTEXTS), np.int64)
+    counts = np.zeros((2, decode.CONTEXTS), np.int64)
 
     def count(contexts: np.ndarray, flags: np.ndarray) -> np.ndarray:
         for flag in (0, 1):
-            counts[flag] += np.bincount(contexts[flags == flag], minlength=CONTEXTS)
+            counts[flag] += np.bincount(contexts[flags == flag], minlength=decode.CONTEXTS)
         return flags
 
-    code_layer(levels.copy(), weigher(weights), count)
-    bits = -np.stack([np.log2(1 - PROBABILITIES), np.log2(PROBABILITIES)])
+    decode.code_layer(levels.copy(), decode.weigher(weights), count)
+    bits = -np.stack([np.log2(1 - decode.PROBABILITIES), np.log2(decode.PROBABILITIES)])
     return (counts.T @ bits).argmin(axis=1).astype(np.uint8)
 
 

@@ -10,27 +10,11 @@ all sides, and nothing else in the network changes.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from common.network import graph as kinds
 from common.network.execution import Network
-from common.network.graph import (
-    ACTIVATIONS,
-    ADAPTIVE_POOL,
-    ADD,
-    AFFINE,
-    AVERAGE_POOL,
-    CONVOLUTION,
-    FLATTEN,
-    GLOBAL_POOL,
-    MAX_POOL,
-    MULTIPLY,
-    PAD,
-    RESHAPE,
-    Operation,
-)
 from common.network.regression import MAX_COLUMNS
 
-CHANNELWISE = (
-    *ACTIVATIONS, AFFINE, MAX_POOL, AVERAGE_POOL, ADAPTIVE_POOL, GLOBAL_POOL, FLATTEN,
-)  # fmt: skip
+CHANNELWISE = (*kinds.ACTIVATIONS, *kinds.POOLS, kinds.AFFINE, kinds.FLATTEN)
 
 
 @dataclass(frozen=True)
@@ -73,11 +57,11 @@ def _values_with_same_channels(network: Network) -> list[set[str]]:
     return list({id(values): values for values in sets.values()}.values())
 
 
-def _passes_channels_on(network: Network, operation: Operation) -> bool:
+def _passes_channels_on(network: Network, operation: kinds.Operation) -> bool:
     """Return whether an operation's values have the channels of its inputs."""
-    if operation.kind == PAD:
+    if operation.kind == kinds.PAD:
         return len(operation.attributes["padding"]) <= 4  # height and width
-    if operation.kind in (ADD, MULTIPLY, RESHAPE):
+    if operation.kind in (kinds.ADD, kinds.MULTIPLY, kinds.RESHAPE):
         shapes = network.shapes
         return all(shapes[name][0] == shapes[operation.name][0] for name in operation.inputs)
     return operation.kind in CHANNELWISE or _is_depthwise(network, operation)
@@ -96,7 +80,7 @@ def _as_group(network: Network, values: Collection[str]) -> ChannelGroup | None:
         operation
         for operation in own
         if operation.name in passing
-        and (operation.name in network.layers or operation.kind == RESHAPE)
+        and (operation.name in network.layers or operation.kind == kinds.RESHAPE)
     ]
     widths |= {network.shapes[operation.name][0] for operation in between}
     users = {user for name in values for user in graph.users[name]} - passing
@@ -112,18 +96,18 @@ def _as_group(network: Network, values: Collection[str]) -> ChannelGroup | None:
     )
 
 
-def _is_dense(operation: Operation) -> bool:
+def _is_dense(operation: kinds.Operation) -> bool:
     """Return whether an operation is a layer in which each output depends on all inputs."""
     return operation.is_layer and operation.attributes.get("groups", 1) == 1
 
 
-def _can_shrink(network: Network, reader: Operation) -> bool:
+def _can_shrink(network: Network, reader: kinds.Operation) -> bool:
     """Return whether a layer can lose inputs: regression on all of them takes memory."""
     return _is_dense(reader) and network.layers[reader.name].weight[0].numel() <= MAX_COLUMNS
 
 
-def _is_depthwise(network: Network, operation: Operation) -> bool:
-    if operation.kind != CONVOLUTION:
+def _is_depthwise(network: Network, operation: kinds.Operation) -> bool:
+    if operation.kind != kinds.CONVOLUTION:
         return False
     weight = network.layers[operation.name].weight
     return operation.attributes["groups"] == len(weight) > 1 and weight.shape[1] == 1

@@ -14,15 +14,9 @@ from torch import nn
 
 from common.command import cli
 from common.images.data import ImageSet
+from common.network import regression
 from common.network.execution import Network
 from common.network.graph import Operation, evaluate
-from common.network.regression import (
-    MomentSums,
-    completed_sum,
-    draw_positions,
-    inputs_at,
-    outputs_at,
-)
 from common.network.tracing import Traced
 from common.network.walk import Walk
 from pruning.channels.groups import ChannelGroup
@@ -128,13 +122,13 @@ class _Recorder:
         self._layers = layers_to_fit(exact, groups)
         self._generator = torch.Generator().manual_seed(seed)
         readers = [name for group in groups.values() for name in group.readers]
-        self.sums = {name: MomentSums(exact.layers[name], 1) for name in readers}
+        self.sums = {name: regression.MomentSums(exact.layers[name], 1) for name in readers}
         self.positions: dict[str, list[torch.Tensor]] = {}
         self.targets: dict[str, list[torch.Tensor]] = {name: [] for name in self._layers}
         # A layer that completes a sum is looked at where the sum is known.
         self._sums_of = {}
         for name in self._layers:
-            completed = completed_sum(exact, name)
+            completed = regression.completed_sum(exact, name)
             self._sums_of[name if completed is None else completed[0]] = name
         # Layers of one group share their positions where their outputs are of one size.
         self._same_as: dict[str, str] = {}
@@ -154,17 +148,17 @@ class _Recorder:
             if name in self._layers:
                 same = self._same_as.get(name)
                 if same not in places:
-                    places[name] = draw_positions(value, POSITIONS, self._generator)
+                    places[name] = regression.draw_positions(value, POSITIONS, self._generator)
                 else:
                     places[name] = places[same]
                 if places[name] is not None:
                     self.positions.setdefault(name, []).append(places[name])
                 if is_fitted and name in self.sums:
                     layer = self._exact.layers[name]
-                    self.sums[name].add(inputs_at(operation, layer, first, places[name]))
+                    self.sums[name].add(regression.inputs_at(operation, layer, first, places[name]))
             if name in self._sums_of:
                 layer = self._sums_of[name]
-                found = outputs_at(value, places[layer])
+                found = regression.outputs_at(value, places[layer])
                 self.targets[layer].append(found.unflatten(0, (len(value), -1)))
             return value
 
@@ -217,7 +211,7 @@ def repair(dense: Dense, widths: Mapping[str, int]) -> SlimNetwork:
     for operation in cli.progress(slim.graph.operations[1:], "repair"):
         name, replaced = operation.name, None
         if name in dense.targets:
-            sums = MomentSums(exact.layers[name], operation.attributes.get("groups", 1))
+            sums = regression.MomentSums(exact.layers[name], operation.attributes.get("groups", 1))
             for rows, wanted in _samples(dense, operation, exact, walk, channels.get(name)):
                 sums.add(rows, wanted)
             moments = sums.moments()
@@ -240,7 +234,7 @@ def _samples(
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Yield what a slim layer reads, and what it should give."""
     name, start = operation.name, 0
-    completed = completed_sum(exact, name)
+    completed = regression.completed_sum(exact, name)
     others = None if completed is None else walk.batches(completed[1])
     for index, x in enumerate(walk.batches(operation.inputs[0])):
         rows = slice(start, start + len(x))
@@ -250,5 +244,5 @@ def _samples(
         if channels is not None:
             wanted = wanted[:, channels]
         if others is not None:
-            wanted = wanted - outputs_at(others[index], positions)
-        yield inputs_at(operation, exact.layers[name], x, positions), wanted
+            wanted = wanted - regression.outputs_at(others[index], positions)
+        yield regression.inputs_at(operation, exact.layers[name], x, positions), wanted

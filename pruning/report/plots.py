@@ -8,14 +8,8 @@ import numpy as np
 
 from common.command.cli import counted
 from common.report import results as report
+from pruning.report import search_plots
 from pruning.report.linear import linear_layers
-from pruning.report.search_plots import (
-    SEARCH_PLOT,
-    SLIM_PLOT,
-    accuracies,
-    plot_model_search,
-    plot_slim,
-)
 
 MAX_CURVE_POINTS = 1500
 LABEL_GAP = 3  # of the axis's 100 %, between a step's number and the line of the answer
@@ -37,9 +31,11 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
     if "linear_search" in results:
         plot_search(results["linear_search"], file("linear_search.png"))
     if "model_search" in results:
-        plot_model_search(results["model_search"], tolerance, file(SEARCH_PLOT))
+        search_plots.plot_model_search(
+            results["model_search"], tolerance, file(search_plots.SEARCH_PLOT)
+        )
     if "slim" in results:
-        plot_slim(results["slim"]["models"], file(SLIM_PLOT))
+        search_plots.plot_slim(results["slim"]["models"], file(search_plots.SLIM_PLOT))
 
 
 def plot_sensitivity(
@@ -51,7 +47,7 @@ def plot_sensitivity(
     """
     if by_drop:
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
-    value, whiskers = accuracies(0.0, rows)
+    value, whiskers = search_plots.accuracies(0.0, rows)
     limit = -100 * tolerance
     figure, axes = report.new_figure(max(9.5, 0.3 * len(rows)), 4.6)
     positions = np.arange(len(rows))

@@ -17,17 +17,7 @@ from common.search.split import EvaluationSplit, split_test
 from common.search.trials import Range, Trial, run_trials, strongest
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
-from pruning.together.allocation import (
-    GLOBAL,
-    RANDOM,
-    SENSITIVITY,
-    DamageCurve,
-    Masks,
-    global_masks,
-    random_masks,
-    sensitivity_masks,
-    weights_in_scope,
-)
+from pruning.together import allocation
 from pruning.together.damage import measure_damage
 from pruning.together.recalibration import recalibrate_batch_norm
 
@@ -35,7 +25,7 @@ from pruning.together.recalibration import recalibrate_batch_norm
 COMPRESSIONS = (2, 4, 8, 16, 32)
 WHERE = Range(start=8, least=1.03, most=64, trials=8, stride=2)
 DAMAGE_IMAGES = 500
-CONTROLS = (RANDOM,)  # allocations that only serve as a comparison
+CONTROLS = (allocation.RANDOM,)  # allocations that only serve as a comparison
 
 
 @dataclass(frozen=True)
@@ -75,13 +65,13 @@ class ModelSearch:
     calibration: ImageSet | None = None
     record: Fp32Recheck = field(default_factory=Fp32Recheck)
     _found: dict[Method, tuple[float, list[Trial]]] = field(default_factory=dict)
-    _damage: dict[bool, dict[str, DamageCurve]] = field(default_factory=dict)
+    _damage: dict[bool, dict[str, allocation.DamageCurve]] = field(default_factory=dict)
 
     def __post_init__(self):
         network = trace_network(self.model, self.budget.choosing.images.shape)
         layers = weight_layers(self.model, network)
         weights = {name: module.weight.detach() for name, module in layers.items()}
-        self.weights = weights_in_scope(network, weights, self.scope)
+        self.weights = allocation.weights_in_scope(network, weights, self.scope)
 
     @classmethod
     def prepare(
@@ -100,17 +90,20 @@ class ModelSearch:
 
     def methods(self) -> list[Method]:
         """Return the methods to search with, the control last."""
-        recalibrated = [Method(SENSITIVITY, True)] if self.calibration is not None else []
-        return [Method(SENSITIVITY, False), *recalibrated, Method(RANDOM, False)]
+        kept = [False] if self.calibration is None else [False, True]
+        sensitivity = [Method(allocation.SENSITIVITY, recalibrated) for recalibrated in kept]
+        return [*sensitivity, Method(allocation.RANDOM, False)]
 
-    def masks(self, method: Method, sparsity: float) -> Masks:
+    def masks(self, method: Method, sparsity: float) -> allocation.Masks:
         """Return the masks of the weights that ``method`` keeps at a sparsity."""
-        if method.allocation == GLOBAL:
-            return global_masks(self.weights, sparsity)
-        if method.allocation == RANDOM:
-            return random_masks(self.weights, sparsity, self.seed)
-        if method.allocation == SENSITIVITY:
-            return sensitivity_masks(self.weights, self._curves(method.recalibrated), sparsity)
+        if method.allocation == allocation.GLOBAL:
+            return allocation.global_masks(self.weights, sparsity)
+        if method.allocation == allocation.RANDOM:
+            return allocation.random_masks(self.weights, sparsity, self.seed)
+        if method.allocation == allocation.SENSITIVITY:
+            return allocation.sensitivity_masks(
+                self.weights, self._curves(method.recalibrated), sparsity
+            )
         raise ValueError(f"no allocation {method.allocation}")
 
     def prune(self, method: Method, sparsity: float) -> nn.Module:
@@ -146,10 +139,10 @@ class ModelSearch:
         images = self.budget.choosing.images
         return Classifier(trace_network(model, images.shape), images, self.fast, self.record)
 
-    def _curves(self, recalibrated: bool) -> dict[str, DamageCurve]:
+    def _curves(self, recalibrated: bool) -> dict[str, allocation.DamageCurve]:
         """Measure the layers' damage in the network that global pruning leaves at its limit."""
         if recalibrated not in self._damage:
-            around = Method(GLOBAL, recalibrated)
+            around = Method(allocation.GLOBAL, recalibrated)
             context = self.prune(around, self.find_largest(around)[0])
             images = self.budget.choosing.first(DAMAGE_IMAGES).images
             self._damage[recalibrated] = measure_damage(

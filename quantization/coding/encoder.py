@@ -18,18 +18,9 @@ import torch
 from common.command import cli
 from common.command.cli import UserError
 from common.images.data import ImageSet
+from common.network import regression
 from common.network.execution import Layer, Network
 from common.network.graph import Graph, Operation
-from common.network.regression import (
-    MAX_COLUMNS,
-    Moments,
-    MomentSums,
-    completed_sum,
-    draw_positions,
-    inputs_at,
-    outputs_at,
-    outputs_of,
-)
 from common.network.walk import Walk, peak_bytes_per_image
 from quantization.coding.levels import TOO_LARGE, fit_and_choose
 from quantization.int8.network import Int8Layer
@@ -122,18 +113,18 @@ class _Samples:
         name = operation.name
         channels = self._channels.get(name, slice(None))
         source = self.references[0 if channels is not None else -1]
-        completed = completed_sum(self.network, name)
+        completed = regression.completed_sum(self.network, name)
         added = [] if completed is None else [completed[1]]
         wanted = zip(*(source.batches(n) for n in (name, *added)), strict=True)
         coded = zip(*(self.coded.batches(n) for n in (operation.inputs[0], *added)), strict=True)
         layer = self.network.layers[name]
         for values, (x, *others) in zip(wanted, coded, strict=True):
-            where = draw_positions(values[0], self._positions, self._generator)
-            y = sum(outputs_at(value, where) for value in values)
+            where = regression.draw_positions(values[0], self._positions, self._generator)
+            y = sum(regression.outputs_at(value, where) for value in values)
             y = y if channels is None else y[:, channels]
             for other in others:
-                y -= outputs_at(other, where)
-            yield inputs_at(operation, layer, x, where), y
+                y -= regression.outputs_at(other, where)
+            yield regression.inputs_at(operation, layer, x, where), y
 
 
 def _code(operation: Operation, samples: _Samples, price: float) -> Int8Layer:
@@ -143,7 +134,7 @@ def _code(operation: Operation, samples: _Samples, price: float) -> Int8Layer:
     weight, bias, steps = layer.weight.flatten(1).clone(), layer.bias, None
     levels = torch.empty_like(weight, dtype=torch.int8)
     price *= (weight.numel() / REFERENCE_SIZE) ** (SIZE_POWER - 1)
-    width = max(1, MAX_COLUMNS // kernel) * kernel
+    width = max(1, regression.MAX_COLUMNS // kernel) * kernel
     for start in range(0, weight.shape[1], width):
         part = slice(start, start + width)
         moments = _measure(operation, samples, Layer(weight, bias), part)
@@ -156,16 +147,18 @@ def _code(operation: Operation, samples: _Samples, price: float) -> Int8Layer:
     return Int8Layer(levels.view_as(layer.weight), steps, bias)
 
 
-def _measure(operation: Operation, samples: _Samples, layer: Layer, part: slice) -> Moments:
+def _measure(
+    operation: Operation, samples: _Samples, layer: Layer, part: slice
+) -> regression.Moments:
     """Return moments of ``part`` of a layer's inputs, and of the whole layer's residuals."""
     groups = operation.attributes.get("groups", 1)
-    sums = MomentSums(Layer(layer.weight[:, part], layer.bias), groups)
+    sums = regression.MomentSums(Layer(layer.weight[:, part], layer.bias), groups)
     others = layer.weight.clone()
     others[:, part] = 0
     has_others = bool(others.any())
     for rows, wanted in samples.draw(operation):
         if has_others:
-            wanted = wanted - outputs_of(rows, others)
+            wanted = wanted - regression.outputs_of(rows, others)
         sums.add(rows[:, :, part], wanted)
     return sums.moments()
 

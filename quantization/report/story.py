@@ -6,13 +6,8 @@ from common.command.cli import counted
 from common.report import results as report
 from common.report.loading import how_to_load
 from common.report.story import Column, Facts, Headline, Story, Table
+from quantization.report import sections
 from quantization.report.results import int8_entries
-from quantization.report.sections import (
-    describe_coding,
-    describe_sparsity,
-    noisiest_layers,
-    tell_budget,
-)
 
 CAPTIONS = {
     "overview.png": "Bytes, accuracy with its 95 % interval, and images a second of each model.",
@@ -36,13 +31,13 @@ def tell(results: dict) -> Story:
     parts += [describe_agreement(model) for model in results["models"] if "agreement" in model]
     parts.append(describe_classes(results["per_class"]))
     if "budget" in results:
-        parts += tell_budget(results["budget"])
+        parts += sections.tell_budget(results["budget"])
     if "diagnosis" in results:
-        parts.append(noisiest_layers(results["diagnosis"]))
+        parts.append(sections.noisiest_layers(results["diagnosis"]))
     if "sparsity" in results:
-        parts.append(describe_sparsity(results["sparsity"]))
+        parts.append(sections.describe_sparsity(results["sparsity"]))
     if "coding" in results:
-        parts.append(describe_coding(results["coding"]))
+        parts.append(sections.describe_coding(results["coding"]))
     parts += how_to_load(results["artifacts"])
     return Story(
         f"{report.network_name(results)} in INT8",
