@@ -12,7 +12,7 @@ from common.command import cli
 from common.network import cascade
 from common.network.execution import Layer
 from common.network.tracing import trace_network
-from quantization.accuracy import diagnosis, layer_cost
+from quantization.accuracy import diagnosis
 from quantization.int8 import engines
 from quantization.int8.conversion import observe
 from quantization.settings import Settings
@@ -57,7 +57,7 @@ def test_costs_have_an_entry_a_layer_of_any_network(fp32_layers):
 def test_what_fp32_decides_after_bf16_is_recorded_and_warned_of(
     tiny_network, random_images, monkeypatch, caplog
 ):
-    monkeypatch.setattr(layer_cost, "bf16_pays", lambda: True)
+    monkeypatch.setattr(diagnosis, "bf16_pays", lambda: True)
     monkeypatch.setattr(cascade, "NEAR_BOUND", -1.0)
     observation = observe(tiny_network, random_images(16), "histogram", 16)
     with caplog.at_level(logging.WARNING, logger=cli.log.name):

@@ -9,7 +9,7 @@ import torch
 
 from common.network.cascade import Fp32Recheck
 from common.network.graph import evaluate
-from quantization.accuracy import layer_cost
+from quantization.accuracy import diagnosis
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, quantize_layer
 from quantization.int8.network import fuse_activations
@@ -22,10 +22,10 @@ SETTINGS = engines.choose_settings(engines.candidate_engines()[0])
 def test_only_quantized_equals_whole_forward_passes(
     tiny_network, observe, random_images, monkeypatch, fast
 ):
-    monkeypatch.setattr(layer_cost, "bf16_pays", lambda: fast)
+    monkeypatch.setattr(diagnosis, "bf16_pays", lambda: fast)
     test, graph = random_images(24, seed=2), tiny_network.graph
     ranges = observe(SETTINGS).ranges(SETTINGS.reduce_range)
-    dense, alone = layer_cost.scan_only_quantized(tiny_network, ranges, test, Fp32Recheck())
+    dense, alone = diagnosis.scan_only_quantized(tiny_network, ranges, test, Fp32Recheck())
     x = test.normalize(test.images)
     assert torch.equal(dense, tiny_network(x).argmax(dim=1) == test.labels)
     assert list(alone) == list(graph.layers)
@@ -46,7 +46,7 @@ def test_only_quantized_equals_whole_forward_passes(
 
 def test_only_fp32_is_the_network_converted_so(observe, random_images):
     test, observation = random_images(24, seed=2), observe(SETTINGS)
-    alone = layer_cost.scan_only_fp32(observation, SETTINGS, test, batch_size=10)
+    alone = diagnosis.scan_only_fp32(observation, SETTINGS, test, batch_size=10)
     assert list(alone) == list(observation.network.graph.layers)
     mixed = convert(observation, replace(SETTINGS, fp32_layers=("layer1.0.conv2",)))
     logits = engines.runner(SETTINGS.engine, mixed)(test.normalize(test.images))

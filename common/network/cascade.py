@@ -8,7 +8,7 @@ images. This is a heuristic, so every run records how near the bound a predictio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,11 +95,12 @@ def decide(
 class Variants:
     """Variants of a network: for each layer, what replaces it alone, in FP32 and in bf16.
 
-    ``fast`` is None where only FP32 runs.
+    ``fast`` and ``bounds``, the margins below which FP32 decides, are None where only FP32 runs.
     """
 
     exact: Mapping[str, Variant]
     fast: Mapping[str, Variant] | None
+    bounds: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,7 @@ class Cascade:
         return cls(network, network.to(torch.bfloat16) if fast else None)
 
     def predict(
-        self,
-        dense: Mapping[str, torch.Tensor],
-        variants: Variants,
-        bounds: torch.Tensor | None,
-        record: Fp32Recheck,
+        self, dense: Mapping[str, torch.Tensor], variants: Variants, record: Fp32Recheck
     ) -> torch.Tensor:
         """Return the classes (variants, n) that FP32 predicts, without waiting for a GPU in FP32.
 
@@ -127,7 +124,6 @@ class Cascade:
             dense: FP32 values of the dense network on n images, of the operations that
                 :func:`common.network.branching.start_values` names.
             variants: Variants to run.
-            bounds: Result of :meth:`measure_bounds`; None if everything runs in FP32.
             record: Counts to add to.
         """
         if self.fast_network is None:
@@ -140,7 +136,42 @@ class Cascade:
             return branch_logits(self.network, dense, exact, rows).argmax(dim=1)
 
         fast = _all_logits(self.fast_network, dense, variants.fast)
-        return decide(fast, bounds, look_again, record)
+        return decide(fast, variants.bounds, look_again, record)
+
+    def walk(
+        self,
+        features: str | None,
+        variants: Sequence[Variants],
+        images: ImageSet,
+        batch_size: int,
+        record: Fp32Recheck,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Run the network and its variants batch by batch; in FP32 this never waits for a GPU.
+
+        Args:
+            features: Name of the operation whose value is yielded; None for none.
+            variants: Variants of the same layers.
+            images: Images, on the network's device.
+            batch_size: Number of images in a batch.
+            record: Counts to add to.
+
+        Yields:
+            For n images, the correctness of the network, bool, (n,); the value of ``features``,
+            FP32, (n, width), without columns where there is none; the correctness of each layer's
+            variants, bool, (variants, n).
+        """
+        network, graph = self.network, self.network.graph
+        wanted = [graph.output, *([features] if features else [])]
+        wanted += start_values(graph, variants[0].exact) if variants else []
+        for pixels, labels in images.batches(batch_size):
+            dense = network.run({graph.input: pixels}, wanted)
+            found = [self.predict(dense, variant, record) for variant in variants]
+            none = pixels.new_empty(len(pixels), 0)
+            yield (
+                dense[graph.output].argmax(dim=1) == labels,
+                dense[features] if features else none,
+                torch.cat(found) == labels if found else none.T,
+            )
 
     def measure_bounds(self, images: ImageSet, variants: Variants, batch_size: int) -> torch.Tensor:
         """Return each variant's margin (variants,) below which a bf16 prediction may be wrong."""

@@ -7,16 +7,15 @@ Each batch runs through the dense network once, and every pruned variant branche
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 
 from common.command import cli
 from common.files.output import OutputFolder
-from common.images.data import ImageSet, checksum
-from common.network.branching import start_values
+from common.images.data import checksum
 from common.network.cascade import Cascade, Fp32Recheck, Variants
 from pruning.alone.scan import Scan, ScanResult
 from pruning.masks import l1_masks, masked_layers
@@ -62,8 +61,8 @@ def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
     """
     cascade = Cascade.of(scan.network, scan.fast)
     variants, achieved = _prune_each_layer(scan, cascade)
-    bounds = _bounds(scan, cascade, variants, finished) if scan.fast else dict.fromkeys(variants)
-    bounded = [(variants[amount], bounds[amount]) for amount in variants]
+    if scan.fast:
+        variants = _with_bounds(scan, cascade, variants, finished)
     dense_correct, features, correct, recheck = [], [], [], Fp32Recheck()
     chunk_size = scan.batch_size * CHUNK_BATCHES * scan.workers.count
     with cli.progress(None, "scan", total=len(scan.images), unit="image") as bar:
@@ -71,7 +70,7 @@ def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
             chunk = slice(first, min(first + chunk_size, len(scan.images)))
             key = f"images-{chunk.start}-{chunk.stop}"
             dense, values, bits, counts = _run_chunk(
-                scan, cascade, [] if key in finished else bounded, chunk, bar.update
+                scan, cascade, [] if key in finished else [*variants.values()], chunk, bar.update
             )
             dense_correct.append(dense)
             features.append(values)
@@ -107,13 +106,13 @@ def _prune_each_layer(
     return variants, achieved
 
 
-def _bounds(
+def _with_bounds(
     scan: Scan,
     cascade: Cascade,
     variants: Mapping[float, Variants],
     finished: MutableMapping[str, dict],
-) -> dict[float, torch.Tensor]:
-    """Return each amount's bounds for bf16, from the partial results if they are there.
+) -> dict[float, Variants]:
+    """Give each amount's variants bounds for bf16, from the partial results if they are there.
 
     All workers measure on the same images and use the first worker's bounds.
     """
@@ -123,13 +122,16 @@ def _bounds(
             for amount, v in variants.items()
         }
         finished["bounds"] = scan.workers.broadcast(bounds)
-    return {amount: torch.tensor(finished["bounds"][str(amount)]) for amount in variants}
+    return {
+        amount: replace(v, bounds=torch.tensor(finished["bounds"][str(amount)]))
+        for amount, v in variants.items()
+    }
 
 
 def _run_chunk(
     scan: Scan,
     cascade: Cascade,
-    variants: Sequence[tuple[Variants, torch.Tensor | None]],
+    variants: Sequence[Variants],
     chunk: slice,
     report: Callable[[int], object],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Fp32Recheck]:
@@ -137,7 +139,7 @@ def _run_chunk(
     workers, features = scan.workers, scan.head.features if scan.head else None
     share = scan.images.rows(workers.share_of(chunk.start, chunk.stop, scan.batch_size))
     batches, counts = [], Fp32Recheck()
-    for batch in walk(cascade, features, variants, share, scan.batch_size, counts):
+    for batch in cascade.walk(features, variants, share, scan.batch_size, counts):
         batches.append(batch)
         report(len(batch[0]) * workers.count)
     whole, recheck = [], Fp32Recheck()
@@ -146,40 +148,3 @@ def _run_chunk(
         recheck.add(counted)
     dense_correct, values, correct = zip(*whole, strict=True)
     return torch.cat(dense_correct), torch.cat(values), torch.cat(correct, dim=1), recheck
-
-
-def walk(
-    cascade: Cascade,
-    features: str | None,
-    variants: Sequence[tuple[Variants, torch.Tensor | None]],
-    images: ImageSet,
-    batch_size: int,
-    recheck: Fp32Recheck,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Run the dense network and its variants batch by batch; in FP32 this never waits for a GPU.
-
-    Args:
-        cascade: Dense network.
-        features: Name of the operation whose value is yielded; None for none.
-        variants: Variants of the same layers, each with the margins below which FP32 decides.
-        images: Images, on the network's device.
-        batch_size: Number of images in a batch.
-        recheck: Counts of what FP32 checked, which are added to.
-
-    Yields:
-        For n images, the correctness of the dense network, bool, (n,); the value of ``features``,
-        FP32, (n, width), without columns where there is none; the correctness of each layer's
-        variants, bool, (variants, n).
-    """
-    network, graph = cascade.network, cascade.network.graph
-    wanted = [graph.output, *([features] if features else [])]
-    wanted += start_values(graph, variants[0][0].exact) if variants else []
-    for pixels, labels in images.batches(batch_size):
-        dense = network.run({graph.input: pixels}, wanted)
-        found = [cascade.predict(dense, *variant, recheck) for variant in variants]
-        none = pixels.new_empty(len(pixels), 0)
-        yield (
-            dense[graph.output].argmax(dim=1) == labels,
-            dense[features] if features else none,
-            torch.cat(found) == labels if found else none.T,
-        )

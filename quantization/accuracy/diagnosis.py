@@ -3,26 +3,35 @@
 Noise is measured layer by layer on FP32 inputs, so that it is the layer's own: the signal-to-
 quantization-noise ratio (SQNR) of its output with weights rounded, with activations rounded, with
 both. It is the median over output channels: in a plain ratio a few strong channels would hide that
-the others drown. Accuracy is measured by :mod:`quantization.accuracy.layer_cost`.
+the others drown.
+
+Accuracy is measured with each layer alone in INT8, as a variant that branches off the FP32 network,
+as in the pruning scan; and with it alone in FP32, where the rest of the network runs on its engine,
+as it would be deployed.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from common.command import cli
 from common.images.data import ImageSet
+from common.machine.device import bf16_pays
 from common.measure import evaluate
-from common.network.cascade import Fp32Recheck
+from common.network.cascade import Cascade, Fp32Recheck, Variants
 from common.network.execution import Layer, Network
 from common.network.graph import Operation
 from common.network.graph import evaluate as evaluate_graph
-from quantization.accuracy import layer_cost
-from quantization.int8.conversion import Observation, quantize_layer
+from quantization.int8 import engines
+from quantization.int8.conversion import Observation, convert, quantize_layer
 from quantization.int8.network import FusedOperation, ValueRange, fuse_activations
 from quantization.settings import Settings
 
 NOISE_IMAGES = 128
+BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
 # A ratio beyond this is only rounding of FP32 itself.
 MAX_SQNR_DB = 120.0
 CLIPS = {None: lambda values: values, "relu": F.relu_, "relu6": lambda x: x.clamp_(0, 6)}
@@ -49,10 +58,8 @@ def diagnose(observation: Observation, settings: Settings, test: ImageSet, batch
     """
     settings, record = replace(settings, fp32_layers=()), Fp32Recheck()
     ranges = observation.ranges(settings.reduce_range)
-    dense, only_quantized = layer_cost.scan_only_quantized(
-        observation.network, ranges, test, record
-    )
-    only_fp32 = layer_cost.scan_only_fp32(observation, settings, test, batch_size)
+    dense, only_quantized = scan_only_quantized(observation.network, ranges, test, record)
+    only_fp32 = scan_only_fp32(observation, settings, test, batch_size)
     record.warn_if_near(advice="")
     rows = [
         asdict(noise)
@@ -117,3 +124,66 @@ def _sqnr_db(signal: torch.Tensor, noisy: torch.Tensor) -> float:
     heard = power > 0
     ratios_db = 10 * torch.log10(power[heard] / noise[heard].clamp_min(1e-30))
     return min(float(ratios_db.median()), MAX_SQNR_DB) if len(ratios_db) else MAX_SQNR_DB
+
+
+# --- accuracy -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def scan_only_quantized(
+    network: Network, ranges: Mapping[str, ValueRange], test: ImageSet, record: Fp32Recheck
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
+
+    Branches run in bf16 first, where the CPU is made for it; what FP32 then decides again is added
+    to ``record``.
+    """
+    cascade = Cascade.of(network, fast=bf16_pays())
+    exact = _variants(network, network, ranges)
+    variants = Variants(
+        exact, cascade.fast_network and _variants(network, cascade.fast_network, ranges)
+    )
+    if variants.fast:
+        bounds = cascade.measure_bounds(test, variants, BRANCH_BATCH)
+        variants = replace(variants, bounds=bounds)
+    batches = cascade.walk(None, [variants], test, BRANCH_BATCH, record)
+    count = math.ceil(len(test) / BRANCH_BATCH)
+    dense, _, alone = zip(*cli.progress(batches, "diagnose: INT8", count), strict=True)
+    return torch.cat(dense), dict(zip(exact, torch.cat(alone, dim=1), strict=True))
+
+
+def scan_only_fp32(
+    observation: Observation, settings: Settings, test: ImageSet, batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Return per-image correctness (bool, (N,)) of INT8 with each layer alone in FP32."""
+    correct = {}
+    for name in observation.network.graph.layers:
+        mixed = convert(observation, replace(settings, fp32_layers=(name,)))
+        run = engines.runner(settings.engine, mixed)
+        found = evaluate.predict(run, test, batch_size, f"diagnose: {name} in FP32")
+        correct[name] = found == test.labels
+    return correct
+
+
+def _variants(
+    network: Network, running: Network, ranges: Mapping[str, ValueRange]
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return each layer as it is alone in INT8: it rounds its input and output in FP32.
+
+    An output's range includes the activation behind it. ``running`` is the network in the precision
+    to run in.
+    """
+
+    def alone(step: FusedOperation) -> Callable[[torch.Tensor], torch.Tensor]:
+        name = step.operation.name
+        rounded = quantize_layer(network.layers[name]).dense().to(running.layers[name].weight.dtype)
+        read, write = ranges[step.inputs[0]].round, ranges[step.name].round
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            y = running.compute(step.operation, [read(x.float())], layer=rounded)
+            return write(y.float()).to(y.dtype)
+
+        return run
+
+    layers = (step for step in fuse_activations(network.graph) if step.operation.is_layer)
+    return {step.operation.name: alone(step) for step in layers}
