@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.machine.workers import Workers, require_one_process
     from common.report.provenance import common_results
     from common.run import finish_run, print_results
-    from common.search.budget import Budget, why_too_strict
-    from common.search.split import EvaluationSplit
+    from common.search.budget import Budget, EvaluationSplit, why_too_strict
     from pipeline import plots, steps, story
     from pipeline.answers import find_answers
     from pipeline.candidates import CandidateBuilder

@@ -14,7 +14,7 @@ from common.measure.evaluate import predict
 from common.network.checkpoint import load_model
 from common.network.size import describe_layers
 from common.network.tracing import trace_network
-from common.search.split import split_test
+from common.search.budget import split_test
 from pruning.alone.scan import Scan
 from pruning.pruning import main
 from pruning.report import results as results_module

@@ -12,11 +12,11 @@ from common.images.data import ImageSet
 from common.measure.evaluate import compare
 from common.search.budget import (
     Budget,
+    EvaluationSplit,
     doubling_looks,
     standard_error,
     why_too_strict,
 )
-from common.search.split import EvaluationSplit
 
 
 def make_budget(count: int, max_drop: float) -> Budget:

@@ -1,8 +1,11 @@
 """The accuracy that may be lost, and the images that choose what is within it.
 
 Where an amount is chosen because its loss is just within the budget, new images find it outside as
-often as not, so a choice must leave one standard error to spare.
+often as not, so a choice must leave one standard error to spare. One half of the test images
+chooses, the other confirms; the two have no image in common.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -13,11 +16,40 @@ import torch
 from common.command.cli import counted
 from common.images.data import ImageSet
 from common.measure.evaluate import Comparison, Paired
-from common.search.split import EvaluationSplit
 
 FIRST_LOOK = 250  # images
 # Stop evaluating once the loss exceeds the budget by this many standard errors.
 CLEARLY_OUT = 3.0
+
+
+@dataclass(frozen=True)
+class EvaluationSplit:
+    """Images in random order, to choose on or to confirm on.
+
+    ``dense_correct`` is the dense network's correctness on them: bool, shape (N,), on the CPU.
+    """
+
+    images: ImageSet
+    dense_correct: torch.Tensor
+
+    def __len__(self):
+        return len(self.images)
+
+    def first(self, most: int | None) -> EvaluationSplit:
+        """Return at most the first ``most`` images; None for all."""
+        return EvaluationSplit(self.images.rows(slice(most)), self.dense_correct[:most])
+
+
+def split_test(
+    test: ImageSet, dense_correct: torch.Tensor, seed: int
+) -> tuple[EvaluationSplit, EvaluationSplit]:
+    """Return the half to choose on and the half to confirm on, each shuffled.
+
+    Raises:
+        UserError: There is only one image.
+    """
+    halves = test.halves(seed)
+    return tuple(EvaluationSplit(test.rows(half), dense_correct[half]) for half in halves)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from common.images.data import ImageSet
 from common.network.cascade import Fp32Recheck
 from common.network.classifier import Classifier
 from common.network.tracing import trace_network, weight_layers
-from common.search.budget import Budget, Verdict
-from common.search.split import EvaluationSplit, split_test
+from common.search.budget import Budget, EvaluationSplit, Verdict, split_test
 from common.search.trials import Range, Trial, run_trials, strongest
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without

@@ -18,8 +18,7 @@ import torch
 from common.command import cli
 from common.images.data import ImageSet
 from common.network.execution import Network
-from common.search.budget import Budget, Verdict
-from common.search.split import EvaluationSplit
+from common.search.budget import Budget, EvaluationSplit, Verdict
 from quantization.accuracy import corrections
 from quantization.accuracy.diagnosis import rank_layers
 from quantization.calibration import CalibrationSetup
