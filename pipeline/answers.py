@@ -30,15 +30,12 @@ TRAINED_STRIDES = (1.08, 1.04)
 
 @dataclass(frozen=True)
 class Found:
-    """The answers, and all that was tried for them.
+    """The answers, and all that was tried for them."""
 
-    Attributes:
-        best: By goal the best candidate within the budget; where there is none, the one least over
-            it. In the order of ``GOALS``.
-        tried: Every candidate that was made, for goals that were not asked for as well.
-    """
-
+    # By goal the best candidate within the budget; where there is none, the one least over it. In
+    # the order of ``GOALS``.
     best: Mapping[str, Candidate]
+    # Every candidate that was made, for goals that were not asked for as well.
     tried: Sequence[Candidate]
 
 

@@ -62,24 +62,15 @@ class Candidate(Trial):
 
 @dataclass(frozen=True)
 class CandidateBuilder:
-    """Makes candidates from one dense network.
+    """Makes candidates from one dense network."""
 
-    Attributes:
-        inputs: The dense network, on the CPU; images to code and to repair on, and to set INT8's
-            ranges.
-        settings: Settings of INT8.
-        budget: Accuracy that may be lost, and the images that choose.
-        store: Networks that were made.
-        batch_size: Number of images in a batch.
-        training: How to train candidates; None to train none.
-    """
-
+    # The dense network, on the CPU; images to code and to repair on, and to set INT8's ranges.
     inputs: Inputs
-    settings: Settings
-    budget: Budget
-    store: Store
-    batch_size: int
-    training: Training | None = None
+    settings: Settings  # settings of INT8
+    budget: Budget  # accuracy that may be lost, and the images that choose
+    store: Store  # networks that were made
+    batch_size: int  # number of images in a batch
+    training: Training | None = None  # how to train candidates; None to train none
 
     def quantize(self, model: nn.Module) -> Int8Network:
         """Return a network in INT8, with all its bits, as quantization.py makes it."""

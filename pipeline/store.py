@@ -22,15 +22,10 @@ PRECISION = "precision"  # name of the partial result: the precision of each dev
 
 @dataclass(frozen=True)
 class Store:
-    """Networks by name, among the partial results of a run.
+    """Networks by name, among the partial results of a run."""
 
-    Attributes:
-        unfinished: Partial results of the run.
-        model: Dense network that the others are made from.
-    """
-
-    unfinished: PartialResults
-    model: nn.Module
+    unfinished: PartialResults  # partial results of the run
+    model: nn.Module  # dense network that the others are made from
 
     @property
     def folder(self) -> Path:

@@ -15,17 +15,11 @@ from quantization.settings import Settings
 
 @dataclass(frozen=True)
 class CalibrationSetup:
-    """Images to calibrate on and images to measure on; none is among both.
+    """Images to calibrate on and images to measure on; none is among both."""
 
-    Attributes:
-        calibration: Training images.
-        images: Test images, or training images where something is chosen by them.
-        batch_size: Number of images in a batch.
-    """
-
-    calibration: ImageSet
-    images: ImageSet
-    batch_size: int
+    calibration: ImageSet  # training images
+    images: ImageSet  # test images, or training images where something is chosen by them
+    batch_size: int  # number of images in a batch
 
     def observe(self, network: Network, settings: Settings) -> Observation:
         """Observe a network's values on the calibration images."""

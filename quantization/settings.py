@@ -10,20 +10,15 @@ OBSERVERS = ("histogram", "minmax", "moving-average", "percentile")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is quantized; kept in the artefact, for loading needs the same again.
+    """How a model is quantized; kept in the artefact, for loading needs the same again."""
 
-    Attributes:
-        engine: One of ``ENGINES``.
-        reduce_range: Use 7 of the 8 bits of activations. x86 kernels without VNNI need this: the
-            sum of two full products does not fit the 16 bits in which they add it.
-        observer: How activations' ranges follow from what was seen, one of ``OBSERVERS``.
-        fp32_layers: Convolution and linear layers that stay in FP32.
-    """
-
-    engine: str = "fbgemm"
+    engine: str = "fbgemm"  # one of ``ENGINES``
+    # Use 7 of the 8 bits of activations. x86 kernels without VNNI need this: the sum of two full
+    # products does not fit the 16 bits in which they add it.
     reduce_range: bool = False
+    # How activations' ranges follow from what was seen, one of ``OBSERVERS``.
     observer: str = "histogram"
-    fp32_layers: tuple[str, ...] = ()
+    fp32_layers: tuple[str, ...] = ()  # convolution and linear layers that stay in FP32
 
 
 def parse_settings(fields: object) -> Settings:

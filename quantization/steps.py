@@ -31,36 +31,22 @@ OVERCONFIDENCE = 0.25  # a trained network on its own kind of images stays far b
 
 @dataclass(frozen=True)
 class Quantized:
-    """An INT8 model and what was measured of it.
+    """An INT8 model and what was measured of it."""
 
-    Attributes:
-        observation: The FP32 network that it was made from, observed.
-        model: INT8 network on its engine; models on other engines may share the network.
-        predictions: Predictions on the test images (int64, shape (N,)).
-        settings: How it was made.
-    """
-
-    observation: Observation
-    model: Int8Model
-    predictions: torch.Tensor
-    settings: Settings
+    observation: Observation  # the FP32 network that it was made from, observed
+    model: Int8Model  # INT8 network on its engine; models on other engines may share the network
+    predictions: torch.Tensor  # predictions on the test images (int64, shape (N,))
+    settings: Settings  # how it was made
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """The INT8 model as ONNX, run by ONNX Runtime.
+    """The INT8 model as ONNX, run by ONNX Runtime."""
 
-    Attributes:
-        path: Path of the file.
-        run: Maps normalised images to logits.
-        predictions: Predictions on the test images (int64, shape (N,)).
-        agreement: Fraction of them that the model it was exported from answers alike.
-    """
-
-    path: Path
-    run: Callable[[torch.Tensor], torch.Tensor]
-    predictions: torch.Tensor
-    agreement: float
+    path: Path  # path of the file
+    run: Callable[[torch.Tensor], torch.Tensor]  # maps normalised images to logits
+    predictions: torch.Tensor  # predictions on the test images (int64, shape (N,))
+    agreement: float  # fraction of them that the model it was exported from answers alike
 
 
 def predict_fp32(model: nn.Module, setup: CalibrationSetup, device: torch.device) -> torch.Tensor:

@@ -18,19 +18,13 @@ WIDTH = 80  # columns of a terminal
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table.
+    """One column of a table."""
 
-    Attributes:
-        heading: Heading, with the unit where the values show none; None for a column of CSV files
-            alone.
-        value: Returns a row's value.
-        show: Returns a value as text; None is shown as nothing.
-        name: Name in CSV files, by default the heading; empty for a column that they lack.
-    """
-
+    # Heading, with the unit where the values show none; None for a column of CSV files alone.
     heading: str | None
-    value: Callable[[Any], object]
-    show: Callable[[Any], str] = str
+    value: Callable[[Any], object]  # returns a row's value
+    show: Callable[[Any], str] = str  # returns a value as text; None is shown as nothing
+    # Name in CSV files, by default the heading; empty for a column that they lack.
     name: str | None = None
 
     def cell(self, row: object) -> str:

@@ -88,28 +88,17 @@ def repeat_on_halves(correct: np.ndarray, tolerance: float, seed: int) -> Splits
 
 @dataclass(frozen=True)
 class LinearSearch:
-    """Result of the search.
+    """Result of the search."""
 
-    Attributes:
-        layers: Names of the layers that were pruned together, by the same amount.
-        counts: Number of pruned weights at each level; int64, shape (levels + 1,).
-        tolerance: Accuracy that may be lost, as a fraction.
-        found: Level that the binary search found.
-        steps: Steps of the binary search.
-        required: Number of images that must stay correct, of ``images``.
-        correct: Number of correct images at each level; int64, shape (levels + 1,).
-        splits: Results on random halves; None where there is only one image.
-    """
-
-    layers: tuple[str, ...]
-    counts: np.ndarray
-    tolerance: float
-    found: int
-    steps: list[SearchStep]
-    required: int
+    layers: tuple[str, ...]  # names of the layers that were pruned together, by the same amount
+    counts: np.ndarray  # number of pruned weights at each level; int64, shape (levels + 1,)
+    tolerance: float  # accuracy that may be lost, as a fraction
+    found: int  # level that the binary search found
+    steps: list[SearchStep]  # steps of the binary search
+    required: int  # number of images that must stay correct, of ``images``
     images: int
-    correct: np.ndarray
-    splits: Splits | None
+    correct: np.ndarray  # number of correct images at each level; int64, shape (levels + 1,)
+    splits: Splits | None  # results on random halves; None where there is only one image
 
     @property
     def largest(self) -> int:

@@ -20,25 +20,15 @@ from pruning.alone.head import Head
 
 @dataclass(frozen=True)
 class Scan:
-    """What to scan, and how.
+    """What to scan, and how."""
 
-    Attributes:
-        model: Network in eval mode, on the images' device; not changed.
-        images: Images to measure on.
-        layers: Names of the layers to prune, each alone.
-        amounts: Fractions to prune.
-        batch_size: Images in a batch; batches of 16 keep a CPU's variants in its L3 cache.
-        fast: Run the variants in bf16 and the close cases again in FP32.
-        workers: Processes that scan together, each a share of every chunk.
-    """
-
-    model: nn.Module
-    images: ImageSet
-    layers: Sequence[str]
-    amounts: Sequence[float]
-    batch_size: int
-    fast: bool
-    workers: Workers = ALONE
+    model: nn.Module  # network in eval mode, on the images' device; not changed
+    images: ImageSet  # images to measure on
+    layers: Sequence[str]  # names of the layers to prune, each alone
+    amounts: Sequence[float]  # fractions to prune
+    batch_size: int  # images in a batch; batches of 16 keep a CPU's variants in its L3 cache
+    fast: bool  # run the variants in bf16 and the close cases again in FP32
+    workers: Workers = ALONE  # processes that scan together, each a share of every chunk
 
     @functools.cached_property
     def network(self) -> Network:
@@ -75,22 +65,16 @@ class Scan:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """Result of the scan, image by image in the order of the dataset, on the CPU.
+    """Result of the scan, image by image in the order of the dataset, on the CPU."""
 
-    Attributes:
-        dense_correct: Correctness of the dense network, bool, shape (N,).
-        features: Input of the head's linear layers, FP32, shape (N, features); without columns
-            where there are none.
-        correct: For each amount and layer, the correctness, bool, shape (N,).
-        achieved: For each amount and layer, the fraction of zeros.
-        recheck: Counts of what FP32 checked; None where everything ran in FP32.
-    """
-
-    dense_correct: torch.Tensor
+    dense_correct: torch.Tensor  # correctness of the dense network, bool, shape (N,)
+    # Input of the head's linear layers, FP32, shape (N, features); without columns where there are
+    # none.
     features: torch.Tensor
+    # For each amount and layer, the correctness, bool, shape (N,).
     correct: dict[tuple[float, str], torch.Tensor]
-    achieved: dict[tuple[float, str], float]
-    recheck: Fp32Recheck | None
+    achieved: dict[tuple[float, str], float]  # for each amount and layer, the fraction of zeros
+    recheck: Fp32Recheck | None  # counts of what FP32 checked; None where everything ran in FP32
 
 
 def choose_layers(

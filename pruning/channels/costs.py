@@ -19,13 +19,9 @@ Widths = Mapping[str, int]
 
 @dataclass(frozen=True)
 class ChannelCosts:
-    """What the channels of a network cost, in multiply-adds or in weights.
+    """What the channels of a network cost, in multiply-adds or in weights."""
 
-    Attributes:
-        network: Dense network.
-    """
-
-    network: Network
+    network: Network  # dense network
 
     def cost(self, widths: Widths, unit: str = MACS) -> int:
         """Return what a network of these widths costs; other groups have all their channels."""

@@ -19,20 +19,15 @@ CHANNELWISE = (*kinds.ACTIVATIONS, *kinds.POOLS, kinds.AFFINE, kinds.FLATTEN)
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that are removed together, one of each layer that gives them.
+    """Channels that are removed together, one of each layer that gives them."""
 
-    Attributes:
-        producers: Names of the layers whose outputs they are, in execution order.
-        between: Names of the operations that hold numbers for each channel or depend on how many
-            there are: depthwise convolutions, affine operations and reshapes.
-        readers: For each layer that reads the channels, how many of its inputs are one channel.
-        width: Number of the channels.
-    """
-
-    producers: tuple[str, ...]
+    producers: tuple[str, ...]  # names of the layers whose outputs they are, in execution order
+    # Names of the operations that hold numbers for each channel or depend on how many there are:
+    # depthwise convolutions, affine operations and reshapes.
     between: tuple[str, ...]
+    # For each layer that reads the channels, how many of its inputs are one channel.
     readers: Mapping[str, int]
-    width: int
+    width: int  # number of the channels
 
     @property
     def name(self) -> str:

@@ -31,28 +31,20 @@ INNER_DAMPING = 0.2
 
 @dataclass(frozen=True)
 class Dense:
-    """What the repair needs of the dense network.
+    """What the repair needs of the dense network."""
 
-    Attributes:
-        model: The module; not changed.
-        traced: Its network, in FP32.
-        network: The network in the precision to run in.
-        groups: The groups of channels.
-        images: Training images.
-        positions: For each layer to refit the positions of its outputs that are looked at, (N, P);
-            nothing for linear layers.
-        targets: For each of these layers what it gives there, or the sum that it completes, FP32,
-            (N, P, O) or (N, O).
-        choices: For each group and width the channels to keep where all else is dense.
-    """
-
-    model: nn.Module
-    traced: Traced
-    network: Network
-    groups: Mapping[str, ChannelGroup]
-    images: ImageSet
+    model: nn.Module  # the module; not changed
+    traced: Traced  # its network, in FP32
+    network: Network  # the network in the precision to run in
+    groups: Mapping[str, ChannelGroup]  # the groups of channels
+    images: ImageSet  # training images
+    # For each layer to refit the positions of its outputs that are looked at, (N, P); nothing for
+    # linear layers.
     positions: Mapping[str, torch.Tensor]
+    # For each of these layers what it gives there, or the sum that it completes, FP32, (N, P, O) or
+    # (N, O).
     targets: Mapping[str, torch.Tensor]
+    # For each group and width the channels to keep where all else is dense.
     choices: Mapping[str, Mapping[int, ChannelChoice]]
 
 
@@ -177,16 +169,11 @@ def layers_to_fit(network: Network, groups: Mapping[str, ChannelGroup]) -> set[s
 
 @dataclass(frozen=True)
 class SlimNetwork:
-    """A network without some channels.
+    """A network without some channels."""
 
-    Attributes:
-        network: The network, in FP32.
-        model: A module that computes the same, in eval mode.
-        channels: For each operation with fewer channels than the dense one those that it has.
-    """
-
-    network: Network
-    model: nn.Module
+    network: Network  # the network, in FP32
+    model: nn.Module  # a module that computes the same, in eval mode
+    # For each operation with fewer channels than the dense one those that it has.
     channels: Mapping[str, torch.Tensor]
 
 

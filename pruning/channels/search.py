@@ -48,15 +48,11 @@ def most_removed(costs: ChannelCosts) -> float:
 
 @dataclass
 class ChannelSearch(ModelSearch):
-    """The search over one checkpoint; ``sparsity`` is the share of multiply-adds that are gone.
-
-    Attributes:
-        macs_removed: Look at this share only; None to search.
-    """
+    """The search over one checkpoint; ``sparsity`` is the share of multiply-adds that are gone."""
 
     unit = "multiply-adds"
 
-    macs_removed: float | None = None
+    macs_removed: float | None = None  # look at this share only; None to search
     _slim: dict[float, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self):

@@ -25,36 +25,22 @@ GROUP = 32  # each step removes one channel in so many: what is cheap together c
 
 @dataclass(frozen=True)
 class ChannelChoice:
-    """Some channels of a group, and the layers that make the best of them.
+    """Some channels of a group, and the layers that make the best of them."""
 
-    Attributes:
-        channels: Indices of the channels that are kept, sorted.
-        layers: Weights of each layer that reads them, for these channels alone.
-    """
-
-    channels: torch.Tensor
-    layers: Mapping[str, Layer]
+    channels: torch.Tensor  # indices of the channels that are kept, sorted
+    layers: Mapping[str, Layer]  # weights of each layer that reads them, for these channels alone
 
 
 @dataclass
 class Reader:
-    """A layer that reads the channels, while they are removed.
+    """A layer that reads the channels, while they are removed."""
 
-    Attributes:
-        layer: The layer, with all channels.
-        moments: Moments of its inputs.
-        window: Number of its columns that are one channel.
-        weight: Weights of the channels that are left, (O, columns).
-        inverse: Inverse of their damped covariance.
-        scale: What a squared error of its outputs counts.
-    """
-
-    layer: Layer
-    moments: Moments
-    window: int
-    weight: torch.Tensor
-    inverse: torch.Tensor
-    scale: float
+    layer: Layer  # the layer, with all channels
+    moments: Moments  # moments of its inputs
+    window: int  # number of its columns that are one channel
+    weight: torch.Tensor  # weights of the channels that are left, (O, columns)
+    inverse: torch.Tensor  # inverse of their damped covariance
+    scale: float  # what a squared error of its outputs counts
 
     @classmethod
     def start(cls, layer: Layer, moments: Moments, window: int) -> Reader:

@@ -59,15 +59,10 @@ def random_masks(weights: Mapping[str, torch.Tensor], sparsity: float, seed: int
 
 @dataclass(frozen=True)
 class DamageCurve:
-    """The cost of pruning one layer.
+    """The cost of pruning one layer."""
 
-    Attributes:
-        counts: Numbers of pruned weights, rising from 0; int64, (points,).
-        damage: Cost of each, in a unit that adds up over layers; (points,).
-    """
-
-    counts: np.ndarray
-    damage: np.ndarray
+    counts: np.ndarray  # numbers of pruned weights, rising from 0; int64, (points,)
+    damage: np.ndarray  # cost of each, in a unit that adds up over layers; (points,)
 
     def convex(self) -> DamageCurve:
         """Return the lower convex hull.

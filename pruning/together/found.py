@@ -25,25 +25,18 @@ SPARSE_RATE = 0.0003
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A method's sparsest network within the tolerance.
+    """A method's sparsest network within the tolerance."""
 
-    Attributes:
-        method: Method of the search.
-        finetune_epochs: Epochs of training after pruning; 0 for none.
-        sparsity: Sparsity that was given, or the largest within the tolerance; 0 if there is none.
-        model: Network of that sparsity.
-        correct: Correctness of the network on all held-out images: bool, shape (N,), on the CPU.
-        points: Results by sparsity, on the first ``CURVE_IMAGES`` held-out images.
-        trials: Trials of the search, in order.
-    """
-
-    method: Method
-    finetune_epochs: int
+    method: Method  # method of the search
+    finetune_epochs: int  # epochs of training after pruning; 0 for none
+    # Sparsity that was given, or the largest within the tolerance; 0 if there is none.
     sparsity: float
-    model: nn.Module
+    model: nn.Module  # network of that sparsity
+    # Correctness of the network on all held-out images: bool, shape (N,), on the CPU.
     correct: torch.Tensor
+    # Results by sparsity, on the first ``CURVE_IMAGES`` held-out images.
     points: Mapping[float, Paired]
-    trials: Sequence[Trial]
+    trials: Sequence[Trial]  # trials of the search, in order
 
 
 def search_all(search: ModelSearch) -> list[Found]:

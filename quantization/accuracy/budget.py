@@ -29,19 +29,12 @@ from quantization.settings import OBSERVERS, Settings
 
 @dataclass(frozen=True)
 class Attempt:
-    """One thing that was tried on top of what was kept before it.
+    """One thing that was tried on top of what was kept before it."""
 
-    Attributes:
-        action: Description for the user.
-        drop: Accuracy lost on the held-out training images, as a fraction.
-        spare: What is left of the budget after this loss and one standard error.
-        kept: Whether the model that was written has it.
-    """
-
-    action: str
-    drop: float
-    spare: float
-    kept: bool
+    action: str  # description for the user
+    drop: float  # accuracy lost on the held-out training images, as a fraction
+    spare: float  # what is left of the budget after this loss and one standard error
+    kept: bool  # whether the model that was written has it
 
     @classmethod
     def of(cls, action: str, verdict: Verdict, kept: bool) -> Attempt:
@@ -51,19 +44,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to quantize within the budget.
+    """How to quantize within the budget."""
 
-    Attributes:
-        network: FP32 network to quantize, perhaps corrected.
-        settings: Settings to quantize it with.
-        verdict: Verdict on the held-out training images.
-        steps: Attempts in order.
-    """
-
-    network: Network
-    settings: Settings
-    verdict: Verdict
-    steps: list[Attempt]
+    network: Network  # FP32 network to quantize, perhaps corrected
+    settings: Settings  # settings to quantize it with
+    verdict: Verdict  # verdict on the held-out training images
+    steps: list[Attempt]  # attempts in order
 
 
 class HeldOutEvaluator:

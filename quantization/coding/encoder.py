@@ -35,15 +35,11 @@ SIZE_POWER, REFERENCE_SIZE = 0.5, 1e6
 
 @dataclass(frozen=True)
 class Original:
-    """The network that another one was made from.
+    """The network that another one was made from."""
 
-    Attributes:
-        network: Original network.
-        channels: Indices (int64) of the original output channels that are left, for each layer that
-            lost some; None for a layer whose outputs training changed.
-    """
-
-    network: Network
+    network: Network  # original network
+    # Indices (int64) of the original output channels that are left, for each layer that lost some;
+    # None for a layer whose outputs training changed.
     channels: Mapping[str, torch.Tensor | None]
 
 

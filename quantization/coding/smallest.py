@@ -34,17 +34,11 @@ MARGIN = 0.1  # share of the bracket that an interpolated price keeps from eithe
 
 @dataclass(frozen=True)
 class Coding:
-    """A network coded at a price.
+    """A network coded at a price."""
 
-    Attributes:
-        price: Price of a bit, as :func:`quantization.coding.encoder.encode` takes it.
-        bits: Bits of the whole file for each weight.
-        network: The coded network.
-    """
-
-    price: float
-    bits: float
-    network: Int8Network
+    price: float  # price of a bit, as :func:`quantization.coding.encoder.encode` takes it
+    bits: float  # bits of the whole file for each weight
+    network: Int8Network  # the coded network
 
 
 def write_smallest(
