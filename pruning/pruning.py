@@ -129,11 +129,12 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.alone.brute_force import verify
     from pruning.alone.scan import Scan, choose_layers
     from pruning.alone.walk import run_scan
-    from pruning.channels.search import require_possible
+    from pruning.channels.search import ChannelSearch, require_possible
     from pruning.files.saved import LINEAR_ENDING, PRUNED_ENDING, SLIM_ENDING
     from pruning.report import plots, story
     from pruning.report.results import describe_scan
     from pruning.together.recalibration import adopt_statistics
+    from pruning.together.search import ModelSearch
     from training.loop.distillation import Training
 
     device.set_up_cpu(args.threads)
@@ -175,9 +176,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.scope:
             if learned_from := calibration or (training and training.images):
                 adopt_statistics(inputs.model, learned_from)
-            search = steps.prepare_search(
-                scan, scanned, args.scope, args.tolerance, args.seed, calibration, args.remove_macs
-            )
+            question = (
+                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration
+            )  # fmt: skip
+            if channels:
+                search = ChannelSearch.prepare(*question, macs_removed=args.remove_macs)
+            else:
+                search = ModelSearch.prepare(*question)
             results |= steps.prune_together(search, training, model_path)
         story.write_csv_files(results, folder.file)
         plots.draw_all(results, folder.file)

@@ -70,17 +70,6 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
     }
 
 
-def prepare_search(
-    scan: Scan, scanned: ScanResult, scope: str, tolerance: float, seed: int,
-    calibration: ImageSet | None, macs_removed: float | None,
-) -> ModelSearch:  # fmt: skip
-    """Return the search over many layers together, of weights or of whole channels."""
-    question = (scan, scanned.dense_correct, scope, tolerance, seed, calibration)
-    if scope == channels.SCOPE:
-        return channels.ChannelSearch.prepare(*question, macs_removed=macs_removed)
-    return ModelSearch.prepare(*question)
-
-
 def prune_together(search: ModelSearch, training: Training | None, path: Path) -> dict:
     """Search how far many layers can go together, write the sparsest model, and confirm the file.
 

@@ -47,20 +47,11 @@ def tell_linear(results: dict) -> list[Table | Facts | str]:
 def describe_certainty(linear: dict, tolerated: str) -> Facts:
     """Say how the answer does as a saved model, beside every other amount, and on other images."""
     confirmed = linear["confirmed"]
-    tried = f"{len(linear['curve']):,} amounts were tried"
-    if linear["exhaustive_max_amount"] == linear["max_amount"]:
-        largest = f"no larger amount is within the tolerance; {tried}"
-    else:
-        larger = report.floor_percent(linear["exhaustive_max_amount"])
-        largest = (
-            f"a larger amount, {larger}, is within the tolerance too, because accuracy does not "
-            f"fall steadily: the binary search stepped over it ({tried})"
-        )
     facts = {
         "saved model": f"{report.percent(confirmed['accuracy']['value'])}, reloaded, on "
         f"{counted(confirmed['accuracy']['total'], 'image')}: "
         + report.describe_change(confirmed["comparison"]),
-        "all amounts": largest,
+        "all amounts": f"{linear['explanation']} ({len(linear['curve']):,} amounts were tried)",
     }
     if splits := linear.get("splits"):
         outside = splits["splits"] - splits["within_tolerance"]
