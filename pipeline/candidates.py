@@ -6,7 +6,7 @@ it will run, on the images that choose.
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ class CandidateBuilder:
             slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
         coded, coded_path = self.store.int8(f"{key}-int8", lambda: self.quantize(slim))
         macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
-        return self._judge(goal, 1 / share, coded, coded_path, path, macs, trained)
+        return self._judge(Candidate(1 / share, None, goal, coded_path, path, macs, trained), coded)
 
     def try_coded(self, goal: str, price: float, base: Candidate) -> Candidate:
         """Code the slim network of a candidate at a price of a bit."""
@@ -111,32 +111,23 @@ class CandidateBuilder:
             return convert_coded(slim, layers, self._range_images, self.settings, self.batch_size)
 
         coded, path = self.store.int8(f"{base.slim_path.stem}-coded-{price:.7f}", code)
-        return self._judge(goal, price, coded, path, base.slim_path, base.macs, base.trained)
+        return self._judge(replace(base, strength=price, goal=goal, path=path), coded)
 
-    def _judge(
-        self,
-        goal: str,
-        strength: float,
-        coded: Int8Network,
-        path: Path,
-        slim_path: Path,
-        macs: int,
-        trained: bool,
-    ) -> Candidate:
+    def _judge(self, candidate: Candidate, coded: Int8Network) -> Candidate:
+        """Return a candidate with the verdict on its INT8 network."""
         model = Int8Model(coded, self.settings.engine)
 
         def find_correct(images: ImageSet) -> torch.Tensor:
             return predict(model, images, self.batch_size, "judge") == images.labels
 
         verdict = self.budget.judge(find_correct)
-        candidate = Candidate(strength, verdict, goal, path, slim_path, macs, trained)
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
-            goal, ", trained" * trained, candidate.file_bytes / 1e6, macs / 1e6,
-            -100 * verdict.comparison.drop, f"{verdict.shown:,}",
+            candidate.goal, ", trained" * candidate.trained, candidate.file_bytes / 1e6,
+            candidate.macs / 1e6, -100 * verdict.comparison.drop, f"{verdict.shown:,}",
             "within the budget" if verdict.passes else "over it",
         )  # fmt: skip
-        return candidate
+        return replace(candidate, verdict=verdict)
 
     def _finetune(self, slim: nn.Module) -> nn.Module:
         device = self.training.images.images.device

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from common.command.cli import counted, visible
 from common.report.story import Column
@@ -117,24 +117,15 @@ def points(value: float, digits: int = 2) -> str:
     return f"{round(100 * value, digits) + 0.0:+.{digits}f}"  # 0.0: no minus before a zero
 
 
-class Change(NamedTuple):
-    """A change of accuracy in points as text, a loss negative, and its 95 % interval."""
-
-    points: str
-    low: str
-    high: str
-
-
-def format_change(comparison: Mapping[str, Any]) -> Change:
-    """Format a ``comparison`` object of results.json, which counts a loss as positive."""
-    low, high = comparison["ci95"]
-    return Change(*(points(-loss) for loss in (comparison["drop"], high, low)))
+def format_change(comparison: Mapping[str, Any]) -> tuple[str, str]:
+    """Format a ``comparison`` of results.json: the change, a loss negative, and its interval."""
+    low, high = (points(-loss) for loss in reversed(comparison["ci95"]))
+    return f"{points(-comparison['drop'])} points", f"95 % interval {low} to {high}"
 
 
 def describe_change(comparison: Mapping[str, Any]) -> str:
     """Say how many points a ``comparison`` object of results.json lost or gained."""
-    change = format_change(comparison)
-    return f"{change.points} points, 95 % interval {change.low} to {change.high}"
+    return ", ".join(format_change(comparison))
 
 
 def megabytes(size_bytes: float, digits: int = 2) -> str:

@@ -72,18 +72,15 @@ def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
 def _headlines(results: dict) -> list[Headline]:
     baseline, ranking = results["baseline"], results["ranking"][-1]
     worst = _entries(results, ranking)[0]
-    change = report.format_change(worst["comparison"])
+    change, interval = report.format_change(worst["comparison"])
     low, high = map(report.percent, baseline["ci95"])
+    amount = f"{100 * worst['amount']:g}"
     which = ", the most sensitive layer" if len(ranking["layers"]) > 1 else ""
     found = [
         Headline(
             report.percent(baseline["value"]), f"dense accuracy, 95 % interval {low} to {high}"
         ),
-        Headline(
-            f"{change.points} points",
-            f"with {100 * worst['amount']:g} % of {worst['layer']} pruned{which}; 95 % interval "
-            f"{change.low} to {change.high}",
-        ),
+        Headline(change, f"with {amount} % of {worst['layer']} pruned{which}; {interval}"),
     ]
     if linear := results.get("linear_search"):
         amount = report.floor_percent(linear["max_amount"])

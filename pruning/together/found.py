@@ -46,12 +46,12 @@ def search_all(search: ModelSearch) -> list[Found]:
         found.append(search_with(search, method))
         comparison = compare(search.held_out.dense_correct, found[-1].correct)
         cli.log.info(
-            "%s%s: %.1f %% of the %s can go, %s points on held-out images",
+            "%s%s: %.1f %% of the %s can go, %s on held-out images",
             method.allocation,
             ", batch norms re-estimated" if method.recalibrated else "",
             100 * found[-1].sparsity,
             search.unit,
-            format_change(comparison.as_dict()).points,
+            format_change(comparison.as_dict())[0],
         )
     return found
 

@@ -54,17 +54,13 @@ def tell(results: dict) -> Story:
 def _headlines(results: dict) -> list[Headline]:
     fp32, int8 = results["models"][0], int8_entries(results)[0]
     comparison = int8["comparison"]
-    change = report.format_change(comparison["accuracy"])
+    change, interval = report.format_change(comparison["accuracy"])
     return [
         Headline(
             f"{1 / comparison['size_ratio']:.2f}× smaller",
             f"{report.megabytes(fp32['size_bytes'])} to {report.megabytes(int8['size_bytes'])}",
         ),
-        Headline(
-            f"{change.points} points",
-            f"95 % interval {change.low} to {change.high}; FP32 "
-            f"{report.percent(fp32['accuracy']['value'])}",
-        ),
+        Headline(change, f"{interval}; FP32 {report.percent(fp32['accuracy']['value'])}"),
         Headline(report.at_batch_sizes(comparison["speedup"]), "as fast as FP32 at its best"),
     ]
 
