@@ -42,7 +42,7 @@ def reader_of(inputs, weight, window=9):
     layer = Layer(weight[:, :-1], weight[:, -1].clone())
     sums = MomentSums(layer, 1)
     sums.add(inputs[:, None])
-    return Reader.start(layer, sums.moments(), window)
+    return Reader.start(layer, sums.moments(), layer.weight[0].numel() // window)
 
 
 def sample(generator, channels=4, outputs=3, rows=400, window=9):

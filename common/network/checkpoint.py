@@ -19,7 +19,7 @@ from common.images.sources import ASSETS
 from common.network.entries import StateDict, Statistics, shorten
 from common.network.fitting import fit_tensors
 from common.network.layouts import read_layout
-from common.network.models import build_model, expected_names
+from common.network.models import build_model
 from common.network.renaming import canonical_names
 from common.network.reshape import with_tensors
 from common.network.resnet import ResNet, ResNetShape
@@ -102,7 +102,8 @@ def load_network(
     if is_int8_file(path):
         return _load_int8(path, model, max_pool)
     content = read_untrusted(path)
-    layout = read_layout(path, content, file.key, expected_names(model) if model else ())
+    known = set(build_model(model, {}).state_dict()) if model else ()
+    layout = read_layout(path, content, file.key, known)
     tensors, own = layout.tensors, {}
     count = sum(tensor.numel() for tensor in tensors.values())
     if count * torch.float32.itemsize > MAX_UNPACKED_BYTES:  # views of few numbers can claim this

@@ -14,11 +14,6 @@ from common.command.cli import UserError
 TORCHVISION = "torchvision:"
 
 
-def expected_names(model: str) -> set[str]:
-    """Return the names in the state dict of the network; see :func:`build_model`."""
-    return set(build_model(model, {}).state_dict())
-
-
 def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
     """Build the network that ``--model`` names, with weights of its own choice, in eval mode.
 

@@ -117,6 +117,12 @@ def points(value: float, digits: int = 2) -> str:
     return f"{round(100 * value, digits) + 0.0:+.{digits}f}"  # 0.0: no minus before a zero
 
 
+def format_accuracy(accuracy: Mapping[str, Any]) -> tuple[str, str]:
+    """Format an ``accuracy`` of results.json, and its interval."""
+    low, high = map(percent, accuracy["ci95"])
+    return percent(accuracy["value"]), f"95 % interval {low} to {high}"
+
+
 def format_change(comparison: Mapping[str, Any]) -> tuple[str, str]:
     """Format a ``comparison`` of results.json: the change, a loss negative, and its interval."""
     low, high = (points(-loss) for loss in reversed(comparison["ci95"]))

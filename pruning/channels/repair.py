@@ -84,24 +84,19 @@ def measure_dense(
         name: remove_channels(
             {
                 reader: Reader.start(
-                    traced.network.layers[reader], recorder.sums.pop(reader).moments(), window
+                    traced.network.layers[reader], recorder.sums.pop(reader).moments(), group.width
                 )
-                for reader, window in _windows(traced.network, groups[name]).items()
+                for reader in group.readers
             },
             widths[name],
         )
-        for name in cli.progress(groups, "choose channels")
+        for name, group in cli.progress(groups.items(), "choose channels")
     }
     positions, targets = (
         {name: torch.cat(found) for name, found in values.items()}
         for values in (recorder.positions, recorder.targets)
     )
     return Dense(model, traced, network, groups, images, positions, targets, choices)
-
-
-def _windows(network: Network, group: ChannelGroup) -> dict[str, int]:
-    """Return for each reader how many columns of its weight are one channel."""
-    return {name: network.layers[name].weight[0].numel() // group.width for name in group.readers}
 
 
 class _Recorder:

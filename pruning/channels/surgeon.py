@@ -43,9 +43,10 @@ class Reader:
     scale: float  # what a squared error of its outputs counts
 
     @classmethod
-    def start(cls, layer: Layer, moments: Moments, window: int) -> Reader:
-        """Return a reader of all channels."""
+    def start(cls, layer: Layer, moments: Moments, channels: int) -> Reader:
+        """Return a reader of all ``channels``."""
         weight = layer.weight.flatten(1)
+        window = weight.shape[1] // channels
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moments)))
         variance = float(moments.output_statistics(weight)[1].sum())
         return cls(layer, moments, window, weight, inverse, 1 / max(variance, SMALLEST_SPREAD))

@@ -30,7 +30,7 @@ def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     parts = [
         report.describe_given(results["weights"]),
-        describe_baseline(results["baseline"]),
+        f"Dense accuracy {', '.join(report.format_accuracy(results['baseline']))}.",
         structure_table(results),
         describe_structure(results["structure"]),
         *(ranking_table(results, ranking) for ranking in results["ranking"]),
@@ -73,13 +73,11 @@ def _headlines(results: dict) -> list[Headline]:
     baseline, ranking = results["baseline"], results["ranking"][-1]
     worst = _entries(results, ranking)[0]
     change, interval = report.format_change(worst["comparison"])
-    low, high = map(report.percent, baseline["ci95"])
+    accuracy, accuracy_interval = report.format_accuracy(baseline)
     amount = f"{100 * worst['amount']:g}"
     which = ", the most sensitive layer" if len(ranking["layers"]) > 1 else ""
     found = [
-        Headline(
-            report.percent(baseline["value"]), f"dense accuracy, 95 % interval {low} to {high}"
-        ),
+        Headline(accuracy, f"dense accuracy, {accuracy_interval}"),
         Headline(change, f"with {amount} % of {worst['layer']} pruned{which}; {interval}"),
     ]
     if linear := results.get("linear_search"):
@@ -90,12 +88,6 @@ def _headlines(results: dict) -> list[Headline]:
         meaning += report.describe_change(saved["comparison"])
         found.append(Headline(report.floor_percent(saved["sparsity"], 1), meaning))
     return found
-
-
-def describe_baseline(baseline: dict) -> str:
-    """Say how accurate the dense network is."""
-    low, high = map(report.percent, baseline["ci95"])
-    return f"Dense accuracy {report.percent(baseline['value'])}, 95 % interval {low} to {high}."
 
 
 def structure_table(results: dict) -> Table:

@@ -27,8 +27,17 @@ def tell(results: dict) -> Story:
     fp32 = next(model for model in results["models"] if model["name"] == "fp32")
     parts += [describe_comparison(model, fp32) for model in int8_entries(results)]
     if len(int8_entries(results)) > 1:
-        parts.append(describe_fastest(results["fastest"]))
-    parts += [describe_agreement(model) for model in results["models"] if "agreement" in model]
+        engines = (
+            f"{entry['engine']}{report.doubt(entry)} at batch {entry['batch_size']}"
+            for entry in results["fastest"]
+        )
+        parts.append(f"Fastest: {', '.join(engines)}.")
+    parts += [
+        f"{model['file']} in ONNX Runtime agrees with the model that it was made from on "
+        f"{report.percent(model['agreement'])} of the images."
+        for model in results["models"]
+        if "agreement" in model
+    ]
     parts.append(describe_classes(results["per_class"]))
     if "budget" in results:
         parts += sections.tell_budget(results["budget"])
@@ -126,20 +135,6 @@ def describe_coverage(model: dict) -> str:
     if floating:
         return f"{len(floating)} of {total} operations in FP32: {', '.join(floating)}"
     return f"all {total} operations in INT8"
-
-
-def describe_fastest(fastest: Sequence[dict]) -> str:
-    """Name the fastest engine for each batch size."""
-    engines = [f"{e['engine']}{report.doubt(e)} at batch {e['batch_size']}" for e in fastest]
-    return f"Fastest: {', '.join(engines)}."
-
-
-def describe_agreement(model: dict) -> str:
-    """Say how often the ONNX file and torch predict the same class."""
-    return (
-        f"{model['file']} in ONNX Runtime agrees with the model that it was made from on "
-        f"{report.percent(model['agreement'])} of the images."
-    )
 
 
 def describe_classes(rows: Sequence[dict]) -> str:

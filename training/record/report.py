@@ -66,12 +66,12 @@ def tell(results: dict) -> Story:
     classes = {name: entry["value"] for name, entry in results["per_class"].items()}
     worst, best = min(classes, key=classes.get), max(classes, key=classes.get)
     accuracy, epochs = results["accuracy"], results["recipe"]["epochs"]
-    low, high = map(percent, accuracy["ci95"])
+    value, interval = report.format_accuracy(accuracy)
     return Story(
         "ResNet18, trained",
         report.describe_setting(results),
         [
-            Headline(percent(accuracy["value"]), f"top-1, 95 % interval {low} to {high}"),
+            Headline(value, f"top-1, {interval}"),
             Headline(counted(epochs, "epoch"), f"of {results['data']['train_images']:,} images"),
         ],
         [
