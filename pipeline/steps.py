@@ -1,8 +1,9 @@
-"""The steps of pipeline.py: from loaded inputs to files that were read back and measured."""
+"""The steps of pipeline.py: files are written, and measured by a process that made none of them."""
 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,17 +13,21 @@ from common.files.unfinished import SCRIPT
 from common.images.data import ImageSet, checksum
 from common.inputs import Inputs
 from common.machine.fresh_process import start_fresh
-from common.measure.evaluate import predict
+from common.measure.evaluate import Paired, predict
+from common.measure.latency import Contender, speedups, time_interleaved
 from common.network.checkpoint import save_checkpoint
+from common.network.execution import Network
 from pipeline.answers import Found
-from pipeline.candidates import CandidateBuilder
-from pipeline.results import FP32, INT8, describe, measure_files
+from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.files.saved import SLIM_ENDING
 from quantization.files.artifact import load_int8
 from quantization.files.int8_file import SUFFIX
 from quantization.files.onnx_export import export_onnx, load_onnx
+from quantization.int8.engines import fp32_runner
 from quantization.settings import Settings
 from training.loop.distillation import Training
+
+FP32, INT8 = "fp32", "int8"
 
 
 def identify(
@@ -57,6 +62,44 @@ def write_files(found: Found, folder: OutputFolder, stem: str) -> dict[str, Path
     return files
 
 
+def measure_files(
+    fp32: Network,
+    int8: dict[str, Path],
+    only_timed: dict[str, Path],
+    images: ImageSet,
+    batch_size: int,
+    timed: Sequence[int],
+    seconds: float,
+) -> dict[str, dict]:
+    """Read INT8 files; evaluate one after the other, then time all in turns.
+
+    ``fp32`` is the dense network, which the others are compared with. ``batch_size`` is that of
+    the evaluation; each batch size in ``timed`` is timed for some ``seconds``.
+
+    Returns:
+        ``accuracy``, ``comparison`` and ``latency`` of results.json by name, the dense network's
+        under ``FP32``; only ``latency`` where a file is only timed.
+
+    Raises:
+        UserError: A file is not what was written.
+    """
+    readers = {FP32: partial(fp32_runner, fp32)}
+    readers |= {name: partial(load_int8, path) for name, path in (int8 | only_timed).items()}
+    correct = {  # a network at a time: none is held while another is evaluated
+        name: predict(readers[name](), images, batch_size, f"read back {name}") == images.labels
+        for name in (FP32, *int8)
+    }
+    contenders = [Contender(name, read()) for name, read in readers.items()]
+    pixels = images.normalize(images.images[: max(timed)])
+    timings = time_interleaved(contenders, pixels, timed, seconds)
+    measured = {
+        name: {"latency": [timing.as_dict() for timing in own]} for name, own in timings.items()
+    }
+    for name, own in correct.items():
+        measured[name] |= Paired.of(correct[FP32], own).as_dict()
+    return measured
+
+
 def measure(
     builder: CandidateBuilder,
     found: Found,
@@ -67,22 +110,70 @@ def measure(
 ) -> dict:
     """Return results.json's ``models``, ``answers`` and ``tried``, all of files read back.
 
-    ``files`` are the answers' by goal, ``confirming`` the images that chose nothing.
+    The dense models and the answers are measured on ``confirming``, the images that chose nothing.
+    What was tried is as the images that choose saw it; its times are those of the same widths in
+    plain INT8, for the kernels are the same. ``files`` are the answers' by goal.
     """
-    store, dense = builder.store, builder.inputs.model
+    store, inputs = builder.store, builder.inputs
     fp32 = store.folder / "dense.pth"
-    save_checkpoint(dense.state_dict(), fp32)
-    _, int8 = store.int8("dense-int8", lambda: builder.quantize(dense))
-    # A coded network runs as fast as the same one uncoded, so of those tried these are timed.
+    save_checkpoint(inputs.model.state_dict(), fp32)
+    _, int8 = store.int8("dense-int8", lambda: builder.quantize(inputs.model))
     stems = [candidate.slim_path.stem for candidate in found.tried]
     tried = {stem: store.folder / f"{stem}-int8{SUFFIX}" for stem in stems}
     evaluated = {INT8: int8} | dict(files)
     with start_fresh(
-        measure_files, builder.inputs.traced.network, evaluated, tried, confirming,
-        builder.batch_size, batch_sizes, seconds,
+        measure_files, inputs.traced.network, evaluated, tried, confirming, builder.batch_size,
+        batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()
-    return describe(builder, found, measured, {FP32: fp32} | evaluated)
+    dense = [
+        {"name": name, "engine": engine, "size_bytes": path.stat().st_size, **measured[name]}
+        for name, engine, path in ((FP32, None, fp32), (INT8, builder.settings.engine, int8))
+    ]
+    return {
+        "models": dense,
+        "answers": [
+            {"name": goal, "file": files[goal].name}
+            | _describe_answer(best, dense, builder, measured[goal])
+            for goal, best in found.best.items()
+        ],
+        "tried": [
+            {
+                "goal": candidate.goal,
+                **_describe(candidate, dense, inputs),
+                "passes": candidate.verdict.passes,
+                "images": candidate.verdict.shown,
+                "comparison": candidate.verdict.comparison.as_dict(),
+                "latency": measured[candidate.slim_path.stem]["latency"],
+            }
+            for candidate in found.tried
+        ],
+    }
+
+
+def _describe_answer(
+    best: Candidate, dense: Sequence[dict], builder: CandidateBuilder, measured: dict
+) -> dict:
+    """Return what is said of an answer; ``measured`` is what was measured of its file."""
+    drop, passes = measured["comparison"]["drop"], best.verdict.passes
+    latencies = {f"over_{model['name']}": model["latency"] for model in dense}
+    return {
+        **_describe(best, dense, builder.inputs),
+        "within_budget": passes and drop <= builder.budget.max_drop,
+        **measured,
+        "speedup": speedups(measured["latency"], **latencies),
+    }
+
+
+def _describe(candidate: Candidate, dense: Sequence[dict], inputs: Inputs) -> dict:
+    """Return what is said of answers and of what was tried; ``dense`` are the entries of models."""
+    return {
+        "file_bytes": candidate.file_bytes,
+        "size_ratio": dense[0]["size_bytes"] / candidate.file_bytes,
+        "size_ratio_given": inputs.weights["size_bytes"] / candidate.file_bytes,
+        "macs_kept": candidate.macs / sum(inputs.traced.network.macs.values()),
+        "trained": candidate.trained,
+    }
 
 
 def export_answers_to_onnx(
