@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from pruning.together.allocation import greedy_counts
-from pruning.together.damage import AMOUNTS, _curve
+from pruning.together.allocation import AMOUNTS, _curve, greedy_counts
 
 
 def test_steps_without_a_change_are_not_free():

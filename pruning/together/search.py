@@ -17,7 +17,7 @@ from common.search.trials import Range, Trial, run_trials, strongest
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
 from pruning.together import allocation
-from pruning.together.damage import measure_damage
+from pruning.together.allocation import measure_damage
 from pruning.together.recalibration import recalibrate_batch_norm
 
 # Every method is measured at these compressions, and its limit is searched for near them.
