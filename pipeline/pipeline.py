@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.candidates import CandidateBuilder
     from pipeline.store import Store
     from quantization.calibration import CalibrationSetup
-    from quantization.files.check import write_checks
+    from quantization.files.artifact import write_checks
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
     from quantization.steps import predict_fp32

@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 
 from common.command.cli import counted
 from common.report import results as report
-from common.report.loading import how_to_load
-from common.report.story import Column, Headline, Story, Table
+from common.report.story import Column, Headline, Story, Table, how_to_load
 from pipeline import GOALS
 
 CAPTIONS = {

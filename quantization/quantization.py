@@ -124,9 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.accuracy.diagnosis import diagnose
     from quantization.calibration import CalibrationSetup
     from quantization.coding import smallest
-    from quantization.files import artifact, check, onnx_export
+    from quantization.files import artifact, onnx_export
     from quantization.int8 import engines
-    from quantization.report import plots, ranges, results, sections, story
+    from quantization.report import plots, results, sections, story
 
     require_one_process()
     set_up_cpu(args.threads)
@@ -192,14 +192,14 @@ def main(argv: list[str] | None = None) -> int:
                 files["coded"],
             )  # fmt: skip
         if args.write_check:
-            check.write_checks(set(files.values()), test, folder.file, first.settings.engine)
+            artifact.write_checks(set(files.values()), test, folder.file, first.settings.engine)
         saved = [(files[each.settings.engine], each.model) for each in quantized]
         with artifact.verifying_reloaded(saved, test):
             plots.plot_overview(found["models"], folder.file("overview.png"))
             plots.plot_flips(test, fp32, first.predictions, folder.file("flips.png"))
             if args.diagnose:
                 plots.plot_diagnosis(found["diagnosis"], folder.file("diagnosis.png"))
-            ranges.plot_ranges(
+            plots.plot_ranges(
                 first.observation, first.settings.reduce_range, folder.file(RANGES_PLOT)
             )
         found["artifacts"] = results.list_artifacts(folder, files[first.settings.engine])

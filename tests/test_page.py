@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.files.output import OutputFolder
-from common.report.loading import how_to_load
 from common.report.page import REPORT_NAME, render, write_page
 from common.report.results import DOUBT
-from common.report.story import Column, Facts, Headline, Story, Table
+from common.report.story import Column, Facts, Headline, Story, Table, how_to_load
 from pipeline.story import tell as tell_pipeline
 from pruning.report.story import tell as tell_pruning
 from quantization.report.story import tell as tell_quantization

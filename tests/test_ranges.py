@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.network.execution import Layer
-from quantization.report.ranges import activation_ranges, weight_ranges
+from quantization.report.plots import activation_ranges, weight_ranges
 from quantization.settings import OBSERVERS, Settings
 
 

@@ -29,7 +29,7 @@ from common.images.sources import bundled_source
 from common.network.checkpoint import find_weights, load_network
 from common.network.tracing import trace_network
 from quantization import load_int8
-from quantization.files.check import write_checks
+from quantization.files.artifact import write_checks
 from quantization.files.int8_file import save_int8
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe

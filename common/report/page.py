@@ -12,8 +12,7 @@ from pathlib import Path
 from common.command.cli import visible
 from common.files.atomic import replace_file
 from common.files.output import RESULTS_NAME, OutputFolder
-from common.report.loading import list_files
-from common.report.story import Story
+from common.report.story import Story, list_files
 
 REPORT_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")

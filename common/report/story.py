@@ -5,15 +5,34 @@ shown. Whoever adds a column adds it here once and finds it everywhere.
 """
 
 import csv
+import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.command.cli import visible
+from common.command.cli import REPOSITORY, visible
 
 WIDTH = 80  # columns of a terminal
+# By suffix: the name of the kind, and how its files are loaded.
+KINDS = {
+    ".safetensors": (
+        "INT8",
+        "from quantization import load_int8; model = load_int8(path), where Python finds this "
+        f"repository: PYTHONPATH={visible(REPOSITORY)}. On a device without torch: "
+        "runtime/decode.py (docs/ship_it.md)",
+    ),
+    ".onnx": ("ONNX", "onnxruntime.InferenceSession(path)"),
+    ".check": (
+        "check",
+        "python decode.py MODEL --check path on the device, with a copy of runtime/decode.py",
+    ),
+    ".pth": (
+        "FP32",
+        "--weights of each script, or torch.load(path, weights_only=True), a state dict",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -145,3 +164,18 @@ def _align_block(table: Sequence[Sequence[str]], widths: Sequence[int], block: l
     ]  # fmt: skip
     rows.insert(1, ["─" * widths[column] for column in block])
     return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def list_files(artifacts: Mapping[str, str | list[str]]) -> list[str]:
+    """Return the names of the files in results.json's ``artifacts``, each once."""
+    lists = [[entry] if isinstance(entry, str) else entry for entry in artifacts.values()]
+    return list(dict.fromkeys(itertools.chain(*lists)))
+
+
+def how_to_load(artifacts: Mapping[str, str | list[str]]) -> list[Facts]:
+    """Return facts that name the written models and say how to load each, if there are any."""
+    files, facts = list_files(artifacts), {}
+    for suffix, (kind, how) in KINDS.items():
+        if names := [visible(name) for name in files if name.endswith(suffix)]:
+            facts[kind] = f"{', '.join(names)}: {how}"
+    return [Facts("The models, and how to load them", facts)] if facts else []

@@ -6,8 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from common.report import results as report
-from common.report.loading import how_to_load
-from common.report.story import Column, Headline, Story, Table
+from common.report.story import Column, Headline, Story, Table, how_to_load
 from pruning.report.linear import curve_table, linear_layers, tell_linear
 from pruning.report.together import SCOPES, tell_search, tell_slim, unit_of
 

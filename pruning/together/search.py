@@ -17,7 +17,6 @@ from common.search.trials import Range, Trial, run_trials, strongest
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
 from pruning.together import allocation
-from pruning.together.allocation import measure_damage
 from pruning.together.recalibration import recalibrate_batch_norm
 
 # Every method is measured at these compressions, and its limit is searched for near them.
@@ -144,7 +143,7 @@ class ModelSearch:
             around = Method(allocation.GLOBAL, recalibrated)
             context = self.prune(around, self.find_largest(around)[0])
             images = self.budget.choosing.first(DAMAGE_IMAGES).images
-            self._damage[recalibrated] = measure_damage(
+            self._damage[recalibrated] = allocation.measure_damage(
                 self.model, context, self.weights, images, self.fast
             )
         return self._damage[recalibrated]

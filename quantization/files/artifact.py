@@ -1,4 +1,4 @@
-"""INT8 models from files, and the proof that a file alone is enough.
+"""INT8 models from files, the proof that a file alone is enough, and the check for a device.
 
     from quantization import load_int8
     model = load_int8("resnet18_cifar10_int8.safetensors")
@@ -9,7 +9,7 @@
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,16 @@ import torch
 from torch import nn
 
 from common.command.cli import UserError, log
+from common.files.atomic import replace_file
 from common.images.data import ImageSet, normalize
 from common.machine.fresh_process import start_fresh
-from quantization.files.int8_file import read_int8
+from quantization.files.int8_file import read_int8, seal
 from quantization.int8 import engines
 from quantization.int8.network import Int8Network
+from runtime.decode import CHECK_MARK
 
 RELOAD_IMAGES = 64  # their logits are compared bit by bit after reloading
+CHECK_IMAGES, CHECK_SUFFIX = 16, ".check"  # what is compared on a device
 
 
 class Int8Model(nn.Module):
@@ -113,3 +116,25 @@ def verifying_reloaded(models: Sequence[tuple[Path, Int8Model]], test: ImageSet)
 def _run_saved(wanted: Sequence[tuple[Path, str]], images: np.ndarray) -> list[np.ndarray]:
     """Return the logits (float32, (N, classes)) of saved models on engines."""
     return [load_int8(path, engine)(torch.from_numpy(images)).numpy() for path, engine in wanted]
+
+
+@torch.inference_mode()
+def write_checks(
+    models: Iterable[Path], images: ImageSet, file: Callable[[str], Path], engine: str | None = None
+) -> None:
+    """Write the file of each model that ``runtime/decode.py --check`` reads.
+
+    Args:
+        models: INT8 files.
+        images: Images, of which the first few are taken.
+        file: Returns the path for a file's name.
+        engine: Engine that computes the logits; by default the fastest.
+    """
+    pixels = images.images[:CHECK_IMAGES].contiguous()
+    for path in models:
+        model = load_int8(path, engine)
+        logits = model(model.normalize(pixels))
+        content = seal({"pixels": pixels.numpy(), "logits": logits.numpy()}, CHECK_MARK)
+        replace_file(
+            file(f"{path.stem}{CHECK_SUFFIX}"), lambda f, content=content: f.write(content)
+        )

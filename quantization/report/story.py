@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from common.command.cli import counted
 from common.report import results as report
-from common.report.loading import how_to_load
-from common.report.story import Column, Facts, Headline, Story, Table
+from common.report.story import Column, Facts, Headline, Story, Table, how_to_load
 from quantization.report import sections
 from quantization.report.results import int8_entries
 
