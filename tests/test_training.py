@@ -22,8 +22,7 @@ from tests.printed import read_table, shows
 from training.loop.fit import EpochSummary, fit
 from training.loop.state import TrainingState, make_optimizer
 from training.recipe import Recipe
-from training.record.measure import CHECKPOINT_NAME, EpochRecorder, split_held_out
-from training.record.report import tell
+from training.record import CHECKPOINT_NAME, EpochRecorder, split_held_out, tell
 from training.training import main
 
 CPU = torch.device("cpu")

@@ -80,9 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     from common.network.tracing import trace_network
     from common.report.provenance import common_results
     from common.run import finish_run, print_results, start_run
+    from training import record
     from training.loop.fit import choose_precision, fit
     from training.loop.state import TrainingState
-    from training.record import measure, report
 
     set_up_cpu(args.threads)
     device = choose_device(args.device)
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         images = load_images(
             source, "train", args.train_images, args.seed, flag="--train-images"
         ).to(workers.device)
-        train, held_out = measure.split_held_out(images, args.held_out_images)
+        train, held_out = record.split_held_out(images, args.held_out_images)
         # Used at the end only, but an error in them must not cost the training.
         test = load_images(source, "test", args.test_images, args.seed, flag="--test-images")
         check_disjoint(images, test, source.description)
@@ -108,11 +108,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(args.seed)
         shape = resnet18_shape(len(train.classes))
         state = TrainingState.start(ResNet(shape), recipe, workers.device)
-        identity = measure.identify(recipe, args.seed, workers.count, train)
+        identity = record.identify(recipe, args.seed, workers.count, train)
         workers.require_same(identity)
         partial = folder.keep_unfinished(identity, args.resume).folder if workers.is_first else None
-        checkpoint = workers.broadcast(partial) / measure.CHECKPOINT_NAME
-        recorder = measure.EpochRecorder(held_out, recipe.epochs, checkpoint)
+        checkpoint = workers.broadcast(partial) / record.CHECKPOINT_NAME
+        recorder = record.EpochRecorder(held_out, recipe.epochs, checkpoint)
         if args.resume:
             recorder.resume(state)
         workers.require_same({"the resumed state": checksum(state.tensors().values())})
@@ -125,14 +125,14 @@ def main(argv: list[str] | None = None) -> int:
         counts = {"train_images": len(train), "held_out_images": len(held_out)}
         counts = {"source": source.name, **counts, "test_images": len(test), **test.describe()}
         network = describe_network(shape.family, model, trace_network(model, train.shape))
-        weights = report.save_weights(model, folder)
+        weights = record.save_weights(model, folder)
         described = {"data": counts, "weights": weights, "network": network}
         results = common_results("training", args, workers, described)
         results["recipe"] = dataclasses.asdict(recipe)
         results["parameters"] = network["parameters"]
-        results |= measure.describe_accuracy(model, held_out, test.to(workers.device))
-        results["artifacts"] = report.save_epochs(recorder.rows, folder)
-        told = finish_run(results, folder, started, report.tell, args.report)
+        results |= record.describe_accuracy(model, held_out, test.to(workers.device))
+        results["artifacts"] = record.save_epochs(recorder.rows, folder)
+        told = finish_run(results, folder, started, record.tell, args.report)
     print_results(results, told, args.output_dir, args.json)
     return cli.EXIT_DONE
 

@@ -1,18 +1,23 @@
-"""Accuracy in training: after each epoch, which a checkpoint keeps, and at the end."""
+"""Accuracy in training, which a checkpoint keeps epoch by epoch; files and report of a run."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from common.command.cli import UserError, log
+from common.files.output import OutputFolder
 from common.files.unfinished import SCRIPT
 from common.files.untrusted import read_untrusted
 from common.images.data import ImageSet, balanced_subset, checksum
 from common.measure.evaluate import measure_accuracy, predict
-from common.network.checkpoint import save_checkpoint
-from common.report.results import percent
+from common.network.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
+from common.report import results as report
+from common.report.results import counted, percent
+from common.report.story import Column, Headline, Story, Table
 from training.loop.fit import EpochSummary
 from training.loop.state import TrainingState
 from training.recipe import Recipe
@@ -20,6 +25,8 @@ from training.recipe import Recipe
 CHECKPOINT_NAME = "checkpoint.pt"
 HELD_OUT_SEED = 0  # every run, whatever its seed, is judged on the same images
 PREDICT_BATCH = 500
+EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
+IMAGES = {"held-out": "held_out", "test": "accuracy"}  # and their entries in results.json
 
 
 @dataclass(frozen=True)
@@ -115,3 +122,70 @@ def describe_accuracy(model: nn.Module, held_out: ImageSet, test: ImageSet) -> d
 def find_correct(model: nn.Module, images: ImageSet) -> torch.Tensor:
     """Return which images ``model``, in eval mode, classifies correctly: bool, shape (N,)."""
     return predict(model, images, PREDICT_BATCH) == images.labels.cpu()
+
+
+def save_weights(model: nn.Module, folder: OutputFolder) -> dict:
+    """Write a plain FP32 state dict; return results.json's ``weights``."""
+    file = WeightsFile(folder.file(WEIGHTS_NAME), "this run")
+    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    save_checkpoint(state, file.path)
+    return file.describe()
+
+
+def save_epochs(rows: Sequence[EpochRow], folder: OutputFolder) -> dict:
+    """Write the table and the plot of the epochs; return results.json's ``artifacts``."""
+    columns = [Column(f.name, attrgetter(f.name)) for f in fields(EpochRow)]
+    Table("", columns, rows).write_csv(folder.file(EPOCHS_NAME))
+    plot_epochs(folder.file(EPOCHS_PLOT), rows)
+    return {"model": WEIGHTS_NAME, "plots": [EPOCHS_PLOT], "epochs": EPOCHS_NAME}
+
+
+def plot_epochs(path: Path, rows: Sequence[EpochRow]) -> None:
+    """Draw loss, accuracies and learning rate by epoch as PNG."""
+    figure, (loss_axes, accuracy_axes, rate_axes) = report.new_figure(11, 3.6, columns=3)
+    epochs = [row.epoch for row in rows]
+    marker = "o" if len(rows) < 2 else None  # a line through one point shows nothing
+    loss_axes.plot(epochs, [row.loss for row in rows], color=report.BLUE, marker=marker)
+    loss_axes.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
+    for name, label, colour in (
+        ("train_accuracy", "training images, augmented", report.GREY),
+        ("held_out_accuracy", "held-out images", report.ORANGE),
+    ):
+        percents = [100 * getattr(row, name) for row in rows]
+        accuracy_axes.plot(epochs, percents, label=label, color=colour, marker=marker)
+    accuracy_axes.set(title="Accuracy", xlabel="epoch", ylabel="top-1 (%)")
+    accuracy_axes.legend(loc="lower right", fontsize=8)
+    rate_axes.plot(epochs, [row.learning_rate for row in rows], color=report.RED, marker=marker)
+    rate_axes.set(title="Learning rate", xlabel="epoch", ylim=(0, None))
+    report.save_figure(figure, path)
+
+
+def tell(results: dict) -> Story:
+    """Tell results.json of a run."""
+    rows = [{"images": name, "accuracy": results[key]} for name, key in IMAGES.items()]
+    columns = [
+        Column("accuracy (FP32)", lambda row: row["images"]),
+        Column("top-1", lambda row: row["accuracy"]["value"], percent),
+        Column("95 % interval", lambda row: " … ".join(map(percent, row["accuracy"]["ci95"]))),
+        Column("images", lambda row: row["accuracy"]["total"], "{:,}".format),
+    ]
+    classes = {name: entry["value"] for name, entry in results["per_class"].items()}
+    worst, best = min(classes, key=classes.get), max(classes, key=classes.get)
+    accuracy, epochs = results["accuracy"], results["recipe"]["epochs"]
+    value, interval = report.format_accuracy(accuracy)
+    return Story(
+        "ResNet18, trained",
+        report.describe_setting(results),
+        [
+            Headline(value, f"top-1, {interval}"),
+            Headline(counted(epochs, "epoch"), f"of {results['data']['train_images']:,} images"),
+        ],
+        [
+            Table("", columns, rows),
+            f"By class, on the test images: from {percent(classes[worst], 1)} ({worst}) to "
+            f"{percent(classes[best], 1)} ({best}).",
+            f"The weights are in {results['artifacts']['model']}.",
+        ],
+        {EPOCHS_PLOT: "Loss, accuracies and learning rate by epoch."},
+        report.format_cost(results),
+    )
