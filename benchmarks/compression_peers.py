@@ -46,24 +46,16 @@ def main(argv: list[str] | None = None) -> int:
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from benchmarks import peers, peers_report
-    from common.files import output
     from common.inputs import load_inputs
-    from common.machine import device
-    from common.machine.workers import ALONE
     from common.measure.evaluate import Paired, measure_accuracy
     from common.measure.latency import Contender, time_interleaved
     from common.network.size import saved_size_bytes
-    from common.report.provenance import common_results
-    from common.run import finish_run, print_results
+    from common.run import common_results, finish_run, print_results, start_run
     from quantization.calibration import CalibrationSetup
     from quantization.int8 import engines
 
-    device.set_up_cpu(args.threads)
-    settings = engines.choose_settings(engines.fastest_engine())
-    with (
-        output.OutputFolder(args.output_dir, args.overwrite) as folder,
-        tempfile.TemporaryDirectory() as files,
-    ):
+    with start_run(args) as (workers, folder), tempfile.TemporaryDirectory() as files:
+        settings = engines.choose_settings(engines.fastest_engine())
         inputs = load_inputs(args, Path(__file__).parent)
         _, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         setup = CalibrationSetup(inputs.calibration, confirming, args.batch_size)
@@ -83,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             if timed := timings.get(f"{row['method']}, {row['setting']}"):
                 row["latency"] = [timing.as_dict() for timing in timed]
 
-        results = common_results("compression_peers", args, ALONE, inputs.describe())
+        results = common_results("compression_peers", args, workers, inputs.describe())
         results["fp32"] = {
             "size_bytes": saved_size_bytes(inputs.model.state_dict()),
             "accuracy": measure_accuracy(dense).as_dict(),

@@ -44,20 +44,15 @@ def main(argv: list[str] | None = None) -> int:
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from benchmarks import runtimes, runtimes_report
-    from common.files import output
     from common.inputs import load_inputs
-    from common.machine import device
-    from common.machine.workers import ALONE
     from common.measure.evaluate import measure_accuracy
     from common.measure.latency import Contender, time_interleaved
     from common.network import checkpoint
     from common.network.tracing import trace_network
-    from common.report.provenance import common_results
-    from common.run import finish_run, print_results
+    from common.run import common_results, finish_run, print_results, start_run
     from quantization.calibration import CalibrationSetup
 
-    device.set_up_cpu(args.threads)
-    with output.OutputFolder(args.output_dir, args.overwrite) as folder:
+    with start_run(args) as (workers, folder):
         inputs = load_inputs(args, Path(__file__).parent)
         test, networks = inputs.test, {"dense": inputs.traced.network}
         if args.slim is not None:
@@ -75,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         gemm_rate = runtimes.measure_gemm_rate()
         cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 
-        results = common_results("int8_runtimes", args, ALONE, inputs.describe())
+        results = common_results("int8_runtimes", args, workers, inputs.describe())
         results |= {"gemm_macs_per_second": gemm_rate, "macs_per_image": macs["dense"]}
         results["rows"] = runtimes_report.describe(rows, accuracies, timings, macs, gemm_rate)
         results["artifacts"] = {"plots": [runtimes_report.PLOT]}

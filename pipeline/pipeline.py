@@ -74,12 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
-    from common.files.output import OutputFolder
     from common.inputs import load_inputs
-    from common.machine import device
-    from common.machine.workers import Workers, require_one_process
-    from common.report.provenance import common_results
-    from common.run import finish_run, print_results
+    from common.run import common_results, finish_run, print_results, start_run
     from common.search.budget import Budget, EvaluationSplit, why_too_strict
     from pipeline import plots, steps, story
     from pipeline.answers import find_answers
@@ -92,27 +88,24 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.steps import predict_fp32
     from training.loop.distillation import Training
 
-    require_one_process()
-    device.set_up_cpu(args.threads)
-    chosen_device = device.choose_device(args.device)
-    settings = engines.choose_settings(args.engine or engines.fastest_engine())
-    if args.export_onnx:
-        require_packages()
-    with OutputFolder(args.output_dir, args.overwrite) as folder:
+    with start_run(args) as (workers, folder):
+        settings = engines.choose_settings(args.engine or engines.fastest_engine())
+        if args.export_onnx:
+            require_packages()
         inputs = load_inputs(args, Path(__file__).parent)
         if reason := why_too_strict(len(inputs.test), args.max_drop):
             cli.log.warning("--max-drop: %s: only a network that gains can pass", reason)
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
-        training = Training.read(inputs, args.finetune_epochs, args.finetune_images, chosen_device)
+        training = Training.read(inputs, args.finetune_epochs, args.finetune_images, workers.device)
         batch_size = inputs.fit_batch_size(args.batch_size)
         identity = steps.identify(inputs, settings, batch_size, training)
         store = Store(folder.keep_unfinished(identity, args.resume), inputs.model)
         setup = CalibrationSetup(inputs.calibration, choosing, batch_size)
-        dense = predict_fp32(inputs.model, setup, chosen_device)
+        dense = predict_fp32(inputs.model, setup, workers.device)
         budget = Budget(args.max_drop, EvaluationSplit(choosing, dense == choosing.labels))
         builder = CandidateBuilder(inputs, settings, budget, store, batch_size, training)
         found = find_answers(builder, args.goals)
-        results = common_results("pipeline", args, Workers(chosen_device), inputs.describe())
+        results = common_results("pipeline", args, workers, inputs.describe())
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
         files = steps.write_files(found, folder, inputs.file_stem)
         results |= steps.measure(

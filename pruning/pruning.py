@@ -120,10 +120,9 @@ def main(argv: list[str] | None = None) -> int:
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
     from common.inputs import load_inputs
-    from common.machine import device
+    from common.machine.device import bf16_pays
     from common.network.tracing import weight_layers
-    from common.report.provenance import common_results
-    from common.run import finish_run, print_results, start_run
+    from common.run import common_results, finish_run, print_results, start_run
     from common.search.budget import why_too_strict
     from pruning import steps
     from pruning.alone.brute_force import verify
@@ -137,14 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.together.search import ModelSearch
     from training.loop.distillation import Training
 
-    device.set_up_cpu(args.threads)
-    chosen_device = device.choose_device(args.device)
     amounts, channels = args.amounts or [args.amount], args.scope == "channels"
-    on_cpu = chosen_device.type == "cpu"
-    batch_size = args.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
-    with start_run(chosen_device, args.output_dir, args.overwrite) as (workers, folder):
+    with start_run(args, shared=True) as (workers, folder):
+        on_cpu = workers.device.type == "cpu"
+        batch_size = args.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
         inputs = load_inputs(args, Path(__file__).parent, workers).to(workers.device)
-        fast = args.precision == "bf16" or (args.precision == "auto" and device.bf16_pays())
+        fast = args.precision == "bf16" or (args.precision == "auto" and bf16_pays())
         fast = workers.broadcast(fast and on_cpu)  # a timing, so the first worker's counts
         names = list(weight_layers(inputs.model, inputs.traced.network))
         layers = choose_layers(names, args.layers, inputs.own_names)

@@ -112,12 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
 
     cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
-    from common.files.output import OutputFolder
     from common.inputs import load_inputs
-    from common.machine.device import choose_device, set_up_cpu
-    from common.machine.workers import Workers, require_one_process
-    from common.report.provenance import common_results
-    from common.run import finish_run, print_results
+    from common.run import common_results, finish_run, print_results, start_run
     from common.search.budget import why_too_strict
     from quantization import steps
     from quantization.accuracy.budget import HeldOutEvaluator, meet_budget
@@ -128,19 +124,16 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.int8 import engines
     from quantization.report import plots, results, sections, story
 
-    require_one_process()
-    set_up_cpu(args.threads)
-    device = choose_device(args.device)
-    args.engines = args.engines or engines.default_engines()
-    pick_fastest = "auto" in args.engines
-    if pick_fastest:
-        engines.fastest_engine()  # ends the run where there is none
-    named = [engines.candidate_engines() if e == "auto" else [e] for e in args.engines]
-    names = dict.fromkeys(itertools.chain(*named))  # each once
-    settings = [engines.choose_settings(n, args.observer, args.reduce_range) for n in names]
-    if args.export_onnx:
-        onnx_export.require_packages()
-    with OutputFolder(args.output_dir, args.overwrite) as folder:
+    with start_run(args) as (workers, folder):
+        args.engines = args.engines or engines.default_engines()
+        pick_fastest = "auto" in args.engines
+        if pick_fastest:
+            engines.fastest_engine()  # ends the run where there is none
+        named = [engines.candidate_engines() if e == "auto" else [e] for e in args.engines]
+        names = dict.fromkeys(itertools.chain(*named))  # each once
+        settings = [engines.choose_settings(n, args.observer, args.reduce_range) for n in names]
+        if args.export_onnx:
+            onnx_export.require_packages()
         inputs = load_inputs(args, Path(__file__).parent)
         model, dense, test = inputs.model, inputs.traced.network, inputs.test
         batch_size = inputs.fit_batch_size(args.batch_size)
@@ -154,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
                 cli.log.warning("--max-drop: %s: only a model that gains can pass", reason)
         if args.bits_per_weight is not None:
             coding_images = inputs.load_training(args.coding_images, flag="--coding-images")
-        fp32 = steps.predict_fp32(model, setup, device)
+        fp32 = steps.predict_fp32(model, setup, workers.device)
         if args.max_drop is not None:
             held_out_setup = replace(setup, images=held_out)
             evaluator = HeldOutEvaluator(dense, held_out_setup, args.max_drop)
@@ -177,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         first = quantized[0]
 
         files = steps.save_models(quantized, folder.file, inputs.file_stem)
-        found = common_results("quantization", args, Workers(device), inputs.describe())
+        found = common_results("quantization", args, workers, inputs.describe())
         found |= results.describe_models(inputs, fp32, quantized, files, onnx, timings)
         if plan is not None:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)

@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import common
+from common import run as run_module
 from common.machine import device
 from common.machine.workers import ALONE
 from common.network.checkpoint import WeightsFile
-from common.report import provenance
-from common.report.provenance import common_results, find_commit
 from common.report.results import (
     BLUE,
     counted,
@@ -41,6 +40,7 @@ from common.report.results import (
     to_json,
 )
 from common.report.story import align
+from common.run import common_results, find_commit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -156,7 +156,7 @@ def test_numbers(text, expected):
 
 
 def test_the_commit_is_told_where_git_knows_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(run_module, "REPOSITORY", tmp_path)
     assert find_commit() is None  # no repository: not that of a folder above
     run = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
     run(["git", "init"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,10 @@ from common.report import page
 from common.report.story import Story
 
 CPU = torch.device("cpu")
+
+
+def arguments(output_dir: Path) -> argparse.Namespace:
+    return argparse.Namespace(threads=None, device="cpu", output_dir=output_dir, overwrite=False)
 
 
 def results() -> dict:
@@ -28,7 +34,7 @@ def test_a_finished_run_leaves_its_results(tmp_path, monkeypatch, with_page):
     story = Story("Title", "Setting", [], [])
     monkeypatch.setattr(page, "render", lambda story, results, plots: story.title)
     found = results()
-    with run.start_run(CPU, tmp_path, overwrite=False) as (crew, folder):
+    with run.start_run(arguments(tmp_path)) as (crew, folder):
         assert (crew.count, crew.is_first) == (1, True)
         assert (
             run.finish_run(found, folder, time.perf_counter() - 2, lambda results: story, with_page)
@@ -44,7 +50,7 @@ def test_a_finished_run_leaves_its_results(tmp_path, monkeypatch, with_page):
 
 def test_a_run_that_fails_leaves_nothing(tmp_path):
     def fail() -> None:
-        with run.start_run(CPU, tmp_path / "out", False) as (_, folder):
+        with run.start_run(arguments(tmp_path / "out")) as (_, folder):
             folder.file("model.pth").touch()
             raise ValueError("midway")
 
@@ -56,7 +62,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path):
 def test_the_first_process_alone_opens_the_folder(tmp_path, monkeypatch):
     second = Workers(CPU, rank=1, count=2)
     monkeypatch.setattr(run, "join_workers", lambda device: contextlib.nullcontext(second))
-    with run.start_run(CPU, tmp_path / "out", False) as (crew, folder):
+    with run.start_run(arguments(tmp_path / "out")) as (crew, folder):
         assert crew is second
         assert folder is None
     assert not (tmp_path / "out").exists()

@@ -74,25 +74,21 @@ def main(argv: list[str] | None = None) -> int:
     from common.images import sources
     from common.images.data import checksum
     from common.images.loading import check_disjoint, load_images
-    from common.machine.device import choose_device, set_up_cpu
     from common.network.resnet import ResNet, resnet18_shape
     from common.network.size import describe_network
     from common.network.tracing import trace_network
-    from common.report.provenance import common_results
-    from common.run import finish_run, print_results, start_run
+    from common.run import common_results, finish_run, print_results, start_run
     from training import record
     from training.loop.fit import choose_precision, fit
     from training.loop.state import TrainingState
 
-    set_up_cpu(args.threads)
-    device = choose_device(args.device)
-    # On a CPU the choice is timed, and a resumed run could choose another precision.
-    precision = choose_precision(device) if device.type == "cuda" else "fp32"
-    recipe = Recipe(
-        args.epochs, args.batch_size, args.learning_rate, cutmix=args.cutmix, jitter=args.jitter,
-        precision=precision,
-    )  # fmt: skip
-    with start_run(device, args.output_dir, args.overwrite) as (workers, folder):
+    with start_run(args, shared=True) as (workers, folder):
+        # On a CPU the choice is timed, and a resumed run could choose another precision.
+        on_cuda = workers.device.type == "cuda"
+        recipe = Recipe(
+            args.epochs, args.batch_size, args.learning_rate, cutmix=args.cutmix,
+            jitter=args.jitter, precision=choose_precision(workers.device) if on_cuda else "fp32",
+        )  # fmt: skip
         with workers.one_a_machine_first():
             source = sources.open_chosen_source(args)
         images = load_images(
