@@ -31,15 +31,20 @@ def integer(low: int, high: int, what: str) -> Callable[[str], int]:
     return parse_integer
 
 
-def number(low: float, high: float, what: str) -> Callable[[str], float]:
-    """Make a type for a number from ``low`` to ``high``; errors call it ``what``."""
+def number(low: float, high: float, what: str, is_fraction: bool = False) -> Callable[[str], float]:
+    """Make a type for a number from ``low`` to ``high``; errors call it ``what``.
+
+    For the percentage of a fraction, the message says what to write instead.
+    """
 
     def parse_number(text: str) -> float:
         try:
-            value = float(text)
+            value = float(text.removesuffix("%") if is_fraction else text)
         except ValueError:
             value = math.nan  # lies in no range
-        if not low <= value <= high:
+        if is_fraction and text.endswith("%") and 0 <= value <= 100:
+            raise argparse.ArgumentTypeError(f"{text!r}: write {value / 100:.10g}")
+        if text.endswith("%") or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
@@ -52,33 +57,12 @@ seed_int = integer(0, 2**32 - 1, "an integer of at least 0 and below 2^32")
 thread_count = integer(1, MAX_THREADS, f"a number of threads from 1 to {MAX_THREADS}")
 batch_size = integer(1, MAX_BATCH_SIZE, f"a number of images from 1 to {MAX_BATCH_SIZE}")
 positive_float = number(math.ulp(0.0), sys.float_info.max, "a number above 0")
-_number_to_one = number(0.0, 1.0, "a fraction between 0 and 1")
-_number_to_max_loss = number(
-    0.0,
-    math.nextafter(MAX_LOSS, 0.0),
-    f"at least 0 and below {MAX_LOSS:g}; it is a fraction: one point is 0.01",
-)
-
-
-def fraction(text: str) -> float:
-    """Parse a fraction; for a percentage, the message says what to write instead."""
-    _refuse_percentage(text)
-    return _number_to_one(text)
-
-
-def _refuse_percentage(text: str) -> None:
-    try:
-        percentage = float(text.removesuffix("%")) if text.endswith("%") else math.nan
-    except ValueError:
-        percentage = math.nan
-    if 0 <= percentage <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r}: write {percentage / 100:.10g}")
-
-
-def accuracy_loss(text: str) -> float:
-    """Parse the accuracy that may be lost. Half of all images and more is taken for points."""
-    _refuse_percentage(text)
-    return _number_to_max_loss(text)
+fraction = number(0.0, 1.0, "a fraction between 0 and 1", is_fraction=True)
+# Half of all images and more is taken for points.
+accuracy_loss = number(
+    0.0, math.nextafter(MAX_LOSS, 0.0),
+    f"at least 0 and below {MAX_LOSS:g}; it is a fraction: one point is 0.01", is_fraction=True,
+)  # fmt: skip
 
 
 def image_count(text: str) -> int | None:
