@@ -37,22 +37,15 @@ TRAINED = "-trained"  # ends the name of what was
 class Candidate(Trial):
     """A network that was tried.
 
-    Attributes:
-        strength: Price of a bit; of a network that is not coded, how many times fewer
-            multiply-adds, or weights, it has.
-        verdict: How it does on the images that choose.
-        goal: ``size``, ``speed`` or ``both``.
-        path: Its INT8 file.
-        slim_path: File of the slim FP32 network that it was made from.
-        macs: Number of multiply-adds for an image.
-        trained: Whether it learned from the dense network.
+    Its strength is the price of a bit; of a network that is not coded, how many times fewer
+    multiply-adds, or weights, it has.
     """
 
-    goal: str
-    path: Path
-    slim_path: Path
-    macs: int
-    trained: bool
+    goal: str  # ``size``, ``speed`` or ``both``
+    path: Path  # its INT8 file
+    slim_path: Path  # file of the slim FP32 network that it was made from
+    macs: int  # number of multiply-adds for an image
+    trained: bool  # whether it learned from the dense network
 
     @property
     def file_bytes(self) -> int:

@@ -36,32 +36,19 @@ class Method:
 
 @dataclass
 class ModelSearch:
-    """The search over one checkpoint.
+    """The search over one checkpoint."""
 
-    Attributes:
-        unit: Unit of sparsity, in words.
-        where: Range of compressions to search.
-        curve: Sparsities at which every method is measured.
-        model: Dense network, on the images' device; not changed.
-        scope: Layers that may be pruned: ``linear``, ``conv`` or ``all``.
-        budget: Accuracy that may be lost, and the images to choose on.
-        held_out: Images to measure results on.
-        seed: Seed of random pruning.
-        fast: Whether to classify in bf16 first.
-        calibration: Training images for batch-norm statistics; None to keep the statistics.
-        record: Counts of what FP32 checked.
-    """
+    unit, where = "weights", WHERE  # what sparsity counts, in words; the compressions to search
+    curve = tuple(1 - 1 / times for times in COMPRESSIONS)  # where every method is measured
 
-    unit, where, curve = "weights", WHERE, tuple(1 - 1 / times for times in COMPRESSIONS)
-
-    model: nn.Module
-    scope: str
-    budget: Budget
-    held_out: EvaluationSplit
-    seed: int
-    fast: bool
-    calibration: ImageSet | None = None
-    record: Fp32Recheck = field(default_factory=Fp32Recheck)
+    model: nn.Module  # dense network, on the images' device; not changed
+    scope: str  # layers that may be pruned: ``linear``, ``conv`` or ``all``
+    budget: Budget  # accuracy that may be lost, and the images to choose on
+    held_out: EvaluationSplit  # images to measure results on
+    seed: int  # seed of random pruning
+    fast: bool  # whether to classify in bf16 first
+    calibration: ImageSet | None = None  # training images for batch-norm statistics, if to measure
+    record: Fp32Recheck = field(default_factory=Fp32Recheck)  # counts of what FP32 checked
     _found: dict[Method, tuple[float, list[Trial]]] = field(default_factory=dict)
     _damage: dict[bool, dict[str, allocation.DamageCurve]] = field(default_factory=dict)
 
