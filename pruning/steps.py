@@ -14,7 +14,6 @@ from common.network.tracing import trace_network
 from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
 from pruning.channels import search as channels
-from pruning.channels.speed import measure_models
 from pruning.files import saved
 from pruning.masks import copy_without, l1_masks
 from pruning.report.results import describe_found, describe_slim
@@ -103,7 +102,7 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
         },
     }
     if search.scope == channels.SCOPE:
-        models = measure_models(search.model, reloaded, search.calibration, images)
+        models = saved.measure_models(search.model, reloaded, search.calibration, images)
         told["slim"] = describe_slim(search.model, reloaded, models)
     if search.fast:
         search.record.warn_if_near()

@@ -21,8 +21,8 @@ from common.network.tracing import trace_network
 from common.search.budget import Verdict
 from pruning.alone.scan import Scan
 from pruning.channels import search as channel_search
-from pruning.channels import speed
 from pruning.channels.search import RECONSTRUCTED, ChannelSearch, require_possible
+from pruning.files import saved
 from pruning.pruning import main
 from pruning.report.search_plots import plot_model_search, plot_slim
 from pruning.report.together import tell_search, tell_slim
@@ -73,8 +73,8 @@ def test_what_is_not_possible_is_told_before_the_scan(tiny_model, monkeypatch):
 
 
 def test_a_network_as_narrow_as_can_be_has_a_curve(scan, random_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "SECONDS_PER_BATCH_SIZE", 0.01)
-    monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
+    monkeypatch.setattr(saved, "SECONDS_PER_BATCH_SIZE", 0.01)
+    monkeypatch.setattr(saved, "TIMED_BATCH_SIZES", (1, 2))
     narrow = ResNet18(Widths((1,) * 4)).eval()
     search = prepare(replace(scan, model=narrow), random_images(4))
     assert search.curve == (0.0,)
@@ -84,8 +84,8 @@ def test_a_network_as_narrow_as_can_be_has_a_curve(scan, random_images, tmp_path
 
 
 def test_a_run_on_a_slim_checkpoint_ends_in_a_slimmer_one(tiny_state, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "SECONDS_PER_BATCH_SIZE", 0.01)
-    monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
+    monkeypatch.setattr(saved, "SECONDS_PER_BATCH_SIZE", 0.01)
+    monkeypatch.setattr(saved, "TIMED_BATCH_SIZES", (1, 2))
     monkeypatch.setattr(channel_search, "CALIBRATION_IMAGES", 40)
     weights, folder = tmp_path / "weights.pth", tmp_path / "out"
     torch.save(tiny_state, weights)
@@ -109,8 +109,8 @@ def test_a_run_on_a_slim_checkpoint_ends_in_a_slimmer_one(tiny_state, tmp_path, 
 
 
 def test_the_slim_network_is_written_timed_and_told(scan, random_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "SECONDS_PER_BATCH_SIZE", 0.01)
-    monkeypatch.setattr(speed, "TIMED_BATCH_SIZES", (1, 2))
+    monkeypatch.setattr(saved, "SECONDS_PER_BATCH_SIZE", 0.01)
+    monkeypatch.setattr(saved, "TIMED_BATCH_SIZES", (1, 2))
     calibration, path = random_images(40), tmp_path / "slim.pth"
     search = prepare(scan, calibration, macs_removed=0.3)
     training = Training(random_images(64), 1)

@@ -1,10 +1,11 @@
-"""The pruned model's file: written, read back, and measured.
+"""The pruned model's file: written, read back, and measured; how fast a slim network is.
 
 It is a plain checkpoint with the original names, so every script takes it for ``--weights``. Its
 zeros still take four bytes each; their worth shows once the file is compressed.
 """
 
 import copy
+import tempfile
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,14 @@ from common.command.cli import UserError
 from common.files.atomic import replace_file
 from common.files.untrusted import read_untrusted, serialize
 from common.images.data import ImageSet
-from common.measure.evaluate import Paired
+from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
+from common.network.size import count_macs, saved_size_bytes
+from common.network.tracing import trace_network
+from quantization.calibration import CalibrationSetup
+from quantization.files.int8_file import save_int8
+from quantization.int8 import engines
+from quantization.steps import quantize
 
 # Endings of file names. With a search over many layers, its model has the first; the model of the
 # search over the linear layers then has the third.
@@ -26,8 +33,10 @@ PRUNED_ENDING, SLIM_ENDING = "_pruned.pth", "_slim.pth"
 LINEAR_ENDING = "_pruned_linear.pth"
 # At most this many predictions of the reloaded model may differ from the search's.
 MAX_FLIPS = 1e-3
-TIMED_BATCH_SIZE = 16
+TIMED_BATCH_SIZE = 16  # of networks with zeros
 TIMED_AMOUNT = 0.9
+TIMED_BATCH_SIZES, SECONDS_PER_BATCH_SIZE = (1, 32, 128), 8.0  # of slim networks
+BATCH_SIZE = 128
 
 
 def save_pruned(
@@ -82,3 +91,53 @@ def time_zeros(models: Mapping[str, nn.Module], images: ImageSet) -> list[dict]:
     batch = images.normalize(images.images[:TIMED_BATCH_SIZE].cpu())
     timings = time_interleaved(contenders, batch, (TIMED_BATCH_SIZE,), seconds_per_batch_size=1.5)
     return [{"name": name} | timing.as_dict() for name, (timing,) in timings.items()]
+
+
+def measure_models(
+    dense: nn.Module, slim: nn.Module, calibration: ImageSet, images: ImageSet
+) -> list[dict]:
+    """Quantize both networks, and evaluate and time all four, on the CPU with the best engine.
+
+    Args:
+        dense: In eval mode, on any device; not changed.
+        slim: The same.
+        calibration: Training images; labels are not used.
+        images: To evaluate on; none of them has chosen the slim network.
+
+    Returns:
+        Entries of results.json: ``dense fp32``, ``dense int8``, ``slim fp32`` and ``slim int8``.
+    """
+    calibration, images = (dataset.to(torch.device("cpu")) for dataset in (calibration, images))
+    settings = engines.choose_settings(engines.fastest_engine())
+    setup = CalibrationSetup(calibration, images, BATCH_SIZE)
+    contenders, correct, macs, sizes = [], {}, {}, {}
+    for name, model in (("dense", dense), ("slim", slim)):
+        model = copy.deepcopy(model).cpu()
+        network = trace_network(model, images.shape)
+        best = engines.fp32_runner(network)
+        (int8,) = quantize(network, setup, [settings])
+        contenders += [Contender(f"{name} fp32", best), Contender(f"{name} int8", int8.model)]
+        fp32 = predict(best, images, BATCH_SIZE, f"evaluate {name}")
+        correct[f"{name} fp32"] = fp32 == images.labels
+        correct[f"{name} int8"] = int8.predictions == images.labels
+        with tempfile.TemporaryDirectory() as folder:
+            int8_bytes = save_int8(int8.model.network, Path(folder, "model.safetensors"))
+        sizes |= {
+            f"{name} fp32": saved_size_bytes(model.state_dict()), f"{name} int8": int8_bytes,
+        }  # fmt: skip
+        macs[name] = count_macs(network)
+    timings = time_interleaved(
+        contenders, images.normalize(images.images[: max(TIMED_BATCH_SIZES)]), TIMED_BATCH_SIZES,
+        SECONDS_PER_BATCH_SIZE,
+    )  # fmt: skip
+    return [
+        {
+            "name": name,
+            "engine": settings.engine if name.endswith("int8") else None,
+            "macs": macs[name.split()[0]],
+            "size_bytes": size_bytes,
+            **Paired.of(correct["dense fp32"], correct[name]).as_dict(),
+            "latency": [timing.as_dict() for timing in timings[name]],
+        }
+        for name, size_bytes in sizes.items()
+    ]
