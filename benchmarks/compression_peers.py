@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         for made in peers.compress(inputs, settings, args.batch_size, pipelines, Path(files)):
             name = f"{made.method}, {made.setting}"
             correct = setup.predict(made.run, name) == confirming.labels
-            rows.append(peers_report.describe(made, Paired.of(dense, correct)))
+            row = {"method": made.method, "setting": made.setting, "size_bytes": made.size_bytes}
+            rows.append(row | Paired.of(dense, correct).as_dict())
             if made.timed:
                 contenders.append(Contender(name, made.run))
         images = confirming.normalize(confirming.images[: max(args.batch_sizes)])

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.peers import NNCODEC, ONNX_RUNTIME, OURS, TORCH_PRUNING, Compressed
-from common.measure.evaluate import Paired
+from benchmarks.peers import NNCODEC, ONNX_RUNTIME, OURS, TORCH_PRUNING
 from common.report import results as report
 from common.report.story import Column, Headline, Story, Table
 
@@ -15,12 +14,6 @@ COLORS = {
     OURS: report.BLUE, ONNX_RUNTIME: report.ORANGE, TORCH_PRUNING: report.GREEN,
     NNCODEC: report.RED,
 }  # fmt: skip
-
-
-def describe(compressed: Compressed, paired: Paired) -> dict:
-    """Return a row of results.json, without its latency."""
-    fields = ("method", "setting", "size_bytes")
-    return {name: getattr(compressed, name) for name in fields} | paired.as_dict()
 
 
 def tell(results: dict) -> Story:
