@@ -22,7 +22,6 @@ from common.measure.evaluate import predict
 from common.network.cascade import Cascade, Fp32Recheck, Variants
 from common.network.classifier import Classifier
 from common.network.tracing import trace_network
-from pruning.alone.walk import walk
 from training.loop.augment import make_batch, plan_epoch
 from training.recipe import Recipe
 
@@ -120,7 +119,7 @@ def test_the_scan_neither_waits_nor_leaves_the_gpu(imagined):
     cascade, (features,) = Cascade.of(network, fast=False), network.graph["linear"].inputs
     assert network.shapes  # learned once
     with Devices() as devices:
-        batches = [*walk(cascade, features, [(variants, None)], images, 16, Fp32Recheck())]
+        batches = [*cascade.walk(features, [variants], images, 16, Fp32Recheck())]
     assert [correct.shape for _, _, correct in batches] == [(5, 16)] * 4
     assert all(value.is_cuda for batch in batches for value in batch)
     assert devices.crossings == 0

@@ -18,6 +18,7 @@ from printed import read_facts, read_table, shows
 from processes import REPOSITORY, Copy, run_fresh, run_here, run_together, start_together
 
 from common.files.output import OUR_ENTRIES, STAGING_PREFIX, UNFINISHED_NAME
+from common.network.cascade import Cascade
 from common.network.checkpoint import load_model
 from common.report.results import floor_percent
 from pruning.alone import walk as walk_module
@@ -129,14 +130,14 @@ def whole(small, tmp_path_factory):
 @pytest.fixture
 def slow(monkeypatch):
     """Let each chunk after the first take three seconds more, in which a run can be stopped."""
-    walk, calls = walk_module.walk, itertools.count()
+    walk, calls = Cascade.walk, itertools.count()
 
     def run_slowly(*arguments):
         if next(calls):
             time.sleep(3)
         return walk(*arguments)
 
-    monkeypatch.setattr(walk_module, "walk", run_slowly)
+    monkeypatch.setattr(Cascade, "walk", run_slowly)
     return monkeypatch
 
 

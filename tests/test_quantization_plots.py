@@ -10,7 +10,7 @@ from cifar import image_set
 
 from common.network.execution import Layer
 from quantization.int8.conversion import observe
-from quantization.report import plots, ranges
+from quantization.report import plots
 
 
 @pytest.mark.parametrize("flips", [0, 3, 40])
@@ -38,4 +38,4 @@ def test_a_network_of_zeros_is_drawn_without_a_warning(tiny_network, tmp_path):
     observation = observe(zeros, images, "histogram", 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ranges.plot_ranges(observation, False, tmp_path / "ranges.png")
+        plots.plot_ranges(observation, False, tmp_path / "ranges.png")
