@@ -10,8 +10,8 @@ import torch
 
 from common.measure.evaluate import predict
 from common.network.cascade import Fp32Recheck
-from common.network.classifier import BATCH_SIZE, Classifier
 from common.network.tracing import trace_network
+from pruning.together.search import BATCH_SIZE, Classifier
 
 COUNT = 2 * BATCH_SIZE + 7
 

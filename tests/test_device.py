@@ -20,8 +20,8 @@ from common.images.data import ImageSet
 from common.machine import device
 from common.measure.evaluate import predict
 from common.network.cascade import Cascade, Fp32Recheck, Variants
-from common.network.classifier import Classifier
 from common.network.tracing import trace_network
+from pruning.together.search import Classifier
 from training.loop.augment import make_batch, plan_epoch
 from training.recipe import Recipe
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from common.images.data import ImageSet
-from common.network.cascade import Fp32Recheck
-from common.network.classifier import Classifier
+from common.network.cascade import SAMPLE_IMAGES, Fp32Recheck, bounds_of, decide
+from common.network.execution import Network
 from common.network.tracing import trace_network, weight_layers
 from common.search.budget import Budget, EvaluationSplit, Verdict, split_test
 from common.search.trials import Range, Trial, run_trials, strongest
@@ -23,7 +23,47 @@ from pruning.together.recalibration import recalibrate_batch_norm
 COMPRESSIONS = (2, 4, 8, 16, 32)
 WHERE = Range(start=8, least=1.03, most=64, trials=8, stride=2)
 DAMAGE_IMAGES = 500
+BATCH_SIZE = 50
 CONTROLS = (allocation.RANDOM,)  # allocations that only serve as a comparison
+
+
+class Classifier:
+    """A classifier of whole sets of images, with FP32's predictions at bf16's speed.
+
+    Args:
+        network: FP32 network, on the images' device.
+        sample: Images to measure the rounding error on.
+        fast: Whether to run in bf16 first.
+        record: Counts to add to.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, network: Network, sample: ImageSet, fast: bool, record: Fp32Recheck):
+        self._exact, self._record = network, record
+        self._fast = network.to(torch.bfloat16) if fast else None
+        if fast:
+            images = sample.rows(slice(SAMPLE_IMAGES))
+            self._bounds = bounds_of(logits_of(self._fast, images), logits_of(self._exact, images))
+
+    @torch.inference_mode()
+    def find_correct(self, dataset: ImageSet) -> torch.Tensor:
+        """Return per-image correctness (bool, shape (N,)) on the CPU, as FP32 gives it."""
+
+        def look_again(close: torch.Tensor) -> torch.Tensor:
+            # All of them together: full batches run faster than the few of each batch.
+            return logits_of(self._exact, dataset.rows(close[0]))[0].argmax(dim=1)
+
+        if self._fast is None:
+            predictions = logits_of(self._exact, dataset).argmax(dim=2)
+        else:
+            fast = logits_of(self._fast, dataset)
+            predictions = decide(fast, self._bounds, look_again, self._record)
+        return (predictions[0] == dataset.labels).cpu()
+
+
+def logits_of(network: Network, dataset: ImageSet) -> torch.Tensor:
+    """Return FP32 logits (1, N, classes)."""
+    return torch.cat([network(images) for images, _ in dataset.batches(BATCH_SIZE)])[None]
 
 
 @dataclass(frozen=True)
