@@ -74,15 +74,10 @@ def describe_models(
     if onnx is not None:
         entry = int8_entry(ONNX, "onnxruntime", onnx.path, onnx.predictions, timings[ONNX])
         entries.append(entry | {"agreement": onnx.agreement})
-    by_engine = {engine: timings[engine] for engine in paths}
-    noisy = {t.batch_size for timed in by_engine.values() for t in timed if t.is_noisy}
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],
-        "fastest": [
-            {"batch_size": size, "engine": engine, "noisy": size in noisy}
-            for size, engine in fastest_by_batch_size(by_engine).items()
-        ],
+        "fastest": _fastest_engines({engine: timings[engine] for engine in paths}),
         "per_class": accuracy_by_class(test, predictions, quantized[0].predictions),
     }
 
@@ -108,6 +103,15 @@ def _describe_conversion(candidate: Quantized) -> dict:
         "int8_operations": [name for name in names if name not in in_fp32],
         "fp32_operations": [{"name": name, "reason": reason} for name, reason in in_fp32.items()],
     }
+
+
+def _fastest_engines(timings: dict[str, list[Timing]]) -> list[dict]:
+    """Return the engine with the least median latency for each batch size."""
+    noisy = {t.batch_size for entries in timings.values() for t in entries if t.is_noisy}
+    return [
+        {"batch_size": size, "engine": engine, "noisy": size in noisy}
+        for size, engine in fastest_by_batch_size(timings).items()
+    ]
 
 
 def int8_entries(results: dict) -> list[dict]:
