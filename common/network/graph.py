@@ -181,8 +181,9 @@ def evaluate(
     needed, operations = set(wanted) - set(given), []
     for operation in reversed(graph.operations):
         if operation.name in needed:
-            operations.insert(0, operation)
+            operations.append(operation)
             needed.update(name for name in operation.inputs if name not in given)
+    operations.reverse()
     uses = Counter(name for operation in operations for name in dict.fromkeys(operation.inputs))
     values = {name: given[name] for name in {*uses, *wanted} if name in given}
     for operation in operations:
