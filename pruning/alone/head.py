@@ -16,7 +16,7 @@ import torch
 from common.command import cli
 from common.network.execution import Network
 from common.network.graph import LINEAR
-from pruning.masks import l1_mask, l1_mask_series, l1_masks, masked_layers, pruned_count
+from pruning.masks import l1_mask_series, l1_masks, masked_layers, pruned_count
 
 # Amounts to try: every number of weights, where a single layer has at most this many; else a
 # thousand of a single layer, and whole percents of several.
@@ -129,8 +129,9 @@ def sweep_single(
     logits = values @ columns + bias.double().numpy()[:, None]
     correct = np.empty((weight.numel() + 1, len(labels)), dtype=bool)
     kept = np.ones(values.shape, dtype=bool)
-    for count in range(weight.numel() + 1):
-        mask = l1_mask(weight, count).numpy()
+    counts = range(weight.numel() + 1)
+    for count, mask in zip(counts, l1_mask_series(weight, counts), strict=True):
+        mask = mask.numpy()
         # One weight, except among equal magnitudes, where torch may exchange some.
         for row, column in np.argwhere(mask != kept):
             sign = 1.0 if mask[row, column] else -1.0
