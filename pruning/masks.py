@@ -1,4 +1,7 @@
-"""Masks of L1 unstructured pruning: exactly those of ``torch.nn.utils.prune``.
+"""Masks of L1 unstructured pruning, as ``torch.nn.utils.prune`` makes them.
+
+They differ in one case: in layers of more than ``MOST_SORTED`` weights, equal magnitudes go by
+position, where torch breaks ties in another way.
 
 L2 would give the same masks: the norm of a single weight is its magnitude in both, so both rank
 weights alike. They differ only where whole channels are ranked.
@@ -29,8 +32,8 @@ def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
 
     ``torch.nn.utils.prune`` sorts the weights, which takes a third of a second for 2.4 million. A
     partition finds the same threshold in a tenth of the time. Where several weights have the
-    magnitude of the threshold, torch chooses among them, but for layers of more than
-    ``MOST_SORTED`` weights: there the last ones are pruned.
+    magnitude of the threshold, torch chooses which of them are pruned; in layers of more than
+    ``MOST_SORTED`` weights, the last ones are.
 
     Args:
         weight: Any shape, on the CPU.
