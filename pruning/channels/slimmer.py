@@ -52,7 +52,7 @@ class Slimmer:
         """Return the network in which ``share`` of the ``unit`` is left, repaired."""
         return repair(self._dense, self.costs.choose(self._curves_for(unit), share, unit))
 
-    def search_range(self, unit: str, max_drop: float, trials: int = 5) -> Range:
+    def search_range(self, unit: str, max_drop: float) -> Range:
         """Return where to look for how many times fewer of the ``unit`` a network may have.
 
         The first guess is the smallest share whose curves add up to ``max_drop`` nats: on the
@@ -61,12 +61,9 @@ class Slimmer:
         Args:
             unit: ``MACS`` or ``WEIGHTS``.
             max_drop: Accuracy that may be lost, as a fraction.
-            trials: Number of networks to try.
         """
         within = [share for share, lost in self._divergences(unit) if lost <= max_drop]
-        start = min(within, default=self._widest(unit))
-        least = self.costs.least_share(unit)
-        return Range(1 / start, 1 / WIDEST_SHARE, 1 / least, trials=trials, stride=STRIDE)
+        return self._range_from(min(within, default=self._widest(unit)), unit)
 
     def coding_range(self, max_drop: float) -> Range:
         """Return where to look for how many times fewer weights a network may have that is coded.
@@ -79,9 +76,13 @@ class Slimmer:
         """
         nats = CODED_NATS * max_drop * CODING_EXPONENT
         shares = self._divergences(WEIGHTS)
-        start = min(shares, key=lambda found: found[1] + nats * math.log(found[0]))[0]
-        least = self.costs.least_share(WEIGHTS)
-        return Range(1 / start, 1 / WIDEST_SHARE, 1 / least, trials=1, stride=STRIDE)
+        start, _ = min(shares, key=lambda found: found[1] + nats * math.log(found[0]))
+        return replace(self._range_from(start, WEIGHTS), trials=1)
+
+    def _range_from(self, share: float, unit: str) -> Range:
+        """Return the range of all networks, which begins with that of a ``share`` of the unit."""
+        most = 1 / self.costs.least_share(unit)
+        return Range(1 / share, 1 / WIDEST_SHARE, most, stride=STRIDE)
 
     def _divergences(self, unit: str) -> list[tuple[float, float]]:
         """Return shares of the ``unit``, and what the curves of the best widths add up to."""
