@@ -6,16 +6,20 @@ import pytest
 import torch
 from every_kind import EveryKind
 from test_engines import Mobile, Residual
+from torch import nn
 
 from common.network.tracing import trace_network
 from quantization.int8.engines import fp32
 
 
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("layout", ["plain", "packed", "blocked"])
 @pytest.mark.parametrize("kind", [EveryKind, Residual, Mobile])
-def test_packed_convolutions_give_the_same_logits(kind, packs, monkeypatch):
-    if not packs:
+def test_packed_convolutions_give_the_same_logits(kind, layout, monkeypatch):
+    if layout == "plain":
         monkeypatch.setattr(fp32, "can_pack", lambda: False)
+    if layout == "blocked":
+        monkeypatch.setattr(fp32, "SMALL_MAP", 12 * 12)
+        monkeypatch.setattr(fp32, "MANY_IMAGES", 5)
     torch.manual_seed(0)
     network = trace_network(kind().eval(), (3, 12, 12))
     run, images = fp32.fp32_runner(network), torch.randn(5, 3, 12, 12)
@@ -25,3 +29,19 @@ def test_packed_convolutions_give_the_same_logits(kind, packs, monkeypatch):
         assert torch.allclose(run(batch), network(batch), atol=1e-5, rtol=1e-4)
         assert torch.equal(batch, given)
     assert not run(images.requires_grad_()).requires_grad
+
+
+@pytest.mark.skipif(not fp32.can_pack(), reason="torch has no packed convolutions here")
+def test_large_batches_of_small_maps_are_convolved_in_the_blocked_layout(monkeypatch):
+    convolutions = nn.Conv2d(3, 4, 3, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64, 5)).eval()
+    run = fp32.fp32_runner(trace_network(model, (3, 12, 12)))
+    layouts = []
+    convolve = fp32.F.conv2d
+    monkeypatch.setattr(
+        fp32.F, "conv2d", lambda x, *rest: layouts.append(x.layout) or convolve(x, *rest)
+    )
+    run(torch.randn(fp32.MANY_IMAGES - 1, 3, 12, 12))
+    assert layouts == []
+    run(torch.randn(fp32.MANY_IMAGES, 3, 12, 12))
+    assert layouts == [torch._mkldnn] * 2  # not that of one position
