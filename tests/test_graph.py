@@ -57,14 +57,16 @@ def test_evaluate_runs_what_is_needed_once_and_frees_it():
             alive -= 1
 
     def compute(operation, inputs):
-        computed.append(operation.name)
+        computed.append((operation.name, alive))
         return Counted()
 
     chain = [Operation("x", "input")]
-    chain += [Operation(f"{i}", "relu", (f"{i - 1}" if i else "x",)) for i in range(4)]
-    found = evaluate(Graph(tuple(chain)), compute, {"1": "known"}, ["3"])
-    assert computed == ["2", "3"]
-    assert (list(found), alive) == (["3"], 1)
+    chain += [Operation(f"{i}", "relu", (f"{i - 1}" if i else "x",)) for i in range(6)]
+    graph = Graph(tuple(chain))
+    found = evaluate(graph, compute, {"1": "known"}, ["5"])
+    assert computed == [("2", 0), ("3", 1), ("4", 1), ("5", 1)]
+    assert (list(found), alive) == (["5"], 1)
+    assert list(evaluate(graph, compute, {"1": "known"}, ["3", "5"])) == ["3", "5"]
 
 
 def test_json_keeps_everything():
