@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.measure.evaluate import predict
-from common.network.cascade import Fp32Recheck
+from common.network.cascade import SAFETY_FACTOR, Fp32Recheck, bounds_of, decide
 from common.network.tracing import trace_network
 from pruning.together.search import BATCH_SIZE, Classifier
 
@@ -26,6 +26,26 @@ def test_rechecks_add_up():
 def test_a_change_near_the_bound_is_warned_of(largest, warns, caplog):
     Fp32Recheck(10, 3, 1, largest).warn_if_near()
     assert ("some beyond may be wrong" in caplog.text) == warns
+
+
+def test_what_is_within_the_bound_and_nothing_else_is_looked_at_again():
+    fast = torch.tensor([[[0.0, 0.9, -5.0], [0.0, 1.1, -5.0]]])
+    record, looked_at = Fp32Recheck(), []
+
+    def look_again(close):
+        looked_at.append(close.tolist())
+        return torch.tensor([0])
+
+    found = decide(fast, torch.ones(1), look_again, record)
+    assert (looked_at, found.tolist()) == ([[[True, False]]], [[0, 1]])
+    assert record == Fp32Recheck(2, 1, 1, pytest.approx(0.9))
+
+
+def test_an_error_that_all_logits_share_does_not_widen_the_bound():
+    exact = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]]])
+    errors = torch.tensor([[[8.0, 8.0], [4.0, 4.0]], [[8.0, 8.0], [4.0, 3.5]]])
+    bounds = bounds_of(exact + errors, exact)
+    assert bounds.tolist() == [pytest.approx(0), SAFETY_FACTOR * 0.5]
 
 
 @pytest.mark.parametrize("fast", [False, True])

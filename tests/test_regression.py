@@ -10,6 +10,7 @@ from networks import Bottleneck, MobileNet, build
 from common.network.execution import Layer
 from common.network.graph import CONVOLUTION, LINEAR, Operation
 from common.network.regression import (
+    ROUNDING,
     MomentSums,
     completed_sum,
     draw_positions,
@@ -120,6 +121,14 @@ def test_a_layer_that_reads_zeros_alone_stays_as_it_is(generator):
     fitted = moments.refit(layer, 0.01 * moments.squares)
     assert torch.equal(fitted.weight, layer.weight)
     torch.testing.assert_close(fitted.bias, wanted.mean(0))
+
+
+def test_rounding_is_no_negative_variance(generator):
+    layer = Layer(torch.randn(4, 3, generator=generator), torch.zeros(4))
+    wanted = torch.tensor([[0.1, 1000.3, -30.7, 7.7]]).expand(50, 4)
+    moments = moments_of(layer, 1, torch.randn(50, 1, 3, generator=generator), wanted)
+    floor = ROUNDING * float(wanted[0].square().sum())
+    assert floor * 0.99 < moments.variance < 1e3 * floor
 
 
 def test_all_of_a_linear_layers_inputs_are_read(generator):

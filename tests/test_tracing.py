@@ -44,9 +44,23 @@ class Net(nn.Module):
         return self.fc(x.view(x.size(0), -1))
 
 
+class NormAndMore(nn.Module):
+    """A convolution that not only its batch norm reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x) + x
+
+
 @pytest.mark.parametrize(
     ("function", "features"),
     [
+        (NormAndMore(), 256),
+        (lambda x: x + x.view(-1, 2, 2, 8, 8).relu().view(-1, 4, 8, 8), 256),
         (nn.Hardtanh(0, 6), 256),
         (nn.AdaptiveAvgPool2d((3, 2)), 24),
         (nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), 100),
