@@ -62,6 +62,7 @@ GEOMETRY = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1
         ("convolution", GEOMETRY | {"groups": 3}, (4, 1, 3, 3)),
         ("convolution", GEOMETRY | {"stride": [0, 1]}, (4, 3, 3, 3)),
         ("convolution", GEOMETRY | {"padding": [-1, 1]}, (4, 3, 3, 3)),
+        ("convolution", GEOMETRY | {"dilation": [0, 1]}, (4, 3, 3, 3)),
         ("convolution", GEOMETRY, (4, 3, 9, 9)),
         ("linear", {}, (5, 7)),
         ("affine", {}, (1,)),
