@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import resource
@@ -75,6 +76,10 @@ def hold_memory() -> int:
     return len(torch.ones(100_000_000))
 
 
+def write_at_the_end(path: str) -> None:
+    atexit.register(Path(path).touch)
+
+
 def exhaust():
     torch.empty(1 << 60)
 
@@ -124,6 +129,12 @@ def test_its_memory_counts_beside_what_this_one_holds():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     call_fresh(hold_memory)
     assert device.peak_memory_bytes() > pages * resource.getpagesize() + 400e6
+
+
+def test_it_takes_no_memory_once_it_has_counted_its_own(tmp_path):
+    """What libraries take as a process ends would not be in the sum."""
+    assert call_fresh(write_at_the_end, str(tmp_path / "ended")) is None
+    assert not (tmp_path / "ended").exists()
 
 
 def test_this_one_goes_on_meanwhile(tmp_path):
