@@ -50,6 +50,19 @@ def test_shortcuts_that_add_channels_of_zeros_keep_their_streams():
     assert list(groups_of(model)) == ["layer1.0.conv1", "layer2.0.conv1"]
 
 
+def test_channels_before_channels_of_zeros_stay():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 10, 1)
+
+        def forward(self, x):
+            x = nn.functional.pad(self.stem(x), (0, 0, 0, 0, 0, 4))
+            return self.head(x).mean((2, 3))
+
+    assert groups_of(Padded()) == {}
+
+
 class AddedToItself(nn.Module):
     """A layer whose outputs are added to its inputs, and one whose outputs scale its inputs."""
 

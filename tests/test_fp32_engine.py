@@ -12,8 +12,23 @@ from common.network.tracing import trace_network
 from quantization.int8.engines import fp32
 
 
+class Sums(nn.Module):
+    """Sums of three, and a convolution that is added and read once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.second, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.first(x) + x + x.sigmoid()
+        y = self.second(x)
+        return self.fc((y + x + y.relu()).mean((2, 3)))
+
+
 @pytest.mark.parametrize("layout", ["plain", "packed", "blocked"])
-@pytest.mark.parametrize("kind", [EveryKind, Residual, Mobile])
+@pytest.mark.parametrize("kind", [EveryKind, Residual, Mobile, Sums])
 def test_packed_convolutions_give_the_same_logits(kind, layout, monkeypatch):
     if layout == "plain":
         monkeypatch.setattr(fp32, "can_pack", lambda: False)
