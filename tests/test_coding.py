@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, build
@@ -57,6 +58,37 @@ def test_a_higher_price_makes_more_zeros_and_a_larger_error(layer):
     errors = [output_error(weight, moment, levels * 0.3) for levels in found]
     assert zeros == sorted(set(zeros))
     assert errors == sorted(set(errors))
+
+
+def test_errors_are_carried_on_from_block_to_block(layer, monkeypatch):
+    weight, moment = layer
+    found = []
+    for block in (36, 9, 5):
+        monkeypatch.setattr(levels_module, "BLOCK", block)
+        steps = torch.full((8,), 0.5)
+        found.append(choose_levels(weight, moment[None], steps, price=0.1, positions=9))
+    assert all(torch.equal(levels, found[0]) for levels in found)
+
+
+def test_a_level_is_the_cheapest_of_zero_and_the_two_nearest():
+    """Against each level's error and bits, where a magnitude of 2 takes more bits than one of 1."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(-1, 2, (9, 50), generator=generator).float().numpy()
+    start[0, :3] = 2
+    estimate = levels_module._Estimate(start, 9)
+    estimate._row_odds[:], estimate._column_odds[:] = 0, 0
+    estimate._beside = estimate._lean = 0  # whether it is zero, and its sign, take a bit each
+    aims = torch.linspace(-1.9, 1.9, 50).numpy()
+    stiffness, price = np.full(50, 1.5, np.float32), 0.7
+    bits = {0: 1.0, 1: 2 + estimate._magnitudes[1], 2: 2 + estimate._magnitudes[2]}
+    assert bits[2] - bits[1] > 2
+    costs = {
+        level: 1.5 * (abs(aims) - level) ** 2 + price * bits[level] for level in (0, 1, 2)
+    }  # fmt: skip
+    expected = np.sign(aims) * np.argmin(np.stack(list(costs.values())), axis=0)
+    found = estimate.round(4, aims, stiffness, price)
+    assert np.array_equal(found, expected)
+    assert {0, 1} <= set(abs(found))
 
 
 @pytest.fixture

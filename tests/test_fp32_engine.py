@@ -13,18 +13,20 @@ from quantization.int8.engines import fp32
 
 
 class Sums(nn.Module):
-    """Sums of three, and a convolution that is added and read once more."""
+    """Sums of three, and what is added and read once more: a convolution, and another value."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.first = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.second, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+        self.second, self.third = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
 
     def forward(self, x):
         x = self.stem(x)
         x = self.first(x) + x + x.sigmoid()
         y = self.second(x)
-        return self.fc((y + x + y.relu()).mean((2, 3)))
+        z = self.third(y) + x
+        return self.fc((y + x + z.relu()).mean((2, 3)))
 
 
 @pytest.mark.parametrize("layout", ["plain", "packed", "blocked"])
