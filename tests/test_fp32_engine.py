@@ -26,7 +26,7 @@ class Sums(nn.Module):
         x = self.first(x) + x + x.sigmoid()
         y = self.second(x)
         z = self.third(y) + x
-        return self.fc((y + x + z.relu()).mean((2, 3)))
+        return self.fc((y + x * z.relu()).mean((2, 3)))
 
 
 @pytest.mark.parametrize("layout", ["plain", "packed", "blocked"])
