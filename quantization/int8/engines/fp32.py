@@ -28,6 +28,7 @@ FUSED = {
     "silu": ("swish", []),
 }
 PLAIN = ("none", [])
+Run = Callable[..., torch.Tensor]
 # The layouts found with it are good from batch 1 to 128.
 PACKING_BATCH_SIZE = 8
 # From so many images on, oneDNN's convolutions with outputs of at most so many positions take 0.6
@@ -115,25 +116,32 @@ def _packed_convolution(
         kernel = torch.ops.mkldnn._convolution_pointwise_.binary
         is_free = may_overwrite(step, steps)
         # A fused addition runs no activation but ReLU.
-        is_fused = activation == "relu"
+        fused = activation if activation == "relu" else None
 
         def run(value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
             if not is_free:
                 added = added.clone(memory_format=torch.channels_last)
-            fused = activation if is_fused else None
             total = kernel(added, value, packed, bias, *geometry, "add", 1.0, fused, [], "")
-            return total if is_fused else activate(total)
+            return activate(total) if fused is None else total
 
     has_window = layer.weight[0, 0].numel() > 1 and settings["groups"] == 1
-    if not has_window or math.prod(network.shapes[step.operation.name][1:]) > SMALL_MAP:
-        return Call(step.name, run, step.inputs)
+    if has_window and math.prod(network.shapes[step.operation.name][1:]) <= SMALL_MAP:
+        run = _blocked_for_many(run, packed, bias, geometry, activate)
+    return Call(step.name, run, step.inputs)
+
+
+def _blocked_for_many(
+    run: Run, packed: torch.Tensor, bias: torch.Tensor, geometry: tuple, activate: Run
+) -> Run:
+    """Return what runs many images in oneDNN's blocked layout, where nothing is fused."""
+    padding, stride, *others = geometry
     blocked_bias = bias.to_mkldnn()
 
     def run_any(value: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:
         if len(value) < MANY_IMAGES:
             return run(value, *added)
-        sums = F.conv2d(value.to_mkldnn(), packed, blocked_bias, stride, padding, dilation)
+        sums = F.conv2d(value.to_mkldnn(), packed, blocked_bias, stride, padding, *others)
         sums = sums.to_dense().contiguous(memory_format=torch.channels_last)
         return activate(sums.add_(*added) if added else sums)
 
-    return Call(step.name, run_any, step.inputs)
+    return run_any
