@@ -74,6 +74,14 @@ def test_a_dense_layer_of_one_level_comes_back():
     assert np.array_equal(round_trip([layer])[0], layer)
 
 
+def test_a_layer_too_small_for_its_table_and_one_of_many_zeros_are_sparse():
+    levels = np.ones((entropy.MIN_DENSE_WEIGHTS // 4, 4, 1), np.int8)
+    assert entropy.choose_storage(levels) == "dense"
+    assert entropy.choose_storage(levels[1:]) == "sparse"
+    levels[: len(levels) // 2 + 1] = 0
+    assert entropy.choose_storage(levels) == "sparse"
+
+
 @pytest.mark.parametrize("size", [40, 400])  # a sparse and a dense layer
 @pytest.mark.parametrize(
     "change", [lambda s: s[:20], lambda s: s[:-1], lambda s: np.append(s, np.zeros(400, np.uint8))]
