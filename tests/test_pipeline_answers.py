@@ -12,7 +12,7 @@ from common.measure.evaluate import Accuracy, Comparison
 from common.search.budget import Verdict
 from common.search.trials import Range
 from pipeline import GOALS
-from pipeline.answers import choose_best, find_answers
+from pipeline.answers import _room, choose_best, find_answers
 from pipeline.candidates import Candidate
 
 MAX_DROP = 0.01
@@ -99,3 +99,17 @@ def test_every_network_that_was_made_is_listed(goals, training, passes_from):
     assert list(found.best) == list(goals)
     assert sorted(map(id, found.tried)) == sorted(map(id, builder.made))
     assert any(one.trained for one in found.tried) == (training is not None)
+
+
+def test_training_ends_with_the_first_network_that_passes():
+    found = find_answers(FakeBuilder(0.5, "epochs"), ["speed"])
+    assert [one.verdict.passes for one in found.tried if one.trained] == [True]
+
+
+@pytest.mark.parametrize(
+    ("drop", "spare", "left"),
+    [(0.004, 0.003, 0.001), (0.001, 0.0005, 0.0005), (0.001, -0.002, -0.002)],
+)
+def test_what_is_coded_leaves_room_in_its_share_and_in_the_whole_budget(drop, spare, left):
+    room = _room(FakeBuilder(0.5), 0.5)
+    assert room(candidate(drop=drop, spare=spare)) == pytest.approx(left)
