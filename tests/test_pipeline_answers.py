@@ -106,6 +106,12 @@ def test_training_ends_with_the_first_network_that_passes():
     assert [one.verdict.passes for one in found.tried if one.trained] == [True]
 
 
+def test_no_network_narrower_than_possible_is_trained(monkeypatch):
+    monkeypatch.setattr(FakeBuilder, "least_share", lambda self, unit: 0.25)
+    found = find_answers(FakeBuilder(0.0, "epochs"), ["speed"])
+    assert [one.strength for one in found.tried if one.trained] == [4.0]
+
+
 @pytest.mark.parametrize(
     ("drop", "spare", "left"),
     [(0.004, 0.003, 0.001), (0.001, 0.0005, 0.0005), (0.001, -0.002, -0.002)],
