@@ -7,15 +7,20 @@ import torch
 import torch.nn.functional as F
 from networks import Bottleneck, MobileNet, build
 
+from common.network import regression
 from common.network.execution import Layer
 from common.network.graph import CONVOLUTION, LINEAR, Operation
 from common.network.regression import (
     ROUNDING,
     MomentSums,
+    Samples,
+    active_range,
     completed_sum,
     draw_positions,
     inputs_at,
+    measure_moments,
     outputs_at,
+    outputs_of,
 )
 from common.network.tracing import trace_network
 
@@ -147,3 +152,76 @@ def test_the_last_operand_completes_a_sum(random_images):
     mobile = trace_network(build(MobileNet, images), images.shape)
     assert completed_sum(mobile, "blocks.0.project.0")[1] == "stem.0"
     assert completed_sum(mobile, "blocks.1.project.0") is None
+
+
+def test_outputs_count_where_the_activation_after_them_is_not_flat(random_images):
+    images = random_images(8)
+    network = trace_network(build(Bottleneck, images), images.shape)
+    found = {name: active_range(network, name) for name in network.layers}
+    relu = (0.0, float("inf"))
+    # The shortcut "down.0" runs before conv3, which completes the sum; nothing follows "fc".
+    no_range = {"down.0": None, "fc": None}
+    assert found == dict.fromkeys(("stem.0", "conv1", "conv2", "conv3"), relu) | no_range
+    mobile = trace_network(build(MobileNet, images), images.shape)
+    assert active_range(mobile, "blocks.0.expand.0") == (0, 6)
+    assert active_range(mobile, "blocks.0.filter.0") == (-3, float("inf"))
+    assert active_range(mobile, "blocks.0.project.0") is None  # its sum is read as it is
+    for name, function in (
+        ("relu", F.relu), ("relu6", F.relu6), ("hardswish", F.hardswish),
+        ("hardsigmoid", F.hardsigmoid),
+    ):  # fmt: skip
+        low, high = regression.ACTIVE_RANGES[name]
+        beyond = torch.tensor([low - 5, low - 0.01, low])
+        assert function(beyond).unique().numel() == 1
+        if high < float("inf"):
+            assert function(torch.tensor([high, high + 0.01, high + 5])).unique().numel() == 1
+
+
+def test_relaxed_targets_differ_where_the_activation_is_flat():
+    """By hand, for ReLU6, with 1 added to each output."""
+    wanted = torch.tensor([[-4.0, -4.0, 2.0, 7.0, 7.0]])
+    given = torch.tensor([[-3.0, 5.0, -8.0, 9.0, 3.0]])  # all from the bias
+    samples = Samples(torch.zeros(1, 1, 2), wanted, torch.ones(1, 5))
+    relaxed = samples.relaxed(Layer(torch.zeros(5, 2), given[0]), (0.0, 6.0))
+    assert relaxed.wanted.tolist() == [[-3.0, -1.0, 2.0, 9.0, 5.0]]
+
+
+def test_each_repetition_of_the_regression_lowers_the_error_after_the_relu(generator, monkeypatch):
+    rows = torch.randn(400, 2, 6, generator=generator)
+    layer = Layer(torch.randn(8, 6, generator=generator), torch.randn(8, generator=generator))
+    added = torch.randn(400, 8, generator=generator)
+    # A function that no linear layer is.
+    wanted = (2 * outputs_of(rows, torch.randn(8, 6, generator=generator))).tanh() * 3 - added
+    ridge = torch.full((2,), 1e-6)
+    draw = lambda: [Samples(r, w, a) for r, w, a in zip(  # noqa: E731
+        rows.split(100), wanted.split(100), added.split(100), strict=True
+    )]  # fmt: skip
+
+    def fitted(repetitions):
+        monkeypatch.setattr(regression, "RELAXATIONS", repetitions)
+        moments = measure_moments(layer, 2, draw, lambda _: ridge, (0.0, float("inf")))
+        return moments.refit(layer, ridge)
+
+    def error(layer):
+        given = outputs_of(rows, layer.weight) + layer.bias
+        return float(((given + added).relu() - (wanted + added).relu()).square().sum())
+
+    errors = [error(fitted(repetitions)) for repetitions in range(5)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.95 * errors[0]
+    # None to repeat: plain least squares.
+    plain = measure_moments(layer, 2, draw, lambda _: ridge, None).refit(layer, ridge)
+    torch.testing.assert_close(plain.weight, fitted(0).weight)
+    best = Layer(*(p.clone().requires_grad_() for p in (plain.weight, plain.bias)))
+    optimizer = torch.optim.LBFGS([best.weight, best.bias], max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        given = outputs_of(rows, best.weight) + best.bias
+        loss = ((given + added).relu() - (wanted + added).relu()).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        assert error(fitted(50)) == pytest.approx(error(best), rel=0.02)

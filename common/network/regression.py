@@ -3,9 +3,17 @@
 The coder and the removal of channels both ask which weights bring a layer closest to wanted
 outputs, given the inputs that it now gets. Outputs are sampled at a few random positions of each
 image. A grouped convolution is one regression for each group: moments have a dimension of groups.
+
+Before a ReLU all negative outputs are alike, so only an error that changes what the ReLU gives
+counts (Zhang et al., 2015, arXiv:1411.4229). Where an output is wanted that is negative, any
+negative one will do: the regression is repeated with the output of the last one as the target
+there, or zero where that was positive. Each repetition lowers the error after the ReLU.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +24,14 @@ from common.network.graph import ADD, LINEAR, Operation
 MAX_COLUMNS = 10_000  # a regression of more inputs would take gigabytes
 ROUNDING = 1e-6  # variance that rounding gives constant outputs, relative to their square
 SMALLEST_SPREAD = 1e-12  # mean square of inputs that are always zero, so that no matrix is singular
+RELAXATIONS = 2  # how often a regression before an activation is repeated
+# Outside of these ranges an activation gives one and the same value.
+ACTIVE_RANGES = {
+    "relu": (0.0, math.inf),
+    "relu6": (0.0, 6.0),
+    "hardswish": (-3.0, math.inf),
+    "hardsigmoid": (-3.0, 3.0),
+}
 
 
 def draw_positions(
@@ -79,6 +95,36 @@ def completed_sum(network: Network, layer: str) -> tuple[str, str] | None:
     return user.name, other
 
 
+def active_range(network: Network, layer: str) -> tuple[float, float] | None:
+    """Return the range of ``ACTIVE_RANGES`` in which a layer's outputs count.
+
+    They are those of the sum that it completes, if it does. None if they count everywhere, as they
+    do if another operation reads them too.
+    """
+    completed = completed_sum(network, layer)
+    user = network.graph.sole_user(layer if completed is None else completed[0])
+    return None if user is None else ACTIVE_RANGES.get(user.kind)
+
+
+class Samples(NamedTuple):
+    """A layer at some positions of some images."""
+
+    rows: torch.Tensor  # what it reads, (n, groups, columns)
+    wanted: torch.Tensor  # what it should give, (n, O)
+    added: torch.Tensor | float = 0.0  # what is added to its outputs, (n, O)
+
+    def relaxed(self, fitted: Layer, active: tuple[float, float]) -> "Samples":
+        """Return samples that want no more than what counts after an activation.
+
+        ``fitted`` is the layer that was fitted to these ones, ``active`` the range that counts.
+        """
+        given = outputs_of(self.rows, fitted.weight) + fitted.bias + self.added
+        wanted, (low, high) = self.wanted + self.added, active
+        relaxed = torch.where(wanted <= low, given.clamp(max=low), wanted)
+        relaxed = torch.where(wanted >= high, given.clamp(min=high), relaxed)
+        return self._replace(wanted=relaxed - self.added)
+
+
 @dataclass(frozen=True)
 class Moments:
     """Moments of a layer's inputs and of its residuals: wanted outputs minus given ones."""
@@ -119,21 +165,55 @@ class Moments:
         return (_grouped(weight, len(self.mean)) @ self.mean[:, :, None]).flatten()
 
 
-class MomentSums:
-    """Sums over the samples of an FP32 layer, from which its moments follow."""
+def measure_moments(
+    layer: Layer,
+    groups: int,
+    draw: Callable[[], Iterable[Samples]],
+    ridge: Callable[[Moments], torch.Tensor],
+    active: tuple[float, float] | None,
+) -> Moments:
+    """Return a layer's moments, towards outputs that are relaxed if an activation follows.
 
-    def __init__(self, layer: Layer, groups: int):
-        self._layer, self._groups, self._count = layer, groups, 0
+    Args:
+        layer: Layer to be fitted.
+        groups: Number of its groups.
+        draw: Yields the samples; they are the same each time.
+        ridge: Returns the ridge (groups,) of a regression on moments.
+        active: Range of outputs that count, as :func:`active_range` returns it.
+    """
+    sums = MomentSums(layer, groups)
+    for samples in draw():
+        sums.add(samples.rows, samples.wanted)
+    moments = sums.moments()
+    for _ in range(0 if active is None else RELAXATIONS):
+        fitted = moments.refit(layer, ridge(moments))
+        sums = MomentSums(layer, groups, moments)
+        for samples in draw():
+            sums.add(samples.rows, samples.relaxed(fitted, active).wanted)
+        moments = sums.moments()
+    return moments
+
+
+class MomentSums:
+    """Sums over the samples of an FP32 layer, from which its moments follow.
+
+    Where ``known`` are moments of the same inputs, only what depends on the residuals is summed.
+    """
+
+    def __init__(self, layer: Layer, groups: int, known: Moments | None = None):
+        self._layer, self._groups, self._known, self._count = layer, groups, known, 0
         weight = _grouped(layer.weight, groups)
         columns, new = weight.shape[2], layer.weight.new_zeros
-        self._inner, self._cross = new(groups, columns, columns), new(weight.shape)
+        self._inner = new(groups, columns, columns) if known is None else None
+        self._cross = new(weight.shape)
         self._rows = new(groups, columns)
         self._lacking, self._wanted, self._square = (new(len(layer.bias)) for _ in range(3))
 
     def add(self, rows: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
         """Add inputs (n, groups, columns) and wanted outputs (n, O); None for those given."""
         rows = rows.transpose(0, 1)
-        self._inner.baddbmm_(rows.transpose(1, 2), rows)
+        if self._known is None:
+            self._inner.baddbmm_(rows.transpose(1, 2), rows)
         self._rows += rows.sum(1)
         self._count += rows.shape[1]
         if wanted is None:
@@ -150,9 +230,11 @@ class MomentSums:
         """Return the moments; the sums are used up."""
         count = self._count
         mean, lacking, wanted = self._rows / count, self._lacking / count, self._wanted / count
-        covariance = self._inner.div_(count).sub_(mean[:, :, None] * mean[:, None])
         cross = self._cross.div_(count)
         cross -= lacking.view(self._groups, -1, 1) * mean[:, None]
+        if self._known is not None:
+            return replace(self._known, lacking=lacking, cross=cross)
+        covariance = self._inner.div_(count).sub_(mean[:, :, None] * mean[:, None])
         square = wanted.square()
         variance = (self._square / count - square).maximum(ROUNDING * square).sum()
         return Moments(mean, covariance, lacking, cross, float(variance))

@@ -8,6 +8,7 @@ errors of those.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -193,11 +194,14 @@ def repair(dense: Dense, widths: Mapping[str, int]) -> SlimNetwork:
     for operation in cli.progress(slim.graph.operations[1:], "repair"):
         name, replaced = operation.name, None
         if name in dense.targets:
-            sums = regression.MomentSums(exact.layers[name], operation.attributes.get("groups", 1))
-            for rows, wanted in _samples(dense, operation, exact, walk, channels.get(name)):
-                sums.add(rows, wanted)
-            moments = sums.moments()
             damping = DAMPING if name in lacking else INNER_DAMPING
+            moments = regression.measure_moments(
+                exact.layers[name],
+                operation.attributes.get("groups", 1),
+                partial(_samples, dense, operation, exact, walk, channels.get(name)),
+                lambda moments, damping=damping: damping * moments.squares,
+                regression.active_range(exact, name),
+            )
             layers[name] = moments.refit(exact.layers[name], damping * moments.squares)
             statistics[name] = moments.output_statistics(layers[name].weight)
             replaced = layers[name].to(slim.layers[name].weight.dtype)
@@ -213,18 +217,18 @@ def _samples(
     exact: Network,
     walk: Walk,
     channels: torch.Tensor | None,
-) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterable[regression.Samples]:
     """Yield what a slim layer reads, and what it should give."""
     name, start = operation.name, 0
     completed = regression.completed_sum(exact, name)
     others = None if completed is None else walk.batches(completed[1])
     for index, x in enumerate(walk.batches(operation.inputs[0])):
-        rows = slice(start, start + len(x))
+        batch = slice(start, start + len(x))
         start += len(x)
-        positions = dense.positions[name][rows] if name in dense.positions else None
-        wanted = dense.targets[name][rows].flatten(0, 1)
+        positions = dense.positions[name][batch] if name in dense.positions else None
+        wanted = dense.targets[name][batch].flatten(0, 1)
         if channels is not None:
             wanted = wanted[:, channels]
-        if others is not None:
-            wanted = wanted - regression.outputs_at(others[index], positions)
-        yield regression.inputs_at(operation, exact.layers[name], x, positions), wanted
+        added = 0.0 if others is None else regression.outputs_at(others[index], positions)
+        rows = regression.inputs_at(operation, exact.layers[name], x, positions)
+        yield regression.Samples(rows, wanted - added, added)

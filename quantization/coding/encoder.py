@@ -10,8 +10,9 @@ A network that was made from another one is coded towards the outputs of that on
 compensates for earlier errors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -22,7 +23,7 @@ from common.network import regression
 from common.network.execution import Layer, Network
 from common.network.graph import Graph, Operation
 from common.network.walk import Walk, peak_bytes_per_image
-from quantization.coding.levels import TOO_LARGE, fit_and_choose
+from quantization.coding.levels import TOO_LARGE, fit_and_choose, repair_ridge
 from quantization.int8.network import Int8Layer
 
 BATCH_SIZE = 50
@@ -104,8 +105,15 @@ class _Samples:
         *self.references, self.coded = walks
         self._generator = torch.Generator().manual_seed(seed)
 
-    def draw(self, operation: Operation) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield a layer's inputs (n, groups, columns) and wanted outputs (n, O)."""
+    def draw_positions(self, operation: Operation) -> list[torch.Tensor | None]:
+        """Draw positions of a layer's outputs, for each batch of images."""
+        values = self.references[-1].batches(operation.name)
+        return [regression.draw_positions(v, self._positions, self._generator) for v in values]
+
+    def at(
+        self, operation: Operation, positions: Sequence[torch.Tensor | None]
+    ) -> Iterator[regression.Samples]:
+        """Yield what a layer reads, and what it should give, at positions of each batch."""
         name = operation.name
         channels = self._channels.get(name, slice(None))
         source = self.references[0 if channels is not None else -1]
@@ -114,13 +122,12 @@ class _Samples:
         wanted = zip(*(source.batches(n) for n in (name, *added)), strict=True)
         coded = zip(*(self.coded.batches(n) for n in (operation.inputs[0], *added)), strict=True)
         layer = self.network.layers[name]
-        for values, (x, *others) in zip(wanted, coded, strict=True):
-            where = regression.draw_positions(values[0], self._positions, self._generator)
+        for where, values, (x, *others) in zip(positions, wanted, coded, strict=True):
             y = sum(regression.outputs_at(value, where) for value in values)
             y = y if channels is None else y[:, channels]
-            for other in others:
-                y -= regression.outputs_at(other, where)
-            yield regression.inputs_at(operation, layer, x, where), y
+            added = sum(regression.outputs_at(other, where) for other in others)
+            rows = regression.inputs_at(operation, layer, x, where)
+            yield regression.Samples(rows, y - added, added)
 
 
 def _code(operation: Operation, samples: _Samples, price: float) -> Int8Layer:
@@ -131,10 +138,19 @@ def _code(operation: Operation, samples: _Samples, price: float) -> Int8Layer:
     levels = torch.empty_like(weight, dtype=torch.int8)
     price *= (weight.numel() / REFERENCE_SIZE) ** (SIZE_POWER - 1)
     width = max(1, regression.MAX_COLUMNS // kernel) * kernel
+    positions = samples.draw_positions(operation)
     for start in range(0, weight.shape[1], width):
         part = slice(start, start + width)
-        moments = _measure(operation, samples, Layer(weight, bias), part)
+        others = weight.clone()
+        others[:, part] = 0
         some = Layer(weight[:, part], bias)
+        moments = regression.measure_moments(
+            some,
+            operation.attributes.get("groups", 1),
+            partial(_samples_of_part, samples, operation, positions, others, part),
+            repair_ridge,
+            regression.active_range(samples.network, operation.name),
+        )
         levels[:, part], steps, bias = fit_and_choose(some, moments, price, kernel, steps)
         weight[:, part] = levels[:, part] * steps[:, None]
     bias = bias.half().float()
@@ -143,20 +159,18 @@ def _code(operation: Operation, samples: _Samples, price: float) -> Int8Layer:
     return Int8Layer(levels.view_as(layer.weight), steps, bias)
 
 
-def _measure(
-    operation: Operation, samples: _Samples, layer: Layer, part: slice
-) -> regression.Moments:
-    """Return moments of ``part`` of a layer's inputs, and of the whole layer's residuals."""
-    groups = operation.attributes.get("groups", 1)
-    sums = regression.MomentSums(Layer(layer.weight[:, part], layer.bias), groups)
-    others = layer.weight.clone()
-    others[:, part] = 0
+def _samples_of_part(
+    samples: _Samples,
+    operation: Operation,
+    positions: Sequence[torch.Tensor | None],
+    others: torch.Tensor,
+    part: slice,
+) -> Iterator[regression.Samples]:
+    """Yield samples of ``part`` of a layer's inputs; the ``others`` have these weights."""
     has_others = bool(others.any())
-    for rows, wanted in samples.draw(operation):
-        if has_others:
-            wanted = wanted - regression.outputs_of(rows, others)
-        sums.add(rows[:, :, part], wanted)
-    return sums.moments()
+    for rows, wanted, added in samples.at(operation, positions):
+        given = regression.outputs_of(rows, others) if has_others else 0.0
+        yield regression.Samples(rows[:, :, part], wanted - given, added + given)
 
 
 def layers_on_the_image(graph: Graph) -> set[str]:

@@ -47,12 +47,8 @@ def fit_and_choose(
     The ``price`` of a bit is a share of the outputs' variance, 0 for 8 bits a weight; ``steps`` are
     given if other inputs of the layer were coded before.
     """
-    covariance = moments.covariance
-    if not (math.isfinite(moments.variance) and covariance.isfinite().all()):
-        raise UserError(TOO_LARGE)
-    spread = covariance.diagonal(dim1=1, dim2=2).mean(1)
-    spread = spread.maximum(SMALLEST_SPREAD * (1 + moments.mean.square().mean(1)))
-    wanted = moments.refit(layer, REPAIR_RIDGE * spread).weight
+    spread = _spread(moments)
+    wanted = moments.refit(layer, repair_ridge(moments)).weight
     bit = price * moments.variance
     if steps is None:
         steps = wanted.abs().amax(1).clamp(min=MAX_LEVEL * SMALLEST_STEP) / MAX_LEVEL
@@ -61,9 +57,22 @@ def fit_and_choose(
             coarse = (STEP_PRICES * bit / spread).sqrt().maximum(finest.amax(1))
             steps = coarse.repeat_interleave(finest.shape[1])
         steps = steps.half().float()  # as the file keeps them
-    damped = with_ridge(covariance, RIDGE * spread)
+    damped = with_ridge(moments.covariance, RIDGE * spread)
     levels = choose_levels(wanted, damped, steps, bit, kernel)
     return levels, steps, moments.best_bias(layer, levels * steps[:, None])
+
+
+def repair_ridge(moments: Moments) -> torch.Tensor:
+    """Return the ridge (groups,) of the regression that repairs what earlier layers lost."""
+    return REPAIR_RIDGE * _spread(moments)
+
+
+def _spread(moments: Moments) -> torch.Tensor:
+    """Return the mean variance of each group's inputs, (groups,), if they are finite."""
+    if not (math.isfinite(moments.variance) and moments.covariance.isfinite().all()):
+        raise UserError(TOO_LARGE)
+    spread = moments.covariance.diagonal(dim1=1, dim2=2).mean(1)
+    return spread.maximum(SMALLEST_SPREAD * (1 + moments.mean.square().mean(1)))
 
 
 def choose_levels(
