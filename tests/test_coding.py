@@ -7,6 +7,7 @@ import pytest
 import torch
 from networks import NETWORKS, build
 
+from common.network import walk
 from common.network.execution import Layer
 from common.network.graph import ADD
 from common.network.tracing import trace_network
@@ -199,14 +200,13 @@ def test_fewer_images_are_used_where_memory_is_short(random_images, few_position
     images = random_images(32)
     network = trace_network(build(NETWORKS[0], images), images.shape)
     used = []
-    walk = encoder.Walk
     monkeypatch.setattr(
         encoder,
         "Walk",
-        lambda n, batches, *a: used.append(sum(map(len, batches))) or walk(n, batches, *a),
+        lambda n, batches, *a: used.append(sum(map(len, batches))) or walk.Walk(n, batches, *a),
     )
     encode(network, images, price=0.1)
-    monkeypatch.setattr(encoder, "MEMORY_BYTES", 20 * 2 * encoder.peak_bytes_per_image(network, 2))
+    monkeypatch.setattr(walk, "MEMORY_BYTES", 20 * 2 * walk.peak_bytes_per_image(network, 2))
     layers = encode(network, images, price=0.1)
     assert used == [64, 64, 20, 20]
     assert error_of(network, layers, images) < 0.5

@@ -188,3 +188,14 @@ def test_load_images_needs_enough_of_them():
 def test_a_default_takes_what_there_is():
     assert len(load_images(counted_source(37, []), "test", AtMost(38), seed=0)) == 37
     assert len(load_images(counted_source(37, []), "test", AtMost(8), seed=0, skip=30)) == 7
+
+
+def test_each_image_is_followed_by_its_mirror_image():
+    images = image_set(
+        torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2).to(torch.uint8), torch.tensor([4, 7])
+    )
+    pairs = images.with_mirrored()
+    assert pairs.labels.tolist() == [4, 4, 7, 7]
+    assert torch.equal(pairs.images[::2], images.images)
+    assert pairs.images[1, 0].tolist() == [[1, 0], [3, 2]]
+    assert pairs.images[3, 2].tolist() == [[21, 20], [23, 22]]

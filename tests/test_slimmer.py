@@ -9,6 +9,7 @@ import torch
 from networks import NETWORKS, build
 from resnet18 import BLOCKS, ResNet18, Widths
 
+from common.network import walk
 from common.network.tracing import trace, trace_network
 from pruning.channels import slimmer as module
 from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts
@@ -109,7 +110,7 @@ def test_its_channels_are_those_of_the_dense_network(slimmer):
         assert all(torch.equal(found[name], found[other]) for other in others)
 
 
-@pytest.mark.parametrize(("images", "fitted"), [(40, 30), (2, 2), (1, 1)])
+@pytest.mark.parametrize(("images", "fitted"), [(40, 60), (2, 3), (1, 2)])
 def test_widths_are_measured_on_images_that_chose_nothing(
     tiny_model, random_images, monkeypatch, images, fitted
 ):
@@ -129,7 +130,8 @@ def test_widths_are_measured_on_images_that_chose_nothing(
     assert dict(calls)["fitted"] == fitted
     measured = [seen.images for kind, seen in calls if kind == "unseen"]
     assert len(measured) == 2  # among blocks of half their width, then in a network of that kind
-    expected = pixels.images[fitted:] if fitted < images else pixels.images[-1:]
+    # Of each fitted image its mirror image was too.
+    expected = pixels.images[fitted // 2 :] if images > 2 else pixels.images[-1:]
     assert all(torch.equal(seen, expected) for seen in measured)
 
 
@@ -194,3 +196,32 @@ def test_curves_of_weights_are_measured_on_means_of_two_images_too(
     assert set(next(iter(slimmer._curves_for(WEIGHTS).values())).values()) == {(2 + 3 / 3) / 2}
     first, second = seen[1][:2].double(), seen[2][1].double()
     assert torch.equal(second, first.mean(0).floor())
+
+
+def test_mirror_images_are_used_too_as_far_as_memory_allows(random_images, monkeypatch):
+    images = random_images(40)
+    used = []
+    measure = module.measure_dense
+    monkeypatch.setattr(
+        module, "measure_dense", lambda *given: used.append(given) or measure(*given)
+    )
+
+    def slim():
+        slimmer = slimmer_of(build(NETWORKS[0], images), images)
+        slimmer.slim(0.8)
+        *_, pairs, _, _, _, fitted, positions = used.pop()
+        unseen = slimmer._unseen.images
+        seen = [pixels for pixels in pairs.images[:fitted] for other in unseen
+                if torch.equal(pixels, other)]  # fmt: skip
+        assert not seen
+        return pairs.images, fitted, positions, slimmer
+
+    pairs, fitted, positions, slimmer = slim()
+    assert (len(pairs), fitted, positions, len(slimmer._unseen)) == (80, 60, 16, 10)
+    assert torch.equal(pairs[::2], images.images)
+    assert torch.equal(pairs[1::2], images.images.flip(3))
+    peak = walk.peak_bytes_per_image(slimmer.traced.network, 4)
+    monkeypatch.setattr(walk, "MEMORY_BYTES", 20 * peak)
+    some, fitted, positions, _ = slim()
+    assert (len(some), fitted, positions) == (20, 15, 64)
+    assert torch.equal(some, pairs[:20])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from networks import NETWORKS, build
 
+from common.network import walk as module
 from common.network.tracing import trace_network
-from common.network.walk import Walk, peak_bytes_per_image
+from common.network.walk import Walk, images_in_memory, peak_bytes_per_image
 
 
 @pytest.mark.parametrize("make", NETWORKS)
@@ -52,3 +53,18 @@ def test_a_walk_takes_the_memory_that_is_foretold(random_images, make):
         walk.step(operation.name)
         most = max(most, before + walk.batches(operation.name)[0].numel())
     assert 2 * most == 2 * peak_bytes_per_image(network, 2)
+
+
+def test_no_more_images_walk_than_memory_allows(random_images, monkeypatch, caplog):
+    images = random_images(4)
+    network = trace_network(build(NETWORKS[0], images), images.shape)
+    caplog.set_level("INFO")
+    assert images_in_memory(500, [network, network], 4) == 500
+    assert not caplog.records
+    peak = peak_bytes_per_image(network, 4)
+    monkeypatch.setattr(module, "MEMORY_BYTES", 30 * peak)
+    assert images_in_memory(500, [network, network], 4) == 15
+    assert "15 of 500 training images are used" in caplog.text
+    assert images_in_memory(500, [network], 2) == 60
+    monkeypatch.setattr(module, "MEMORY_BYTES", 1)
+    assert images_in_memory(500, [network], 2) == 1

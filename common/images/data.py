@@ -64,6 +64,11 @@ class ImageSet:
             images = self.images[indices]
         return replace(self, images=images, labels=self.labels[indices])
 
+    def with_mirrored(self) -> ImageSet:
+        """Return the images, each followed by its mirror image."""
+        pairs = torch.stack([self.images, self.images.flip(3)], dim=1).flatten(0, 1)
+        return replace(self, images=pairs, labels=self.labels.repeat_interleave(2))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""

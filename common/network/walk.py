@@ -9,8 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
+from common.command.cli import log
 from common.network.execution import Layer, Network
 from common.network.graph import Graph
+
+MEMORY_BYTES = 4_000_000_000  # memory that the values of all images may take
 
 
 class Walk:
@@ -57,6 +60,15 @@ class Walk:
         for source in last:
             del self._values[source]
         self._values[name] = found
+
+
+def images_in_memory(count: int, networks: Sequence[Network], bytes_per_number: int) -> int:
+    """Return how many of ``count`` images :data:`MEMORY_BYTES` allow to walk through networks."""
+    peak = sum(peak_bytes_per_image(network, bytes_per_number) for network in networks)
+    fitting = max(1, min(count, MEMORY_BYTES // peak))
+    if fitting < count:
+        log.info("%d of %d training images are used, to save memory", fitting, count)
+    return fitting
 
 
 def peak_bytes_per_image(network: Network, bytes_per_number: int) -> int:

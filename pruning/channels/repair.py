@@ -24,7 +24,7 @@ from pruning.channels.groups import ChannelGroup
 from pruning.channels.slimming import channels_given, slim_module, slim_network
 from pruning.channels.surgeon import DAMPING, ChannelChoice, Reader, remove_channels
 
-POSITIONS = 16  # of each image's outputs
+POSITIONS = 16  # positions of each image's outputs that are looked at
 BATCH_SIZE = 100
 # Ridge of a layer that lacks no inputs but only meets others than before.
 INNER_DAMPING = 0.2
@@ -59,6 +59,7 @@ def measure_dense(
     seed: int,
     dtype: torch.dtype,
     fitted: int | None = None,
+    positions: int = POSITIONS,
 ) -> Dense:
     """Run the dense network, and find what to keep of each group at every one of its ``widths``.
 
@@ -71,10 +72,11 @@ def measure_dense(
         seed: Seed of the positions.
         dtype: Precision to run in.
         fitted: Number of images, the first ones, that say what to keep; None for all.
+        positions: Number of positions of each image's outputs to look at.
     """
     fitted = len(images) if fitted is None else fitted
     network = traced.network.to(dtype)
-    recorder = _Recorder(traced.network, network, groups, seed)
+    recorder = _Recorder(traced.network, network, groups, positions, seed)
     parts = [images.images[:fitted], images.images[fitted:]]
     batches = [batch for part in parts if len(part) for batch in part.split(BATCH_SIZE)]
     seen = 0
@@ -104,9 +106,10 @@ class _Recorder:
     """Runs the dense network batch by batch, and notes what its layers read and give."""
 
     def __init__(
-        self, exact: Network, network: Network, groups: Mapping[str, ChannelGroup], seed: int
-    ):
-        self._exact, self._network = exact, network
+        self, exact: Network, network: Network, groups: Mapping[str, ChannelGroup], count: int,
+        seed: int,
+    ):  # fmt: skip
+        self._exact, self._network, self._count = exact, network, count
         self._layers = layers_to_fit(exact, groups)
         self._generator = torch.Generator().manual_seed(seed)
         readers = [name for group in groups.values() for name in group.readers]
@@ -136,7 +139,7 @@ class _Recorder:
             if name in self._layers:
                 same = self._same_as.get(name)
                 if same not in places:
-                    places[name] = regression.draw_positions(value, POSITIONS, self._generator)
+                    places[name] = regression.draw_positions(value, self._count, self._generator)
                 else:
                     places[name] = places[same]
                 if places[name] is not None:

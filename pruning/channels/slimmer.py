@@ -12,10 +12,11 @@ from torch import nn
 from common.images.data import ImageSet
 from common.network.execution import Network
 from common.network.tracing import Traced
+from common.network.walk import images_in_memory
 from common.search.trials import Range
 from pruning.channels.allocation import CURVE_IMAGES, Curves, measure_curves
 from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts, Widths
-from pruning.channels.repair import Dense, SlimNetwork, measure_dense, repair
+from pruning.channels.repair import POSITIONS, Dense, SlimNetwork, measure_dense, repair
 
 # Share of the images that say what to keep of a group. The others measure what that costs: on the
 # images that it was fitted to, a narrow layer looks better than it is.
@@ -37,7 +38,8 @@ class Slimmer:
     Attributes:
         model: Dense module, in eval mode; not changed.
         traced: Its network.
-        images: Training images, on the model's device; labels are not used.
+        images: Training images, on the model's device; labels are not used. Their mirror images are
+            used too, as far as memory allows.
         seed: Seed of the positions that are looked at.
         dtype: Precision to run in.
     """
@@ -113,9 +115,11 @@ class Slimmer:
     @functools.cached_property
     def _dense(self) -> Dense:
         groups, grid = self.costs.groups, self.costs.grid
+        positions = POSITIONS * 2 * len(self.images) // len(self._pairs)
         return measure_dense(
-            self.model, self.traced, groups, self.images, grid, self.seed, self.dtype, self._fitted
-        )
+            self.model, self.traced, groups, self._pairs, grid, self.seed, self.dtype,
+            self._fitted, positions,
+        )  # fmt: skip
 
     def _curves_for(self, unit: str) -> Curves:
         return self._curves if unit == MACS else self._weight_curves
@@ -156,9 +160,16 @@ class Slimmer:
     @property
     def _unseen(self) -> ImageSet:
         """Images that did not say what to keep."""
-        first = min(self._fitted, len(self.images) - 1)  # of one image, that
+        first = min(math.ceil(self._fitted / 2), len(self.images) - 1)  # of one image, that
         return self.images.rows(slice(first, first + CURVE_IMAGES))
 
     @property
     def _fitted(self) -> int:
-        return math.ceil(FITTED_SHARE * len(self.images))
+        return math.ceil(FITTED_SHARE * len(self._pairs))
+
+    @functools.cached_property
+    def _pairs(self) -> ImageSet:
+        """The images and their mirror images, or as many as fit in memory."""
+        pairs = self.images.with_mirrored()
+        count = images_in_memory(len(pairs), [self.traced.network], self.dtype.itemsize)
+        return pairs.rows(slice(count))

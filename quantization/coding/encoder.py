@@ -22,13 +22,12 @@ from common.images.data import ImageSet
 from common.network import regression
 from common.network.execution import Layer, Network
 from common.network.graph import Graph, Operation
-from common.network.walk import Walk, peak_bytes_per_image
+from common.network.walk import Walk, images_in_memory
 from quantization.coding.levels import TOO_LARGE, fit_and_choose, repair_ridge
 from quantization.int8.network import Int8Layer
 
 BATCH_SIZE = 50
 POSITIONS = 8  # random positions of each image's outputs that a layer is coded on
-MEMORY_BYTES = 4_000_000_000  # memory that the values of all images may take
 # A layer's error counts as a share of its outputs' variance. One more bit for every weight of a
 # layer may cost ``price * size ** SIZE_POWER``, so one bit the price times one power less.
 SIZE_POWER, REFERENCE_SIZE = 0.5, 1e6
@@ -92,13 +91,10 @@ class _Samples:
 
     def __init__(self, network: Network, calibration: ImageSet, seed: int, original: Original):
         self.network, self._channels = network, original.channels
-        pixels = torch.cat([calibration.images, calibration.images.flip(3)])
+        pixels = calibration.with_mirrored().images
         is_trained = None in original.channels.values()
         walked = [original.network] + [network] * is_trained + [network]
-        peak = sum(peak_bytes_per_image(one, torch.float16.itemsize) for one in walked)
-        count = max(1, min(len(pixels), MEMORY_BYTES // peak))
-        if count < len(pixels):
-            cli.log.info("coding on %d of %d images, to save memory", count, len(pixels))
+        count = images_in_memory(len(pixels), walked, torch.float16.itemsize)
         self._positions = POSITIONS * len(pixels) // count
         images = [calibration.normalize(batch) for batch in pixels[:count].split(BATCH_SIZE)]
         walks = [Walk(one, images, network.graph, torch.float16) for one in walked]
