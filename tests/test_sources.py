@@ -38,7 +38,8 @@ def test_classes_may_be_numbers(image_folders, tmp_path):
     assert split.labels.tolist() == list(range(10))
 
 
-def test_what_is_no_image_is_passed_over(image_folders, tmp_path):
+def test_what_is_no_image_is_passed_over(image_folders, tmp_path, capsys):
+    set_up_messages(quiet=True)
     root = image_folders(tmp_path)
     (root / "test" / ".git").mkdir()
     (root / "test" / "README.txt").touch()
@@ -50,6 +51,9 @@ def test_what_is_no_image_is_passed_over(image_folders, tmp_path):
     split = open_source(root).open_split("test")
     assert split.labels.tolist() == list(range(10))
     assert split.read(np.arange(10)).shape == (10, 3, 32, 32)
+    told = capsys.readouterr().err
+    assert "test: 3 passed over, such as cat/folder.png; images are files that end in" in told
+    assert "train: " not in told
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "valid"])

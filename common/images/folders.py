@@ -16,7 +16,7 @@ from common.images.source import OWN_SIZE, SizeRequest, Source, Split
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
-STRAY_FOLDERS = {"__MACOSX", "@eaDir", "lost+found"}
+STRAY = {"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"}  # systems leave them
 SIZE_SAMPLE = 100  # images of a split whose size is read
 DEFAULT_SIZE = 224
 
@@ -69,7 +69,7 @@ def _split_folder(data_dir: Path, split: str) -> Path | None:
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = (p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    classes = tuple(sorted(set(names) - STRAY_FOLDERS))
+    classes = tuple(sorted(set(names) - STRAY))
     if not classes:
         raise UserError(f"{folder}: no class folders with images")
     return classes
@@ -88,21 +88,27 @@ def _check_same(folders: dict[str, Path | None], classes: dict[str, tuple[str, .
 
 
 def _list_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.ndarray]:
-    paths, labels = [], []
+    """Return the images of a split and their labels; warn of what else lies among them."""
+    paths, labels, others = [], [], []
     for label, name in enumerate(classes):
-        images = _image_files(folder / name)
-        if not images:
+        found = {True: [], False: []}
+        with os.scandir(folder / name) as entries:  # knows a file without asking for each
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.name not in STRAY:
+                    path = folder / name / entry.name
+                    is_image = path.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()
+                    found[is_image].append(path)
+        if not found[True]:
             raise UserError(f"{folder / name}: no images")
-        paths += images
-        labels += [label] * len(images)
+        paths += sorted(found[True])
+        labels += [label] * len(found[True])
+        others += found[False]
+    if others:
+        log.warning(
+            "%s: %d passed over, such as %s; images are files that end in %s",
+            folder, len(others), min(others).relative_to(folder), ", ".join(sorted(IMAGE_SUFFIXES)),
+        )  # fmt: skip
     return paths, np.asarray(labels, dtype=np.int64)
-
-
-def _image_files(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:  # knows what is a file without asking for each
-        names = [entry.name for entry in entries if entry.is_file()]
-    paths = (folder / name for name in sorted(names) if not name.startswith("."))
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _choose_sizing(splits: Sequence[Sequence[Path]], size: SizeRequest) -> Sizing:
