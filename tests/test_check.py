@@ -12,12 +12,12 @@ from torch import nn
 from common.images.check import (
     Subject,
     _find_exchanged_classes,
-    _moments,
     best_normalisation,
     find_mismatches,
 )
 from common.images.data import ImageSet
 from common.images.normalisation import NORMALISATIONS
+from common.network.divergence import _moments
 from common.network.resnet import BlockShape, ResNet, ResNetShape
 from common.network.tracing import trace
 

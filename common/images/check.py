@@ -8,7 +8,6 @@ training images. What that cannot tell, the labels of training images can. Test 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from common.images.data import ImageSet
 from common.images.normalisation import NORMALISATIONS
+from common.network.divergence import divergence
 from common.network.graph import CONVOLUTION
 from common.network.resnet import ResNet
 from common.network.tracing import Traced
@@ -57,20 +57,26 @@ class Subject:
         """Return the subject with fewer images."""
         return replace(self, train=self.train.rows(slice(count)))
 
+    def prepared(self, **changes: object) -> Subject:
+        """Return the subject with images of another mean, std or order of channels."""
+        return replace(self, train=replace(self.train, **changes))
+
+    def normalised(self, name: str) -> Subject:
+        """Return the subject with images normalised by known constants."""
+        mean, std = NORMALISATIONS[name]
+        return self.prepared(mean=mean, std=std)
+
 
 @torch.inference_mode()
 def find_mismatches(subject: Subject) -> list[str]:
     """Return what speaks against the settings, in words that name the flag that would mend it."""
     found = []
-    normalisation = _better_normalisation(subject)
-    if normalisation is not None:
-        flag = f"--normalize {normalisation}"
+    if better := _better_normalisation(subject):
         found.append(
-            f"the first batch norm expects images normalised otherwise: {flag} fits it, the "
-            "present mean and std do not"
+            f"the first batch norm expects images normalised otherwise: --normalize {better} fits "
+            "it, the present mean and std do not"
         )
-        mean, std = NORMALISATIONS[normalisation]
-        subject = replace(subject, train=replace(subject.train, mean=mean, std=std))
+        subject = subject.normalised(better)
     if pool := _better_max_pool(subject):
         found.append(f"the second batch norm expects other values: --max-pool {pool} fits it")
         return found  # labels would tell of nothing else
@@ -85,18 +91,15 @@ def best_normalisation(subject: Subject) -> str:
     the accuracy on training images decides among the ones that are not far off.
     """
     scores = _score_normalisations(subject)
-    lowest = min(scores.values(), default=0.0)
-    if scores and lowest <= FITS:
+    lowest = min(scores.values())
+    if 0 < lowest <= FITS:
         return min(scores, key=scores.get)
-    names = [n for n in NORMALISATIONS if scores.get(n, 0) <= CLEARLY_WORSE * lowest]
-    train = subject.train.rows(slice(_affordable(subject, AUTO_IMAGES)))
+    subject = subject.first(_affordable(subject, AUTO_IMAGES))
 
-    def accuracy(name: str) -> float:
-        mean, std = NORMALISATIONS[name]
-        predictions = _logits(subject, replace(train, mean=mean, std=std)).argmax(1)
-        return float((predictions == train.labels).double().mean())
+    def count_correct(name: str) -> int:
+        return int((_predict(subject.normalised(name)) == subject.train.labels).sum())
 
-    return max(names, key=accuracy)
+    return max((n for n in scores if scores[n] <= CLEARLY_WORSE * lowest), key=count_correct)
 
 
 # --- running statistics --------------------------------------------------------------------------
@@ -104,8 +107,8 @@ def best_normalisation(subject: Subject) -> str:
 
 def _better_normalisation(subject: Subject) -> str | None:
     """Return the known constants that fit the first batch norm, if the present ones do not."""
-    present = _mismatch_after_stem(subject, subject.train)
-    if present is None or present <= FITS:
+    present = _mismatch_after_stem(subject)
+    if present <= FITS:
         return None
     scores = _score_normalisations(subject)
     best = min(scores, key=scores.get)
@@ -113,26 +116,19 @@ def _better_normalisation(subject: Subject) -> str | None:
 
 
 def _score_normalisations(subject: Subject) -> dict[str, float]:
-    scores = {}
-    for name, (mean, std) in NORMALISATIONS.items():
-        score = _mismatch_after_stem(subject, replace(subject.train, mean=mean, std=std))
-        if score is not None:
-            scores[name] = score
-    return scores
+    return {name: _mismatch_after_stem(subject.normalised(name)) for name in NORMALISATIONS}
 
 
-def _mismatch_after_stem(subject: Subject, images: ImageSet) -> float | None:
-    """Return the mismatch at the batch norm after the first convolution; None without one."""
-    graph = subject.traced.network.graph
+def _mismatch_after_stem(subject: Subject) -> float:
+    """Return the mismatch at the batch norm after the first convolution; 0 without one."""
+    graph, norms = subject.traced.network.graph, subject.traced.norms
     for name in graph.layers:
-        operation, norm = graph[name], subject.traced.norms.get(name)
-        if operation.kind != CONVOLUTION or operation.inputs != (graph.input,):
-            continue
-        if norm is not None:
-            stem, norm = map(subject.model.get_submodule, (name, norm))
-            few = images.rows(slice(CHECK_IMAGES))
-            return _mismatch(norm, (stem(batch) for batch, _ in few.batches(CHUNK)))
-    return None
+        is_stem = graph[name].kind == CONVOLUTION and graph[name].inputs == (graph.input,)
+        if is_stem and name in norms:
+            stem, norm = map(subject.model.get_submodule, (name, norms[name]))
+            batches = subject.first(CHECK_IMAGES).train.batches(CHUNK)
+            return divergence(norm, (stem(batch) for batch, _ in batches))
+    return 0.0
 
 
 def _better_max_pool(subject: Subject) -> str | None:
@@ -140,54 +136,16 @@ def _better_max_pool(subject: Subject) -> str | None:
     model = subject.model
     if not isinstance(model, ResNet) or model.shape.stem_kernel != 3:
         return None
-    images = subject.train.rows(slice(CHECK_IMAGES // 2))
+    images = subject.first(CHECK_IMAGES // 2).train
     scores = {
-        name: _mismatch(
+        name: divergence(
             model.second_norm(),
             (model.into_second_norm(batch, pool) for batch, _ in images.batches(CHUNK)),
         )
         for name, pool in {"on": nn.MaxPool2d(3, 2, 1), "off": nn.Identity()}.items()
     }
-    present = "off" if isinstance(model.maxpool, nn.Identity) else "on"
-    if None in scores.values():
-        return None
-    best = min(scores, key=scores.get)
-    is_better = scores[present] > max(FITS, CLEARLY_WORSE * scores[best])
-    return best if is_better else None
-
-
-def _mismatch(norm: nn.Module, outputs: Iterable[torch.Tensor]) -> float | None:
-    """Return how far a batch norm's inputs are from its running statistics; None if it has none.
-
-    It is the divergence of two normal distributions, KL(observed || running), mean over channels.
-
-    Args:
-        norm: The batch norm.
-        outputs: What the layer before it gives for each batch of images, (N, C, H, W).
-    """
-    mean, variance = norm.running_mean, norm.running_var
-    if variance is None or torch.equal(variance, variance[:1].expand_as(variance)):
-        return None  # folded into the weights, as in a file of coded weights
-    observed_mean, observed = _moments(outputs)
-    alive = (variance > 1e-6 * variance.max()) & (observed > 1e-6 * observed.max())
-    if not alive.any():
-        return None
-    ratio = observed[alive] / variance[alive]
-    shift = (observed_mean - mean)[alive].square() / variance[alive]
-    return float(0.5 * (ratio + shift - 1 - ratio.log()).mean())
-
-
-def _moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and variance of each channel (float64) over batches, of which one is kept."""
-    count, sums, squares = 0, 0.0, 0.0
-    for values in batches:
-        variance, mean = (x.double() for x in torch.var_mean(values, (0, 2, 3), correction=0))
-        size = values.numel() // len(mean)
-        count += size
-        sums += size * mean
-        squares += size * (variance + mean.square())
-    mean = sums / count
-    return mean, squares / count - mean.square()
+    present, other = ("off", "on") if isinstance(model.maxpool, nn.Identity) else ("on", "off")
+    return other if scores[present] > max(FITS, CLEARLY_WORSE * scores[other]) else None
 
 
 # --- labels --------------------------------------------------------------------------------------
@@ -199,43 +157,28 @@ def _affordable(subject: Subject, most: int = CHECK_IMAGES) -> int:
 
 
 def _check_labels(subject: Subject) -> list[str]:
-    count = _affordable(subject)
-    logits = _logits(subject, subject.train.rows(slice(min(FIRST_LOOK, count))))
-    correct = logits.argmax(1) == subject.train.labels[: len(logits)]
+    subject = subject.first(_affordable(subject))
+    labels, few = subject.train.labels, subject.first(FIRST_LOOK)
+    correct = _predict(few) == few.train.labels
     if correct.double().mean() >= GOOD_ACCURACY:
         return []
-    subject = subject.first(count)
-    labels = subject.train.labels
-    rest = _logits(subject, subject.train.rows(slice(len(logits), None)))
-    predictions = torch.cat([logits, rest]).argmax(1) if len(rest) else logits.argmax(1)
+    predictions, found = _predict(subject), []
     correct = predictions == labels
-    found = []
-    if (reordered := _predict_other_order(subject)) is not None:
-        predicted, errors, other = reordered
-        gained = int(((predicted == labels) & ~correct).sum())
-        lost = int((correct & (predicted != labels)).sum())
+    other = "bgr" if subject.train.channel_order == "rgb" else "rgb"
+    reordered = subject.prepared(channel_order=other)
+    present, swapped = map(_mismatch_after_stem, (subject, reordered))
+    if not present or swapped < present:  # the first batch norm does not rule it out
+        predicted = _predict(reordered)
+        correct_so = predicted == labels
+        gained, lost = int((correct_so & ~correct).sum()), int((correct & ~correct_so).sum())
+        errors = STANDARD_ERRORS_AGREED if present else STANDARD_ERRORS
         if gained - lost > errors * (gained + lost) ** 0.5:
             found.append(
-                f"of {len(labels)} training images {int((predicted == labels).sum())} are "
-                f"classified correctly with --channel-order {other}, {int(correct.sum())} without"
+                f"of {len(labels)} training images {int(correct_so.sum())} are classified "
+                f"correctly with --channel-order {other}, {int(correct.sum())} without"
             )
             predictions = predicted
     return found + _find_exchanged_classes(predictions, labels, subject.train.classes)
-
-
-def _predict_other_order(subject: Subject) -> tuple[torch.Tensor, float, str] | None:
-    """Return predictions for the other order of colours, unless the first batch norm rules it out.
-
-    Beside them stand the standard errors by which labels must speak for it, and its name.
-    """
-    other = "bgr" if subject.train.channel_order == "rgb" else "rgb"
-    reordered = replace(subject.train, channel_order=other)
-    present, swapped = (_mismatch_after_stem(subject, i) for i in (subject.train, reordered))
-    if None in (present, swapped):
-        return _logits(subject, reordered).argmax(1), STANDARD_ERRORS, other
-    if swapped >= present:
-        return None
-    return _logits(subject, reordered).argmax(1), STANDARD_ERRORS_AGREED, other
 
 
 def _find_exchanged_classes(
@@ -264,6 +207,7 @@ def _find_exchanged_classes(
     ]
 
 
-def _logits(subject: Subject, images: ImageSet) -> torch.Tensor:
-    network = subject.traced.network
-    return torch.cat([network(batch) for batch, _ in images.batches(CHUNK)] or [torch.empty(0)])
+def _predict(subject: Subject) -> torch.Tensor:
+    """Return the predicted classes, int64, (N,)."""
+    batches = subject.train.batches(CHUNK)
+    return torch.cat([subject.traced.network(batch).argmax(1) for batch, _ in batches])
