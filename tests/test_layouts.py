@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from common.command import cli
 from common.command.cli import UserError
 from common.network.checkpoint import WeightsFile, find_weights, load_network
+from common.network.resnet import BlockShape, ResNet, ResNetShape
 from pruning.alone.scan import choose_layers
 
 State = dict[str, torch.Tensor]
@@ -41,7 +42,7 @@ def as_weiaicunzai(state: State) -> State:
         name = re.sub(r"^bn1\.", "conv1.1.", re.sub(r"^conv1\.", "conv1.0.", name))
         name = re.sub(r"^layer(\d)\.", lambda m: f"conv{int(m[1]) + 1}_x.", name)
         for old, new in (("conv1", "0"), ("bn1", "1"), ("conv2", "3"), ("bn2", "4")):
-            name = re.sub(rf"(_x\.\d)\.{old}\.", rf"\1.residual_function.{new}.", name)
+            name = re.sub(rf"(_x\.\d+)\.{old}\.", rf"\1.residual_function.{new}.", name)
         return name.replace("linear.", "fc.")
 
     return {rename(name): tensor for name, tensor in state.items()}
@@ -123,6 +124,16 @@ def test_layers_are_chosen_by_the_checkpoints_own_names(tiny_state, tmp_path):
         (None, names),
     ):
         assert choose_layers(names, patterns, own_names) == expected
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_alphabetical_order_puts_no_block_before_another(suffix, tmp_path):
+    stage = (BlockShape((8, 8), False),) * 12
+    state = ResNet(ResNetShape(3, 8, (stage,), 10), False).state_dict()
+    renamed = dict(sorted(as_weiaicunzai(state).items()))
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(renamed, path)
+    assert same_weights(load_network(WeightsFile(path, "")).model, state)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

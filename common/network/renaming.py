@@ -1,6 +1,7 @@
 """Names of a ResNet's tensors: canonical ones for any others, by the order of the tensors."""
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -25,7 +26,7 @@ def canonical_names(state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
     begin alike: those of a pre-activation network, whose shapes are the same, do not. For other
     tensors the result is None.
     """
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in state))
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in _in_order(state)))
     pairs = list(zip(modules[:-1:2], modules[1::2], strict=False))
     if len(modules) % 2 == 0 or len(pairs) < 3 or len(shape_of(state, modules[-1])) != 2:
         return None
@@ -38,6 +39,16 @@ def canonical_names(state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
     renamed = {pairs[0][0]: "conv1", pairs[0][1]: "bn1", **blocks, modules[-1]: "linear"}
     parts = {name: name.rpartition(".") for name in state}
     return {name: f"{renamed[module]}.{entry}" for name, (module, _, entry) in parts.items()}
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Return the names in their order, or by number if it is alphabetical, as in safetensors."""
+    names = [name for name in names if not name.endswith("num_batches_tracked")]
+    if names != sorted(names):
+        return names
+    return sorted(
+        names, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
+    )
 
 
 def _rename_blocks(
