@@ -9,6 +9,7 @@ import torch
 from cifar import image_set
 from torch import nn
 
+from common.images import check
 from common.images.check import (
     Subject,
     _find_exchanged_classes,
@@ -73,6 +74,12 @@ def test_the_constants_of_the_training_are_found(name):
 def test_wrong_constants_are_told(name):
     (told,) = find_mismatches(subject(trained(name)))
     assert f"--normalize {name} fits it" in told
+
+
+def test_labels_shall_decide_where_no_constants_fit_well(monkeypatch):
+    monkeypatch.setattr(check, "FITS", 1e-9)
+    (told,) = find_mismatches(subject(trained("half")))
+    assert "--normalize auto fits it" in told
 
 
 def test_right_settings_are_not_told():

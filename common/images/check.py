@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from common.images.data import ImageSet
-from common.images.normalisation import NORMALISATIONS
+from common.images.normalisation import AUTO, NORMALISATIONS
 from common.network.divergence import divergence
 from common.network.graph import CONVOLUTION
 from common.network.resnet import ResNet
@@ -72,11 +72,13 @@ def find_mismatches(subject: Subject) -> list[str]:
     """Return what speaks against the settings, in words that name the flag that would mend it."""
     found = []
     if better := _better_normalisation(subject):
-        found.append(
-            f"the first batch norm expects images normalised otherwise: --normalize {better} fits "
-            "it, the present mean and std do not"
-        )
         subject = subject.normalised(better)
+        # Among constants of which none fits well, the labels of more images decide.
+        flag = f"--normalize {better if _mismatch_after_stem(subject) <= FITS else AUTO}"
+        found.append(
+            f"the first batch norm expects images normalised otherwise: {flag} fits it, the "
+            "present mean and std do not"
+        )
     if pool := _better_max_pool(subject):
         found.append(f"the second batch norm expects other values: --max-pool {pool} fits it")
         return found  # labels would tell of nothing else
