@@ -75,6 +75,20 @@ def test_nothing_of_the_callers_process_changes(saved, images):
     assert not logits.is_inference()
 
 
+@pytest.mark.parametrize("engine", [*ENGINES, "reference"])
+def test_the_callers_default_type_and_device_change_nothing(saved, images, engine):
+    expected = load_int8(saved, engine)(images)
+    engines.saturates.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = load_int8(saved, engine)(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert not found.is_inference()
+
+
 def test_copies_compute_the_same(saved, images):
     model = load_int8(saved)
     expected = model(images)
@@ -95,7 +109,8 @@ def test_any_batch_in_any_layout(saved, images):
 @pytest.mark.parametrize(
     "change",
     [lambda x: x.double(), lambda x: x.byte(), lambda x: x[0], lambda x: x[..., :8],
-     lambda x: x[:, :1]],
+     lambda x: x[:, :1], lambda x: x.to("meta"), lambda x: x.to_sparse(), lambda x: x.numpy(),
+     lambda x: x.tolist(), lambda x: None],
 )  # fmt: skip
 def test_other_types_and_shapes_are_told_in_one_line(saved, images, change):
     with pytest.raises(UserError, match=r"\Athe network takes float32 images[^\n]*\Z"):

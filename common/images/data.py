@@ -169,4 +169,4 @@ def normalize(
 def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Return values as (1, C, 1, 1); made once, for each copy to a GPU waits for its queue."""
     with torch.inference_mode(False):  # usable in training, whoever asks first
-        return torch.tensor(values, device=device).view(1, -1, 1, 1)
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)

@@ -152,8 +152,9 @@ def _from_plain(plain: decode.Network) -> Int8Network:
     for name, found in plain.weights.items():
         weight, bias = torch.from_numpy(found.levels), torch.from_numpy(found.bias)
         if graph[name].is_layer:
-            scales = torch.ones_like(bias) if found.scales is None else found.scales
-            layers[name] = Int8Layer(weight, torch.as_tensor(scales), bias)
+            is_fp32 = found.scales is None
+            scales = torch.ones_like(bias) if is_fp32 else torch.from_numpy(found.scales)
+            layers[name] = Int8Layer(weight, scales, bias)
         else:
             affine[name] = Layer(weight, bias)
     return Int8Network(

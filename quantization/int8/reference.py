@@ -38,7 +38,7 @@ class ReferenceRunner:
         )
         self._fp32 = network.fp32_part()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Run the network."""
         first, output = self._steps[self._graph.input], self._graph.output

@@ -41,7 +41,7 @@ class Runner(ABC):
         """Run the network; an image with a NaN gets NaN logits.
 
         Raises:
-            UserError: The images are not float32 on the CPU, or have another shape.
+            UserError: The images are no dense float32 tensor on the CPU, or have another shape.
         """
         if torch.is_grad_enabled():
             with torch.no_grad():
@@ -57,13 +57,19 @@ class Runner(ABC):
         return logits
 
     def _check(self, images: torch.Tensor) -> None:
-        if images.dtype != torch.float32 or images.ndim != 4 or images.shape[1:] != self._shape:
-            raise UserError(
-                f"the network takes float32 images (N, {', '.join(map(str, self._shape))}); got "
-                f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
-            )
-        if not images.is_cpu:
-            raise UserError(f"the network runs on the CPU; the images are on {images.device}")
+        is_dense = isinstance(images, torch.Tensor) and images.layout == torch.strided
+        if not is_dense:
+            found = str(getattr(images, "layout", type(images).__name__))
+        elif images.dtype != torch.float32 or images.ndim != 4 or images.shape[1:] != self._shape:
+            found = f"{images.dtype} of shape {tuple(images.shape)}"
+        elif not images.is_cpu:
+            found = f"images on {images.device}"
+        else:
+            return
+        raise UserError(
+            f"the network takes float32 images (N, {', '.join(map(str, self._shape))}) on the CPU; "
+            f"got {found.removeprefix('torch.')}"
+        )
 
     @property
     def fp32_operations(self) -> dict[str, str]:

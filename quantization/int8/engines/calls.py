@@ -76,7 +76,7 @@ class CallBuilder:
         operation, engine = step.operation, self._engine
         layer, scale = self._network.layers[operation.name], self._ranges[step.inputs[0]].scale
         bias = (layer.bias_levels(scale) * scale * layer.scales.double()).float()
-        zeros = torch.zeros(len(layer.scales), dtype=torch.int64)
+        zeros = torch.zeros_like(layer.scales, dtype=torch.int64)
         weight = torch._make_per_channel_quantized_tensor(
             layer.weight, layer.scales.double(), zeros, 0
         )

@@ -11,6 +11,7 @@ from common.network.graph import Graph, Operation
 from quantization.int8.network import MAX_LEVEL, Int8Layer, Int8Network, ValueRange
 from quantization.settings import Settings
 
+FLOAT32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
 CHANNELS = 64
 LARGEST_WEIGHT = 127
 EXPECTED_LEVEL = 200
@@ -27,7 +28,7 @@ def adds_exactly(make_runner: Callable[[Int8Network], Callable]) -> bool:
     """
     run = make_runner(_largest_products())
     with torch.inference_mode():
-        logits = run(torch.full((1, CHANNELS, 3, 3), float(MAX_LEVEL)))
+        logits = run(torch.full((1, CHANNELS, 3, 3), MAX_LEVEL, **FLOAT32))
     return bool((logits.round() == EXPECTED_LEVEL).all())
 
 
@@ -62,6 +63,7 @@ def _largest_products() -> Int8Network:
 
 def _layer(shape: tuple[int, ...], factor: float) -> Int8Layer:
     """Return a layer of the largest weights, which multiplies the mean of its inputs."""
-    weight = torch.full(shape, LARGEST_WEIGHT, dtype=torch.int8)
+    weight = torch.full(shape, LARGEST_WEIGHT, dtype=torch.int8, device="cpu")
     scale = factor / (LARGEST_WEIGHT * weight[0].numel())
-    return Int8Layer(weight, torch.full((CHANNELS,), scale), torch.zeros(CHANNELS))
+    scales = torch.full((CHANNELS,), scale, **FLOAT32)
+    return Int8Layer(weight, scales, torch.zeros_like(scales))

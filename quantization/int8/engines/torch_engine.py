@@ -56,7 +56,8 @@ class TorchRunner(Runner):
             with torch.inference_mode(False), torch.no_grad():
                 program = Program(CallBuilder(self.network, self.engine).build()).eval()
                 shape = (size or 1, *self._shape)
-                example = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
+                example = torch.zeros(shape, dtype=torch.float32, device="cpu")
+                example = example.contiguous(memory_format=torch.channels_last)
                 with self._using:
                     if CAN_TRACE:
                         return torch.jit.trace(program, example, check_trace=False)
