@@ -23,6 +23,7 @@ from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
 from quantization.int8.engines import base, calls, choice, switch
+from quantization.int8.network import SAME_RANGE
 from quantization.int8.reference import CLIPS, ReferenceRunner
 from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
@@ -160,6 +161,13 @@ def test_every_kernel_gives_the_references_levels(observations, images, name, en
         distance = (got.int_repr().double() - kept.zero_point - values[call.name]).abs()
         # Kernels multiply in float32, so that a result next to a half may round the other way.
         assert distance.max() <= 1, (call.name, step.operation.kind)
+        if step.operation.kind in SAME_RANGE:
+            # An average may lie right between two levels. torch 2.13 then takes the even level,
+            # later releases the even distance from the zero point.
+            moved = network.dense().compute(step.operation, [values[step.inputs[0]]])
+            distance = distance[moved % 1 != 0.5]
+            assert not distance.any(), (call.name, step.operation.kind)
+            continue
         assert (distance > 0).double().mean() < 0.01, (call.name, step.operation.kind)
 
 
