@@ -20,7 +20,7 @@ from quantization.files.artifact import load_int8
 from quantization.files.int8_file import save_int8
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
-from quantization.int8.reference import ReferenceRunner
+from quantization.int8.engines.reference import ReferenceRunner
 from quantization.settings import Settings
 
 ENGINES = engines.candidate_engines()

@@ -14,8 +14,8 @@ from common.network.execution import Layer
 from common.network.tracing import trace_network
 from quantization.int8 import conversion
 from quantization.int8.conversion import convert, convert_coded, observe, quantize_layer
+from quantization.int8.engines.reference import ReferenceRunner
 from quantization.int8.observers import MinMaxObserver
-from quantization.int8.reference import ReferenceRunner
 from quantization.settings import OBSERVERS, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -23,8 +23,8 @@ from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
 from quantization.int8.engines import base, calls, choice, switch
+from quantization.int8.engines.reference import CLIPS, ReferenceRunner
 from quantization.int8.network import SAME_RANGE
-from quantization.int8.reference import CLIPS, ReferenceRunner
 from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
 TORCH_HERE = switch.torch_engines()

@@ -9,7 +9,8 @@ from torch import nn
 
 from common.network.tracing import trace_network
 from quantization.int8.conversion import convert, observe
-from quantization.int8.network import ValueRange, fuse_activations, fuse_additions
+from quantization.int8.fusion import fuse_activations, fuse_additions
+from quantization.int8.network import ValueRange
 from quantization.settings import Settings
 
 

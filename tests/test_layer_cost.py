@@ -12,7 +12,7 @@ from common.network.graph import evaluate
 from quantization.accuracy import diagnosis
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, quantize_layer
-from quantization.int8.network import fuse_activations
+from quantization.int8.fusion import fuse_activations
 
 SETTINGS = engines.choose_settings(engines.candidate_engines()[0])
 

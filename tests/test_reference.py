@@ -14,7 +14,7 @@ from torch import nn
 
 from common.network.tracing import trace_network
 from quantization.int8.conversion import convert, observe
-from quantization.int8.reference import ReferenceRunner
+from quantization.int8.engines.reference import ReferenceRunner
 from quantization.settings import Settings
 
 

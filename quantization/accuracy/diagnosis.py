@@ -27,7 +27,8 @@ from common.network.graph import Operation
 from common.network.graph import evaluate as evaluate_graph
 from quantization.int8 import engines
 from quantization.int8.conversion import Observation, convert, quantize_layer
-from quantization.int8.network import FusedOperation, ValueRange, fuse_activations
+from quantization.int8.fusion import FusedOperation, fuse_activations
+from quantization.int8.network import ValueRange
 from quantization.settings import Settings
 
 NOISE_IMAGES = 128

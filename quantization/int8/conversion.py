@@ -17,13 +17,8 @@ from common.command import cli
 from common.images.data import ImageSet
 from common.network.execution import Layer, Network
 from common.network.graph import AFFINE, Operation, evaluate
-from quantization.int8.network import (
-    SAME_RANGE,
-    Int8Layer,
-    Int8Network,
-    ValueRange,
-    fuse_activations,
-)
+from quantization.int8.fusion import fuse_activations
+from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network, ValueRange
 from quantization.int8.observers import OBSERVERS, SMALLEST_SCALE, MinMaxObserver
 from quantization.settings import Settings
 

@@ -11,7 +11,8 @@ from common.network.execution import Network
 from common.network.graph import INPUT
 from common.report import results as report
 from quantization.int8.conversion import Observation
-from quantization.int8.network import SAME_RANGE, fuse_activations
+from quantization.int8.fusion import fuse_activations
+from quantization.int8.network import SAME_RANGE
 from quantization.report.story import label
 
 SHEET_COLUMNS, SHEET_ROWS = 8, 4

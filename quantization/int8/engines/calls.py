@@ -11,7 +11,8 @@ from common.network.graph import INPUT, LINEAR
 from quantization.int8.engines.kernels import QUANTIZED, Function, clipped, kernel_of, store
 from quantization.int8.engines.program import Call, may_overwrite
 from quantization.int8.engines.switch import UsingEngine, torch_engines
-from quantization.int8.network import FusedOperation, Int8Network, fuse_additions
+from quantization.int8.fusion import FusedOperation, fuse_additions
+from quantization.int8.network import Int8Network
 
 FUSES_ADDITIONS = "onednn"  # the engine whose convolutions can add
 # Engines that run depthwise convolutions in fbgemm, whose kernel for them adds products in 16 bits,

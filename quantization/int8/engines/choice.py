@@ -7,17 +7,15 @@ import importlib.util
 import platform
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from common.command import cli
 from common.command.cli import UserError
 from common.measure.latency import Timing
 from quantization.int8.engines.base import Runner
+from quantization.int8.engines.reference import ReferenceRunner
 from quantization.int8.engines.saturation import adds_exactly
 from quantization.int8.engines.switch import torch_engines
 from quantization.int8.engines.torch_engine import TorchRunner
 from quantization.int8.network import Int8Network
-from quantization.int8.reference import ReferenceRunner
 from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
 PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
@@ -55,13 +53,6 @@ def _missing(engine: str) -> str:
     return "" if engine in torch_engines() else engine
 
 
-class _Reference(Runner):
-    """Runs an INT8 network in the reference's arithmetic."""
-
-    def _run(self, images: torch.Tensor) -> torch.Tensor:
-        return ReferenceRunner(self.network)(images)
-
-
 def runner(engine: str, network: Int8Network) -> Runner:
     """Make a network ready on an engine.
 
@@ -70,7 +61,7 @@ def runner(engine: str, network: Int8Network) -> Runner:
     """
     require_engine(engine)
     if engine == "reference":
-        return _Reference(network, engine)
+        return ReferenceRunner(network)
     if engine in TORCH_ENGINES:
         return TorchRunner(network, engine)
     from quantization.int8.engines import onnx_engines  # it needs packages that may be missing

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from common.network.execution import Network
 from common.network.graph import CONVOLUTION, INPUT
 from quantization.int8.engines.program import Call, Program, may_overwrite
-from quantization.int8.network import FusedOperation, fuse_activations, fuse_additions
+from quantization.int8.fusion import FusedOperation, fuse_activations, fuse_additions
 
 # Activations that a oneDNN convolution can run: its name for them, and their parameters.
 FUSED = {

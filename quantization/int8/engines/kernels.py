@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from common.network import graph as kinds
-from quantization.int8.network import MAX_LEVEL, FusedOperation, Int8Network, ValueRange
+from quantization.int8.fusion import FusedOperation
+from quantization.int8.network import MAX_LEVEL, Int8Network, ValueRange
 
 QUANTIZED, ATEN = torch.ops.quantized, torch.ops.aten
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.network.graph import VIEWS
-from quantization.int8.network import FusedOperation
+from quantization.int8.fusion import FusedOperation
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,21 @@ import torch.nn.functional as F
 
 from common.network.execution import Layer
 from common.network.graph import GLOBAL_POOL, Graph, Operation, evaluate
-from quantization.int8.network import MAX_LEVEL, SAME_RANGE, FusedOperation, Int8Network
+from quantization.int8.engines.base import Runner
+from quantization.int8.fusion import FusedOperation
+from quantization.int8.network import MAX_LEVEL, SAME_RANGE, Int8Network
 
 CLIPS = {None: lambda values: values, "relu": F.relu, "relu6": F.relu6}
 
 
-class ReferenceRunner:
-    """Maps normalised float32 images (N, 3, H, W) to float32 logits (N, classes).
+class ReferenceRunner(Runner):
+    """Runs an INT8 network in the reference's arithmetic.
 
     Values in uint8 are kept as whole numbers less their zero point, in float64; others in float32.
-    NaN in an image stays NaN.
-
-    Args:
-        network: The INT8 network to run.
     """
 
-    def __init__(self, network: Int8Network):
-        self._network = network
+    def __init__(self, network: Int8Network, engine: str = "reference"):
+        super().__init__(network, engine)
         self._steps = {step.name: step for step in network.steps()}
         self._graph = Graph(
             tuple(
@@ -38,9 +36,7 @@ class ReferenceRunner:
         )
         self._fp32 = network.fp32_part()
 
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Run the network."""
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
         first, output = self._steps[self._graph.input], self._graph.output
         given = {first.name: self._store(first, images)}
         values = evaluate(self._graph, self._compute, given, [output])
@@ -51,10 +47,10 @@ class ReferenceRunner:
         step = self._steps[operation.name]
         if operation.kind in SAME_RANGE:
             return self._move(step.operation, inputs[0])
-        if step.operation.is_layer and self._network.is_int8(step.operation):
+        if step.operation.is_layer and self.network.is_int8(step.operation):
             return self._store(step, self._multiply(step, inputs[0]))
         real = [self._real(*pair) for pair in zip(step.inputs, inputs, strict=True)]
-        if not self._network.is_int8(step.operation):
+        if not self.network.is_int8(step.operation):
             real = [value.float() for value in real]
         return self._store(step, self._fp32.compute(step.operation, real))
 
@@ -66,8 +62,8 @@ class ReferenceRunner:
 
     def _multiply(self, step: FusedOperation, levels: torch.Tensor) -> torch.Tensor:
         """Return what a layer gives, as real numbers before the activation."""
-        layer = self._network.layers[step.operation.name]
-        scale = self._network.ranges[step.inputs[0]].scale
+        layer = self.network.layers[step.operation.name]
+        scale = self.network.ranges[step.inputs[0]].scale
         integers = Layer(layer.weight.double(), layer.bias_levels(scale))
         sums = self._fp32.compute(step.operation, [levels], layer=integers)
         return sums * (scale * layer.scales.double()).view(-1, *[1] * (sums.ndim - 2))
@@ -75,13 +71,13 @@ class ReferenceRunner:
     def _store(self, step: FusedOperation, real: torch.Tensor) -> torch.Tensor:
         """Apply a step's activation to its result and round it to the value's levels, if any."""
         real = CLIPS[step.activation](real)
-        if step.name not in self._network.ranges:
+        if step.name not in self.network.ranges:
             return real
-        kept = self._network.ranges[step.name]
+        kept = self.network.ranges[step.name]
         levels = (real.double() / kept.scale).round()
         return levels.clamp(-kept.zero_point, MAX_LEVEL - kept.zero_point)
 
     def _real(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Return a value as real numbers."""
-        kept = self._network.ranges.get(name)
+        kept = self.network.ranges.get(name)
         return value if kept is None else value * kept.scale
