@@ -12,7 +12,6 @@ import torchvision
 from check_results import check_results
 from PIL import Image
 from processes import run_here
-from quantization.int8.reference import ReferenceRunner
 from torch import nn
 
 from common.images.data import ImageSet
@@ -23,6 +22,7 @@ from pruning import pruning
 from quantization import quantization
 from quantization.files.int8_file import read_int8
 from quantization.files.onnx_export import load_onnx, to_onnx
+from quantization.int8.engines.reference import ReferenceRunner
 from quantization.int8.network import Int8Network
 from quantization.steps import ONNX
 
