@@ -42,8 +42,8 @@ class Dense:
     # For each layer to refit the positions of its outputs that are looked at, (N, P); nothing for
     # linear layers.
     positions: Mapping[str, torch.Tensor]
-    # For each of these layers what it gives there, or the sum that it completes, FP32, (N, P, O) or
-    # (N, O).
+    # For each of these layers what it gives there, or the sum that it completes, (N, P, O) or
+    # (N, O), in the network's precision.
     targets: Mapping[str, torch.Tensor]
     # For each group and width the channels to keep where all else is dense.
     choices: Mapping[str, Mapping[int, ChannelChoice]]
@@ -150,7 +150,8 @@ class _Recorder:
             if name in self._sums_of:
                 layer = self._sums_of[name]
                 found = regression.outputs_at(value, places[layer])
-                self.targets[layer].append(found.unflatten(0, (len(value), -1)))
+                found = found.unflatten(0, (len(value), -1)).to(value.dtype)  # bf16 takes half
+                self.targets[layer].append(found)
             return value
 
         evaluate(graph, compute, {graph.input: images}, [graph.output])
@@ -229,7 +230,7 @@ def _samples(
         batch = slice(start, start + len(x))
         start += len(x)
         positions = dense.positions[name][batch] if name in dense.positions else None
-        wanted = dense.targets[name][batch].flatten(0, 1)
+        wanted = dense.targets[name][batch].flatten(0, 1).float()
         if channels is not None:
             wanted = wanted[:, channels]
         added = 0.0 if others is None else regression.outputs_at(others[index], positions)
