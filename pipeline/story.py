@@ -132,7 +132,7 @@ def advise(results: dict) -> list[str]:
         best, reason = choose_to_ship(within)
         parts.append(
             f"Ship {best['file']}: {reason}. It is {best['size_ratio']:.1f}× smaller than FP32, "
-            f"{best['size_ratio_given']:.1f}× smaller than the given file; as fast as "
+            f"{report.against_given(best['size_ratio_given'])}; as fast as "
             f"{label('int8', results['weights']['coded'])}: "
             f"{report.at_batch_sizes(best['speedup'], 'over_int8')}."
         )

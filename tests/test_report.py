@@ -26,6 +26,7 @@ from common.machine.workers import ALONE
 from common.network.checkpoint import WeightsFile
 from common.report.results import (
     BLUE,
+    against_given,
     counted,
     floor_factor,
     floor_percent,
@@ -145,6 +146,8 @@ def test_a_table_keeps_every_cell(rows):
         (floor_factor(9.99), "9.9×"),
         (floor_factor(1 / (1 - 0.9)), "10.0×"),
         (floor_percent(0.29), "29.00 %"),  # 100 × 0.29 is less than 29
+        (against_given(4.46), "4.5× smaller than the given file"),
+        (against_given(1 / 1.9163, 2), "1.92× as large as the given file"),
         (counted(1, "image"), "1 image"),
         (counted(10_000, "image"), "10,000 images"),
         (counted(100 * 0.07, "point"), "7 points"),

@@ -65,6 +65,13 @@ def describe_given(weights: Mapping[str, Any]) -> str:
     return f"The given file takes {megabytes(weights['size_bytes'])}{kind}."
 
 
+def against_given(times_smaller: float, decimals: int = 1) -> str:
+    """Say how many times smaller, or larger, a file is than the one that the user handed in."""
+    if times_smaller < 1:
+        return f"{1 / times_smaller:.{decimals}f}× as large as the given file"
+    return f"{times_smaller:.{decimals}f}× smaller than the given file"
+
+
 def at_batch_sizes(entries: Sequence[Mapping[str, Any]], name: str = "value") -> str:
     """Format a factor at each batch size; ``name`` is its key in the entries."""
     return ", ".join(

@@ -119,7 +119,7 @@ def describe_saved(results: dict) -> Facts:
             "plain file": report.megabytes(saved["pruned_bytes"]),
             "compressed": f"{report.megabytes(compressed)} by zlib: "
             f"{saved['dense_compressed_bytes'] / compressed:.1f}× smaller than dense by zlib, "
-            f"{results['weights']['size_bytes'] / compressed:.1f}× smaller than the given file",
+            + report.against_given(results["weights"]["size_bytes"] / compressed),
             "written as": results["artifacts"]["model"],
             "in theory": f"{report.percent(1 - saved['macs_kept'], 0)} of the multiply-adds are "
             f"saved{theory}",

@@ -2,7 +2,14 @@
 
 from collections.abc import Sequence
 
-from common.report.results import counted, describe_change, megabytes, percent, points
+from common.report.results import (
+    against_given,
+    counted,
+    describe_change,
+    megabytes,
+    percent,
+    points,
+)
 from common.report.story import Column, Facts, Table
 from quantization.coding.smallest import misses
 
@@ -81,7 +88,7 @@ def describe_coding(coding: dict) -> Facts:
         f"The coded file: {coding['file']}",
         {
             "size": f"{megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
-            f"FP32, {coding['size_ratio_given']:.1f}× smaller than the given file; "
+            f"FP32, {against_given(coding['size_ratio_given'])}; "
             f"{coding['bits_per_weight']:.2f} bits a weight{asked}",
             "accuracy": f"{percent(coding['accuracy']['value'])}, "
             + describe_change(coding["comparison"]),

@@ -114,8 +114,8 @@ def describe_comparison(model: dict, fp32: dict) -> Facts:
         f"{label(model)} against FP32 on the same images",
         {
             "size": f"{report.percent(1 - comparison['size_ratio'], 1)} smaller "
-            f"({1 / comparison['size_ratio']:.2f}×); {1 / comparison['size_ratio_given']:.2f}× "
-            "smaller than the given file",
+            f"({1 / comparison['size_ratio']:.2f}×); "
+            + report.against_given(1 / comparison["size_ratio_given"], 2),
             "accuracy": report.describe_change(accuracy),
             "images": f"{accuracy['only_a_correct']:,} lost, {accuracy['only_b_correct']:,} gained "
             f"(McNemar p = {report.p_value(accuracy['mcnemar_p'])})",
