@@ -1,8 +1,8 @@
-"""Ridge regression for a layer, on what it reads at sampled positions.
+"""Ridge regression for a layer, on samples of what it reads and of what it should give.
 
 The coder and the removal of channels both ask which weights bring a layer closest to wanted
-outputs, given the inputs that it now gets. Outputs are sampled at a few random positions of each
-image. A grouped convolution is one regression for each group: moments have a dimension of groups.
+outputs, given the inputs that it now gets. A grouped convolution is one regression for each group:
+moments have a dimension of groups.
 
 Before a ReLU all negative outputs are alike, so only an error that changes what the ReLU gives
 counts (Zhang et al., 2015, arXiv:1411.4229). Where an output is wanted that is negative, any
@@ -10,119 +10,18 @@ negative one will do: the regression is repeated with the output of the last one
 there, or zero where that was positive. Each repetition lowers the error after the ReLU.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from common.network.execution import Layer, Network
-from common.network.graph import ADD, LINEAR, Operation
+from common.network.execution import Layer
+from common.network.sampling import Samples, grouped, outputs_of
 
 MAX_COLUMNS = 10_000  # a regression of more inputs would take gigabytes
 ROUNDING = 1e-6  # variance that rounding gives constant outputs, relative to their square
 SMALLEST_SPREAD = 1e-12  # mean square of inputs that are always zero, so that no matrix is singular
 RELAXATIONS = 2  # how often a regression before an activation is repeated
-# Outside of these ranges an activation gives one and the same value.
-ACTIVE_RANGES = {
-    "relu": (0.0, math.inf),
-    "relu6": (0.0, 6.0),
-    "hardswish": (-3.0, math.inf),
-    "hardsigmoid": (-3.0, 3.0),
-}
-
-
-def draw_positions(
-    value: torch.Tensor, count: int, generator: torch.Generator
-) -> torch.Tensor | None:
-    """Draw up to ``count`` positions of each image's outputs (N, O, H, W) or (N, O).
-
-    Returns:
-        int64, (N, P), each ``row * W + column``; None for a linear layer's outputs.
-    """
-    if value.ndim == 2:
-        return None
-    total = value.shape[2] * value.shape[3]
-    keys = torch.rand(len(value), total, generator=generator)
-    return keys.topk(min(count, total), dim=1).indices.to(value.device)
-
-
-def outputs_at(value: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    """Return outputs (N, O, H, W) at positions (N, P), or all of (N, O): float32, (rows, O)."""
-    if positions is None:
-        return value.float()
-    index = positions[:, None].expand(-1, value.shape[1], -1)
-    return value.flatten(2).gather(2, index).transpose(1, 2).flatten(0, 1).float()
-
-
-def inputs_at(
-    operation: Operation, layer: Layer, x: torch.Tensor, positions: torch.Tensor | None
-) -> torch.Tensor:
-    """Return the part of a layer's input ``x`` that its outputs at some positions depend on.
-
-    Returns:
-        float32, (rows, groups, columns), the columns in the order of ``weight.flatten(1)``.
-    """
-    if operation.kind == LINEAR:
-        return x.float()[:, None]
-    settings = operation.attributes
-    kernel, groups = layer.weight.shape[2:], settings["groups"]
-    (top, left), stride, dilation = settings["padding"], settings["stride"], settings["dilation"]
-    width = (x.shape[3] + 2 * left - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-    steps = [torch.arange(k, device=x.device) * d for k, d in zip(kernel, dilation, strict=True)]
-    rows = stride[0] * (positions // width)[:, :, None, None] + steps[0][:, None]
-    columns = stride[1] * (positions % width)[:, :, None, None] + steps[1]
-    image = torch.arange(len(x), device=x.device)[:, None, None, None]
-    padded = F.pad(x, (left, left, top, top)).permute(0, 2, 3, 1)
-    found = padded[image, rows, columns].permute(0, 1, 4, 2, 3)  # (N, P, I, height, width)
-    return found.flatten(0, 1).unflatten(1, (groups, -1)).flatten(2).float()
-
-
-def completed_sum(network: Network, layer: str) -> tuple[str, str] | None:
-    """Return the addition that a layer completes, and the addition's other operand.
-
-    None if another operation reads the layer's outputs too, or the other operand is computed later.
-    """
-    user = network.graph.sole_user(layer)
-    if user is None or user.kind != ADD or len(set(user.inputs)) != 2:
-        return None
-    other = next(name for name in user.inputs if name != layer)
-    first = next(o.name for o in network.graph.operations if o.name in user.inputs)
-    if first == layer or network.shapes[other] != network.shapes[layer]:
-        return None
-    return user.name, other
-
-
-def active_range(network: Network, layer: str) -> tuple[float, float] | None:
-    """Return the range of ``ACTIVE_RANGES`` in which a layer's outputs count.
-
-    They are those of the sum that it completes, if it does. None if they count everywhere, as they
-    do if another operation reads them too.
-    """
-    completed = completed_sum(network, layer)
-    user = network.graph.sole_user(layer if completed is None else completed[0])
-    return None if user is None else ACTIVE_RANGES.get(user.kind)
-
-
-class Samples(NamedTuple):
-    """A layer at some positions of some images."""
-
-    rows: torch.Tensor  # what it reads, (n, groups, columns)
-    wanted: torch.Tensor  # what it should give, (n, O)
-    added: torch.Tensor | float = 0.0  # what is added to its outputs, (n, O)
-
-    def relaxed(self, fitted: Layer, active: tuple[float, float]) -> "Samples":
-        """Return samples that want no more than what counts after an activation.
-
-        ``fitted`` is the layer that was fitted to these ones, ``active`` the range that counts.
-        """
-        given = outputs_of(self.rows, fitted.weight) + fitted.bias + self.added
-        wanted, (low, high) = self.wanted + self.added, active
-        relaxed = torch.where(wanted <= low, given.clamp(max=low), wanted)
-        relaxed = torch.where(wanted >= high, given.clamp(min=high), relaxed)
-        return self._replace(wanted=relaxed - self.added)
 
 
 @dataclass(frozen=True)
@@ -157,12 +56,12 @@ class Moments:
 
     def output_statistics(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and variance of each output that a weight gives without a bias, (O,)."""
-        grouped = _grouped(weight, len(self.mean))
-        variance = ((grouped @ self.covariance) * grouped).sum(2).flatten()
+        by_group = grouped(weight, len(self.mean))
+        variance = ((by_group @ self.covariance) * by_group).sum(2).flatten()
         return self._read_mean(weight), variance.clamp_min(0)
 
     def _read_mean(self, weight: torch.Tensor) -> torch.Tensor:
-        return (_grouped(weight, len(self.mean)) @ self.mean[:, :, None]).flatten()
+        return (grouped(weight, len(self.mean)) @ self.mean[:, :, None]).flatten()
 
 
 def measure_moments(
@@ -202,7 +101,7 @@ class MomentSums:
 
     def __init__(self, layer: Layer, groups: int, known: Moments | None = None):
         self._layer, self._groups, self._known, self._count = layer, groups, known, 0
-        weight = _grouped(layer.weight, groups)
+        weight = grouped(layer.weight, groups)
         columns, new = weight.shape[2], layer.weight.new_zeros
         self._inner = new(groups, columns, columns) if known is None else None
         self._cross = new(weight.shape)
@@ -245,13 +144,3 @@ def with_ridge(covariance: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     damped = covariance.clone()
     damped.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     return damped
-
-
-def outputs_of(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the outputs (n, O) that a weight gives for inputs (n, groups, columns)."""
-    by_group = rows.transpose(0, 1) @ _grouped(weight, rows.shape[1]).transpose(1, 2)
-    return by_group.transpose(0, 1).flatten(1)
-
-
-def _grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    return weight.flatten(1).unflatten(0, (groups, -1))

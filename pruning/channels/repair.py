@@ -15,7 +15,7 @@ from torch import nn
 
 from common.command import cli
 from common.images.data import ImageSet
-from common.network import regression
+from common.network import regression, sampling
 from common.network.execution import Network
 from common.network.graph import Operation, evaluate
 from common.network.tracing import Traced
@@ -119,7 +119,7 @@ class _Recorder:
         # A layer that completes a sum is looked at where the sum is known.
         self._sums_of = {}
         for name in self._layers:
-            completed = regression.completed_sum(exact, name)
+            completed = sampling.completed_sum(exact, name)
             self._sums_of[name if completed is None else completed[0]] = name
         # Layers of one group share their positions where their outputs are of one size.
         self._same_as: dict[str, str] = {}
@@ -139,17 +139,17 @@ class _Recorder:
             if name in self._layers:
                 same = self._same_as.get(name)
                 if same not in places:
-                    places[name] = regression.draw_positions(value, self._count, self._generator)
+                    places[name] = sampling.draw_positions(value, self._count, self._generator)
                 else:
                     places[name] = places[same]
                 if places[name] is not None:
                     self.positions.setdefault(name, []).append(places[name])
                 if is_fitted and name in self.sums:
                     layer = self._exact.layers[name]
-                    self.sums[name].add(regression.inputs_at(operation, layer, first, places[name]))
+                    self.sums[name].add(sampling.inputs_at(operation, layer, first, places[name]))
             if name in self._sums_of:
                 layer = self._sums_of[name]
-                found = regression.outputs_at(value, places[layer])
+                found = sampling.outputs_at(value, places[layer])
                 found = found.unflatten(0, (len(value), -1)).to(value.dtype)  # bf16 takes half
                 self.targets[layer].append(found)
             return value
@@ -204,7 +204,7 @@ def repair(dense: Dense, widths: Mapping[str, int]) -> SlimNetwork:
                 operation.attributes.get("groups", 1),
                 partial(_samples, dense, operation, exact, walk, channels.get(name)),
                 lambda moments, damping=damping: damping * moments.squares,
-                regression.active_range(exact, name),
+                sampling.active_range(exact, name),
             )
             layers[name] = moments.refit(exact.layers[name], damping * moments.squares)
             statistics[name] = moments.output_statistics(layers[name].weight)
@@ -221,10 +221,10 @@ def _samples(
     exact: Network,
     walk: Walk,
     channels: torch.Tensor | None,
-) -> Iterable[regression.Samples]:
+) -> Iterable[sampling.Samples]:
     """Yield what a slim layer reads, and what it should give."""
     name, start = operation.name, 0
-    completed = regression.completed_sum(exact, name)
+    completed = sampling.completed_sum(exact, name)
     others = None if completed is None else walk.batches(completed[1])
     for index, x in enumerate(walk.batches(operation.inputs[0])):
         batch = slice(start, start + len(x))
@@ -233,6 +233,6 @@ def _samples(
         wanted = dense.targets[name][batch].flatten(0, 1).float()
         if channels is not None:
             wanted = wanted[:, channels]
-        added = 0.0 if others is None else regression.outputs_at(others[index], positions)
-        rows = regression.inputs_at(operation, exact.layers[name], x, positions)
-        yield regression.Samples(rows, wanted - added, added)
+        added = 0.0 if others is None else sampling.outputs_at(others[index], positions)
+        rows = sampling.inputs_at(operation, exact.layers[name], x, positions)
+        yield sampling.Samples(rows, wanted - added, added)

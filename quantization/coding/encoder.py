@@ -19,7 +19,7 @@ import torch
 from common.command import cli
 from common.command.cli import UserError
 from common.images.data import ImageSet
-from common.network import regression
+from common.network import regression, sampling
 from common.network.execution import Layer, Network
 from common.network.graph import Graph, Operation
 from common.network.walk import Walk, images_in_memory
@@ -104,26 +104,26 @@ class _Samples:
     def draw_positions(self, operation: Operation) -> list[torch.Tensor | None]:
         """Draw positions of a layer's outputs, for each batch of images."""
         values = self.references[-1].batches(operation.name)
-        return [regression.draw_positions(v, self._positions, self._generator) for v in values]
+        return [sampling.draw_positions(v, self._positions, self._generator) for v in values]
 
     def at(
         self, operation: Operation, positions: Sequence[torch.Tensor | None]
-    ) -> Iterator[regression.Samples]:
+    ) -> Iterator[sampling.Samples]:
         """Yield what a layer reads, and what it should give, at positions of each batch."""
         name = operation.name
         channels = self._channels.get(name, slice(None))
         source = self.references[0 if channels is not None else -1]
-        completed = regression.completed_sum(self.network, name)
+        completed = sampling.completed_sum(self.network, name)
         added = [] if completed is None else [completed[1]]
         wanted = zip(*(source.batches(n) for n in (name, *added)), strict=True)
         coded = zip(*(self.coded.batches(n) for n in (operation.inputs[0], *added)), strict=True)
         layer = self.network.layers[name]
         for where, values, (x, *others) in zip(positions, wanted, coded, strict=True):
-            y = sum(regression.outputs_at(value, where) for value in values)
+            y = sum(sampling.outputs_at(value, where) for value in values)
             y = y if channels is None else y[:, channels]
-            added = sum(regression.outputs_at(other, where) for other in others)
-            rows = regression.inputs_at(operation, layer, x, where)
-            yield regression.Samples(rows, y - added, added)
+            added = sum(sampling.outputs_at(other, where) for other in others)
+            rows = sampling.inputs_at(operation, layer, x, where)
+            yield sampling.Samples(rows, y - added, added)
 
 
 def _code(operation: Operation, samples: _Samples, price: float) -> Int8Layer:
@@ -145,7 +145,7 @@ def _code(operation: Operation, samples: _Samples, price: float) -> Int8Layer:
             operation.attributes.get("groups", 1),
             partial(_samples_of_part, samples, operation, positions, others, part),
             repair_ridge,
-            regression.active_range(samples.network, operation.name),
+            sampling.active_range(samples.network, operation.name),
         )
         levels[:, part], steps, bias = fit_and_choose(some, moments, price, kernel, steps)
         weight[:, part] = levels[:, part] * steps[:, None]
@@ -161,12 +161,12 @@ def _samples_of_part(
     positions: Sequence[torch.Tensor | None],
     others: torch.Tensor,
     part: slice,
-) -> Iterator[regression.Samples]:
+) -> Iterator[sampling.Samples]:
     """Yield samples of ``part`` of a layer's inputs; the ``others`` have these weights."""
     has_others = bool(others.any())
     for rows, wanted, added in samples.at(operation, positions):
-        given = regression.outputs_of(rows, others) if has_others else 0.0
-        yield regression.Samples(rows[:, :, part], wanted - given, added + given)
+        given = sampling.outputs_of(rows, others) if has_others else 0.0
+        yield sampling.Samples(rows[:, :, part], wanted - given, added + given)
 
 
 def layers_on_the_image(graph: Graph) -> set[str]:
