@@ -60,7 +60,7 @@ class Runner(ABC):
         is_dense = isinstance(images, torch.Tensor) and images.layout == torch.strided
         if not is_dense:
             found = str(getattr(images, "layout", type(images).__name__))
-        elif images.dtype != torch.float32 or images.ndim != 4 or images.shape[1:] != self._shape:
+        elif images.dtype != torch.float32 or images.shape[1:] != self._shape:
             found = f"{images.dtype} of shape {tuple(images.shape)}"
         elif not images.is_cpu:
             found = f"images on {images.device}"
