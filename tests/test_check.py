@@ -76,10 +76,12 @@ def test_wrong_constants_are_told(name):
     assert f"--normalize {name} fits it" in told
 
 
-def test_labels_shall_decide_where_no_constants_fit_well(monkeypatch):
-    monkeypatch.setattr(check, "FITS", 1e-9)
+@pytest.mark.parametrize(("imagenet", "flag"), [(0.05, "auto"), (0.07, "half")])
+def test_labels_shall_decide_where_several_constants_fit_badly(imagenet, flag, monkeypatch):
+    scores = {"cifar10": 0.5, "half": 0.02, "imagenet": imagenet, "none": 3.0}
+    monkeypatch.setattr(check, "_score_normalisations", lambda subject: scores)
     (told,) = find_mismatches(subject(trained("half")))
-    assert "--normalize auto fits it" in told
+    assert f"--normalize {flag} fits it" in told
 
 
 def test_right_settings_are_not_told():

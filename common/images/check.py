@@ -8,6 +8,7 @@ training images. What that cannot tell, the labels of training images can. Test 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,10 +72,10 @@ class Subject:
 def find_mismatches(subject: Subject) -> list[str]:
     """Return what speaks against the settings, in words that name the flag that would mend it."""
     found = []
-    if better := _better_normalisation(subject):
-        subject = subject.normalised(better)
-        # Among constants of which none fits well, the labels of more images decide.
-        flag = f"--normalize {better if _mismatch_after_stem(subject) <= FITS else AUTO}"
+    if better := _better_normalisations(subject):
+        subject = subject.normalised(better[0])
+        # Among several, the labels of more images decide.
+        flag = f"--normalize {better[0] if len(better) == 1 else AUTO}"
         found.append(
             f"the first batch norm expects images normalised otherwise: {flag} fits it, the "
             "present mean and std do not"
@@ -92,29 +93,40 @@ def best_normalisation(subject: Subject) -> str:
     Where none fits the first batch norm well, the images differ in kind from those in training, and
     the accuracy on training images decides among the ones that are not far off.
     """
-    scores = _score_normalisations(subject)
-    lowest = min(scores.values())
-    if 0 < lowest <= FITS:
-        return min(scores, key=scores.get)
+    names = _nearest(_score_normalisations(subject))
+    if len(names) == 1:
+        return names[0]
     subject = subject.first(_affordable(subject, AUTO_IMAGES))
 
     def count_correct(name: str) -> int:
         return int((_predict(subject.normalised(name)) == subject.train.labels).sum())
 
-    return max((n for n in scores if scores[n] <= CLEARLY_WORSE * lowest), key=count_correct)
+    return max(names, key=count_correct)
 
 
 # --- running statistics --------------------------------------------------------------------------
 
 
-def _better_normalisation(subject: Subject) -> str | None:
+def _better_normalisations(subject: Subject) -> list[str]:
     """Return the known constants that fit the first batch norm, if the present ones do not."""
     present = _mismatch_after_stem(subject)
     if present <= FITS:
-        return None
+        return []
     scores = _score_normalisations(subject)
-    best = min(scores, key=scores.get)
-    return best if scores[best] <= present / CLEARLY_WORSE else None
+    names = _nearest(scores)
+    return names if scores[names[0]] <= present / CLEARLY_WORSE else []
+
+
+def _nearest(scores: Mapping[str, float]) -> list[str]:
+    """Return the constants of least mismatch: several, from the best on, where none fits well.
+
+    Where there is no batch norm, all mismatches are 0 and tell nothing.
+    """
+    names = sorted(scores, key=scores.get)
+    lowest = scores[names[0]]
+    if 0 < lowest <= FITS:
+        return names[:1]
+    return [name for name in names if scores[name] <= CLEARLY_WORSE * lowest]
 
 
 def _score_normalisations(subject: Subject) -> dict[str, float]:
