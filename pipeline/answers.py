@@ -20,8 +20,8 @@ from pruning.channels.costs import MACS, WEIGHTS
 FIRST_PRICE = {"size": 0.028, "both": 0.018}
 LEAST_PRICE, MOST_PRICE = 0.001, 0.5
 # Share of the budget that a fast network may use on the images that choose if it is coded for both;
-# a trained one may have used more, for nothing else is as fast. On the bundled network one that had
-# used 0.38 left so little that its coded file was larger than the smallest by two thirds.
+# a trained one may have used more, for nothing else is as fast. On the bundled network, a base that
+# had lost 0.38 of one point took a file two thirds larger than the smallest.
 BOTH_SHARE, TRAINED_SHARE = 0.35, 0.65
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
 # of the multiply-adds, shares smaller by so much than without it. After two epochs of 50,000 images

@@ -4,10 +4,10 @@ The coder and the removal of channels both ask which weights bring a layer close
 outputs, given the inputs that it now gets. A grouped convolution is one regression for each group:
 moments have a dimension of groups.
 
-Before a ReLU all negative outputs are alike, so only an error that changes what the ReLU gives
-counts (Zhang et al., 2015, arXiv:1411.4229). Where an output is wanted that is negative, any
-negative one will do: the regression is repeated with the output of the last one as the target
-there, or zero where that was positive. Each repetition lowers the error after the ReLU.
+A ReLU maps all negative outputs to zero, so only errors that it lets through count (Zhang et al.,
+2015, arXiv:1411.4229). Where a negative output is wanted, any negative output is as good. There the
+target becomes what the regression gave, or zero where that was positive, and the regression is
+repeated. Each repetition lowers the error after the ReLU.
 """
 
 from collections.abc import Callable, Iterable
@@ -78,7 +78,8 @@ def measure_moments(
         groups: Number of its groups.
         draw: Yields the samples; they are the same each time.
         ridge: Returns the ridge (groups,) of a regression on moments.
-        active: Range of outputs that count, as :func:`active_range` returns it.
+        active: Range of outputs that count, as :func:`common.network.sampling.active_range` finds
+            it; None if all count.
     """
     sums = MomentSums(layer, groups)
     for samples in draw():

@@ -114,9 +114,9 @@ class _Samples:
         channels = self._channels.get(name, slice(None))
         source = self.references[0 if channels is not None else -1]
         completed = sampling.completed_sum(self.network, name)
-        added = [] if completed is None else [completed[1]]
-        wanted = zip(*(source.batches(n) for n in (name, *added)), strict=True)
-        coded = zip(*(self.coded.batches(n) for n in (operation.inputs[0], *added)), strict=True)
+        operands = [] if completed is None else [completed[1]]
+        wanted = zip(*(source.batches(n) for n in (name, *operands)), strict=True)
+        coded = zip(*(self.coded.batches(n) for n in (operation.inputs[0], *operands)), strict=True)
         layer = self.network.layers[name]
         for where, values, (x, *others) in zip(positions, wanted, coded, strict=True):
             y = sum(sampling.outputs_at(value, where) for value in values)
@@ -162,7 +162,10 @@ def _samples_of_part(
     others: torch.Tensor,
     part: slice,
 ) -> Iterator[sampling.Samples]:
-    """Yield samples of ``part`` of a layer's inputs; the ``others`` have these weights."""
+    """Yield samples of ``part`` of a layer's inputs, to be fitted with the others as they are.
+
+    ``others`` are the layer's weights, (O, columns), with zeros in this part.
+    """
     has_others = bool(others.any())
     for rows, wanted, added in samples.at(operation, positions):
         given = sampling.outputs_of(rows, others) if has_others else 0.0
