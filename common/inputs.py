@@ -23,7 +23,6 @@ from common.images.source import Source
 from common.images.sources import open_chosen_source
 from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import WEIGHTS_NAME, find_weights, load_network
-from common.network.entries import Statistics
 from common.network.size import describe_network
 from common.network.tracing import Traced, trace
 
@@ -126,9 +125,7 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
     max_pool = {"on": True, "off": False}.get(chosen("max_pool"))
     loaded, described = load_network(file, chosen("model"), max_pool), file.describe()
     with workers.one_a_machine_first():
-        source = open_chosen_source(args)
-    if loaded.statistics is not None:
-        source = _use_statistics(source, args, loaded.statistics)
+        source = open_chosen_source(args, loaded.statistics)
     test = load_images(source, "test", args.test_images, args.seed, flag="--test-images")
     inputs = Inputs(
         described, loaded.model, source, args.seed, test, None, loaded.family, loaded.own_names
@@ -144,16 +141,6 @@ def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = A
     if workers.count > 1:
         workers.require_same(inputs.identify())
     return inputs
-
-
-def _use_statistics(source: Source, args: argparse.Namespace, found: Statistics) -> Source:
-    """Return the source with the checkpoint's mean and std, where no flag chooses others."""
-    chosen = vars(args).get
-    if chosen("normalize") is not None:
-        return source
-    mean, std = chosen("mean") or found[0], chosen("std") or found[1]
-    log.info("normalisation: mean %s and std %s; the checkpoint holds them", mean, std)
-    return replace(source, mean=mean, std=std)
 
 
 @torch.inference_mode()
@@ -179,14 +166,15 @@ def _check_images(inputs: Inputs, chooses: bool) -> Inputs:
     train = inputs.calibration
     wanted = check.AUTO_IMAGES if chooses else check.CHECK_IMAGES
     if train is None or len(train) < wanted:
-        labels = _training_labels(inputs.source)
-        if labels == 0 and chooses:
-            raise UserError(f"--normalize auto needs training images; {inputs.source.description} "
-                            "have none")  # fmt: skip
-        if labels == 0:
+        try:
+            count = len(inputs.source.open_split("train").labels)
+        except UserError:
+            if chooses:
+                raise UserError(f"--normalize auto needs training images; "
+                                f"{inputs.source.description} have none") from None  # fmt: skip
             log.info("no training images: not checked whether the images fit the network")
             return inputs
-        train = inputs.load_training(min(wanted, labels))
+        train = inputs.load_training(min(wanted, count))
     subject = check.Subject(inputs.model, inputs.traced, train.rows(slice(wanted)))
     if chooses:
         name = check.best_normalisation(subject)
@@ -200,10 +188,3 @@ def _check_images(inputs: Inputs, chooses: bool) -> Inputs:
     for mismatch in check.find_mismatches(subject):
         log.warning("%s", mismatch)
     return inputs
-
-
-def _training_labels(source: Source) -> int:
-    try:
-        return len(source.open_split("train").labels)
-    except UserError:
-        return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -125,16 +125,9 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
 
     Folders lie sorted by class. Here every slice of the subset, such as a batch, has as many images
     of each class as its length and the class's size allow. Where shares are no whole numbers,
-    classes chosen at random give one more.
+    classes chosen at random give one more. The subset of size ``skip`` is left out.
 
-    Args:
-        labels: int64, shape (N,).
-        count: At most N.
-        seed: Seed of the choice.
-        skip: Leave out the subset of this size; skip + count is at most N.
-
-    Returns:
-        Indices, int64, shape (count,).
+    ``labels`` are int64, (N,), the result is int64, (count,); skip + count is at most N.
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
@@ -148,10 +141,7 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) ->
 
 
 def normalize(
-    pixels: torch.Tensor,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    channel_order: str = "rgb",
+    pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float], channel_order: str = "rgb"
 ) -> torch.Tensor:
     """Turn uint8 RGB images (N, 3, H, W) into the network's float32 input, laid out channels_last.
 

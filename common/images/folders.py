@@ -56,10 +56,7 @@ def folder_source(data_dir: Path, size: SizeRequest = OWN_SIZE) -> Source:
     is_small = max(sizing.height, sizing.width) <= IMAGE_SIZE
     mean, std = (MEAN, STD) if is_small else NORMALISATIONS["imagenet"]
     description = f"the image folders in {data_dir}"
-    return Source(
-        "folder", description, open_split, names, sizing.height, mean, std,
-        resize=sizing.short_side,
-    )  # fmt: skip
+    return Source("folder", description, open_split, names, mean, std, resize=sizing.short_side)
 
 
 def _split_folder(data_dir: Path, split: str) -> Path | None:
@@ -112,16 +109,15 @@ def _list_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.nd
 
 
 def _choose_sizing(splits: Sequence[Sequence[Path]], size: SizeRequest) -> Sizing:
+    default = (DEFAULT_SIZE, DEFAULT_SIZE)
     if size != OWN_SIZE:
-        return size.sizing((DEFAULT_SIZE, DEFAULT_SIZE))
+        return size.sizing(default)
     sizes = set()
     for paths in splits:
         step = max(1, len(paths) // SIZE_SAMPLE)
         sizes |= {read_size(str(path), path.read_bytes) for path in paths[::step]}
     if len(sizes) == 1:
         return size.sizing(sizes.pop())
-    log.info(
-        "images of different sizes: scaled and cut to %d×%d pixels; --image-size takes another",
-        DEFAULT_SIZE, DEFAULT_SIZE,
-    )  # fmt: skip
-    return SizeRequest(DEFAULT_SIZE).sizing((DEFAULT_SIZE, DEFAULT_SIZE))
+    log.info("images of different sizes: scaled and cut to %d×%d pixels; --image-size takes "
+             "another", *default)  # fmt: skip
+    return SizeRequest(DEFAULT_SIZE).sizing(default)

@@ -17,24 +17,14 @@ MAX_SHARED = 0.9  # share of the smaller split in the other from which on both a
 
 
 def load_images(
-    source: Source,
-    split: str,
-    count: int | None,
-    seed: int,
-    skip: int = 0,
-    flag: str | None = None,
+    source: Source, split: str, count: int | None, seed: int, skip: int = 0, flag: str | None = None
 ) -> ImageSet:
-    """Read ``count`` images of a split into memory, or into a file that is mapped into it.
+    """Read ``count`` images of a split, ``train`` or ``test``, into memory or a mapped file.
 
-    Args:
-        source: Where images come from, from :func:`common.images.sources.open_source`.
-        split: ``train`` or ``test``.
-        count: Size of the subset, which keeps the proportions of the classes; None for the whole
-            split. A default (:class:`AtMost`) takes what there is, up to it.
-        seed: Chooses and shuffles, see :func:`balanced_subset`; the same seed does the same.
-        skip: Leave out those that the same seed would choose as a subset of this size, so that
-            the two have no image in common.
-        flag: Flag that asks for the number of images, for messages.
+    They keep the proportions of the classes and are shuffled by ``seed``, see
+    :func:`balanced_subset`. None takes the whole split; a default (:class:`AtMost`) takes what
+    there is, up to it. Those are left out that the same seed would choose as a subset of size
+    ``skip``. Messages name the ``flag`` that asks for the number.
 
     Raises:
         UserError: The split is missing, unreadable, or has too few images.
@@ -73,10 +63,7 @@ def _tell_of_imbalance(labels: np.ndarray, classes: tuple[str, ...], split: str)
 def check_disjoint(training: ImageSet, test: ImageSet, place: str) -> None:
     """Warn if some training images are test images as well, pixel for pixel.
 
-    Args:
-        training: Images that the run compresses or trains on.
-        test: Images that it measures accuracy on.
-        place: Description of where both come from, for the message.
+    ``place`` says in the message where both come from.
 
     Raises:
         UserError: Nearly all of them are.

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from common.images.cifar10 import MEAN, STD
 
-Channels = tuple[float, ...]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
 
-# For each name mean and std of the channels, for pixels from 0 to 1.
-NORMALISATIONS: dict[str, tuple[Channels, Channels]] = {
+NORMALISATIONS: dict[str, Statistics] = {  # for pixels from 0 to 1
     "cifar10": (MEAN, STD),
     "cifar10-std": (MEAN, (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),

@@ -30,7 +30,6 @@ class Source:
         description: The place in words, for messages.
         open_split: Opens ``train`` or ``test``; raises UserError where it cannot be read.
         classes: Names of the classes, in the order of the labels.
-        height: Height of an image in pixels.
         mean: Mean of each channel that is subtracted, from 0 to 1.
         std: Standard deviation of each channel that pixels are divided by.
         channel_order: ``rgb``, or ``bgr`` for networks that take blue first.
@@ -41,7 +40,6 @@ class Source:
     description: str
     open_split: Callable[[str], Split]
     classes: tuple[str, ...]
-    height: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channel_order: str = "rgb"

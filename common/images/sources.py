@@ -23,7 +23,7 @@ from common.images.cifar10 import CLASSES, IMAGE_SIZE, MEAN, STD
 from common.images.decoding import decode_images, resize_pixels
 from common.images.download import BATCHES_FOLDER, CIFAR100_FOLDER, download_cifar10
 from common.images.folders import folder_source, has_image_folders
-from common.images.normalisation import NORMALISATIONS
+from common.images.normalisation import NORMALISATIONS, Statistics
 from common.images.source import OWN_SIZE, SizeRequest, Source, Split
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -35,22 +35,14 @@ SHOWN_ENTRIES = 8  # of a folder that is not recognised
 
 
 def open_source(
-    data_dir: Path,
-    bundled: bool = False,
-    allow_bundled: bool = True,
-    size: SizeRequest = OWN_SIZE,
-    is_given: bool = False,
-) -> Source:
+    data_dir: Path, bundled: bool = False, allow_bundled: bool = True,
+    size: SizeRequest = OWN_SIZE, is_given: bool = False,
+) -> Source:  # fmt: skip
     """Find images: in ``data_dir``, by downloading CIFAR-10 there, or among the bundled images.
 
-    Args:
-        data_dir: Folder with CIFAR's batches (CIFAR-10 is downloaded when it is missing or
-            empty) or image folders.
-        bundled: Use the bundled images at once.
-        allow_bundled: Fall back on the bundled images, with a warning, where CIFAR-10 is neither
-            there nor downloadable.
-        size: Size that images are brought to.
-        is_given: The user named the folder: no other images are used in place of what it holds.
+    The folder holds CIFAR's batches or image folders. Where it is missing or empty, CIFAR-10 is
+    downloaded; where that fails, the bundled images take its place with a warning, if that is
+    allowed and the user did not name the folder (``is_given``).
 
     Raises:
         UserError: What is in ``data_dir`` is damaged or not recognised, or nothing was found and no
@@ -79,11 +71,11 @@ def open_source(
     return batches_source(data_dir, BATCHES_FOLDER, size)
 
 
-def open_chosen_source(args: argparse.Namespace) -> Source:
+def open_chosen_source(args: argparse.Namespace, found: Statistics | None = None) -> Source:
     """Open the source that the flags ask for, see :func:`open_source`.
 
-    ``--normalize`` and, before it, ``--mean`` and ``--std`` take the place of the source's own
-    constants; ``auto`` leaves them.
+    ``--mean`` and ``--std``, else ``--normalize``, else what was ``found`` in the checkpoint take
+    the place of the source's own constants; ``--normalize auto`` leaves these.
     """
     chosen = vars(args).get
     source = open_source(
@@ -92,7 +84,12 @@ def open_chosen_source(args: argparse.Namespace) -> Source:
         is_given=args.data_dir != DEFAULT_DATA_DIR,
     )  # fmt: skip
     mean, std = NORMALISATIONS.get(chosen("normalize"), (source.mean, source.std))
+    uses_found = found is not None and chosen("normalize") is None
+    if uses_found:
+        mean, std = found
     mean, std = chosen("mean") or mean, chosen("std") or std
+    if uses_found:
+        log.info("normalisation: mean %s and std %s; the checkpoint holds them", mean, std)
     return replace(source, mean=mean, std=std, channel_order=chosen("channel_order") or "rgb")
 
 
@@ -140,9 +137,7 @@ def batches_source(
     classes = CLASSES if kind is CIFAR10 else tuple(load("test").classes)
     description = f"CIFAR-{len(classes)} in {data_dir}"
     name = kind.__name__.lower()
-    return Source(
-        name, description, open_split, classes, sizing.height, MEAN, STD, resize=sizing.short_side
-    )  # fmt: skip
+    return Source(name, description, open_split, classes, MEAN, STD, resize=sizing.short_side)
 
 
 # --- bundled images ------------------------------------------------------------------------------
@@ -176,7 +171,4 @@ def bundled_source(size: SizeRequest = OWN_SIZE) -> Source:
         return Split(labels, read)
 
     description = "the bundled JPEG images"
-    return Source(
-        "bundled", description, open_split, CLASSES, sizing.height, MEAN, STD,
-        resize=sizing.short_side,
-    )  # fmt: skip
+    return Source("bundled", description, open_split, CLASSES, MEAN, STD, resize=sizing.short_side)

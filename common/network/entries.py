@@ -8,9 +8,9 @@ import torch
 
 from common.command.cli import UserError
 from common.files.inert import Inert, object_refused
+from common.images.normalisation import Statistics
 
 StateDict = dict[str, torch.Tensor]
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
 
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 COUNTERS = ("n_averaged", "total_ops", "total_params", "_extra_state")
