@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers import NNCODEC, ONNX_RUNTIME, OURS, TORCH_PRUNING
+from common.report import figures
 from common.report import results as report
 from common.report.story import Column, Headline, Story, Table
 
@@ -11,8 +12,8 @@ PLOT = "compression_peers.png"
 WITHIN = 0.01  # loss that the summary allows, as a fraction
 LOWEST_POINTS = -6  # networks that lost more are drawn at the edge
 COLORS = {
-    OURS: report.BLUE, ONNX_RUNTIME: report.ORANGE, TORCH_PRUNING: report.GREEN,
-    NNCODEC: report.RED,
+    OURS: figures.BLUE, ONNX_RUNTIME: figures.ORANGE, TORCH_PRUNING: figures.GREEN,
+    NNCODEC: figures.RED,
 }  # fmt: skip
 
 
@@ -21,8 +22,8 @@ def tell(results: dict) -> Story:
     rows, fp32 = results["rows"], results["fp32"]
     timed = next((row["latency"] for row in rows if "latency" in row), [])
     columns = [
-        Column("", lambda row: row["method"], name="method"),
-        Column("setting", lambda row: row["setting"]),
+        Column("", "method", name="method"),
+        Column("setting", "setting"),
         Column("MB", lambda row: row["size_bytes"] / 1e6, "{:.2f}".format),
         Column("smaller", lambda row: fp32["size_bytes"] / row["size_bytes"], "{:.1f}×".format),
         *report.accuracy_columns(),
@@ -73,7 +74,7 @@ def _summary(results: dict) -> list[str]:
 
 def plot(results: dict, path: Path) -> None:
     """Plot the change of accuracy against size and, where INT8, against images a second."""
-    figure, axes = report.new_figure(11, 4.6, columns=2, sharey=True)
+    figure, axes = figures.new_figure(11, 4.6, columns=2, sharey=True)
     fp32_bytes, timed = results["fp32"]["size_bytes"], []
     for method, color in COLORS.items():
         rows = [row for row in results["rows"] if row["method"] == method]
@@ -88,7 +89,7 @@ def plot(results: dict, path: Path) -> None:
             axis.plot(*zip(*points, strict=True) if points else ([], []), line, color=color,
                       label=method)  # fmt: skip
     for axis in axes:
-        axis.axhline(-100 * WITHIN, color=report.GREY, lw=1, ls="--")
+        axis.axhline(-100 * WITHIN, color=figures.GREY, lw=1, ls="--")
     ticks = [2**power for power in range(2, 8)]
     axes[0].set(xscale="log", title="Size", xlabel="times smaller than FP32",
                 ylabel=f"points against FP32 (lower ones at {LOWEST_POINTS:g})")  # fmt: skip
@@ -98,5 +99,4 @@ def plot(results: dict, path: Path) -> None:
     batch_size = timed[0]["latency"][-1]["batch_size"] if timed else ""
     axes[1].set(title="Speed", xlabel=f"INT8 images a second at batch {batch_size}")
     axes[1].legend(loc="center right")
-    report.mark_doubt(figure, timed)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path, timed)

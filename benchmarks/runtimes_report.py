@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.runtimes import OURS, SLIM, Runtime
 from common.measure.latency import Timing
+from common.report import figures
 from common.report import results as report
 from common.report.story import Column, Headline, Story, Table
 from quantization.int8.engines import fastest_by_batch_size
@@ -123,31 +122,22 @@ def plot(results: dict, path: Path) -> None:
     everything = by_runtime(results["rows"])
     shown = [name for name in everything if name != BEST]
     shades = {"torch-fp32": "#D0D0D0", "onnxruntime-fp32": "#A8A8A8",
-              "onnxruntime-int8": report.ORANGE, "openvino-int8": report.GREEN}  # fmt: skip
+              "onnxruntime-int8": figures.ORANGE, "openvino-int8": figures.GREEN}  # fmt: skip
     blues = iter(("#C6DBEF", "#9ECAE1", "#5AA9DC", "#3182BD", "#08519C"))
-    sizes = [row["batch_size"] for row in everything[shown[0]]]
-    figure, axis = report.new_figure(11, 4.6)
-    width = 0.84 / len(shown)
-    for index, name in enumerate(shown):
-        speeds = [row["images_per_second"] for row in everything[name]]
-        positions = np.arange(len(sizes)) + (index - (len(shown) - 1) / 2) * width
-        shade = shades.get(name) or (report.RED if name.endswith(SLIM) else next(blues))
-        bars = axis.bar(positions, speeds, width * 0.94, color=shade, label=label(name))
-        labels = [f"{row['images_per_second']:.0f}{report.doubt(row)}" for row in everything[name]]
-        axis.bar_label(bars, labels, padding=2, fontsize=6.8)
+    figure, axis = figures.new_figure(11, 4.6)
+    drawn = []
+    for name in shown:
+        shade = shades.get(name) or (figures.RED if name.endswith(SLIM) else next(blues))
+        drawn.append((label(name), shade, everything[name]))
+    figures.draw_rates(axis, drawn, padding=2, fontsize=6.8)
     ceiling = results["gemm_macs_per_second"] / results["macs_per_image"]
     axis.axhline(ceiling, color="#444444", lw=1, ls="--")
     axis.annotate(
         f"rate of a large INT8 matrix product, dense: {ceiling:.0f}", (-0.42, ceiling),
         xytext=(0, 4), textcoords="offset points", fontsize=8.5,
     )  # fmt: skip
-    axis.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
-    environment = results["environment"]
-    axis.set(
-        title=f"INT8 on {environment['cpu']}, {report.counted(environment['threads'], 'thread')}",
-        ylabel="images a second",
-    )
+    threads = report.counted(results["environment"]["threads"], "thread")
+    axis.set_title(f"INT8 on {results['environment']['cpu']}, {threads}")
     axis.margins(x=0.01, y=0.3)
     axis.legend(loc="upper left", ncols=4, fontsize=8.5)
-    report.mark_doubt(figure, [{"latency": results["rows"]}])
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path, [{"latency": results["rows"]}])

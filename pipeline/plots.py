@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from common.report import figures
 from common.report import results as report
 from pipeline.story import label, size_of
 
-COLORS = {"int8": report.GREY, "size": report.BLUE, "speed": report.ORANGE, "both": report.GREEN}
+COLORS = {
+    "int8": figures.GREY, "size": figures.BLUE, "speed": figures.ORANGE, "both": figures.GREEN,
+}  # fmt: skip
 
 
 def plot_frontier(results: dict, path: Path) -> None:
@@ -14,7 +17,7 @@ def plot_frontier(results: dict, path: Path) -> None:
 
     What was timed while the machine was busy has a question mark.
     """
-    figure, (small, fast) = report.new_figure(11, 4.6, columns=2, sharey=True)
+    figure, (small, fast) = figures.new_figure(11, 4.6, columns=2, sharey=True)
     shown = [*results["models"], *results["answers"]]
     fp32_bytes, timing = shown[0]["size_bytes"], shown[0]["latency"][-1]
 
@@ -29,9 +32,8 @@ def plot_frontier(results: dict, path: Path) -> None:
     for entry in shown:
         fast.annotate(
             report.doubt(entry["latency"][-1]), (rate(entry), -100 * entry["comparison"]["drop"]),
-            xytext=(9, 7), textcoords="offset points", color=report.RED, fontweight="bold",
+            xytext=(9, 7), textcoords="offset points", color=figures.RED, fontweight="bold",
         )  # fmt: skip
-    report.mark_doubt(figure, [{"latency": entry["latency"][-1:]} for entry in shown])
     small.set(xscale="log", title="How small", xlabel="times smaller than the FP32 file")
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
     small.set_xlim(0.75, 1.4 * max(*ticks, *map(times_smaller, shown)))
@@ -41,20 +43,20 @@ def plot_frontier(results: dict, path: Path) -> None:
     fast.set(title="How fast", xlabel=f"images a second at batch {timing['batch_size']}")
     fast.set_xlim(left=0)
     fast.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path, [{"latency": entry["latency"][-1:]} for entry in shown])
 
 
 def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> None:
     max_drop, (fp32, int8) = results["budget"]["max_drop"], results["models"]
     coded = results["weights"]["coded"]
-    axis.axhline(-100 * max_drop, color=report.RED, lw=1, ls="--", label="the budget")
+    axis.axhline(-100 * max_drop, color=figures.RED, lw=1, ls="--", label="the budget")
     axis.plot(position(fp32), 0, "D", color="black", ms=7, label=label("fp32", coded))
     lowest = -100 * max(4 * max_drop, 0.02)  # what fell further is drawn at the plot's edge
     for trained, marker in ((False, "."), (True, "x")):
         tried = [entry for entry in results["tried"] if entry["trained"] is trained]
         if tried:
             axis.plot(
-                [], [], marker, color=report.GREY, ms=7, label="tried" + ", trained" * trained
+                [], [], marker, color=figures.GREY, ms=7, label="tried" + ", trained" * trained
             )
         for entry in tried:
             height = max(-100 * entry["comparison"]["drop"], lowest)

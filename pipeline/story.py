@@ -73,24 +73,30 @@ def size_table(results: dict) -> Table:
         Column("than given", _compressed(lambda e: given / size_of(e)), "{:.1f}×".format),
         *report.accuracy_columns(),
         *report.change_columns(),
-        Column(
-            "MACs", lambda entry: entry.get("macs_kept", 1), lambda share: report.percent(share, 0)
-        ),
+        Column("MACs", "macs_kept", lambda share: report.percent(share, 0)),
     ]
     note = (
         f"Smaller: than the file of {label('fp32', results['weights']['coded'])}, and than the "
         "given file. Points are against FP32 on the same images. MACs: multiply-adds that are left."
     )
-    rows = [fp32 | {"comparison": None}, int8, *results["answers"]]
+    dense = [fp32 | {"comparison": None, "macs_kept": 1}, int8 | {"macs_kept": 1}]
+    rows = [*dense, *results["answers"]]
     return Table("The answers", columns, rows, note)
 
 
 def speed_table(results: dict) -> Table:
     """Return every file's milliseconds and speed at each batch size."""
-    fp32 = results["models"][0]
     columns = [_label_column(results, "ms at")]
-    for index, timing in enumerate(fp32["latency"]):
-        columns += _columns_at(index, timing)
+    for index, fp32 in enumerate(results["models"][0]["latency"]):
+
+        def show_speedup(own: dict, fp32: dict = fp32) -> str:
+            return f"{fp32['median_ms'] / own['median_ms']:.1f}×{report.doubt(fp32, own)}"
+
+        timed = _compressed(lambda entry, index=index: entry["latency"][index])
+        columns += [
+            Column(f"batch {fp32['batch_size']}", f"latency.{index}", report.show_median),
+            Column("as fast", timed, show_speedup),
+        ]
     rows = [*results["models"], *results["answers"]]
     note = (
         "Medians of one call on a batch; as fast: as FP32 at its best (batch norms folded, weights "
@@ -102,21 +108,6 @@ def speed_table(results: dict) -> Table:
 def _compressed(value: Callable[[dict], object]) -> Callable[[dict], object]:
     """Leave the row of FP32 empty: it is what the others are compared with."""
     return lambda entry: None if entry["name"] == "fp32" else value(entry)
-
-
-def _columns_at(index: int, fp32: dict) -> list[Column]:
-    """Return the columns of one batch size; ``fp32`` is FP32's timing at it."""
-
-    def timing(entry: dict) -> dict:
-        return entry["latency"][index]
-
-    def show_speedup(own: dict) -> str:
-        return f"{fp32['median_ms'] / own['median_ms']:.1f}×{report.doubt(fp32, own)}"
-
-    return [
-        Column(f"batch {fp32['batch_size']}", timing, report.show_median),
-        Column("as fast", _compressed(timing), show_speedup),
-    ]
 
 
 def advise(results: dict) -> list[str]:

@@ -87,7 +87,7 @@ def run_here(
         stack.enter_context(undisturbed())
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
-        stack.enter_context(mock.patch("common.report.results.save_figure", _save_blank))
+        stack.enter_context(mock.patch("common.report.figures.save_figure", _save_blank))
         for module in READING_BACK if reads_back_here else ():
             stack.enter_context(mock.patch(f"{module}.start_fresh", _start_here))
         os.chdir(folder)
@@ -98,7 +98,7 @@ def run_here(
     return Finished(command, code, out.getvalue(), err.getvalue())
 
 
-def _save_blank(figure: object, path: Path) -> None:
+def _save_blank(figure: object, path: Path, timed: object = ()) -> None:
     Image.new("RGB", (8, 8)).save(path)
 
 

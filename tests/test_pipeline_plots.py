@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from matplotlib.figure import Figure
 
 from common.report.results import DOUBT
 from pipeline import plots
@@ -19,7 +20,7 @@ def entry(name: str, noisy: bool) -> dict:
 @pytest.mark.parametrize("noisy", [False, True])
 def test_noisy_speeds_have_question_marks(noisy, monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr(plots.report, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **how: figures.append(figure))
     results = {
         "models": [entry("fp32", False), entry("int8", noisy)],
         "answers": [entry("size", noisy)],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from pruning.report import plots
 
 
@@ -28,7 +30,7 @@ def test_amounts_that_differ_in_any_digit_have_plots_of_their_own(monkeypatch):
 
 def test_the_answer_is_rounded_down_and_no_label_lies_on_its_line(monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr(plots.report, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **how: figures.append(figure))
     amounts = [0.5, 0.75, 0.875, 0.96, 0.99669]
     plots.plot_search(
         {

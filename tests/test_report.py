@@ -24,8 +24,8 @@ from common import run as run_module
 from common.machine import device
 from common.machine.workers import ALONE
 from common.network.checkpoint import WeightsFile
+from common.report.figures import BLUE, new_figure, save_figure
 from common.report.results import (
-    BLUE,
     against_given,
     counted,
     floor_factor,
@@ -33,11 +33,9 @@ from common.report.results import (
     format_cost,
     megabytes,
     network_name,
-    new_figure,
     p_value,
     percent,
     points,
-    save_figure,
     to_json,
 )
 from common.report.story import align
@@ -186,7 +184,7 @@ def test_figures_need_no_display_and_repeat(tmp_path):
 
 
 def test_importing_report_imports_no_matplotlib():
-    code = "import sys, common.report.results; assert 'matplotlib' not in sys.modules"
+    code = "import sys, common.report.figures; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 

@@ -15,6 +15,7 @@ from common.files.untrusted import read_untrusted
 from common.images.data import ImageSet, balanced_subset, checksum
 from common.measure.evaluate import measure_accuracy, predict
 from common.network.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
+from common.report import figures
 from common.report import results as report
 from common.report.results import counted, percent
 from common.report.story import Column, Headline, Story, Table
@@ -142,32 +143,32 @@ def save_epochs(rows: Sequence[EpochRow], folder: OutputFolder) -> dict:
 
 def plot_epochs(path: Path, rows: Sequence[EpochRow]) -> None:
     """Draw loss, accuracies and learning rate by epoch as PNG."""
-    figure, (loss_axes, accuracy_axes, rate_axes) = report.new_figure(11, 3.6, columns=3)
+    figure, (loss_axes, accuracy_axes, rate_axes) = figures.new_figure(11, 3.6, columns=3)
     epochs = [row.epoch for row in rows]
     marker = "o" if len(rows) < 2 else None  # a line through one point shows nothing
-    loss_axes.plot(epochs, [row.loss for row in rows], color=report.BLUE, marker=marker)
+    loss_axes.plot(epochs, [row.loss for row in rows], color=figures.BLUE, marker=marker)
     loss_axes.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
     for name, label, colour in (
-        ("train_accuracy", "training images, augmented", report.GREY),
-        ("held_out_accuracy", "held-out images", report.ORANGE),
+        ("train_accuracy", "training images, augmented", figures.GREY),
+        ("held_out_accuracy", "held-out images", figures.ORANGE),
     ):
         percents = [100 * getattr(row, name) for row in rows]
         accuracy_axes.plot(epochs, percents, label=label, color=colour, marker=marker)
     accuracy_axes.set(title="Accuracy", xlabel="epoch", ylabel="top-1 (%)")
     accuracy_axes.legend(loc="lower right", fontsize=8)
-    rate_axes.plot(epochs, [row.learning_rate for row in rows], color=report.RED, marker=marker)
+    rate_axes.plot(epochs, [row.learning_rate for row in rows], color=figures.RED, marker=marker)
     rate_axes.set(title="Learning rate", xlabel="epoch", ylim=(0, None))
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     rows = [{"images": name, "accuracy": results[key]} for name, key in IMAGES.items()]
     columns = [
-        Column("accuracy (FP32)", lambda row: row["images"]),
-        Column("top-1", lambda row: row["accuracy"]["value"], percent),
-        Column("95 % interval", lambda row: " … ".join(map(percent, row["accuracy"]["ci95"]))),
-        Column("images", lambda row: row["accuracy"]["total"], "{:,}".format),
+        Column("accuracy (FP32)", "images"),
+        Column("top-1", "accuracy.value", percent),
+        Column("95 % interval", "accuracy.ci95", lambda ci95: " … ".join(map(percent, ci95))),
+        Column("images", "accuracy.total", "{:,}".format),
     ]
     classes = {name: entry["value"] for name, entry in results["per_class"].items()}
     worst, best = min(classes, key=classes.get), max(classes, key=classes.get)

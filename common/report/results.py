@@ -1,28 +1,16 @@
-"""How results look: as JSON, as text, as columns of tables, and in plots."""
+"""How results look: as JSON, as text, and as columns of tables."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from common.command.cli import counted, visible
 from common.report.story import Column
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, GREY = "#CC79A7", "#999999"
-STYLE = {
-    "font.size": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4", "legend.frameon": False,
-}  # fmt: skip
 DOUBT = "?: the machine was busy while this was timed, so it may be far off."
 
 
@@ -137,7 +125,7 @@ def format_change(comparison: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def describe_change(comparison: Mapping[str, Any]) -> str:
-    """Say how many points a ``comparison`` object of results.json lost or gained."""
+    """Say how many points a ``comparison`` of results.json lost or gained."""
     return ", ".join(format_change(comparison))
 
 
@@ -149,9 +137,9 @@ def megabytes(size_bytes: float, digits: int = 2) -> str:
 def accuracy_columns() -> list[Column]:
     """Return the column of top-1 accuracies; in CSV files those of the counts behind it too."""
     return [
-        Column(None, lambda row: row["accuracy"]["correct"], name="correct"),
-        Column(None, lambda row: row["accuracy"]["total"], name="total"),
-        Column("accuracy", lambda row: row["accuracy"]["value"], percent),
+        Column(None, "accuracy.correct", name="correct"),
+        Column(None, "accuracy.total", name="total"),
+        Column("accuracy", "accuracy.value", percent),
     ]
 
 
@@ -162,49 +150,21 @@ def change_columns() -> list[Column]:
     without a ``comparison`` have none.
     """
 
-    def compared(get: Callable[[dict], object]) -> Callable[[dict], object]:
-        return lambda row: get(row["comparison"]) if row.get("comparison") else None
-
     def show_interval(ci95: Sequence[float]) -> str:
         low, high = sorted(-drop for drop in ci95)
         return f"{points(low)} … {points(high)}"
 
     return [
-        Column("points", compared(lambda found: found["drop"]), lambda x: points(-x), name="drop"),
-        Column("95 % interval", compared(lambda found: found["ci95"]), show_interval, name=""),
-        Column(None, compared(lambda found: found["ci95"][0]), name="drop_low"),
-        Column(None, compared(lambda found: found["ci95"][1]), name="drop_high"),
+        Column("points", "comparison.drop", lambda drop: points(-drop), name="drop"),
+        Column("95 % interval", "comparison.ci95", show_interval, name=""),
+        Column(None, "comparison.ci95.0", name="drop_low"),
+        Column(None, "comparison.ci95.1", name="drop_high"),
     ]
 
 
 def rate_columns(latency: Sequence[dict]) -> list[Column]:
     """Return a column of images a second for each batch size; rows may lack ``latency``."""
     return [
-        Column(f"batch {timing['batch_size']}",
-               lambda row, index=index: row["latency"][index] if "latency" in row else None,
-               show_rate)
+        Column(f"batch {timing['batch_size']}", f"latency.{index}", show_rate)
         for index, timing in enumerate(latency)
-    ]  # fmt: skip
-
-
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: object):
-    """Return ``(figure, axes)`` in the house style; sizes in inches.
-
-    The figure belongs to no window system, so that no display is needed.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    mpl.rcParams.update(STYLE)
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
-    return figure, figure.subplots(rows, columns, **options)
-
-
-def mark_doubt(figure: Figure, models: Sequence[Mapping[str, Any]]) -> None:
-    """Explain the question marks of a figure below it, if there are any."""
-    figure.supxlabel(explain_doubt(models).strip(), fontsize=8, color=RED)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG; the same data gives the same bytes."""
-    figure.savefig(path, metadata={"Software": None})
+    ]

@@ -41,14 +41,24 @@ class Column:
 
     # Heading, with the unit where the values show none; None for a column of CSV files alone.
     heading: str | None
-    value: Callable[[Any], object]  # returns a row's value
+    # A row's value: a function, or the way to it in results.json, such as ``accuracy.value``.
+    value: Callable[[Any], object] | str
     show: Callable[[Any], str] = str  # returns a value as text; None is shown as nothing
     # Name in CSV files, by default the heading; empty for a column that they lack.
     name: str | None = None
 
+    def get(self, row: Any) -> Any:
+        """Return a row's value; None if the way to it ends before."""
+        if callable(self.value):
+            return self.value(row)
+        for key in self.value.split("."):
+            if row is not None:
+                row = row[int(key)] if isinstance(row, list) else row.get(key)
+        return row
+
     def cell(self, row: object) -> str:
         """Return a row's value as text."""
-        value = self.value(row)
+        value = self.get(row)
         return "" if value is None else self.show(value)
 
 
@@ -83,7 +93,7 @@ class Table:
 
     def write_csv(self, path: Path) -> None:
         """Write the table's values, unformatted, under the columns' names."""
-        named = [(c.heading if c.name is None else c.name, c.value) for c in self.columns]
+        named = [(c.heading if c.name is None else c.name, c.get) for c in self.columns]
         named = [(name, value) for name, value in named if name]
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

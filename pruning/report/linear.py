@@ -1,7 +1,5 @@
 """What pruning.py tells of the search over the linear layers."""
 
-from operator import itemgetter
-
 from common.command.cli import counted
 from common.report import results as report
 from common.report.story import Column, Facts, Table
@@ -12,12 +10,6 @@ def linear_layers(linear: dict) -> str:
     return "the linear layer" if len(linear["layers"]) == 1 else "the linear layers"
 
 
-def curve_table(linear: dict) -> Table:
-    """Return the accuracy at every amount of the linear layers, for a CSV file."""
-    columns = [Column("amount", itemgetter(0)), Column("accuracy", itemgetter(1))]
-    return Table("", columns, linear["curve"])
-
-
 def tell_linear(results: dict) -> list[Table | Facts | str]:
     """Return the answer, the steps to it, how sure it is, and what it saves."""
     if "linear_search" not in results:
@@ -26,9 +18,9 @@ def tell_linear(results: dict) -> list[Table | Facts | str]:
     tolerated, layers = counted(100 * linear["tolerance"], "point"), linear_layers(linear)
     dense, total = linear["dense"]["value"], linear["pruned_weights"] + linear["kept_weights"]
     columns = [
-        Column("step", itemgetter("number")),
-        Column("amount", itemgetter("amount"), report.floor_percent),
-        Column("weights", itemgetter("pruned_weights"), "{:,}".format),
+        Column("step", "number"),
+        Column("amount", "amount", report.floor_percent),
+        Column("weights", "pruned_weights", "{:,}".format),
         *report.accuracy_columns(),
         Column("points", lambda step: step["accuracy"]["value"] - dense, report.points),
         Column("", lambda step: "within" if step["kept"] else "too much"),
@@ -64,10 +56,7 @@ def describe_certainty(linear: dict, tolerated: str) -> Facts:
 
 
 def compare_zeros(dense: dict, sparse: dict, what: str) -> str:
-    """Say that zeros make nothing faster, and how long both networks took.
-
-    ``dense`` and ``sparse`` are their timings; ``what`` names the network with zeros.
-    """
+    """Say that zeros make nothing faster, from two timings; ``what`` names the sparse network."""
     return (
         f"no faster: dense kernels multiply zeros too. For {counted(dense['batch_size'], 'image')} "
         f"{what} took {report.show_median(sparse, 0)} ms, the network as given "

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.command.cli import counted
+from common.report import figures
 from common.report import results as report
 from pruning.report import search_plots
 from pruning.report.linear import linear_layers
@@ -49,13 +50,13 @@ def plot_sensitivity(
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
     value, whiskers = search_plots.accuracies(0.0, rows)
     limit = -100 * tolerance
-    figure, axes = report.new_figure(max(9.5, 0.3 * len(rows)), 4.6)
+    figure, axes = figures.new_figure(max(9.5, 0.3 * len(rows)), 4.6)
     positions = np.arange(len(rows))
-    axes.bar(positions, value, color=np.where(value < limit, report.RED, report.BLUE), width=0.72)
+    axes.bar(positions, value, color=np.where(value < limit, figures.RED, figures.BLUE), width=0.72)
     axes.errorbar(positions, value, whiskers, fmt="none", ecolor="#333333", capsize=2.5, lw=1)
     axes.axhline(0, color="black", lw=1.2, label="dense")
     tolerated = counted(100 * tolerance, "point")
-    axes.axhline(limit, color=report.ORANGE, lw=1.2, ls="--", label=f"dense − {tolerated}")
+    axes.axhline(limit, color=figures.ORANGE, lw=1.2, ls="--", label=f"dense − {tolerated}")
     axes.set_xticks(positions, [row["layer"] for row in rows], rotation=60, ha="right")
     axes.set_xlim(-0.7, len(rows) - 0.3)
     axes.grid(axis="x", visible=False)
@@ -65,7 +66,7 @@ def plot_sensitivity(
         f"{100 * amount:g} % of their weights go" + " (sorted by drop)" * by_drop
     )
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Path) -> None:
@@ -75,21 +76,19 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
     found = {(row["layer"], row["amount"]): row["comparison"]["drop"] for row in rows}
     drops = np.array([[found[layer, amount] for amount in amounts] for layer in layers])
     changes = 0.0 - 100 * drops  # no minus before a zero
-    figure, (curves, heat) = report.new_figure(11, 5.6, 1, 2, width_ratios=(1, 1))
+    figure, (curves, heat) = figures.new_figure(11, 5.6, 1, 2, width_ratios=(1, 1))
     worst = set(np.argsort(changes[:, -1])[:5])
-    palette = iter((report.RED, report.BLUE, report.GREEN, report.ORANGE, "#CC79A7"))
+    palette = iter((figures.RED, figures.BLUE, figures.GREEN, figures.ORANGE, figures.PURPLE))
     for index, layer in enumerate(layers):
         accuracy = 100 * dense + np.concatenate([[0.0], changes[index]])
-        style = (
-            {"color": next(palette), "label": layer, "lw": 2, "zorder": 3}
-            if index in worst
-            else {"color": report.GREY, "lw": 0.9}
-        )
+        style = {"color": figures.GREY, "lw": 0.9}
+        if index in worst:
+            style = {"color": next(palette), "label": layer, "lw": 2, "zorder": 3}
         curves.plot([0, *(100 * a for a in amounts)], accuracy, marker="o", ms=3, **style)
     curves.axhline(100 * (dense - tolerance), color="black", ls="--", lw=1)
-    curves.set_xlabel("amount pruned (%)")
-    curves.set_ylabel("top-1 accuracy (%)")
-    curves.set_title("One layer pruned alone")
+    curves.set(
+        title="One layer pruned alone", xlabel="amount pruned (%)", ylabel="top-1 accuracy (%)"
+    )
     curves.legend(title="most sensitive", loc="lower left")
     image = heat.imshow(changes, aspect="auto", cmap="Reds_r", vmax=0)
     heat.set_xticks(range(len(amounts)), [f"{100 * a:g} %" for a in amounts])
@@ -101,7 +100,7 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
         color = "white" if change < dark else "black"
         heat.text(column, row, f"{change:.1f}", ha="center", va="center", fontsize=7.5, color=color)
     figure.colorbar(image, ax=heat)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def plot_search(linear: dict, path: Path) -> None:
@@ -109,44 +108,34 @@ def plot_search(linear: dict, path: Path) -> None:
     amounts, values = 100 * np.array(linear["curve"]).T
     levels, steps = len(values) - 1, linear["steps"]
     found, largest = linear["max_amount"], linear["exhaustive_max_amount"]
+    shown = report.floor_percent(found)
     limit = 100 * (linear["dense"]["value"] - linear["tolerance"])
-    figure, (whole, near) = report.new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
+    figure, (whole, near) = figures.new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
     points = [(100 * step["amount"], 100 * step["accuracy"]["value"]) for step in steps]
     for axes, stride, lw in ((whole, max(1, levels // MAX_CURVE_POINTS), 1.4), (near, 1, 1.2)):
-        axes.axhline(limit, color=report.ORANGE, ls="--", lw=1.2, label=f"limit {limit:.2f} %")
-        axes.axvline(
-            100 * found, color=report.GREEN, lw=1.2, label=f"found {report.floor_percent(found)}"
-        )
+        axes.axhline(limit, color=figures.ORANGE, ls="--", lw=1.2, label=f"limit {limit:.2f} %")
+        axes.axvline(100 * found, color=figures.GREEN, lw=1.2, label=f"found {shown}")
         axes.plot(
-            amounts[::stride], values[::stride], color=report.BLUE, lw=lw, label="every amount"
+            amounts[::stride], values[::stride], color=figures.BLUE, lw=lw, label="every amount"
         )
-        for kept, color, label in (
-            (True, report.GREEN, "step kept"),
-            (False, report.RED, "step rejected"),
-        ):
+        for kept, color in ((True, figures.GREEN), (False, figures.RED)):
             chosen = [p for p, step in zip(points, steps, strict=True) if step["kept"] is kept]
             x, y = np.reshape(chosen, (-1, 2)).T
+            label = "step kept" if kept else "step rejected"
             axes.scatter(x, y, color=color, s=24, zorder=3, label=label)
         axes.set_xlabel(f"weights of {linear_layers(linear)} pruned (%)")
     for number, point in enumerate(points[:5], start=1):
         if abs(point[0] - 100 * found) > LABEL_GAP:
-            whole.annotate(
-                str(number), point, xytext=(0, 6), textcoords="offset points", ha="center",
-                fontsize=8,
-            )  # fmt: skip
-    near.axvline(
-        100 * largest, color=report.GREY, ls=":", lw=2,
-        label=f"largest of all amounts {report.floor_percent(largest)}",
-    )  # fmt: skip
+            place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            whole.annotate(str(number), point, fontsize=8, **place)
+    label = f"largest of all amounts {report.floor_percent(largest)}"
+    near.axvline(100 * largest, color=figures.GREY, ls=":", lw=2, label=label)
     left = max(0.0, 100 * found - 4)
     near.set_xlim(left, min(100.0, 100 * max(largest, found) + 0.5))
     near.set_ylim(limit - 3, values[int(levels * left / 100) :].max() + 0.5)
     near.set_title("Near the answer")
-    whole.set_ylabel("top-1 accuracy (%)")
-    whole.set_title(
-        f"{report.floor_percent(found)} of the weights of {linear_layers(linear)} can go"
-    )
-    figure.legend(
-        *near.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
-    )
-    report.save_figure(figure, path)
+    whole.set(title=f"{shown} of the weights of {linear_layers(linear)} can go",
+              ylabel="top-1 accuracy (%)")  # fmt: skip
+    handles = near.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=6, fontsize=8)
+    figures.save_figure(figure, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.command.cli import counted
+from common.report import figures
 from common.report import results as report
 from pruning.channels.search import RECONSTRUCTED
 from pruning.report.together import fewer, method_name, sparsities, unit_of
@@ -13,7 +14,7 @@ from pruning.together.allocation import RANDOM, SENSITIVITY
 from pruning.together.search import CONTROLS
 
 SEARCH_PLOT, SLIM_PLOT = "model_search.png", "slim.png"
-COLORS = {SENSITIVITY: report.GREEN, RANDOM: report.GREY, RECONSTRUCTED: report.BLUE}
+COLORS = {SENSITIVITY: figures.GREEN, RANDOM: figures.GREY, RECONSTRUCTED: figures.BLUE}
 
 
 def accuracies(dense: float, entries: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -26,10 +27,10 @@ def accuracies(dense: float, entries: Sequence[dict]) -> tuple[np.ndarray, np.nd
 
 def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> None:
     """Draw accuracy against compression: a line a method, a star where its search ended."""
-    figure, axes = report.new_figure(9.5, 4.8)
+    figure, axes = figures.new_figure(9.5, 4.8)
     dense = entries[0]["curve"][0][1]
     for entry in entries:
-        color = report.RED if entry["finetune_epochs"] else COLORS[entry["allocation"]]
+        color = figures.RED if entry["finetune_epochs"] else COLORS[entry["allocation"]]
         style = "--" if entry["recalibrated"] else "-"
         times = [1 / (1 - point["sparsity"]) for point in entry["points"]]
         value, whiskers = accuracies(dense, entry["points"])
@@ -50,20 +51,16 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
     ticks = [1, *(1 / (1 - sparsity) for sparsity in marks)]
     axes.set_xticks(ticks, ["dense", *map(fewer, marks)])
     axes.minorticks_off()
-    axes.set_xlabel(f"compression: {unit} before / {unit} after")
-    axes.set_ylabel("top-1 accuracy (%), held-out images")
-    axes.set_title(search_title(entries, tolerance))
+    axes.set(title=search_title(entries, tolerance), ylabel="top-1 accuracy (%), held-out images",
+             xlabel=f"compression: {unit} before / {unit} after")  # fmt: skip
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def search_title(entries: Sequence[dict], tolerance: float) -> str:
     """Name the largest sparsity that is within the tolerance on the held-out images too."""
-    held = [
-        entry["max_sparsity"]
-        for entry in entries
-        if entry["allocation"] not in CONTROLS and entry["within_tolerance"]
-    ]
+    searched = (entry for entry in entries if entry["allocation"] not in CONTROLS)
+    held = (entry["max_sparsity"] for entry in searched if entry["within_tolerance"])
     most = report.floor_percent(max(held, default=0.0), 1)
     return (
         f"{most} of the {unit_of(entries)} can go within {counted(100 * tolerance, 'point')} "
@@ -76,9 +73,9 @@ def plot_slim(models: list[dict], path: Path) -> None:
 
     ``models`` is ``slim.models`` of results.json; each is drawn at its smallest and largest batch.
     """
-    figure, axes = report.new_figure(8, 4.5)
+    figure, axes = figures.new_figure(8, 4.5)
     named = {model["name"]: model for model in models}
-    for precision, color in (("fp32", report.BLUE), ("int8", report.GREEN)):
+    for precision, color in (("fp32", figures.BLUE), ("int8", figures.GREEN)):
         for index, marker in ((0, "o"), (-1, "s")):
             ends = []
             for name, face in (("dense", "white"), ("slim", color)):
@@ -96,10 +93,8 @@ def plot_slim(models: list[dict], path: Path) -> None:
                     axes.annotate(mark, ends[-1], xytext=(7, 4), textcoords="offset points")
             arrow = {"arrowstyle": "->", "color": color, "shrinkA": 7, "shrinkB": 7}
             axes.annotate("", xy=ends[1], xytext=ends[0], arrowprops=arrow)
-    axes.set_xscale("log")
-    axes.set_xlabel("images a second (median)")
-    axes.set_ylabel("top-1 accuracy (%), held-out images")
-    axes.set_title("Dense and slim, FP32 and INT8")
+    axes.set(xscale="log", xlabel="images a second (median)",
+             ylabel="top-1 accuracy (%), held-out images",
+             title="Dense and slim, FP32 and INT8")  # fmt: skip
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
-    report.mark_doubt(figure, models)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path, models)

@@ -1,13 +1,12 @@
 """What pruning.py tells: the structure, each layer alone, the linear layers, layers together."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.report import results as report
 from common.report.story import Column, Headline, Story, Table, how_to_load
-from pruning.report.linear import curve_table, linear_layers, tell_linear
+from pruning.report.linear import linear_layers, tell_linear
 from pruning.report.together import SCOPES, tell_search, tell_slim, unit_of
 
 CAPTIONS = {
@@ -31,7 +30,8 @@ def tell(results: dict) -> Story:
         report.describe_given(results["weights"]),
         f"Dense accuracy {', '.join(report.format_accuracy(results['baseline']))}.",
         structure_table(results),
-        describe_structure(results["structure"]),
+        "{conv_weights:,} conv + {linear_weights:,} linear weights + {batch_norm_parameters:,} "
+        "batch norm + {biases:,} biases = {parameters:,} parameters".format(**results["structure"]),
         *(ranking_table(results, ranking) for ranking in results["ranking"]),
         *tell_linear(results),
     ]
@@ -65,7 +65,9 @@ def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
     """Write the sensitivities and the sweep over the linear layers as CSV."""
     sensitivity_table("", results["sensitivity"]).write_csv(file("sensitivity.csv"))
     if "linear_search" in results:
-        curve_table(results["linear_search"]).write_csv(file("linear_curve.csv"))
+        columns = [Column("amount", "0"), Column("accuracy", "1")]
+        curve = Table("", columns, results["linear_search"]["curve"])
+        curve.write_csv(file("linear_curve.csv"))
 
 
 def _headlines(results: dict) -> list[Headline]:
@@ -95,12 +97,12 @@ def structure_table(results: dict) -> Table:
     total = structure["conv_weights"] + structure["linear_weights"]
     whole = structure | {"name": "all", "shape": [], "weights": total}
     columns = [
-        Column("layer", itemgetter("name")),
+        Column("layer", "name"),
         Column("shape", lambda layer: "×".join(map(str, layer["shape"]))),
-        Column("weights", itemgetter("weights"), "{:,}".format),
+        Column("weights", "weights", "{:,}".format),
         Column("share", lambda layer: layer["weights"] / total, report.percent),
         Column("MMAC", lambda layer: layer["macs"] / 1e6, "{:.2f}".format),
-        Column("non-zero", itemgetter("nonzeros"), "{:,}".format),
+        Column("non-zero", "nonzeros", "{:,}".format),
     ]
     layers = results["layers"]
     return Table(
@@ -112,29 +114,19 @@ def structure_table(results: dict) -> Table:
     )
 
 
-def describe_structure(structure: Mapping[str, int]) -> str:
-    """Say what the parameters are."""
-    return (
-        f"{structure['conv_weights']:,} conv + {structure['linear_weights']:,} linear weights + "
-        f"{structure['batch_norm_parameters']:,} batch norm + {structure['biases']:,} biases = "
-        f"{structure['parameters']:,} parameters"
-    )
-
-
 def sensitivity_table(title: str, rows: Sequence[dict], note: str = "") -> Table:
     """Return what pruning a layer alone changes; ``rows`` are of results.json's ``sensitivity``."""
     columns = [
-        Column("layer", itemgetter("layer")),
-        Column(None, itemgetter("amount"), name="amount"),
-        Column(None, itemgetter("achieved"), name="achieved"),
+        Column("layer", "layer"),
+        Column(None, "amount", name="amount"),
+        Column(None, "achieved", name="achieved"),
         *report.accuracy_columns(),
         *report.change_columns(),
-        Column("p", lambda row: row["comparison"]["mcnemar_p"], lambda p: report.p_value(p, 1),
-               "mcnemar_p"),
-        Column("lost", lambda row: row["comparison"]["only_a_correct"], name="images_lost"),
-        Column("gained", lambda row: row["comparison"]["only_b_correct"], name="images_gained"),
+        Column("p", "comparison.mcnemar_p", lambda p: report.p_value(p, 1), "mcnemar_p"),
+        Column("lost", "comparison.only_a_correct", name="images_lost"),
+        Column("gained", "comparison.only_b_correct", name="images_gained"),
         Column("", lambda row: "≈" if row["tied_with_next"] else ""),
-    ]  # fmt: skip
+    ]
     return Table(title, columns, rows, note)
 
 

@@ -1,7 +1,7 @@
 """What pruning.py tells of the search over many layers together."""
 
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
+from functools import partial
 
 from common.command.cli import counted
 from common.report import results as report
@@ -44,12 +44,12 @@ def tell_search(results: dict) -> list[Table | Facts]:
     entries, tolerance = results["model_search"], results["arguments"]["tolerance"]
     columns = [
         Column("", method_name),
-        Column("pruned", itemgetter("max_sparsity"), lambda share: report.floor_percent(share, 1)),
+        Column("pruned", "max_sparsity", lambda share: report.floor_percent(share, 1)),
         Column("fewer", lambda row: 1 / (1 - row["max_sparsity"]), report.floor_factor),
         *report.accuracy_columns(),
         *report.change_columns(),
         Column("within", lambda row: "yes" if row["within_tolerance"] else "NO"),
-        Column("MACs", itemgetter("macs_kept"), lambda share: report.percent(share, 0)),
+        Column("MACs", "macs_kept", lambda share: report.percent(share, 0)),
     ]
     largest = Table(
         f"{SCOPES[entries[0]['scope']].capitalize()}: the largest sparsity within "
@@ -80,24 +80,21 @@ def explain_names(entries: Sequence[dict]) -> str:
 
 def curve_table(entries: Sequence[dict]) -> Table:
     """Return the change of accuracy at each compression, ± half the paired 95 % interval."""
-    columns = [Column("points at", method_name)]
-    columns += [Column(fewer(sparsity), _change_at(sparsity)) for sparsity in sparsities(entries)]
-    title = (
-        f"Points against dense at each compression of the {unit_of(entries)}, on "
-        f"{entries[0]['points'][0]['accuracy']['total']:,} of the held-out images"
-    )
-    return Table(title, columns, entries)
 
-
-def _change_at(sparsity: float) -> Callable[[dict], str | None]:
-    def change(entry: dict) -> str | None:
+    def change_at(sparsity: float, entry: dict) -> str | None:
         for point in entry["points"]:
             if point["sparsity"] == sparsity:
                 low, high = point["comparison"]["ci95"]
                 return f"{report.points(-point['comparison']['drop'], 1)} ±{50 * (high - low):.1f}"
         return None
 
-    return change
+    columns = [Column("points at", method_name)]
+    columns += [Column(fewer(at), partial(change_at, at)) for at in sparsities(entries)]
+    title = (
+        f"Points against dense at each compression of the {unit_of(entries)}, on "
+        f"{entries[0]['points'][0]['accuracy']['total']:,} of the held-out images"
+    )
+    return Table(title, columns, entries)
 
 
 def describe_saved(results: dict) -> Facts:
@@ -133,7 +130,7 @@ def tell_slim(slim: dict) -> list[Table | Facts]:
     models = slim["models"]
     columns = [
         Column("images/s at", lambda m: m["name"].replace("fp32", "FP32").replace("int8", "INT8")),
-        Column("size", itemgetter("size_bytes"), report.megabytes),
+        Column("size", "size_bytes", report.megabytes),
         *report.change_columns(),
         Column(
             "MACs", lambda m: m["macs"] / models[0]["macs"], lambda share: report.percent(share, 0)

@@ -9,6 +9,7 @@ import torch
 from common.images.data import ImageSet
 from common.network.execution import Network
 from common.network.graph import INPUT
+from common.report import figures
 from common.report import results as report
 from quantization.int8.conversion import Observation
 from quantization.int8.fusion import fuse_activations
@@ -18,71 +19,54 @@ from quantization.report.story import label
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
 # FP32 twice, seven engines and the ONNX file are the most that one run compares.
 COLORS = (
-    "#C4C4C4", "#777777", report.ORANGE, report.BLUE, report.GREEN, report.RED, report.PURPLE,
+    "#C4C4C4", "#777777", figures.ORANGE, figures.BLUE, figures.GREEN, figures.RED, figures.PURPLE,
     "#56B4E9", "#F0E442", "#000000",
 )  # fmt: skip
 
 
 def plot_overview(models: Sequence[dict], path: Path) -> None:
     """Plot the size, accuracy and throughput of results.json's ``models``."""
-    figure, axes = report.new_figure(11, 3.8, columns=3, width_ratios=(1, 1.15, 2))
+    figure, axes = figures.new_figure(11, 3.8, columns=3, width_ratios=(1, 1.15, 2))
     size_axis, accuracy_axis, speed_axis = axes
+    colored = list(zip(models, COLORS, strict=False))
     # The layout in memory changes neither size nor accuracy.
-    distinct = [model for model in models if model["name"] != "fp32-nchw"]
-    colors = {label(model): COLORS[index] for index, model in enumerate(models)}
-    names = [label(model, short=True) for model in distinct]
-    fill = [colors[label(model)] for model in distinct]
-
-    sizes_mb = [model["size_bytes"] / 1e6 for model in distinct]
-    bars = size_axis.bar(names, sizes_mb, color=fill, width=0.6)
-    size_axis.bar_label(bars, [f"{size:.1f}" for size in sizes_mb], padding=2)
-    size_axis.margins(y=0.1)
-    size_axis.set(title="Size on disk", ylabel="MB")
-
-    values = np.array([model["accuracy"]["value"] for model in distinct]) * 100
-    intervals = np.array([model["accuracy"]["ci95"] for model in distinct]) * 100
-    errors = np.abs(intervals.T - values)
-    for index, color in enumerate(fill):
+    distinct = [(model, color) for model, color in colored if model["name"] != "fp32-nchw"]
+    for index, (model, color) in enumerate(distinct):
+        size_mb, accuracy = model["size_bytes"] / 1e6, model["accuracy"]
+        bar = size_axis.bar(index, size_mb, color=color, width=0.6)
+        size_axis.bar_label(bar, [f"{size_mb:.1f}"], padding=2)
+        value, low, high = (100 * x for x in (accuracy["value"], *accuracy["ci95"]))
         accuracy_axis.errorbar(
-            index, values[index], errors[:, [index]], fmt="o", color=color, capsize=5, lw=2, ms=7
-        )
-        accuracy_axis.annotate(
-            f"{values[index]:.2f}", (index, intervals[index, 1]), xytext=(0, 4),
-            textcoords="offset points", ha="center", fontsize=8.5,
+            index, value, [[value - low], [high - value]], fmt="o", color=color, capsize=5, lw=2,
+            ms=7,
         )  # fmt: skip
+        accuracy_axis.annotate(
+            f"{value:.2f}", (index, high), xytext=(0, 4), textcoords="offset points", ha="center",
+            fontsize=8.5,
+        )  # fmt: skip
+    names = [label(model, short=True) for model, _ in distinct]
     for axis in (size_axis, accuracy_axis):
+        axis.set_xticks(range(len(names)), names)
         axis.tick_params(axis="x", labelsize=8.5 if len(names) < 4 else min(7, 31 / len(names)))
-    accuracy_axis.set_xticks(range(len(names)), names)
-    accuracy_axis.set_xlim(-0.5, len(names) - 0.5)
-    total = distinct[0]["accuracy"]["total"]
-    images = report.counted(total, "image")
-    accuracy_axis.margins(y=0.12)  # for the numbers
+        axis.margins(y=0.12)  # for the numbers
+    images = report.counted(models[0]["accuracy"]["total"], "image")
+    size_axis.set(title="Size on disk", ylabel="MB")
     accuracy_axis.set(title="Accuracy, 95 % interval", ylabel=f"top-1 on {images}, %")
-
-    batch_sizes = [entry["batch_size"] for entry in models[0]["latency"]]
-    width = 0.8 / len(models)
-    for index, model in enumerate(models):
-        speeds = [entry["images_per_second"] for entry in model["latency"]]
-        labels = [f"{e['images_per_second']:.0f}{report.doubt(e)}" for e in model["latency"]]
-        positions = np.arange(len(batch_sizes)) + (index - (len(models) - 1) / 2) * width
-        bars = speed_axis.bar(
-            positions, speeds, width * 0.95, color=colors[label(model)], label=label(model)
-        )
-        speed_axis.bar_label(bars, labels, padding=3, fontsize=8, rotation=90)
-    speed_axis.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
-    speed_axis.set(title="Throughput on the CPU", ylabel="images a second")
+    accuracy_axis.set_xlim(-0.5, len(names) - 0.5)
+    shown = [(label(model), color, model["latency"]) for model, color in colored]
+    figures.draw_rates(speed_axis, shown, padding=3, fontsize=8, rotation=90)
+    speed_axis.set_title("Throughput on the CPU")
     speed_axis.margins(y=0.15)  # for the numbers
     speed_axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=3, fontsize=8)
-    report.mark_doubt(figure, models)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path, models)
 
 
 def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
     """Plot each layer's quantization noise, and what INT8 costs with it alone and without it."""
-    figure, (noise_axis, cost_axis) = report.new_figure(11, 6, columns=2, sharey=True)
+    figure, (noise_axis, cost_axis) = figures.new_figure(11, 6, columns=2, sharey=True)
     at = np.arange(len(rows))
     worst = min(range(len(rows)), key=lambda index: rows[index]["sqnr_db"])
-    colors = [report.RED if index == worst else report.BLUE for index in at]
+    colors = [figures.RED if index == worst else figures.BLUE for index in at]
     noise_axis.barh(at, [row["sqnr_db"] for row in rows], color=colors, height=0.65)
     for key, marker, name in (
         ("weight_sqnr_db", "|", "only weights rounded"),
@@ -93,17 +77,16 @@ def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
     noise_axis.invert_yaxis()
     noise_axis.set(title="Signal to quantization noise", xlabel="dB; less is worse (worst in red)")
     for offset, key, color, name in (
-        (-0.2, "drop_only_quantized", report.ORANGE, "only this layer in INT8"),
-        (0.2, "drop_only_fp32", report.GREY, "all but this layer in INT8"),
+        (-0.2, "drop_only_quantized", figures.ORANGE, "only this layer in INT8"),
+        (0.2, "drop_only_fp32", figures.GREY, "all but this layer in INT8"),
     ):
         changes = [-100 * row[key] for row in rows]
         cost_axis.barh(at + offset, changes, 0.38, color=color, label=name)
     cost_axis.axvline(0, color="black", lw=0.8)
     cost_axis.set(title="Accuracy", xlabel="points against FP32; a loss is negative")
     for axis in (noise_axis, cost_axis):
-        figure_legend = axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
-        figure_legend.set_in_layout(True)
-    report.save_figure(figure, path)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
+    figures.save_figure(figure, path)
 
 
 def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: Path) -> int:
@@ -122,7 +105,7 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
 
     shown = sorted(flipped, key=kind)[: SHEET_COLUMNS * SHEET_ROWS]
     rows = -(-len(shown) // SHEET_COLUMNS)
-    figure, axes = report.new_figure(11, 1.75 * rows + 0.5, rows, SHEET_COLUMNS, squeeze=False)
+    figure, axes = figures.new_figure(11, 1.75 * rows + 0.5, rows, SHEET_COLUMNS, squeeze=False)
     losses, gains = (sum(kind(i) == k for i in flipped) for k in (0, 1))
     figure.suptitle(
         f"{len(flipped)} of {len(dataset):,} answers change: {losses} lost, {gains} gained, "
@@ -130,7 +113,7 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
         + (f" (the first {len(shown)})" if len(shown) < len(flipped) else ""),
         fontsize=11, fontweight="bold",
     )  # fmt: skip
-    colors, classes = (report.RED, report.GREEN, report.GREY), dataset.classes
+    colors, classes = (figures.RED, figures.GREEN, figures.GREY), dataset.classes
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, shown, strict=False):
@@ -140,7 +123,7 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
             f"INT8: {classes[int8[index]]}",
             fontsize=7.5, fontweight="normal", color=colors[kind(index)],
         )  # fmt: skip
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
     return len(flipped)
 
 
@@ -176,19 +159,19 @@ def plot_ranges(observation: Observation, reduce_range: bool, path: Path) -> Non
     """Plot the ranges of a network's weights, and of its values as they were observed."""
     weights = weight_ranges(observation.network)
     activations = activation_ranges(observation, reduce_range)
-    figure, (left, right) = report.new_figure(11, 6.2, columns=2, width_ratios=(1, 1.25))
+    figure, (left, right) = figures.new_figure(11, 6.2, columns=2, width_ratios=(1, 1.25))
     low, median, high = zip(*weights.values(), strict=True)
     rows = range(len(weights))
-    left.hlines(rows, low, high, color=report.BLUE, lw=5, alpha=0.35, label="all channels")
-    left.plot(median, rows, "o", color=report.BLUE, label="median")
+    left.hlines(rows, low, high, color=figures.BLUE, lw=5, alpha=0.35, label="all channels")
+    left.plot(median, rows, "o", color=figures.BLUE, label="median")
     left.set(title="Weights: largest magnitude by channel", xlabel="with batch-norm folded in")
     if any(high):  # a network of zeros has no place on a logarithmic scale
         left.set(xlabel="with batch-norm folded in; log scale", xscale="log")
     rows = range(len(activations))
     seen_low, seen_high, kept_low, kept_high = zip(*activations.values(), strict=True)
-    right.hlines(rows, seen_low, seen_high, color=report.GREY, lw=2, label="seen in calibration")
+    right.hlines(rows, seen_low, seen_high, color=figures.GREY, lw=2, label="seen in calibration")
     right.hlines(
-        rows, kept_low, kept_high, color=report.ORANGE, lw=6, alpha=0.8,
+        rows, kept_low, kept_high, color=figures.ORANGE, lw=6, alpha=0.8,
         label="kept by INT8 (clipped beyond)",
     )  # fmt: skip
     right.set(title="Activations: range by layer", xlabel="value")
@@ -197,4 +180,4 @@ def plot_ranges(observation: Observation, reduce_range: bool, path: Path) -> Non
         axis.invert_yaxis()
         axis.tick_params(axis="y", labelsize=8)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, fontsize=8)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)

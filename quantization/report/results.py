@@ -37,26 +37,30 @@ def describe_models(
     Beside them come the first INT8 model's ``comparison`` and accuracy ``per_class``, and the
     fastest engine for each batch size.
 
-    Args:
-        inputs: FP32 network and test images.
-        predictions: Predictions of FP32 (int64, shape (N,)).
-        quantized: INT8 models, the headline's first.
-        paths: File of each engine's model.
-        onnx: The exported model, if any.
-        timings: Result of :func:`quantization.steps.time_models`.
+    ``predictions`` are FP32's on the test images (int64, (N,)); ``quantized`` the INT8 models, the
+    headline's first; ``paths`` their files by engine. ``timings`` come from
+    :func:`quantization.steps.time_models`.
     """
     test, dense = inputs.test, predictions == inputs.test.labels
     size_bytes = saved_size_bytes(inputs.model.state_dict())
-    fp32 = [_entry(name, None, size_bytes, dense, timings[name]) for name in (FP32_NCHW, FP32)]
-
-    def int8_entry(
-        name: str, engine: str, path: Path, predicted: torch.Tensor, timed: Sequence[Timing]
-    ) -> dict:
+    nchw, best = fp32 = [
+        _entry(name, None, size_bytes, dense, timings[name]) for name in (FP32_NCHW, FP32)
+    ]
+    made = [
+        ("int8", engine, paths[engine], one.predictions, timings[engine], _describe_conversion(one))
+        for one in quantized
+        for engine in [one.settings.engine]
+    ]
+    if onnx is not None:
+        more = {"agreement": onnx.agreement}
+        made.append((ONNX, "onnxruntime", onnx.path, onnx.predictions, timings[ONNX], more))
+    entries = []
+    for name, engine, path, predicted, timed, more in made:
         correct = predicted == test.labels
         entry = _entry(name, engine, path.stat().st_size, correct, timed)
-        entry |= {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        nchw, best = fp32
-        return entry | {
+        entries.append(entry | more | {
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "comparison": {
                 "size_ratio": entry["size_bytes"] / best["size_bytes"],
                 "size_ratio_given": entry["size_bytes"] / inputs.weights["size_bytes"],
@@ -64,16 +68,7 @@ def describe_models(
                 "speedup": speedups(entry["latency"], value=best["latency"]),
             },
             "speedup_over_nchw": speedups(entry["latency"], value=nchw["latency"]),
-        }
-
-    entries: list[dict] = []
-    for candidate in quantized:
-        engine, predicted = candidate.settings.engine, candidate.predictions
-        entry = int8_entry("int8", engine, paths[engine], predicted, timings[engine])
-        entries.append(entry | _describe_conversion(candidate))
-    if onnx is not None:
-        entry = int8_entry(ONNX, "onnxruntime", onnx.path, onnx.predictions, timings[ONNX])
-        entries.append(entry | {"agreement": onnx.agreement})
+        })  # fmt: skip
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],

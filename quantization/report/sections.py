@@ -19,9 +19,9 @@ NOISIEST_SHOWN = 5
 def tell_budget(budget: dict) -> list[Table | Facts]:
     """Say what was tried to hold the accuracy budget, and whether it held."""
     columns = [
-        Column("tried, on held-out training images", lambda step: step["action"]),
+        Column("tried, on held-out training images", "action"),
         Column("points", lambda step: -step["drop"], points),
-        Column("to spare", lambda step: step["spare"], points),
+        Column("to spare", "spare", points),
         Column("kept", lambda step: "yes" if step["kept"] else "no"),
     ]
     verdict = "met" if budget["met"] else "NOT met: the best model found was written"
@@ -42,20 +42,17 @@ def tell_budget(budget: dict) -> list[Table | Facts]:
 
 def diagnosis_table(rows: Sequence[dict], title: str = "", note: str = "") -> Table:
     """Return layers' noise, and what INT8 costs with each alone and without it."""
-
-    def noise(heading: str, name: str) -> Column:
-        return Column(heading, lambda row: row[name], "{:.1f} dB".format, name)
-
-    def change(heading: str, name: str) -> Column:
-        return Column(heading, lambda row: row[name], lambda drop: points(-drop), name)
-
-    columns = [
-        Column("layer", lambda row: row["layer"]),
-        noise("SQNR", "sqnr_db"),
-        noise("weights", "weight_sqnr_db"),
-        noise("activations", "activation_sqnr_db"),
-        change("alone INT8", "drop_only_quantized"),
-        change("alone FP32", "drop_only_fp32"),
+    decibels = "{:.1f} dB".format
+    columns = [Column("layer", "layer")]
+    columns += [
+        Column(heading, name, show, name)
+        for heading, name, show in (
+            ("SQNR", "sqnr_db", decibels),
+            ("weights", "weight_sqnr_db", decibels),
+            ("activations", "activation_sqnr_db", decibels),
+            ("alone INT8", "drop_only_quantized", lambda drop: points(-drop)),
+            ("alone FP32", "drop_only_fp32", lambda drop: points(-drop)),
+        )
     ]
     return Table(title, columns, rows, note)
 

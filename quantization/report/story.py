@@ -88,7 +88,7 @@ def model_table(models: Sequence[dict]) -> Table:
     """Return each model's size, accuracy and speed."""
     columns = [
         Column("images/s at", label),
-        Column("size", lambda model: model["size_bytes"], report.megabytes),
+        Column("size", "size_bytes", report.megabytes),
         *report.accuracy_columns(),
         *report.rate_columns(models[0]["latency"]),
     ]
