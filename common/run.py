@@ -62,11 +62,8 @@ def common_results(
 ) -> dict:
     """Return the part of results.json that all scripts share, but for what is known at the end.
 
-    Args:
-        script: Name of the script, such as ``quantization``.
-        arguments: Its arguments, as parsed.
-        workers: The processes that shared the run, and where FP32 ran.
-        inputs: Result of :meth:`common.inputs.Inputs.describe`, or the like.
+    ``script`` is its name, such as ``quantization``; ``inputs`` is the result of
+    :meth:`common.inputs.Inputs.describe`, or the like.
     """
     device = workers.device.type
     given = sorted(vars(arguments).items())
@@ -124,12 +121,8 @@ def finish_run(
 ) -> Story:  # fmt: skip
     """Add what the run has cost, write results.json, and move everything into place.
 
-    Args:
-        results: Content of results.json; changed in place.
-        folder: Folder with the run's other files.
-        started: Value of ``time.perf_counter()`` at the start.
-        tell: Function that returns the story of finished results.
-        with_page: Whether to write report.html too.
+    ``results`` are changed in place; ``started`` is ``time.perf_counter()`` at the start. Return
+    the story that ``tell`` makes of the results. ``with_page`` writes report.html too.
     """
     results["wall_seconds"] = time.perf_counter() - started
     results["peak_memory_bytes"] = machine.peak_memory_bytes()

@@ -58,24 +58,15 @@ class Timing:
 
 
 def time_interleaved(
-    contenders: Sequence[Contender],
-    images: torch.Tensor,
-    batch_sizes: Sequence[int] = (1, 32, 128),
+    contenders: Sequence[Contender], images: torch.Tensor, batch_sizes: Sequence[int],
     seconds_per_batch_size: float = 5.0,
-) -> dict[str, list[Timing]]:
+) -> dict[str, list[Timing]]:  # fmt: skip
     """Time every contender at every batch size; warn where the spread is large.
 
     The contenders take turns in another random order each round, so that none always follows the
-    same one. At least ``MIN_ROUNDS`` rounds are run, whatever the time.
-
-    Args:
-        contenders: Models to time.
-        images: Normalised float32 images (N, C, H, W), repeated where a batch needs more.
-        batch_sizes: Batch sizes in images.
-        seconds_per_batch_size: Time to aim for.
-
-    Returns:
-        Timings of each contender by name, one for each batch size.
+    same one. At least ``MIN_ROUNDS`` rounds are run, whatever the time. The normalised float32
+    ``images`` (N, C, H, W) are repeated where a batch needs more. Return each contender's timings
+    by name, one for each batch size.
     """
     timings = {contender.name: [] for contender in contenders}
     with torch.inference_mode():
@@ -84,7 +75,10 @@ def time_interleaved(
     for batch_size in batch_sizes:
         samples_ms = _sample(contenders, images, batch_size, seconds_per_batch_size)
         for name, values in samples_ms.items():
-            timings[name].append(_summarize(batch_size, values))
+            low, median_ms, high = statistics.quantiles(values, n=4, method="inclusive")
+            rate = 1000 * batch_size / median_ms
+            timing = Timing(batch_size, median_ms, high - low, rate, len(values))
+            timings[name].append(timing)
     every = [(name, timing) for name, entries in timings.items() for timing in entries]
     if noisy := [f"{name} at batch {x.batch_size}" for name, x in every if x.is_noisy]:
         cli.log.warning(
@@ -109,21 +103,17 @@ def _sample(
             rounds < MAX_ROUNDS and time.perf_counter_ns() - start < 1e9 * seconds
         ):
             for contender in (contenders[i] for i in orders.permutation(len(contenders))):
-                timed_ms = _settled_call_ms(contender, inputs[contender.memory_format])
-                samples_ms[contender.name].append(timed_ms)
+                batch = inputs[contender.memory_format]
+                time.sleep(SETTLE_SECONDS)
+                untimed_ms = _call_ms(contender, batch)
+                while untimed_ms < UNTIMED_MS:
+                    untimed_ms += _call_ms(contender, batch)
+                samples_ms[contender.name].append(_call_ms(contender, batch))
             rounds += 1
             bar.update()
             if rounds == 1:  # it may have included preparation for this batch size
                 start = time.perf_counter_ns()
     return samples_ms
-
-
-def _settled_call_ms(contender: Contender, batch: torch.Tensor) -> float:
-    time.sleep(SETTLE_SECONDS)
-    untimed_ms = _call_ms(contender, batch)
-    while untimed_ms < UNTIMED_MS:
-        untimed_ms += _call_ms(contender, batch)
-    return _call_ms(contender, batch)
 
 
 def _batch(images: torch.Tensor, size: int, layout: torch.memory_format) -> torch.Tensor:
@@ -150,10 +140,3 @@ def speedups(own: Sequence[dict], **others: Sequence[dict]) -> list[dict]:
         entry = {"batch_size": timing["batch_size"]} | dict(zip(others, ratios, strict=True))
         found.append(entry | {"noisy": any(one["noisy"] for one in (timing, *slower))})
     return found
-
-
-def _summarize(batch_size: int, samples_ms: list[float]) -> Timing:
-    low, _, high = statistics.quantiles(samples_ms, n=4, method="inclusive")
-    median_ms = statistics.median(samples_ms)
-    rate = 1000 * batch_size / median_ms
-    return Timing(batch_size, median_ms, high - low, rate, len(samples_ms))

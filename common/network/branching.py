@@ -40,21 +40,14 @@ def start_values(graph: Graph, layers: Collection[str]) -> list[str]:
 
 
 def branch_logits(
-    network: Network,
-    dense: Mapping[str, torch.Tensor],
-    variants: Mapping[str, Variant],
+    network: Network, dense: Mapping[str, torch.Tensor], variants: Mapping[str, Variant],
     rows: Mapping[str, Rows] | None = None,
-) -> torch.Tensor:
-    """Return the logits of every variant, one after the other in the order of ``variants``.
+) -> torch.Tensor:  # fmt: skip
+    """Return the logits of every variant, one after the other: FP32, (rows of all, classes).
 
-    Args:
-        network: The dense network, in the precision to run the variants in.
-        dense: Values of the operations in :func:`start_values`, in any precision; not changed.
-        variants: For each layer, what replaces it, in the network's precision.
-        rows: For each layer, the images of the batch to run its variant on; all by default.
-
-    Returns:
-        FP32, shape (rows of all variants together, classes).
+    The dense network has the precision of the variants, which replace its layers. ``dense`` holds
+    its values that :func:`start_values` names, in any precision; they are not changed. ``rows`` are
+    for each layer the images of the batch to run its variant on; all by default.
     """
     walk = _Walk(network, dense, variants, rows or dict.fromkeys(variants, slice(None)))
     graph = network.graph

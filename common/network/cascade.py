@@ -69,13 +69,10 @@ def decide(
     look_again: Callable[[torch.Tensor], torch.Tensor],
     record: Fp32Recheck,
 ) -> torch.Tensor:
-    """Return the classes (networks, n) that FP32 predicts.
+    """Return the classes (networks, n) that FP32 predicts, from bf16 logits (networks, n, classes).
 
-    Args:
-        fast: bf16 logits, shape (networks, n, classes).
-        bounds: Result of :func:`bounds_of`.
-        look_again: Returns the FP32 classes where a mask, bool, (networks, n), is true, in order.
-        record: Counts to add to.
+    ``bounds`` come from :func:`bounds_of`; ``look_again`` returns FP32's classes where a mask
+    (bool, (networks, n)) is true, in order. Counts are added to ``record``.
     """
     best, classes = fast.topk(2, dim=2)
     predictions = classes[..., 0]
@@ -120,11 +117,8 @@ class Cascade:
     ) -> torch.Tensor:
         """Return the classes (variants, n) that FP32 predicts, without waiting for a GPU in FP32.
 
-        Args:
-            dense: FP32 values of the dense network on n images, of the operations that
-                :func:`common.network.branching.start_values` names.
-            variants: Variants to run.
-            record: Counts to add to.
+        ``dense`` holds the dense network's FP32 values on n images, of the operations that
+        :func:`common.network.branching.start_values` names. Counts are added to ``record``.
         """
         if self.fast_network is None:
             return _all_logits(self.network, dense, variants.exact).argmax(dim=2)
@@ -139,26 +133,15 @@ class Cascade:
         return decide(fast, variants.bounds, look_again, record)
 
     def walk(
-        self,
-        features: str | None,
-        variants: Sequence[Variants],
-        images: ImageSet,
-        batch_size: int,
-        record: Fp32Recheck,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Run the network and its variants batch by batch; in FP32 this never waits for a GPU.
-
-        Args:
-            features: Name of the operation whose value is yielded; None for none.
-            variants: Variants of the same layers.
-            images: Images, on the network's device.
-            batch_size: Number of images in a batch.
-            record: Counts to add to.
+        self, features: str | None, variants: Sequence[Variants], images: ImageSet,
+        batch_size: int, record: Fp32Recheck,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # fmt: skip
+        """Run the network and variants of the same layers; in FP32 this never waits for a GPU.
 
         Yields:
-            For n images, the correctness of the network, bool, (n,); the value of ``features``,
-            FP32, (n, width), without columns where there is none; the correctness of each layer's
-            variants, bool, (variants, n).
+            For each batch of n images, the correctness of the network, bool, (n,); the value of the
+            operation ``features``, FP32, (n, width), without columns where that is None; the
+            correctness of each layer's variants, bool, (variants, n).
         """
         network, graph = self.network, self.network.graph
         wanted = [graph.output, *([features] if features else [])]

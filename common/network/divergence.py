@@ -12,10 +12,7 @@ def divergence(norm: nn.Module, outputs: Iterable[torch.Tensor]) -> float:
     """Return how far a batch norm's inputs are from its running statistics; 0 if it has none.
 
     It is the divergence of two normal distributions, KL(observed || running), mean over channels.
-
-    Args:
-        norm: The batch norm.
-        outputs: What the layer before it gives for each batch of images, (N, C, H, W).
+    ``outputs`` is what the layer before it gives for each batch of images, (N, C, H, W).
     """
     mean, variance = norm.running_mean, norm.running_var
     if variance is None or torch.equal(variance, variance[:1].expand_as(variance)):

@@ -17,10 +17,8 @@ TORCHVISION = "torchvision:"
 def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
     """Build the network that ``--model`` names, with weights of its own choice, in eval mode.
 
-    Args:
-        model: ``torchvision:NAME`` or ``FILE.py:FUNCTION``; the function is run.
-        state: Tensors of the checkpoint; torchvision's networks get its number of classes, and
-            parameters on the meta device.
+    A user's function is run. torchvision's networks get the number of classes of the checkpoint,
+    whose tensors are ``state``, and parameters on the meta device.
 
     Raises:
         UserError: There is no such network, or it cannot be built.

@@ -65,21 +65,14 @@ class Moments:
 
 
 def measure_moments(
-    layer: Layer,
-    groups: int,
-    draw: Callable[[], Iterable[Samples]],
-    ridge: Callable[[Moments], torch.Tensor],
-    active: tuple[float, float] | None,
-) -> Moments:
+    layer: Layer, groups: int, draw: Callable[[], Iterable[Samples]],
+    ridge: Callable[[Moments], torch.Tensor], active: tuple[float, float] | None,
+) -> Moments:  # fmt: skip
     """Return a layer's moments, towards outputs that are relaxed if an activation follows.
 
-    Args:
-        layer: Layer to be fitted.
-        groups: Number of its groups.
-        draw: Yields the samples; they are the same each time.
-        ridge: Returns the ridge (groups,) of a regression on moments.
-        active: Range of outputs that count, as :func:`common.network.sampling.active_range` finds
-            it; None if all count.
+    ``draw`` yields the samples, the same each time; ``ridge`` returns the ridge (groups,) of a
+    regression on moments. The outputs that count are in the range ``active``, which
+    :func:`common.network.sampling.active_range` finds; None if all count.
     """
     sums = MomentSums(layer, groups)
     for samples in draw():

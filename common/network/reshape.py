@@ -11,10 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def with_tensors(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a copy of a module, in eval mode, that has other tensors and is as wide as they are.
 
-    Args:
-        model: The module; it may be on the meta device.
-        state: State dict with the module's names. Layers without a bias may have gained one. Of the
-            tensors of a module with several names, those of the first count.
+    The module may be on the meta device. ``state`` has its names; layers without a bias may have
+    gained one. Of the tensors of a module with several names, those of the first count.
 
     Raises:
         ValueError: A tensor is missing or unexpected, or has another number of dimensions.

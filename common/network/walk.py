@@ -17,14 +17,10 @@ MEMORY_BYTES = 4_000_000_000  # memory that the values of all images may take
 
 
 class Walk:
-    """Values of a network for all images.
+    """Values of a network for normalised images, which come in batches (n, C, H, W).
 
-    Args:
-        network: Network to run.
-        images: Normalised images in batches, (n, C, H, W); not changed.
-        order: Graph whose order the calls of :meth:`step` follow; it has the network's names.
-        storage: Precision in which values are kept, while FP32 computes; None to keep values as
-            they are computed.
+    The calls of :meth:`step` follow the ``order`` of a graph that has the network's names. Values
+    are kept in the precision ``storage``, while FP32 computes; None keeps them as computed.
     """
 
     def __init__(
