@@ -81,7 +81,7 @@ class CandidateBuilder:
         If ``trained``, the network then learns to answer as the dense one does.
         """
         key = f"{unit}-{share:.4f}"
-        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share, unit).model)
+        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share, unit))
         if trained:
             key += TRAINED
             slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
@@ -93,10 +93,9 @@ class CandidateBuilder:
         """Code the slim network of a candidate at a price of a bit."""
 
         def code() -> Int8Network:
-            slim = trace_network(
-                self.store.read_slim(base.slim_path), self.inputs.calibration.shape
-            )
-            channels = self._slimmer.channels_of(slim)
+            model = self.store.read_slim(base.slim_path)
+            slim = trace_network(model, self.inputs.calibration.shape)
+            channels = self._slimmer.channels_of(model)
             if base.trained:  # its channels are others by now
                 channels = dict.fromkeys(channels)
             original = Original(self.inputs.traced.network, channels)
@@ -125,11 +124,10 @@ class CandidateBuilder:
     def _finetune(self, slim: nn.Module) -> nn.Module:
         device = self.training.images.images.device
         trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.inputs.model))
-        precision = self.store.precision(device)
-        channels = self._slimmer.channels_of(trace_network(slim, self.inputs.calibration.shape))
         distill(
-            trained, dense, self.training, self.inputs.seed, precision=precision, channels=channels
-        )
+            trained, dense, self.training, self.inputs.seed,
+            precision=self.store.precision(device), channels=self._slimmer.channels_of(slim),
+        )  # fmt: skip
         return trained.cpu()
 
     @property

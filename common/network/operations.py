@@ -31,6 +31,12 @@ class Layer:
         """Return the layer in another precision or on another device."""
         return Layer(self.weight.to(*args, **kwargs), self.bias.to(*args, **kwargs))
 
+    def laid_out(self) -> Layer:
+        """Return the layer as convolutions prefer it, with its weight channels_last."""
+        if self.weight.ndim != 4:
+            return self
+        return replace(self, weight=self.weight.contiguous(memory_format=torch.channels_last))
+
 
 def compute(
     operation: Operation, inputs: Sequence[torch.Tensor], layer: Layer | None, in_place: bool

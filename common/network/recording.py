@@ -89,7 +89,7 @@ class Recorder(fx.Interpreter):
                 self.add(kinds.CONVOLUTION, source, **_convolution_attributes(name, module))
             weight, bias = module.weight, module.bias
             bias = weight.new_zeros(len(weight)) if bias is None else bias
-            self.layers[name] = _laid_out(weight, bias)
+            self.layers[name] = Layer(weight.detach(), bias.detach()).laid_out()
 
     def _note_batch_norm(self, norm: _BatchNorm, source: fx.Node) -> None:
         if norm.running_mean is None:
@@ -100,7 +100,8 @@ class Recorder(fx.Interpreter):
             is_linear = self.operations[name].kind == kinds.LINEAR
             fuse = fuse_linear_bn_weights if is_linear else fuse_conv_bn_weights
             statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-            self.layers[name] = _laid_out(*fuse(layer.weight, layer.bias, *statistics))
+            weight, bias = fuse(layer.weight, layer.bias, *statistics)
+            self.layers[name] = Layer(weight.detach(), bias.detach()).laid_out()
             self.norms[name] = self.node.target
             self.same(source)
             return
@@ -141,13 +142,6 @@ class Recorder(fx.Interpreter):
         if not isinstance(source, fx.Node) or source not in self._names:
             self.refuse(f"{reader} of something that is not computed from the image")
         return self._names[source]
-
-
-def _laid_out(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
-    weight = weight.detach()
-    if weight.ndim == 4:
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    return Layer(weight, bias.detach())
 
 
 def _convolution_attributes(name: str, module: nn.Conv2d) -> dict[str, object]:

@@ -45,70 +45,54 @@ def width_grid(width: int) -> list[int]:
 
 @torch.inference_mode()
 def measure_curves(
-    dense: Network,
-    groups: Mapping[str, ChannelGroup],
-    choices: Choices,
-    context: Mapping[str, int],
-    images: ImageSet,
-) -> Curves:
+    dense: Network, groups: Mapping[str, ChannelGroup], choices: Choices,
+    context: Mapping[str, int], images: ImageSet,
+) -> Curves:  # fmt: skip
     """Measure each group's divergence at every width, the others being as wide as in ``context``.
 
-    Args:
-        dense: Dense network in the precision to run in.
-        groups: Groups of channels by name.
-        choices: For each group and width the channels that are kept.
-        context: Width of each group.
-        images: Images, whose labels are not used.
+    ``dense`` is in the precision to run in. ``choices`` holds for each group and width the channels
+    that are kept. Labels are not used.
 
     Returns:
         For each group and width the mean divergence in nats, over that at its largest width, and
         one standard error: what only seems to be free is not chosen where it saves little.
     """
-    around = {name: choices[name][width] for name, width in context.items()}
-    graph, narrow = dense.graph, slim_network(dense, groups, around)
-
-    def vary(group: ChannelGroup, choice: ChannelChoice) -> Network:
-        """Return the narrow network with another width in a group; most layers are shared."""
-        varied = slim_network(dense, groups, {**around, group.name: choice})
-        changed = {*group.producers, *group.between, *group.readers} & varied.layers.keys()
-        return Network(
-            varied.graph, {**narrow.layers, **{name: varied.layers[name] for name in changed}}
-        )
-
-    variants = {
-        name: {width: vary(groups[name], choice) for width, choice in choices[name].items()}
-        for name in groups
-    }
-    # What each group's variants start from: values before the group that operations in it read.
-    starts = {name: _values_before(narrow, groups[name]) for name in groups}
-    wanted = sorted({value for values in starts.values() for value in values})
+    graph, around = dense.graph, {name: choices[name][width] for name, width in context.items()}
+    narrow, variants, starts = slim_network(dense, groups, around), {}, {}
+    for name, group in groups.items():
+        # Variants run on from the values before the group that operations in it or behind it read.
+        changed = graph.affected_by(group.producers)
+        starts[name] = {source for one in changed for source in graph[one].inputs} - changed
+        for width, choice in choices[name].items():
+            varied = slim_network(dense, groups, {**around, name: choice})
+            own = {layer: varied.layers[layer] for layer in group.touched if layer in varied.layers}
+            # All other layers are shared among the variants.
+            variants[name, width] = Network(varied.graph, {**narrow.layers, **own})
+    wanted = sorted(set().union(*starts.values()))
     dtype = next(iter(dense.layers.values())).weight.dtype
-    found = {name: {width: [] for width in choices[name]} for name in groups}
     numbers = sum(math.prod(dense.shapes[name]) for name in wanted)
     batch_size = max(1, min(BATCH_SIZE, MEMORY_BYTES // (4 * max(numbers, 1))))
+    found = {variant: [] for variant in variants}
     for batch in cli.progress(images.images.split(batch_size), "widths"):
         inputs = {graph.input: images.normalize(batch).to(dtype)}
         expected = dense.run(inputs, [graph.output])[graph.output].float().log_softmax(1)
         values = narrow.run(inputs, wanted)
-        for name, networks in variants.items():
-            given = {value: values[value] for value in starts[name]}
-            for width, network in networks.items():
-                logits = network.run(given, [graph.output])[graph.output].float()
-                lost = F.kl_div(logits.log_softmax(1), expected, reduction="none", log_target=True)
-                found[name][width].append(lost.sum(1))
+        for variant, network in variants.items():
+            given = {value: values[value] for value in starts[variant[0]]}
+            logits = network.run(given, [graph.output])[graph.output].float()
+            lost = F.kl_div(logits.log_softmax(1), expected, reduction="none", log_target=True)
+            found[variant].append(lost.sum(1))
     return {
-        name: as_curve({width: torch.cat(lost) for width, lost in of_images.items()})
-        for name, of_images in found.items()
+        name: as_curve({width: torch.cat(found[name, width]) for width in choices[name]})
+        for name in groups
     }
 
 
 def as_curve(lost: Mapping[int, torch.Tensor]) -> dict[int, float]:
     """Return the mean over images, and a standard error, of what widths lose over the largest.
 
-    A width counts as losing no less than any larger one.
-
-    Args:
-        lost: For each width the divergence on each image, (N,).
+    A width counts as losing no less than any larger one. ``lost`` holds for each width the
+    divergence on each image, (N,).
     """
     curve, least = {}, 0.0
     for width in sorted(lost, reverse=True):
@@ -116,20 +100,6 @@ def as_curve(lost: Mapping[int, torch.Tensor]) -> dict[int, float]:
         error = over.std(correction=0) / math.sqrt(len(over))
         curve[width] = least = max(least, float(over.mean() + error))
     return dict(sorted(curve.items()))
-
-
-def _values_before(network: Network, group: ChannelGroup) -> list[str]:
-    """Return the values from which the network runs on where a group of channels changes."""
-    changed = network.graph.affected_by(group.producers)
-    return sorted(
-        {
-            source
-            for operation in network.graph.operations
-            if operation.name in changed
-            for source in operation.inputs
-            if source not in changed
-        }
-    )
 
 
 def choose_widths(

@@ -25,12 +25,11 @@ class ChannelCosts:
 
     def cost(self, widths: Widths, unit: str = MACS) -> int:
         """Return what a network of these widths costs; other groups have all their channels."""
+        full = {name: group.width for name, group in self.groups.items()}
         return sum(
-            cost * math.prod(widths.get(g, self.groups[g].width) for g in touching)
-            // math.prod(self.groups[g].width for g in touching)
-            for cost, touching in zip(
-                self._layer_costs(unit).values(), self._touching.values(), strict=True
-            )
+            cost * math.prod(widths.get(group, full[group]) for group in self._touching[layer])
+            // math.prod(full[group] for group in self._touching[layer])
+            for layer, cost in self._layer_costs(unit).items()
         )  # fmt: skip
 
     def least_share(self, unit: str = MACS) -> float:
@@ -45,7 +44,7 @@ class ChannelCosts:
             name: group
             for name, group in find_groups(self.network).items()
             if any(
-                sum(cost.get(layer, 0) for layer in _layers_of(group))
+                sum(cost.get(layer, 0) for layer in set(group.touched))
                 >= SMALLEST_SHARE * sum(cost.values())
                 for cost in costs.values()
             )
@@ -122,10 +121,8 @@ class ChannelCosts:
             for name, grid in self.grid.items()
         }
         fixed = self.cost(near, unit) - sum(costs[name][width] for name, width in near.items())
-        low, found = (
-            sum(costs[name][width] for name, width in self.narrowest.items()),
-            self.narrowest,
-        )
+        found = self.narrowest
+        low = sum(costs[name][width] for name, width in found.items())
         middle = most = 2 * allowed - fixed
         for _ in range(BISECTIONS):
             if middle <= low:
@@ -137,8 +134,3 @@ class ChannelCosts:
                 most = middle
             middle = (low + most) / 2
         return found
-
-
-def _layers_of(group: ChannelGroup) -> set[str]:
-    """Return the layers whose number of weights depends on a group's width."""
-    return {*group.producers, *group.between, *group.readers}

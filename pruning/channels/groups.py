@@ -34,6 +34,11 @@ class ChannelGroup:
         """The name of the first layer that gives the channels."""
         return self.producers[0]
 
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The operations that change if the width does."""
+        return (*self.producers, *self.between, *self.readers)
+
 
 def find_groups(network: Network) -> dict[str, ChannelGroup]:
     """Return the groups of channels that can be removed by name, in execution order."""

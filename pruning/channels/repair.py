@@ -51,50 +51,28 @@ class Dense:
 
 @torch.no_grad()
 def measure_dense(
-    model: nn.Module,
-    traced: Traced,
-    groups: Mapping[str, ChannelGroup],
-    images: ImageSet,
-    widths: Mapping[str, Iterable[int]],
-    seed: int,
-    dtype: torch.dtype,
-    fitted: int | None = None,
-    positions: int = POSITIONS,
-) -> Dense:
+    model: nn.Module, traced: Traced, groups: Mapping[str, ChannelGroup], images: ImageSet,
+    widths: Mapping[str, Iterable[int]], seed: int, dtype: torch.dtype,
+    fitted: int | None = None, positions: int = POSITIONS,
+) -> Dense:  # fmt: skip
     """Run the dense network, and find what to keep of each group at every one of its ``widths``.
 
-    Args:
-        model: The module, in eval mode.
-        traced: Its network.
-        groups: Groups of channels by name.
-        images: Training images, on the network's device.
-        widths: For each group the widths to prepare.
-        seed: Seed of the positions.
-        dtype: Precision to run in.
-        fitted: Number of images, the first ones, that say what to keep; None for all.
-        positions: Number of positions of each image's outputs to look at.
+    The module is in eval mode; the training images are on its device, and the first ``fitted`` of
+    them, or all, say what to keep. ``dtype`` is the precision to run in. So many random
+    ``positions`` of each image's outputs are looked at, drawn by ``seed``.
     """
     fitted = len(images) if fitted is None else fitted
-    network = traced.network.to(dtype)
+    network, layers = traced.network.to(dtype), traced.network.layers
     recorder = _Recorder(traced.network, network, groups, positions, seed)
-    parts = [images.images[:fitted], images.images[fitted:]]
-    batches = [batch for part in parts if len(part) for batch in part.split(BATCH_SIZE)]
-    seen = 0
-    for batch in cli.progress(batches, "dense network"):
-        seen += len(batch)
-        recorder.run(images.normalize(batch).to(dtype), seen <= fitted)
-    choices = {
-        name: remove_channels(
-            {
-                reader: Reader.start(
-                    traced.network.layers[reader], recorder.sums.pop(reader).moments(), group.width
-                )
-                for reader in group.readers
-            },
-            widths[name],
-        )
-        for name, group in cli.progress(groups.items(), "choose channels")
-    }
+    for is_fitted, part in ((True, images.images[:fitted]), (False, images.images[fitted:])):
+        batches = part.split(BATCH_SIZE) if len(part) else ()
+        for batch in cli.progress(batches, "dense network"):
+            recorder.run(images.normalize(batch).to(dtype), is_fitted)
+    choices = {}
+    for name, group in cli.progress(groups.items(), "choose channels"):
+        moments = {reader: recorder.sums.pop(reader).moments() for reader in group.readers}
+        readers = {n: Reader.start(layers[n], found, group.width) for n, found in moments.items()}
+        choices[name] = remove_channels(readers, widths[name])
     positions, targets = (
         {name: torch.cat(found) for name, found in values.items()}
         for values in (recorder.positions, recorder.targets)
@@ -110,7 +88,8 @@ class _Recorder:
         seed: int,
     ):  # fmt: skip
         self._exact, self._network, self._count = exact, network, count
-        self._layers = layers_to_fit(exact, groups)
+        touched = (name for group in groups.values() for name in group.touched)
+        self._layers = {name for name in touched if exact.graph[name].is_layer}
         self._generator = torch.Generator().manual_seed(seed)
         readers = [name for group in groups.values() for name in group.readers]
         self.sums = {name: regression.MomentSums(exact.layers[name], 1) for name in readers}
@@ -137,11 +116,10 @@ class _Recorder:
             name, first = operation.name, inputs[0]
             value = self._network.compute(operation, inputs, in_place)
             if name in self._layers:
-                same = self._same_as.get(name)
-                if same not in places:
-                    places[name] = sampling.draw_positions(value, self._count, self._generator)
-                else:
+                if (same := self._same_as.get(name)) in places:
                     places[name] = places[same]
+                else:
+                    places[name] = sampling.draw_positions(value, self._count, self._generator)
                 if places[name] is not None:
                     self.positions.setdefault(name, []).append(places[name])
                 if is_fitted and name in self.sums:
@@ -157,29 +135,9 @@ class _Recorder:
         evaluate(graph, compute, {graph.input: images}, [graph.output])
 
 
-def layers_to_fit(network: Network, groups: Mapping[str, ChannelGroup]) -> set[str]:
-    """Return the layers that give, pass on or read channels of a group."""
-    return {
-        name
-        for group in groups.values()
-        for name in (*group.producers, *group.between, *group.readers)
-        if network.graph[name].is_layer
-    }
-
-
-@dataclass(frozen=True)
-class SlimNetwork:
-    """A network without some channels."""
-
-    network: Network  # the network, in FP32
-    model: nn.Module  # a module that computes the same, in eval mode
-    # For each operation with fewer channels than the dense one those that it has.
-    channels: Mapping[str, torch.Tensor]
-
-
 @torch.no_grad()
-def repair(dense: Dense, widths: Mapping[str, int]) -> SlimNetwork:
-    """Return the network with these widths, its layers refitted to what the dense one gives."""
+def repair(dense: Dense, widths: Mapping[str, int]) -> nn.Module:
+    """Return a module of these widths in eval mode, refitted to what the dense network gives."""
     choices = {name: dense.choices[name][width] for name, width in widths.items()}
     exact = slim_network(dense.traced.network, dense.groups, choices)
     channels = channels_given(dense.groups, choices)
@@ -211,16 +169,11 @@ def repair(dense: Dense, widths: Mapping[str, int]) -> SlimNetwork:
             replaced = layers[name].to(slim.layers[name].weight.dtype)
         walk.step(name, replaced)
     network = exact.with_layers(layers)
-    model = slim_module(dense.model, dense.traced, network, channels, statistics)
-    return SlimNetwork(network, model, channels)
+    return slim_module(dense.model, dense.traced, network, channels, statistics)
 
 
 def _samples(
-    dense: Dense,
-    operation: Operation,
-    exact: Network,
-    walk: Walk,
-    channels: torch.Tensor | None,
+    dense: Dense, operation: Operation, exact: Network, walk: Walk, channels: torch.Tensor | None
 ) -> Iterable[sampling.Samples]:
     """Yield what a slim layer reads, and what it should give."""
     name, start = operation.name, 0

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.command.cli import UserError
 from common.network.execution import Network
-from common.network.tracing import trace, trace_network
+from common.network.tracing import trace
 from common.report.results import percent
 from common.search.trials import Range, Trial
 from pruning.channels.costs import MACS, ChannelCosts
@@ -26,11 +26,7 @@ CURVE = (0.25, 0.375, 0.5, 0.625, 0.75)
 
 
 def require_possible(network: Network, macs_removed: float | None) -> None:
-    """Check, before any long work, that so much can go and that INT8 can be timed.
-
-    Args:
-        network: Dense network.
-        macs_removed: Share of the multiply-adds that is to go; None for what a search finds.
+    """Check, before any long work, that INT8 can be timed, and so many multiply-adds can go.
 
     Raises:
         UserError: It cannot.
@@ -84,12 +80,12 @@ class ChannelSearch(ModelSearch):
         if sparsity == 0:
             return self.model
         if sparsity not in self._slim:
-            self._slim[sparsity] = self.slimmer.slim(1 - sparsity).model
+            self._slim[sparsity] = self.slimmer.slim(1 - sparsity)
         return self._slim[sparsity]
 
     def kept_channels(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
         """Return which output channels are left of the layers of a slim network."""
-        return self.slimmer.channels_of(trace_network(model, self.held_out.images.shape))
+        return self.slimmer.channels_of(model)
 
     def find_largest(self, method: Method) -> tuple[float, list[Trial]]:
         """Return the share that was asked for, or the largest one within the budget."""

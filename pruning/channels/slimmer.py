@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from common.images.data import ImageSet
-from common.network.execution import Network
 from common.network.tracing import Traced
 from common.network.walk import images_in_memory
 from common.search.trials import Range
 from pruning.channels.allocation import CURVE_IMAGES, Curves, measure_curves
 from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts, Widths
-from pruning.channels.repair import POSITIONS, Dense, SlimNetwork, measure_dense, repair
+from pruning.channels.repair import POSITIONS, Dense, measure_dense, repair
+from pruning.channels.slimming import channels_given
 
 # Share of the images that say what to keep of a group. The others measure what that costs: on the
 # images that it was fitted to, a narrow layer looks better than it is.
@@ -33,24 +33,17 @@ STRIDE = 1.15  # the first guess is near, so the next one need not be far
 
 @dataclass(frozen=True)
 class Slimmer:
-    """Removes channels; what it learns of the dense network, it learns once, when first asked.
+    """Removes channels; what it learns of the dense network, it learns once, when first asked."""
 
-    Attributes:
-        model: Dense module, in eval mode; not changed.
-        traced: Its network.
-        images: Training images, on the model's device; labels are not used. Their mirror images are
-            used too, as far as memory allows.
-        seed: Seed of the positions that are looked at.
-        dtype: Precision to run in.
-    """
-
-    model: nn.Module
-    traced: Traced
+    model: nn.Module  # dense module, in eval mode; not changed
+    traced: Traced  # its network
+    # Training images, on the model's device; labels are not used. Their mirror images are used too,
+    # as far as memory allows.
     images: ImageSet
-    seed: int
-    dtype: torch.dtype
+    seed: int  # seed of the positions that are looked at
+    dtype: torch.dtype  # precision to run in
 
-    def slim(self, share: float, unit: str = MACS) -> SlimNetwork:
+    def slim(self, share: float, unit: str = MACS) -> nn.Module:
         """Return the network in which ``share`` of the ``unit`` is left, repaired."""
         return repair(self._dense, self.costs.choose(self._curves_for(unit), share, unit))
 
@@ -59,10 +52,6 @@ class Slimmer:
 
         The first guess is the smallest share whose curves add up to ``max_drop`` nats: on the
         bundled ResNet18, networks of 0.01 nats lose about one point.
-
-        Args:
-            unit: ``MACS`` or ``WEIGHTS``.
-            max_drop: Accuracy that may be lost, as a fraction.
         """
         within = [share for share, lost in self._divergences(unit) if lost <= max_drop]
         return self._range_from(min(within, default=self._widest(unit)), unit)
@@ -72,9 +61,6 @@ class Slimmer:
 
         One network is tried: that of the share where narrowing further costs more divergence than
         coding to the same size would.
-
-        Args:
-            max_drop: Accuracy that may be lost, as a fraction.
         """
         nats = CODED_NATS * max_drop * CODING_EXPONENT
         shares = self._divergences(WEIGHTS)
@@ -99,13 +85,11 @@ class Slimmer:
     def _widest(self, unit: str) -> float:
         return max(WIDEST_SHARE, self.costs.least_share(unit))
 
-    def channels_of(self, slim: Network) -> dict[str, torch.Tensor]:
+    def channels_of(self, slim: nn.Module) -> dict[str, torch.Tensor]:
         """Return for each layer of such a network which channels of the dense one it has."""
-        return {
-            name: self._dense.choices[group.name][len(slim.layers[group.name].bias)].channels
-            for group in self.costs.groups.values()
-            for name in (*group.producers, *group.between)
-        }
+        widths = {name: len(slim.get_submodule(name).weight) for name in self.costs.groups}
+        choices = {name: self._dense.choices[name][width] for name, width in widths.items()}
+        return channels_given(self.costs.groups, choices)
 
     @functools.cached_property
     def costs(self) -> ChannelCosts:

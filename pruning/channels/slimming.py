@@ -32,27 +32,21 @@ def channels_given(
 
 
 def slim_network(
-    network: Network,
-    groups: Mapping[str, ChannelGroup],
-    choices: Mapping[str, ChannelChoice],
+    network: Network, groups: Mapping[str, ChannelGroup], choices: Mapping[str, ChannelChoice]
 ) -> Network:
     """Return the network without the channels that were not chosen, in its own precision.
 
-    Args:
-        network: Dense.
-        groups: Groups of channels by name.
-        choices: Kept channels of some of the groups, and the layers that read them.
+    ``choices`` holds the kept channels of some of the groups, and the layers that read them.
     """
     layers = dict(network.layers)
     for choice in choices.values():
         for name, layer in choice.layers.items():
-            layers[name] = _laid_out(layer.to(network.layers[name].weight.dtype))
+            layers[name] = layer.to(network.layers[name].weight.dtype).laid_out()
     given = channels_given(groups, choices)
     for name, channels in given.items():
         if name in layers:
-            layers[name] = _laid_out(
-                Layer(layers[name].weight[channels], layers[name].bias[channels])
-            )
+            layer = layers[name]
+            layers[name] = Layer(layer.weight[channels], layer.bias[channels]).laid_out()
     operations = []
     for operation in network.graph.operations:
         if operation.name in given:
@@ -68,24 +62,17 @@ def slim_network(
 
 @torch.no_grad()
 def slim_module(
-    model: nn.Module,
-    traced: Traced,
-    network: Network,
-    channels: Channels,
+    model: nn.Module, traced: Traced, network: Network, channels: Channels,
     statistics: Mapping[str, Statistics],
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Return a copy of the dense module that computes what a slim network does.
 
     Batch norms get the statistics of the new weights, so that training can go on: a layer's weights
     are scaled to the size of the dense ones, and its batch norm takes the scale back.
 
-    Args:
-        model: Dense, in eval mode; not changed.
-        traced: Its network, and which batch norms were folded into it.
-        network: Slim, FP32.
-        channels: Kept channels of the operations that have fewer of them.
-        statistics: For each layer with other weights than the dense one: mean and variance of its
-            outputs without its bias, each (O,).
+    ``traced`` is the trace of the dense module, ``network`` the slim one in FP32; ``channels`` are
+    those kept of operations with fewer of them. ``statistics`` are for each layer with new weights
+    the mean and the variance of its outputs without its bias, each (O,).
     """
     state = model.state_dict()
     for name, kept in channels.items():
@@ -115,9 +102,3 @@ def _relative_size(weight: torch.Tensor, folded: torch.Tensor) -> float:
     """
     sizes = float(weight.norm()), float(folded.norm())
     return min(max(sizes[0] / sizes[1], 1 / LARGEST_SCALE), LARGEST_SCALE) if all(sizes) else 1.0
-
-
-def _laid_out(layer: Layer) -> Layer:
-    if layer.weight.ndim == 4:
-        return Layer(layer.weight.contiguous(memory_format=torch.channels_last), layer.bias)
-    return layer

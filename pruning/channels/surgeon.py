@@ -69,9 +69,7 @@ def remove_channels(
 ) -> dict[int, ChannelChoice]:
     """Return for each width the channels to keep, and the layers that make the best of them.
 
-    Args:
-        readers: Layers that read the channels; changed.
-        widths: Numbers of channels, from 1 to all of them.
+    The ``readers``, layers that read the channels, are changed. The widths go from 1 to all.
     """
     wanted, found = set(widths), {}
     first = next(iter(readers.values()))
@@ -106,10 +104,7 @@ def damped(moments: Moments) -> torch.Tensor:
 def removal_costs(weight: torch.Tensor, inverse: torch.Tensor, window: int) -> torch.Tensor:
     """Return what each channel's removal costs alone: trace(W_c ((H⁻¹)_cc)⁻¹ W_cᵀ).
 
-    Args:
-        weight: Shape (O, channels * window).
-        inverse: H⁻¹, shape (channels * window, channels * window).
-        window: Number of columns that are one channel.
+    The weight is (O, channels * window), H⁻¹ (channels * window, channels * window).
     """
     blocks = inverse.unflatten(0, (-1, window)).unflatten(2, (-1, window))
     own = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (channels, window, window)
