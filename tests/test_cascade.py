@@ -10,8 +10,10 @@ import torch
 
 from common.measure.evaluate import predict
 from common.network.cascade import SAFETY_FACTOR, Fp32Recheck, bounds_of, decide
+from common.network.execution import Network
 from common.network.tracing import trace_network
-from pruning.together.search import BATCH_SIZE, Classifier
+from pruning.together import search
+from pruning.together.search import BATCH_SIZE, make_classifier
 
 COUNT = 2 * BATCH_SIZE + 7
 
@@ -52,25 +54,27 @@ def test_an_error_that_all_logits_share_does_not_widen_the_bound():
 def test_it_classifies_as_plain_fp32_does(tiny_model, random_images, fast):
     test, record = random_images(COUNT), Fp32Recheck()
     expected = predict(tiny_model, test, 16) == test.labels
-    found = Classifier(trace_network(tiny_model, test.shape), test, fast, record).find_correct(test)
+    found = make_classifier(trace_network(tiny_model, test.shape), test, fast, record)(test)
     assert found.dtype == torch.bool
     assert torch.equal(found, expected)
     assert 0 < int(found.sum()) < COUNT  # else all agree by chance
     assert record.predictions == (COUNT if fast else 0)
 
 
-def test_close_cases_are_those_within_the_bound(tiny_model, random_images):
+def test_close_cases_are_those_within_the_bound(tiny_model, random_images, monkeypatch):
     """Where bf16 always says 9, other classes come from FP32 alone, and the record says so."""
     test, record = random_images(COUNT), Fp32Recheck()
     test.labels[:] = predict(tiny_model, test, 16)
-    classifier = Classifier(trace_network(tiny_model, test.shape), test, True, record)
-    linear = classifier._fast.layers["linear"]
+    network = trace_network(tiny_model, test.shape)
+    linear = network.layers["linear"]
     always_nine = replace(linear, bias=linear.bias + torch.arange(10) * 100.0)
-    classifier._fast = classifier._fast.with_layers({"linear": always_nine})
+    fast = network.to(torch.bfloat16).with_layers({"linear": always_nine})
+    monkeypatch.setattr(Network, "to", lambda *_: fast)
     correct_by_bound = []
     for bound in (1e-9, 99.0, 1e4):
-        classifier._bounds = torch.tensor([bound])
-        correct_by_bound.append(int(classifier.find_correct(test).sum()))
+        monkeypatch.setattr(search, "bounds_of", lambda *_, bound=bound: torch.tensor([bound]))
+        classifier = make_classifier(network, test, True, record)
+        correct_by_bound.append(int(classifier(test).sum()))
     nines = int((test.labels == 9).sum())
     assert correct_by_bound[0] == nines
     assert correct_by_bound[0] <= correct_by_bound[1] < correct_by_bound[2] == COUNT

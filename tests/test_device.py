@@ -21,7 +21,7 @@ from common.machine import device
 from common.measure.evaluate import predict
 from common.network.cascade import Cascade, Fp32Recheck, Variants
 from common.network.tracing import trace_network
-from pruning.together.search import Classifier
+from pruning.together.search import make_classifier
 from training.loop.augment import make_batch, plan_epoch
 from training.recipe import Recipe
 
@@ -129,8 +129,7 @@ def test_classifying_leaves_the_gpu_once_at_the_end(imagined):
     model, images = imagined
     network = trace_network(model, images.shape)
     with Devices() as devices:
-        classifier = Classifier(network, images, False, Fp32Recheck())
-        correct = classifier.find_correct(images)
+        correct = make_classifier(network, images, False, Fp32Recheck())(images)
     assert not correct.is_cuda
     assert devices.crossings == 1
 

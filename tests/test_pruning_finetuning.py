@@ -40,7 +40,7 @@ def test_the_sparsest_model_that_was_kept_is_found(search, random_images):
     # Each layer's curve ends on a whole weight, so a few less may go than asked for.
     asked = round(found.sparsity * sum(weight.numel() for weight in weights))
     assert asked - len(weights) < zeros <= asked
-    correct = search.classifier(found.model).find_correct(search.held_out.images)
+    correct = search.classifier(found.model)(search.held_out.images)
     assert torch.equal(correct, found.correct)
 
 

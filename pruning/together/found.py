@@ -46,13 +46,10 @@ def search_all(search: ModelSearch) -> list[Found]:
         found.append(search_with(search, method))
         comparison = compare(search.held_out.dense_correct, found[-1].correct)
         cli.log.info(
-            "%s%s: %.1f %% of the %s can go, %s on held-out images",
-            method.allocation,
-            ", batch norms re-estimated" if method.recalibrated else "",
-            100 * found[-1].sparsity,
-            search.unit,
-            format_change(comparison.as_dict())[0],
-        )
+            "%s%s: %.1f %% of the %s can go, %s on held-out images", method.allocation,
+            ", batch norms re-estimated" * method.recalibrated, 100 * found[-1].sparsity,
+            search.unit, format_change(comparison.as_dict())[0],
+        )  # fmt: skip
     return found
 
 
@@ -61,16 +58,13 @@ def search_with(search: ModelSearch, method: Method) -> Found:
     sparsity, trials = search.find_largest(method)
     points = {at: _measure_point(search, search.prune(method, at)) for at in search.curve}
     model = search.prune(method, sparsity)
-    return Found(method, 0, sparsity, model, _find_correct(search, model), points, trials)
+    correct = search.classifier(model)(search.held_out.images)
+    return Found(method, 0, sparsity, model, correct, points, trials)
 
 
 def _measure_point(search: ModelSearch, model: nn.Module) -> Paired:
     split = search.held_out.first(CURVE_IMAGES)
-    return Paired.of(split.dense_correct, search.classifier(model).find_correct(split.images))
-
-
-def _find_correct(search: ModelSearch, model: nn.Module) -> torch.Tensor:
-    return search.classifier(model).find_correct(search.held_out.images)
+    return Paired.of(split.dense_correct, search.classifier(model)(split.images))
 
 
 def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
@@ -81,23 +75,17 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
     candidates = [one for one in found if one.method.allocation not in CONTROLS]
     largest = max(one.sparsity for one in candidates)
     equals = [one for one in candidates if one.sparsity == largest]
-    if len(equals) == 1:
-        return equals[0]
     images = search.budget.choosing.images
-    return max(equals, key=lambda one: int(search.classifier(one.model).find_correct(images).sum()))
+    return max(equals, key=lambda one: int(search.classifier(one.model)(images).sum()))
 
 
 def finetune(
     model: nn.Module, dense: nn.Module, training: Training, seed: int, channels: Channels
 ) -> None:
-    """Train a pruned model to imitate the dense one; its zeros stay zeros.
+    """Train a pruned model in place to imitate the dense one; its zeros stay zeros.
 
-    ``model`` is changed in place and left in eval mode. Training keeps the statistics of batch
-    norms, so they are re-estimated first, unless ``channels`` were removed: then the repair has
-    done so.
-
-    Raises:
-        UserError: The loss is no longer finite.
+    Training keeps the statistics of batch norms, so they are re-estimated first, unless
+    ``channels`` were removed: then the repair has done so.
     """
     if channels:
         distill(model, dense, training, seed, channels=channels)
@@ -123,5 +111,5 @@ def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Fo
         if not (trials[-1].verdict.passes or search.is_given):
             break
         largest, sparsest = sparsity, model
-    correct = _find_correct(search, sparsest)
+    correct = search.classifier(sparsest)(search.held_out.images)
     return Found(best.method, training.epochs, largest, sparsest, correct, points, trials)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,40 +27,34 @@ BATCH_SIZE = 50
 CONTROLS = (allocation.RANDOM,)  # allocations that only serve as a comparison
 
 
-class Classifier:
-    """A classifier of whole sets of images, with FP32's predictions at bf16's speed.
+def make_classifier(
+    network: Network, sample: ImageSet, fast: bool, record: Fp32Recheck
+) -> Callable[[ImageSet], torch.Tensor]:
+    """Return what finds per-image correctness (bool, (N,), on the CPU), as FP32 gives it.
 
-    Args:
-        network: FP32 network, on the images' device.
-        sample: Images to measure the rounding error on.
-        fast: Whether to run in bf16 first.
-        record: Counts to add to.
+    The FP32 network is on the images' device. With ``fast`` it runs in bf16 first: the rounding
+    error is measured on the ``sample``, and counts are added to the ``record``.
     """
+    if fast:
+        bf16, images = network.to(torch.bfloat16), sample.rows(slice(SAMPLE_IMAGES))
+        bounds = bounds_of(logits_of(bf16, images), logits_of(network, images))
 
     @torch.inference_mode()
-    def __init__(self, network: Network, sample: ImageSet, fast: bool, record: Fp32Recheck):
-        self._exact, self._record = network, record
-        self._fast = network.to(torch.bfloat16) if fast else None
-        if fast:
-            images = sample.rows(slice(SAMPLE_IMAGES))
-            self._bounds = bounds_of(logits_of(self._fast, images), logits_of(self._exact, images))
-
-    @torch.inference_mode()
-    def find_correct(self, dataset: ImageSet) -> torch.Tensor:
-        """Return per-image correctness (bool, shape (N,)) on the CPU, as FP32 gives it."""
-
+    def find_correct(dataset: ImageSet) -> torch.Tensor:
         def look_again(close: torch.Tensor) -> torch.Tensor:
             # All of them together: full batches run faster than the few of each batch.
-            return logits_of(self._exact, dataset.rows(close[0]))[0].argmax(dim=1)
+            return logits_of(network, dataset.rows(close[0]))[0].argmax(dim=1)
 
-        if self._fast is None:
-            predictions = logits_of(self._exact, dataset).argmax(dim=2)
+        if fast:
+            predictions = decide(logits_of(bf16, dataset), bounds, look_again, record)
         else:
-            fast = logits_of(self._fast, dataset)
-            predictions = decide(fast, self._bounds, look_again, self._record)
+            predictions = logits_of(network, dataset).argmax(dim=2)
         return (predictions[0] == dataset.labels).cpu()
 
+    return find_correct
 
+
+@torch.inference_mode()
 def logits_of(network: Network, dataset: ImageSet) -> torch.Tensor:
     """Return FP32 logits (1, N, classes)."""
     return torch.cat([network(images) for images, _ in dataset.batches(BATCH_SIZE)])[None]
@@ -157,12 +151,12 @@ class ModelSearch:
 
     def judge(self, model: nn.Module) -> Verdict:
         """Judge a pruned model on the images that choose."""
-        return self.budget.judge(self.classifier(model).find_correct)
+        return self.budget.judge(self.classifier(model))
 
-    def classifier(self, model: nn.Module) -> Classifier:
-        """Return the classifier of a pruned model."""
+    def classifier(self, model: nn.Module) -> Callable[[ImageSet], torch.Tensor]:
+        """Return what finds the images that a pruned model classifies correctly."""
         images = self.budget.choosing.images
-        return Classifier(trace_network(model, images.shape), images, self.fast, self.record)
+        return make_classifier(trace_network(model, images.shape), images, self.fast, self.record)
 
     def _curves(self, recalibrated: bool) -> dict[str, allocation.DamageCurve]:
         """Measure the layers' damage in the network that global pruning leaves at its limit."""
