@@ -63,22 +63,14 @@ def write_files(found: Found, folder: OutputFolder, stem: str) -> dict[str, Path
 
 
 def measure_files(
-    fp32: Network,
-    int8: dict[str, Path],
-    only_timed: dict[str, Path],
-    images: ImageSet,
-    batch_size: int,
-    timed: Sequence[int],
-    seconds: float,
-) -> dict[str, dict]:
+    fp32: Network, int8: dict[str, Path], only_timed: dict[str, Path], images: ImageSet,
+    batch_size: int, timed: Sequence[int], seconds: float,
+) -> dict[str, dict]:  # fmt: skip
     """Read INT8 files; evaluate one after the other, then time all in turns.
 
-    ``fp32`` is the dense network, which the others are compared with. ``batch_size`` is that of
-    the evaluation; each batch size in ``timed`` is timed for some ``seconds``.
-
-    Returns:
-        ``accuracy``, ``comparison`` and ``latency`` of results.json by name, the dense network's
-        under ``FP32``; only ``latency`` where a file is only timed.
+    Return ``accuracy``, ``comparison`` and ``latency`` of results.json by name, those of the dense
+    network ``fp32``, which the others are compared with, under ``FP32``; only ``latency`` where a
+    file is only timed.
 
     Raises:
         UserError: A file is not what was written.
@@ -101,13 +93,9 @@ def measure_files(
 
 
 def measure(
-    builder: CandidateBuilder,
-    found: Found,
-    files: Mapping[str, Path],
-    confirming: ImageSet,
-    batch_sizes: Sequence[int],
-    seconds: float,
-) -> dict:
+    builder: CandidateBuilder, found: Found, files: Mapping[str, Path], confirming: ImageSet,
+    batch_sizes: Sequence[int], seconds: float,
+) -> dict:  # fmt: skip
     """Return results.json's ``models``, ``answers`` and ``tried``, all of files read back.
 
     The dense models and the answers are measured on ``confirming``, the images that chose nothing.
@@ -120,27 +108,34 @@ def measure(
     _, int8 = store.int8("dense-int8", lambda: builder.quantize(inputs.model))
     stems = [candidate.slim_path.stem for candidate in found.tried]
     tried = {stem: store.folder / f"{stem}-int8{SUFFIX}" for stem in stems}
-    evaluated = {INT8: int8} | dict(files)
     with start_fresh(
-        measure_files, inputs.traced.network, evaluated, tried, confirming, builder.batch_size,
-        batch_sizes, seconds,
+        measure_files, inputs.traced.network, {INT8: int8, **files}, tried, confirming,
+        builder.batch_size, batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()
-    dense = [
+    models = [
         {"name": name, "engine": engine, "size_bytes": path.stat().st_size, **measured[name]}
         for name, engine, path in ((FP32, None, fp32), (INT8, builder.settings.engine, int8))
     ]
+    answers = []
+    for goal, best in found.best.items():
+        own, passes = measured[goal], best.verdict.passes
+        dense = {f"over_{model['name']}": model["latency"] for model in models}
+        answers.append({
+            "name": goal,
+            "file": files[goal].name,
+            **_describe(best, models[0], inputs),
+            "within_budget": passes and own["comparison"]["drop"] <= builder.budget.max_drop,
+            **own,
+            "speedup": speedups(own["latency"], **dense),
+        })  # fmt: skip
     return {
-        "models": dense,
-        "answers": [
-            {"name": goal, "file": files[goal].name}
-            | _describe_answer(best, dense, builder, measured[goal])
-            for goal, best in found.best.items()
-        ],
+        "models": models,
+        "answers": answers,
         "tried": [
             {
                 "goal": candidate.goal,
-                **_describe(candidate, dense, inputs),
+                **_describe(candidate, models[0], inputs),
                 "passes": candidate.verdict.passes,
                 "images": candidate.verdict.shown,
                 "comparison": candidate.verdict.comparison.as_dict(),
@@ -151,25 +146,11 @@ def measure(
     }
 
 
-def _describe_answer(
-    best: Candidate, dense: Sequence[dict], builder: CandidateBuilder, measured: dict
-) -> dict:
-    """Return what is said of an answer; ``measured`` is what was measured of its file."""
-    drop, passes = measured["comparison"]["drop"], best.verdict.passes
-    latencies = {f"over_{model['name']}": model["latency"] for model in dense}
-    return {
-        **_describe(best, dense, builder.inputs),
-        "within_budget": passes and drop <= builder.budget.max_drop,
-        **measured,
-        "speedup": speedups(measured["latency"], **latencies),
-    }
-
-
-def _describe(candidate: Candidate, dense: Sequence[dict], inputs: Inputs) -> dict:
-    """Return what is said of answers and of what was tried; ``dense`` are the entries of models."""
+def _describe(candidate: Candidate, fp32: dict, inputs: Inputs) -> dict:
+    """Return what is said of answers and of what was tried; ``fp32`` is the entry of models."""
     return {
         "file_bytes": candidate.file_bytes,
-        "size_ratio": dense[0]["size_bytes"] / candidate.file_bytes,
+        "size_ratio": fp32["size_bytes"] / candidate.file_bytes,
         "size_ratio_given": inputs.weights["size_bytes"] / candidate.file_bytes,
         "macs_kept": candidate.macs / sum(inputs.traced.network.macs.values()),
         "trained": candidate.trained,

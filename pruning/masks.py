@@ -35,12 +35,7 @@ def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
     magnitude of the threshold, torch chooses which of them are pruned; in layers of more than
     ``MOST_SORTED`` weights, the last ones are.
 
-    Args:
-        weight: Any shape, on the CPU.
-        count: Number of weights to prune, from 0 to all.
-
-    Returns:
-        bool, the shape of ``weight``; True where the weight is kept.
+    The weight is on the CPU; the mask (bool, the same shape) is True where it is kept.
     """
     return next(l1_mask_series(weight, [count]))
 

@@ -128,27 +128,13 @@ def export_onnx(quantized: Quantized, path: Path, setup: CalibrationSetup) -> On
 
 
 def time_models(
-    model: nn.Module,
-    network: Network,
-    quantized: Sequence[Quantized],
-    onnx: OnnxModel | None,
-    test: ImageSet,
-    batch_sizes: Sequence[int],
-    seconds: float,
-) -> dict[str, list[Timing]]:
+    model: nn.Module, network: Network, quantized: Sequence[Quantized], onnx: OnnxModel | None,
+    test: ImageSet, batch_sizes: Sequence[int], seconds: float,
+) -> dict[str, list[Timing]]:  # fmt: skip
     """Time FP32 as usually written, FP32 at its best and each INT8 model, interleaved.
 
-    Args:
-        model: FP32 as usually written.
-        network: The same network, traced.
-        quantized: INT8 models.
-        onnx: The exported model, if any.
-        test: Images to run.
-        batch_sizes: Batch sizes to time.
-        seconds: Time to spend on each batch size.
-
-    Returns:
-        Timings by ``fp32-nchw``, ``fp32``, each engine's name and ``int8-onnx``.
+    ``network`` is the trace of ``model``. Return timings by ``fp32-nchw``, ``fp32``, each engine's
+    name and ``int8-onnx``.
     """
     contenders = [
         Contender(FP32_NCHW, model, torch.contiguous_format),
@@ -165,8 +151,5 @@ def fastest_first(
     quantized: Sequence[Quantized], timings: dict[str, list[Timing]]
 ) -> list[Quantized]:
     """Sort INT8 models by the geometric mean of their speeds over the batch sizes."""
-
-    def log_time(candidate: Quantized) -> float:
-        return sum(math.log(timing.median_ms) for timing in timings[candidate.settings.engine])
-
-    return sorted(quantized, key=log_time)
+    products_ms = {name: math.prod(t.median_ms for t in timed) for name, timed in timings.items()}
+    return sorted(quantized, key=lambda candidate: products_ms[candidate.settings.engine])

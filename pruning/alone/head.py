@@ -26,17 +26,12 @@ AMOUNTS_OF_ONE, AMOUNTS_OF_SEVERAL = 1000, 100
 
 @dataclass(frozen=True)
 class Head:
-    """The linear layers at the end of a network, which are pruned together.
+    """The linear layers at the end of a network, which are pruned together."""
 
-    Attributes:
-        network: Dense network, on the CPU.
-        features: Name of the operation whose value, one vector an image, is all that they need.
-        weights: Weights of the layers without batch norms, by whose magnitudes they are pruned, in
-            execution order.
-    """
-
-    network: Network
-    features: str
+    network: Network  # dense network, on the CPU
+    features: str  # operation whose value, one vector an image, is all that they need
+    # Weights of the layers in execution order, without batch norms: by their magnitudes the layers
+    # are pruned.
     weights: Mapping[str, torch.Tensor]
 
     @classmethod

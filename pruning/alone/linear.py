@@ -167,12 +167,8 @@ def search_linear(
 ) -> LinearSearch:
     """Find how far the linear layers can be pruned together, and check that at every level.
 
-    Args:
-        head: The layers.
-        features: Input of the layers for every image, FP32, shape (N, features), on the CPU.
-        labels: Classes, int64, shape (N,), on the CPU.
-        tolerance: Accuracy that may be lost, as a fraction.
-        seed: Seed of the random halves.
+    ``features`` are the layers' input for every image, FP32, (N, features), ``labels`` the classes,
+    int64, (N,), both on the CPU. ``seed`` draws the random halves.
     """
     sweep = head.sweep(features, labels)
     correct = sweep.sum(axis=1)

@@ -82,13 +82,11 @@ def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
             bits = np.unpackbits(packed, count=math.prod(shape)).reshape(shape)
             correct.append(torch.from_numpy(bits.astype(bool)))
             recheck.add(Fp32Recheck(**finished[key]["recheck"]))
+    by_layer = dict(zip(achieved, torch.cat(correct, dim=1), strict=True))
     return ScanResult(
-        torch.cat(dense_correct),
-        torch.cat(features),
-        dict(zip(achieved, torch.cat(correct, dim=1), strict=True)),
-        achieved,
+        torch.cat(dense_correct), torch.cat(features), by_layer, achieved,
         recheck if scan.fast else None,
-    )
+    )  # fmt: skip
 
 
 def _prune_each_layer(
@@ -107,11 +105,9 @@ def _prune_each_layer(
 
 
 def _with_bounds(
-    scan: Scan,
-    cascade: Cascade,
-    variants: Mapping[float, Variants],
+    scan: Scan, cascade: Cascade, variants: Mapping[float, Variants],
     finished: MutableMapping[str, dict],
-) -> dict[float, Variants]:
+) -> dict[float, Variants]:  # fmt: skip
     """Give each amount's variants bounds for bf16, from the partial results if they are there.
 
     All workers measure on the same images and use the first worker's bounds.
@@ -129,12 +125,9 @@ def _with_bounds(
 
 
 def _run_chunk(
-    scan: Scan,
-    cascade: Cascade,
-    variants: Sequence[Variants],
-    chunk: slice,
+    scan: Scan, cascade: Cascade, variants: Sequence[Variants], chunk: slice,
     report: Callable[[int], object],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Fp32Recheck]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Fp32Recheck]:  # fmt: skip
     """Run some images, each worker its share; return the results of all on the CPU."""
     workers, features = scan.workers, scan.head.features if scan.head else None
     share = scan.images.rows(workers.share_of(chunk.start, chunk.stop, scan.batch_size))

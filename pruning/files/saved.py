@@ -18,7 +18,7 @@ from common.command.cli import UserError
 from common.files.atomic import replace_file
 from common.files.untrusted import read_untrusted, serialize
 from common.images.data import ImageSet
-from common.measure.evaluate import Paired, predict
+from common.measure.evaluate import Paired
 from common.measure.latency import Contender, time_interleaved
 from common.network.size import count_macs, saved_size_bytes
 from common.network.tracing import trace_network
@@ -98,46 +98,33 @@ def measure_models(
 ) -> list[dict]:
     """Quantize both networks, and evaluate and time all four, on the CPU with the best engine.
 
-    Args:
-        dense: In eval mode, on any device; not changed.
-        slim: The same.
-        calibration: Training images; labels are not used.
-        images: To evaluate on; none of them has chosen the slim network.
-
-    Returns:
-        Entries of results.json: ``dense fp32``, ``dense int8``, ``slim fp32`` and ``slim int8``.
+    None of the ``images`` to evaluate on has chosen the slim network. Return entries of
+    results.json: ``dense fp32``, ``dense int8``, ``slim fp32`` and ``slim int8``.
     """
     calibration, images = (dataset.to(torch.device("cpu")) for dataset in (calibration, images))
     settings = engines.choose_settings(engines.fastest_engine())
     setup = CalibrationSetup(calibration, images, BATCH_SIZE)
-    contenders, correct, macs, sizes = [], {}, {}, {}
+    contenders, entries, dense_correct = [], [], None
     for name, model in (("dense", dense), ("slim", slim)):
         model = copy.deepcopy(model).cpu()
         network = trace_network(model, images.shape)
         best = engines.fp32_runner(network)
+        fp32 = setup.predict(best, f"evaluate {name}")
         (int8,) = quantize(network, setup, [settings])
-        contenders += [Contender(f"{name} fp32", best), Contender(f"{name} int8", int8.model)]
-        fp32 = predict(best, images, BATCH_SIZE, f"evaluate {name}")
-        correct[f"{name} fp32"] = fp32 == images.labels
-        correct[f"{name} int8"] = int8.predictions == images.labels
         with tempfile.TemporaryDirectory() as folder:
             int8_bytes = save_int8(int8.model.network, Path(folder, "model.safetensors"))
-        sizes |= {
-            f"{name} fp32": saved_size_bytes(model.state_dict()), f"{name} int8": int8_bytes,
-        }  # fmt: skip
-        macs[name] = count_macs(network)
-    timings = time_interleaved(
-        contenders, images.normalize(images.images[: max(TIMED_BATCH_SIZES)]), TIMED_BATCH_SIZES,
-        SECONDS_PER_BATCH_SIZE,
-    )  # fmt: skip
-    return [
-        {
-            "name": name,
-            "engine": settings.engine if name.endswith("int8") else None,
-            "macs": macs[name.split()[0]],
-            "size_bytes": size_bytes,
-            **Paired.of(correct["dense fp32"], correct[name]).as_dict(),
-            "latency": [timing.as_dict() for timing in timings[name]],
-        }
-        for name, size_bytes in sizes.items()
-    ]
+        for precision, run, predictions, engine, size_bytes in (
+            ("fp32", best, fp32, None, saved_size_bytes(model.state_dict())),
+            ("int8", int8.model, int8.predictions, settings.engine, int8_bytes),
+        ):
+            correct = predictions == images.labels
+            dense_correct = correct if dense_correct is None else dense_correct
+            contenders.append(Contender(f"{name} {precision}", run))
+            facts = {"engine": engine, "macs": count_macs(network), "size_bytes": size_bytes}
+            paired = Paired.of(dense_correct, correct).as_dict()
+            entries.append({"name": contenders[-1].name, **facts, **paired})
+    pixels = images.normalize(images.images[: max(TIMED_BATCH_SIZES)])
+    timings = time_interleaved(contenders, pixels, TIMED_BATCH_SIZES, SECONDS_PER_BATCH_SIZE)
+    for entry in entries:
+        entry["latency"] = [timing.as_dict() for timing in timings[entry["name"]]]
+    return entries

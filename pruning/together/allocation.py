@@ -129,26 +129,16 @@ def sensitivity_masks(
 
 
 def measure_damage(
-    model: nn.Module,
-    context: nn.Module,
-    weights: Mapping[str, torch.Tensor],
-    images: ImageSet,
+    model: nn.Module, context: nn.Module, weights: Mapping[str, torch.Tensor], images: ImageSet,
     fast: bool,
-) -> dict[str, DamageCurve]:
+) -> dict[str, DamageCurve]:  # fmt: skip
     """Measure how many predictions change as each layer alone is pruned by each of ``AMOUNTS``.
 
     A change is counted against the dense network's prediction, right or wrong. That needs no
     labels and has less noise than the difference of two accuracies.
 
-    Args:
-        model: Dense network; not changed.
-        context: The same network with all layers pruned; not changed.
-        weights: Dense weight of each layer to measure.
-        images: Images to run, on the models' device.
-        fast: Whether to run in bf16.
-
-    Returns:
-        The layers' curves, from nothing pruned; the damage is a fraction of the images.
+    ``context`` is the dense ``model`` with all layers pruned, ``weights`` are the dense weights of
+    the layers to measure. If ``fast``, it runs in bf16. The damage is a fraction of the images.
     """
     regrown = copy.deepcopy(context)  # dense weights, but with the batch norms of the context
     for name, weight in weights.items():

@@ -45,20 +45,14 @@ class Original:
 
 @torch.inference_mode()
 def encode(
-    network: Network,
-    calibration: ImageSet,
-    price: float,
-    seed: int = 0,
+    network: Network, calibration: ImageSet, price: float, seed: int = 0,
     original: Original | None = None,
-) -> dict[str, Int8Layer]:
-    """Code a network's weights; return its layers by name, in execution order.
+) -> dict[str, Int8Layer]:  # fmt: skip
+    """Code the weights of an FP32 network on the CPU; return its layers in execution order.
 
-    Args:
-        network: FP32 network, on the CPU.
-        calibration: Images, each used as it is and mirrored, as far as memory allows.
-        price: Price of a bit, in millionths of the outputs' variance.
-        seed: Seed of the positions at which outputs are sampled.
-        original: Network that this one was made from, if any.
+    Each calibration image is used as it is and mirrored, as far as memory allows. The ``price`` of
+    a bit is in millionths of the outputs' variance. ``seed`` draws the positions at which outputs
+    are sampled. ``original`` is the network that this one was made from, if any.
 
     Raises:
         UserError: Activations are too large for FP16.
@@ -80,13 +74,10 @@ def encode(
 
 
 class _Samples:
-    """Runs the dense and the coded network side by side; values are kept in float16.
+    """Runs networks side by side; values are kept in float16.
 
-    Attributes:
-        network: Network to code.
-        references: The networks whose outputs are wanted: the original, then the one to code if
-            training changed it.
-        coded: The coded network.
+    The outputs of the ``references`` are wanted: the original, then the network to code if training
+    changed it.
     """
 
     def __init__(self, network: Network, calibration: ImageSet, seed: int, original: Original):
@@ -156,12 +147,9 @@ def _code(operation: Operation, samples: _Samples, price: float) -> Int8Layer:
 
 
 def _samples_of_part(
-    samples: _Samples,
-    operation: Operation,
-    positions: Sequence[torch.Tensor | None],
-    others: torch.Tensor,
-    part: slice,
-) -> Iterator[sampling.Samples]:
+    samples: _Samples, operation: Operation, positions: Sequence[torch.Tensor | None],
+    others: torch.Tensor, part: slice,
+) -> Iterator[sampling.Samples]:  # fmt: skip
     """Yield samples of ``part`` of a layer's inputs, to be fitted with the others as they are.
 
     ``others`` are the layer's weights, (O, columns), with zeros in this part.

@@ -78,15 +78,12 @@ def _spread(moments: Moments) -> torch.Tensor:
 def choose_levels(
     weight: torch.Tensor, moment: torch.Tensor, steps: torch.Tensor, price: float, positions: int
 ) -> torch.Tensor:
-    """Return the levels (int8) of a weight, of its shape.
+    """Return the levels (int8) of a float32 weight (outputs, columns), of its shape.
 
-    Args:
-        weight: Float32, (outputs, columns); a column is an input channel and a position.
-        moment: Second moment of the inputs of each group of outputs, positive definite, (groups,
-            columns, columns).
-        steps: Step of each output's levels, float32, (outputs,).
-        price: Squared error that a bit may cost.
-        positions: Number of positions of the kernel.
+    A column is an input channel and one of the ``positions`` of the kernel. ``moment`` is the
+    second moment of the inputs of each group of outputs, positive definite, (groups, columns,
+    columns). ``steps`` are those of each output's levels, float32, (outputs,). The ``price`` is the
+    squared error that a bit may cost.
     """
     # Upper triangular: the Cholesky factor of H with its columns in reverse, turned back.
     factor = torch.linalg.cholesky(moment.flip(1, 2)).flip(1, 2)
@@ -102,12 +99,9 @@ def choose_levels(
 
 
 def _code_columns(
-    estimate: _Estimate,
-    target: np.ndarray,
-    feedback: np.ndarray,
-    stiffness: np.ndarray,
+    estimate: _Estimate, target: np.ndarray, feedback: np.ndarray, stiffness: np.ndarray,
     price: float,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Code all columns again; return the levels, (columns, outputs).
 
     The ``target`` are the weights in steps, (columns, outputs). The ``feedback`` is what an error

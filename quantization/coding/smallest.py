@@ -6,8 +6,9 @@ logarithms of two codings before it: the two that lie around the target, or the 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,8 +33,7 @@ SMALLEST_EXPONENT = 0.05  # of the price; where bits depend less on it, no price
 MARGIN = 0.1  # share of the bracket that an interpolated price keeps from either end
 
 
-@dataclass(frozen=True)
-class Coding:
+class Coding(NamedTuple):
     """A network coded at a price."""
 
     price: float  # price of a bit, as :func:`quantization.coding.encoder.encode` takes it
@@ -47,14 +47,8 @@ def write_smallest(
 ) -> dict:  # fmt: skip
     """Write a file of about ``bits_wanted`` for each weight; return results.json's ``coding``.
 
-    Args:
-        inputs: The network, calibration images and test images.
-        images: Training images to code on; their labels are not used.
-        fp32: FP32's predictions on the test images (int64, shape (N,)).
-        settings: How the network is quantized; no layer stays in FP32.
-        batch_size: Number of images in a batch.
-        bits_wanted: Bits of the file for each weight.
-        path: Path of the file.
+    It is coded on training ``images``, whose labels are not used; no layer stays in FP32. ``fp32``
+    are FP32's predictions on the test images (int64, (N,)).
     """
     dense, test = inputs.traced.network, inputs.test
     settings = replace(settings, fp32_layers=())
@@ -85,11 +79,7 @@ def write_smallest(
 def code_to_bits(code: Callable[[float], Coding], wanted: float) -> Coding:
     """Code a network until its file takes ``wanted`` bits a weight; return the nearest coding.
 
-    A target that is missed by more than ``TOLERANCE`` is warned of.
-
-    Args:
-        code: Codes the network at a price.
-        wanted: Bits of the file for each weight.
+    ``code`` codes it at a price. A target missed by more than ``TOLERANCE`` is warned of.
     """
     codings: list[Coding] = []
     price: float | None = PRICE * (wanted / BITS) ** (1 / EXPONENT)

@@ -34,10 +34,6 @@ class Int8Model(nn.Module):
 
     Both are float32 on the CPU. It can be copied, pickled, and called from several threads, with
     any number of images.
-
-    Args:
-        network: The network; it holds the names of the classes, mean and std.
-        engine: Name of the engine to run it on.
     """
 
     def __init__(self, network: Int8Network, engine: str):
@@ -69,11 +65,7 @@ class Int8Model(nn.Module):
 
 
 def load_int8(path: str | Path, engine: str | None = None) -> Int8Model:
-    """Load an INT8 network as a module that runs on the CPU.
-
-    Args:
-        path: A file that :func:`quantization.files.int8_file.save_int8` wrote.
-        engine: Engine to run it on; by default the fastest on this CPU.
+    """Load an INT8 network as a module that runs on the CPU, by default on its fastest engine.
 
     Raises:
         UserError: No such file, damaged, of another format, or the engine is not here.
@@ -120,15 +112,11 @@ def _run_saved(wanted: Sequence[tuple[Path, str]], images: np.ndarray) -> list[n
 
 @torch.inference_mode()
 def write_checks(
-    models: Iterable[Path], images: ImageSet, file: Callable[[str], Path], engine: str | None = None
+    models: Iterable[Path], images: ImageSet, file: Callable[[str], Path], engine: str
 ) -> None:
-    """Write the file of each model that ``runtime/decode.py --check`` reads.
+    """Write for INT8 files what ``runtime/decode.py --check`` reads: images and their logits.
 
-    Args:
-        models: INT8 files.
-        images: Images, of which the first few are taken.
-        file: Returns the path for a file's name.
-        engine: Engine that computes the logits; by default the fastest.
+    ``file`` returns the path for a name; ``engine`` computes the logits of the first few images.
     """
     pixels = images.images[:CHECK_IMAGES].contiguous()
     for path in models:

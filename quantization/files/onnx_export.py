@@ -48,13 +48,9 @@ def to_onnx(network: Int8Network | Network) -> bytes:
 
 
 def load_onnx(source: Path | bytes) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Load an ONNX file into ONNX Runtime on the CPU, at as many threads as torch has.
+    """Load an ONNX file, or its content, into ONNX Runtime, at as many threads as torch has.
 
-    Args:
-        source: The file, or its content.
-
-    Returns:
-        Maps normalised images (float32, (N, C, H, W)) to logits (float32, (N, classes)).
+    The function maps normalised images (float32, (N, C, H, W)) to logits (float32, (N, classes)).
     """
     model = source if isinstance(source, bytes) else str(source)
     session = decode.start_session(model, torch.get_num_threads())

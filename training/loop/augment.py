@@ -79,14 +79,9 @@ def make_batch(
     https://arxiv.org/abs/1905.04899) shows the next image of the batch, whose class then has that
     part of the probability.
 
-    Args:
-        train: All images, which are square.
-        pixels: Pixels of the same images, uint8, (N, size, size, 3).
-        plan: Random choices of the epoch.
-        rows: Rows of the plan that make up this batch.
-
-    Returns:
-        Images float32, (n, 3, size, size), channels_last; probabilities float32, (n, classes).
+    ``pixels`` are those of ``train``, uint8, (N, size, size, 3); ``rows`` of the plan make up the
+    batch. Return images float32, (n, 3, size, size), channels_last, and probabilities float32,
+    (n, classes).
     """
     last = pixels.shape[1] - 1
     line = torch.arange(last + 1, device=pixels.device)

@@ -58,25 +58,16 @@ class Training:
 
 
 def distill(
-    student: nn.Module,
-    teacher: nn.Module,
-    training: Training,
-    seed: int,
-    learning_rate: float = RECIPE.learning_rate,
-    precision: str | None = None,
+    student: nn.Module, teacher: nn.Module, training: Training, seed: int,
+    learning_rate: float = RECIPE.learning_rate, precision: str | None = None,
     channels: Channels = MappingProxyType({}),
-) -> None:
-    """Train a student to imitate its teacher; weights that are zero stay zero.
+) -> None:  # fmt: skip
+    """Train a student in place to imitate its teacher; weights that are zero stay zero.
 
-    Args:
-        student: Network to train in place; moved to the images' device, left in eval mode. It has
-            the teacher's modules, whose layers may have fewer channels.
-        teacher: Network to imitate, in eval mode, on the images' device.
-        training: Images to learn from.
-        seed: Seed of order and augmentation.
-        learning_rate: Highest learning rate; the other settings are the recipe's.
-        precision: ``bf16`` or ``fp32``; by default the one that the device is fast in.
-        channels: Indices of the teacher's output channels that are left, for each narrower layer.
+    The student has the teacher's modules, whose layers may have fewer channels: for each narrower
+    layer ``channels`` holds the indices of the teacher's that are left. It is moved to the images'
+    device, where the teacher is, and left in eval mode. The ``precision`` is ``bf16`` or ``fp32``,
+    by default the one that the device is fast in.
 
     Raises:
         UserError: The loss is no longer finite.

@@ -53,26 +53,15 @@ def choose_precision(device: torch.device) -> str:
 
 
 def fit(
-    state: TrainingState,
-    train: ImageSet,
-    recipe: Recipe,
-    seed: int,
-    workers: Workers,
-    loss: Loss | None = None,
-    after_step: Callable[[nn.Module], None] | None = None,
+    state: TrainingState, train: ImageSet, recipe: Recipe, seed: int, workers: Workers,
+    loss: Loss | None = None, after_step: Callable[[nn.Module], None] | None = None,
     after_epoch: Callable[[TrainingState, EpochSummary], None] | None = None,
-) -> None:
-    """Train from where ``state`` is to the recipe's last epoch.
+) -> None:  # fmt: skip
+    """Train from where ``state`` is, which is changed in place, to the recipe's last epoch.
 
-    Args:
-        state: Network and optimizer; changed in place.
-        train: Images, on the device of ``workers``.
-        recipe: Settings of the training.
-        seed: Seed of order and augmentation.
-        workers: Processes that share each batch.
-        loss: Loss of a batch; by default the cross-entropy, labels smoothed as the recipe says.
-        after_step: Function to call with the network after every step.
-        after_epoch: Function to call after every epoch.
+    The images are on the device of the ``workers``, which share each batch. ``seed`` draws their
+    order and the augmentation. The ``loss`` is by default the cross-entropy, with labels smoothed
+    as the recipe says. ``after_step`` is called with the network.
 
     Raises:
         UserError: There are fewer images than a batch takes, the images are not square, the
