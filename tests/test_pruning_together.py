@@ -75,10 +75,10 @@ def test_entry_is_what_plain_passes_measure(search):
     assert torch.equal(found.correct, predict(pruned, held, 16) == held.labels)
     assert entry["accuracy"]["total"] == len(held)
     kept = sum(
-        layer.macs * float((weight_modules(pruned)[layer.name].weight != 0).float().mean())
+        layer["macs"] * float((weight_modules(pruned)[layer["name"]].weight != 0).float().mean())
         for layer in layers
     )
-    assert entry["macs_kept"] == pytest.approx(kept / sum(layer.macs for layer in layers))
+    assert entry["macs_kept"] == pytest.approx(kept / sum(layer["macs"] for layer in layers))
     kept = [step["sparsity"] for step in entry["steps"] if step["kept"]]
     assert entry["max_sparsity"] == max(kept, default=0.0)
 

@@ -1,25 +1,12 @@
 """How large a model is: bytes on disk, parameters, non-zeros, multiply-accumulates."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import nn
 
 from common.files.untrusted import serialize
 from common.network.execution import Network
 from common.network.tracing import weight_layers
-
-
-@dataclass(frozen=True)
-class LayerDescription:
-    """A convolution or linear layer, named as in the state dict."""
-
-    name: str
-    kind: str  # conv or linear
-    shape: tuple[int, ...]  # shape of the weight
-    weights: int  # number of weights; a bias is not counted
-    nonzeros: int  # number of weights that are not zero
-    macs: int  # multiply-accumulates an image, weights of zero included
 
 
 def saved_size_bytes(state: Mapping[str, object]) -> int:
@@ -42,14 +29,19 @@ def describe_network(family: str, model: nn.Module, network: Network) -> dict:
     }
 
 
-def describe_layers(model: nn.Module, network: Network) -> list[LayerDescription]:
-    """Describe every convolution and linear layer, in the order of the state dict.
+def describe_layers(model: nn.Module, network: Network) -> list[dict]:
+    """Return results.json's ``layers``: convolutions and linear ones, as the state dict has them.
 
     The weights are the model's, into which no batch norms are folded; ``network`` is its trace.
     """
-    described = []
-    for name, module in weight_layers(model, network).items():
-        weight, kind = module.weight, "linear" if isinstance(module, nn.Linear) else "conv"
-        counts = weight.numel(), int(weight.count_nonzero()), network.macs[name]
-        described.append(LayerDescription(name, kind, tuple(weight.shape), *counts))
-    return described
+    return [
+        {
+            "name": name,
+            "kind": "linear" if isinstance(module, nn.Linear) else "conv",
+            "shape": list(module.weight.shape),
+            "weights": module.weight.numel(),
+            "nonzeros": int(module.weight.count_nonzero()),
+            "macs": network.macs[name],
+        }
+        for name, module in weight_layers(model, network).items()
+    ]

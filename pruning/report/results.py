@@ -7,8 +7,8 @@ from torch import nn
 
 from common.measure.evaluate import Paired, compare, measure_accuracy
 from common.measure.latency import speedups
-from common.network.size import LayerDescription, describe_layers
-from common.network.tracing import trace_network
+from common.network.size import count_macs, describe_layers
+from common.network.tracing import trace_network, weight_layers
 from pruning.alone.scan import Scan, ScanResult
 from pruning.together.found import CURVE_IMAGES, Found
 from pruning.together.search import ModelSearch
@@ -23,7 +23,7 @@ def describe_scan(scan: Scan, scanned: ScanResult) -> dict:
     result = {
         "baseline": measure_accuracy(scanned.dense_correct).as_dict(),
         "structure": describe_structure(scan.model, layers),
-        "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in layers],
+        "layers": layers,
         "sensitivity": [
             {"layer": layer, "amount": amount, "achieved": scanned.achieved[amount, layer]}
             | Paired.of(scanned.dense_correct, correct).as_dict()
@@ -36,11 +36,14 @@ def describe_scan(scan: Scan, scanned: ScanResult) -> dict:
     return result
 
 
-def describe_structure(model: nn.Module, layers: Sequence[LayerDescription]) -> dict:
+def describe_structure(model: nn.Module, layers: Sequence[dict]) -> dict:
     """Return totals by kind; ``parameters`` is the sum of the first four."""
-    conv, linear = (sum(x.weights for x in layers if x.kind == k) for k in ("conv", "linear"))
+    conv, linear = (
+        sum(layer["weights"] for layer in layers if layer["kind"] == kind)
+        for kind in ("conv", "linear")
+    )
     total = sum(parameter.numel() for parameter in model.parameters())
-    modules = [model.get_submodule(layer.name) for layer in layers]
+    modules = [model.get_submodule(layer["name"]) for layer in layers]
     biases = sum(module.bias.numel() for module in modules if module.bias is not None)
     return {
         "conv_weights": conv,
@@ -48,8 +51,8 @@ def describe_structure(model: nn.Module, layers: Sequence[LayerDescription]) -> 
         "biases": biases,
         "batch_norm_parameters": total - biases - conv - linear,
         "parameters": total,
-        "macs": sum(layer.macs for layer in layers),
-        "nonzeros": sum(layer.nonzeros for layer in layers),
+        "macs": sum(layer["macs"] for layer in layers),
+        "nonzeros": sum(layer["nonzeros"] for layer in layers),
     }
 
 
@@ -76,6 +79,10 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
     curve = {(sparsity, point.accuracy.value) for sparsity, point in found.points.items()}
     for sparsity, correct in ((0.0, dense_correct), (found.sparsity, found.correct)):
         curve.add((sparsity, measure_accuracy(correct[:CURVE_IMAGES]).value))
+    kept = {  # shares of the weights that are neither zero nor missing
+        name: int(found.model.get_submodule(name).weight.count_nonzero()) / layer.weight.numel()
+        for name, layer in weight_layers(search.model, network).items()
+    }
     return {
         "scope": search.scope,
         **asdict(found.method),
@@ -96,23 +103,8 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
             }
             for trial in found.trials
         ],
-        **describe_density(found.model, describe_layers(search.model, network)),
-    }
-
-
-def describe_density(model: nn.Module, layers: Sequence[LayerDescription]) -> dict:
-    """Return the share of each layer's weights that is gone, and of multiply-adds that is left.
-
-    ``layers`` are those of the dense network. In the model some weights are zero, or missing.
-    """
-    kept = {
-        layer.name: int(model.get_submodule(layer.name).weight.count_nonzero()) / layer.weights
-        for layer in layers
-    }
-    macs = sum(layer.macs for layer in layers)
-    return {
         "layers": [{"layer": name, "sparsity": 1 - density} for name, density in kept.items()],
-        "macs_kept": sum(layer.macs * kept[layer.name] for layer in layers) / macs,
+        "macs_kept": sum(network.macs[n] * kept[n] for n in kept) / count_macs(network),
     }
 
 
