@@ -1,13 +1,12 @@
 """Make the bundled assets again, from image archives sorted by class and an FP32 checkpoint.
 
-    python common/assets/pack.py images cifar10_jpeg_train.tar.xz --count 2000
-    python common/assets/pack.py weights resnet18_cifar10.pth
+    python common/assets/pack.py cifar10_jpeg_train.tar.xz --count 2000
+    python common/assets/pack.py resnet18_cifar10.pth
 
 JPEG files are copied byte for byte. Convolution and linear weights are stored as FP16, biases and
 batch-norm tensors as FP32: variances can lie below FP16's range, and they weigh next to nothing.
 """
 
-import argparse
 import io
 import lzma
 import sys
@@ -51,26 +50,15 @@ def pack_weights(checkpoint: Path) -> Path:
     return BUNDLED_WEIGHTS
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    parser = arguments.make_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    images = commands.add_parser("images", help="pack a class-balanced subset of an archive")
-    images.add_argument("archive", type=Path)
-    images.add_argument("--count", type=positive_int, default=2000)
-    weights = commands.add_parser("weights", help="pack a checkpoint")
-    weights.add_argument("checkpoint", type=Path)
-    return parser
-
-
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Pack what is asked for and print where it went."""
-    args = build_parser().parse_args(argv)
-    if args.command == "images":
-        path = pack_images(args.archive, args.count)
-    else:
-        path = pack_weights(args.checkpoint)
+    parser = arguments.make_parser(__doc__)
+    parser.add_argument("file", type=Path, help="archive (.tar.xz) or checkpoint")
+    parser.add_argument("--count", type=positive_int, default=2000, help="images of an archive")
+    args = parser.parse_args(argv)
+    is_archive = args.file.suffix == ".xz"
+    path = pack_images(args.file, args.count) if is_archive else pack_weights(args.file)
     print(f"{path}: {path.stat().st_size:,} bytes")
     return cli.EXIT_DONE
 
