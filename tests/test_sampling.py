@@ -88,11 +88,11 @@ def test_the_last_operand_completes_a_sum(random_images):
     network = trace_network(build(Bottleneck, images), images.shape)
     addition, other = completed_sum(network, "conv3")
     assert (network.graph[addition].kind, other) == ("add", "down.0")
-    assert completed_sum(network, "down.0") is None
-    assert completed_sum(network, "conv1") is None
+    assert completed_sum(network, "down.0") == ("down.0", None)
+    assert completed_sum(network, "conv1") == ("conv1", None)
     mobile = trace_network(build(MobileNet, images), images.shape)
     assert completed_sum(mobile, "blocks.0.project.0")[1] == "stem.0"
-    assert completed_sum(mobile, "blocks.1.project.0") is None
+    assert completed_sum(mobile, "blocks.1.project.0") == ("blocks.1.project.0", None)
 
 
 def test_outputs_count_where_the_activation_after_them_is_not_flat(random_images):

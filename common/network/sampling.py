@@ -64,18 +64,19 @@ def inputs_at(
     return found.flatten(0, 1).unflatten(1, (groups, -1)).flatten(2).float()
 
 
-def completed_sum(network: Network, layer: str) -> tuple[str, str] | None:
+def completed_sum(network: Network, layer: str) -> tuple[str, str | None]:
     """Return the addition that a layer completes, and the addition's other operand.
 
-    None if another operation reads the layer's outputs too, or the other operand is computed later.
+    It is the layer itself, and None, if another operation reads the layer's outputs too, or the
+    other operand is computed later.
     """
     user = network.graph.sole_user(layer)
     if user is None or user.kind != ADD or len(set(user.inputs)) != 2:
-        return None
+        return layer, None
     other = next(name for name in user.inputs if name != layer)
     first = next(o.name for o in network.graph.operations if o.name in user.inputs)
     if first == layer or network.shapes[other] != network.shapes[layer]:
-        return None
+        return layer, None
     return user.name, other
 
 
@@ -85,8 +86,7 @@ def active_range(network: Network, layer: str) -> tuple[float, float] | None:
     They are those of the sum that it completes, if it does. None if they count everywhere, as they
     do if another operation reads them too.
     """
-    completed = completed_sum(network, layer)
-    user = network.graph.sole_user(layer if completed is None else completed[0])
+    user = network.graph.sole_user(completed_sum(network, layer)[0])
     return None if user is None else ACTIVE_RANGES.get(user.kind)
 
 

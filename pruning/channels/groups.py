@@ -76,17 +76,15 @@ def _as_group(network: Network, values: Collection[str]) -> ChannelGroup | None:
     if graph.output in values or not all(map(_is_dense, producers)):
         return None
     widths = {len(network.layers[operation.name].bias) for operation in producers}
-    between = [
-        operation
-        for operation in own
-        if operation.name in passing
-        and (operation.name in network.layers or operation.kind == kinds.RESHAPE)
-    ]
+    sized = (o for o in own if o.name in network.layers or o.kind == kinds.RESHAPE)
+    between = [operation for operation in sized if operation.name in passing]
     widths |= {network.shapes[operation.name][0] for operation in between}
     users = {user for name in values for user in graph.users[name]} - passing
     readers = [operation for operation in graph.operations if operation.name in users]
-    if len(widths) > 1 or not readers or not all(_can_shrink(network, user) for user in readers):
+    if len(widths) > 1 or not readers or not all(map(_is_dense, readers)):
         return None
+    if any(network.layers[reader.name].weight[0].numel() > MAX_COLUMNS for reader in readers):
+        return None  # regression on so many inputs takes too much memory
     (width,) = widths
     return ChannelGroup(
         tuple(operation.name for operation in producers),
@@ -99,11 +97,6 @@ def _as_group(network: Network, values: Collection[str]) -> ChannelGroup | None:
 def _is_dense(operation: kinds.Operation) -> bool:
     """Return whether an operation is a layer in which each output depends on all inputs."""
     return operation.is_layer and operation.attributes.get("groups", 1) == 1
-
-
-def _can_shrink(network: Network, reader: kinds.Operation) -> bool:
-    """Return whether a layer can lose inputs: regression on all of them takes memory."""
-    return _is_dense(reader) and network.layers[reader.name].weight[0].numel() <= MAX_COLUMNS
 
 
 def _is_depthwise(network: Network, operation: kinds.Operation) -> bool:

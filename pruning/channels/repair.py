@@ -96,10 +96,7 @@ class _Recorder:
         self.positions: dict[str, list[torch.Tensor]] = {}
         self.targets: dict[str, list[torch.Tensor]] = {name: [] for name in self._layers}
         # A layer that completes a sum is looked at where the sum is known.
-        self._sums_of = {}
-        for name in self._layers:
-            completed = sampling.completed_sum(exact, name)
-            self._sums_of[name if completed is None else completed[0]] = name
+        self._sums_of = {sampling.completed_sum(exact, name)[0]: name for name in self._layers}
         # Layers of one group share their positions where their outputs are of one size.
         self._same_as: dict[str, str] = {}
         for group in groups.values():
@@ -146,12 +143,8 @@ def repair(dense: Dense, widths: Mapping[str, int]) -> nn.Module:
     images = [dense.images.normalize(batch).to(dtype) for batch in pixels]
     slim = slim_network(dense.network, dense.groups, choices)
     walk = Walk(slim, images, slim.graph)
-    lacking = {
-        reader
-        for name, group in dense.groups.items()
-        if widths.get(name, group.width) < group.width
-        for reader in group.readers
-    }
+    narrow = (g for name, g in dense.groups.items() if widths.get(name, g.width) < g.width)
+    lacking = {reader for group in narrow for reader in group.readers}
     layers, statistics = {}, {}
     for operation in cli.progress(slim.graph.operations[1:], "repair"):
         name, replaced = operation.name, None
@@ -177,8 +170,8 @@ def _samples(
 ) -> Iterable[sampling.Samples]:
     """Yield what a slim layer reads, and what it should give."""
     name, start = operation.name, 0
-    completed = sampling.completed_sum(exact, name)
-    others = None if completed is None else walk.batches(completed[1])
+    _, operand = sampling.completed_sum(exact, name)
+    others = walk.batches(operand) if operand else None
     for index, x in enumerate(walk.batches(operation.inputs[0])):
         batch = slice(start, start + len(x))
         start += len(x)

@@ -26,11 +26,7 @@ CURVE = (0.25, 0.375, 0.5, 0.625, 0.75)
 
 
 def require_possible(network: Network, macs_removed: float | None) -> None:
-    """Check, before any long work, that INT8 can be timed, and so many multiply-adds can go.
-
-    Raises:
-        UserError: It cannot.
-    """
+    """Raise a UserError, before any long work, unless so much can go and INT8 can be timed."""
     fastest_engine()
     most = most_removed(ChannelCosts(network))
     if macs_removed is not None and macs_removed > most:

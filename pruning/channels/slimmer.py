@@ -1,7 +1,5 @@
 """Slim networks of one dense network, for any share of its multiply-adds or of its weights."""
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass, replace

@@ -104,8 +104,8 @@ class _Samples:
         name = operation.name
         channels = self._channels.get(name, slice(None))
         source = self.references[0 if channels is not None else -1]
-        completed = sampling.completed_sum(self.network, name)
-        operands = [] if completed is None else [completed[1]]
+        _, operand = sampling.completed_sum(self.network, name)
+        operands = [operand] if operand else []
         wanted = zip(*(source.batches(n) for n in (name, *operands)), strict=True)
         coded = zip(*(self.coded.batches(n) for n in (operation.inputs[0], *operands)), strict=True)
         layer = self.network.layers[name]
