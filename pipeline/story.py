@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from common.command.cli import counted
 from common.report import results as report
-from common.report.story import Column, Headline, Story, Table, how_to_load
+from common.report.story import Column, Story, Table, how_to_load
 from pipeline import GOALS
 
 CAPTIONS = {
@@ -35,7 +35,7 @@ def tell(results: dict) -> Story:
     )
 
 
-def _headline(answer: dict) -> Headline:
+def _headline(answer: dict) -> tuple[str, str]:
     meaning = (
         f"{answer['name']}; as fast as FP32 at its best: "
         f"{report.at_batch_sizes(answer['speedup'], 'over_fp32')}; "
@@ -43,7 +43,7 @@ def _headline(answer: dict) -> Headline:
     )
     if not answer["within_budget"]:
         meaning += "; not within the budget"
-    return Headline(f"{answer['size_ratio']:.1f}× smaller", meaning)
+    return f"{answer['size_ratio']:.1f}× smaller", meaning
 
 
 def label(name: str, coded: bool) -> str:
@@ -149,25 +149,20 @@ def choose_to_ship(within: Sequence[dict]) -> tuple[dict, str]:
     ``within`` holds the answers within the budget, at least one.
     """
     both = next((answer for answer in within if answer["name"] == "both"), within[0])
-
-    def is_better(answer: dict) -> bool:
-        return (
-            answer["file_bytes"] < both["file_bytes"]
-            and answer["comparison"]["drop"] <= both["comparison"]["drop"]
-        )
-
-    if better := min(filter(is_better, within), key=size_of, default=None):
-        return better, f"it is smaller than {both['file']} and loses no more"
+    no_worse = [a for a in within if a["comparison"]["drop"] <= both["comparison"]["drop"]]
+    smallest = min(no_worse, key=size_of)
+    if size_of(smallest) < size_of(both):
+        return smallest, f"it is smaller than {both['file']} and loses no more"
     if len(within) == 1:
         return both, "it is the only answer within the budget"
     others = {answer["name"]: answer for answer in within if answer is not both}
     pieces = []
-    size = others.get("size")
-    if size and size["file_bytes"] == both["file_bytes"]:
-        pieces.append("no more bytes than the smallest answer")
-    elif size:
-        more = both["file_bytes"] / size["file_bytes"]
-        pieces.append(f"{more:.2f} times the bytes of {size['file']}")
+    if size := others.get("size"):
+        more = size_of(both) / size_of(size)
+        pieces.append(
+            "no more bytes than the smallest answer" if more == 1
+            else f"{more:.2f} times the bytes of {size['file']}"
+        )  # fmt: skip
     if speed := others.get("speed"):
         now, least = (answer["latency"][-1] for answer in (both, speed))
         pieces.append(

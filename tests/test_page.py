@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.files.output import OutputFolder
 from common.report.page import REPORT_NAME, render, write_page
 from common.report.results import DOUBT
-from common.report.story import Column, Facts, Headline, Story, Table, how_to_load
+from common.report.story import Column, Facts, Story, Table, how_to_load
 from pipeline.story import tell as tell_pipeline
 from pruning.report.story import tell as tell_pruning
 from quantization.report.story import tell as tell_quantization
@@ -238,7 +238,7 @@ HOSTILE = [
 @given(st.sampled_from(HOSTILE) | st.text(min_size=1, max_size=40))
 def test_no_name_becomes_markup(name):
     table = Table(name, [Column(name, lambda row: row)], [name], name)
-    story = Story(name, name, [Headline(name, name)], [name, table, Facts(name, {name: name})],
+    story = Story(name, name, [(name, name)], [name, table, Facts(name, {name: name})],
                   {name: name}, name)  # fmt: skip
     results = COMMON | {"artifacts": {"model": name}}
     for group in ("arguments", "environment", "network", "weights"):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from common.report.story import WIDTH, Column, Facts, Headline, Story, Table
+from common.report.story import WIDTH, Column, Facts, Story, Table
 
 ROWS = [{"name": "conv1", "share": 0.25}, {"name": "a much longer name", "share": None}]
 TABLE = Table(
@@ -57,7 +57,7 @@ def test_facts_are_wrapped_beside_their_names():
 
 @pytest.mark.parametrize("part", [TABLE, Facts("Found", {"a": "b"}), "One sentence."])
 def test_story_tells_every_part(part, tmp_path):
-    story = Story("Title", "Setting", [Headline("3×", "smaller")], [part], cost="took 3 s")
+    story = Story("Title", "Setting", [("3×", "smaller")], [part], cost="took 3 s")
     assert story.text(Path("a\x1b[2J\nb")).endswith("\nwritten to a\\x1b[2J\\nb\n")
     text = story.text(tmp_path)
     assert text.startswith("Title\nSetting\n\n")

@@ -1,7 +1,5 @@
 """How results look: as JSON, as text, and as columns of tables."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

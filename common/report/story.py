@@ -117,20 +117,14 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Headline:
-    """A figure that a reader takes away, and its meaning."""
-
-    figure: str
-    meaning: str
-
-
-@dataclass(frozen=True)
 class Story:
     """A whole run."""
 
     title: str  # what was done, to what
     setting: str  # on which images and which machine
-    headlines: Sequence[Headline]  # on the page alone, as the parts say them too
+    # Figures that a reader takes away, each with its meaning; on the page alone, as the parts say
+    # them too.
+    headlines: Sequence[tuple[str, str]]
     parts: Sequence[Table | Facts | str]  # in reading order; texts are sentences
     captions: Mapping[str, str] = field(default_factory=dict)  # what each plot shows, by file name
     cost: str = ""  # how long the run took, and how much memory
@@ -167,13 +161,9 @@ def align(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _align_block(table: Sequence[Sequence[str]], widths: Sequence[int], block: list[int]) -> str:
-    rows = [
-        [row[column].rjust(widths[column]) if column else row[0].ljust(widths[0])
-         for column in block]
-        for row in table
-    ]  # fmt: skip
-    rows.insert(1, ["─" * widths[column] for column in block])
-    return "\n".join("  ".join(row).rstrip() for row in rows)
+    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
+    padded.insert(1, ["─" * width for width in widths])
+    return "\n".join("  ".join(row[column] for column in block).rstrip() for row in padded)
 
 
 def list_files(artifacts: Mapping[str, str | list[str]]) -> list[str]:

@@ -23,10 +23,9 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
     for amount in amounts:
         rows = [row for row in results["sensitivity"] if row["amount"] == amount]
         percentage = (100 * Decimal(repr(amount))).normalize()  # exact: no two share a name
-        suffix = f"_{percentage:f}" if len(amounts) > 1 else ""
-        for by_drop, order in ((False, ""), (True, "_sorted")):
-            path = file(f"sensitivity{suffix}{order}.png")
-            plot_sensitivity(rows, tolerance, amount, by_drop, path)
+        name = f"sensitivity_{percentage:f}" if len(amounts) > 1 else "sensitivity"
+        plot_sensitivity(rows, tolerance, amount, False, file(f"{name}.png"))
+        plot_sensitivity(rows, tolerance, amount, True, file(f"{name}_sorted.png"))
     if len(amounts) > 1:
         plot_amounts(results["sensitivity"], dense, tolerance, file("sensitivity_amounts.png"))
     if "linear_search" in results:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.report import results as report
-from common.report.story import Column, Headline, Story, Table, how_to_load
+from common.report.story import Column, Story, Table, how_to_load
 from pruning.report.linear import linear_layers, tell_linear
 from pruning.report.together import SCOPES, tell_search, tell_slim, unit_of
 
@@ -70,7 +70,7 @@ def write_csv_files(results: dict, file: Callable[[str], Path]) -> None:
         curve.write_csv(file("linear_curve.csv"))
 
 
-def _headlines(results: dict) -> list[Headline]:
+def _headlines(results: dict) -> list[tuple[str, str]]:
     baseline, ranking = results["baseline"], results["ranking"][-1]
     worst = _entries(results, ranking)[0]
     change, interval = report.format_change(worst["comparison"])
@@ -78,16 +78,16 @@ def _headlines(results: dict) -> list[Headline]:
     amount = f"{100 * worst['amount']:g}"
     which = ", the most sensitive layer" if len(ranking["layers"]) > 1 else ""
     found = [
-        Headline(accuracy, f"dense accuracy, {accuracy_interval}"),
-        Headline(change, f"with {amount} % of {worst['layer']} pruned{which}; {interval}"),
+        (accuracy, f"dense accuracy, {accuracy_interval}"),
+        (change, f"with {amount} % of {worst['layer']} pruned{which}; {interval}"),
     ]
     if linear := results.get("linear_search"):
         amount = report.floor_percent(linear["max_amount"])
-        found.append(Headline(amount, f"of {linear_layers(linear)} can go"))
+        found.append((amount, f"of {linear_layers(linear)} can go"))
     if saved := results.get("model_saved"):
         meaning = f"of the {unit_of([saved])} can go ({SCOPES[saved['scope']]}): "
         meaning += report.describe_change(saved["comparison"])
-        found.append(Headline(report.floor_percent(saved["sparsity"], 1), meaning))
+        found.append((report.floor_percent(saved["sparsity"], 1), meaning))
     return found
 
 

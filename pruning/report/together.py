@@ -69,10 +69,8 @@ def explain_names(entries: Sequence[dict]) -> str:
     if any(entry["recalibrated"] for entry in entries):
         explanation += " BN: batch-norm statistics re-estimated on training images after pruning."
     if entries[0]["scope"] == CHANNELS:
-        explanation += (
-            " Pruned: of the multiply-adds. Reconstructed: channels chosen and made up for on "
-            "training images, layers as wide as they need."
-        )
+        explanation += " Pruned: of the multiply-adds. Reconstructed: channels chosen and made up "
+        explanation += "for on training images, layers as wide as they need."
     if epochs := max(entry["finetune_epochs"] for entry in entries):
         explanation += f" Tuned: trained after pruning, zeros held ({counted(epochs, 'epoch')})."
     return explanation
@@ -132,18 +130,14 @@ def tell_slim(slim: dict) -> list[Table | Facts]:
         Column("images/s at", lambda m: m["name"].replace("fp32", "FP32").replace("int8", "INT8")),
         Column("size", "size_bytes", report.megabytes),
         *report.change_columns(),
-        Column(
-            "MACs", lambda m: m["macs"] / models[0]["macs"], lambda share: report.percent(share, 0)
-        ),
+        Column("MACs", lambda m: report.percent(m["macs"] / models[0]["macs"], 0)),
         *report.rate_columns(models[0]["latency"]),
     ]
     title = f"Slim and dense in turns, {models[0]['accuracy']['total']:,} held-out images"
     note = f"Points are against dense FP32 on the same images.{report.explain_doubt(models)}"
-    left = [f"{row['layer']} {row['slim']} of {row['dense']}" for row in slim["widths"]]
-    gained = {
-        "INT8, slim against dense": report.at_batch_sizes(slim["speedup"], "over_dense"),
-        "channels left": ", ".join(left),
-    }
+    left = (f"{row['layer']} {row['slim']} of {row['dense']}" for row in slim["widths"])
+    speedup = report.at_batch_sizes(slim["speedup"], "over_dense")
+    gained = {"INT8, slim against dense": speedup, "channels left": ", ".join(left)}
     return [
         Table(title, columns, [models[0] | {"comparison": None}, *models[1:]], note),
         Facts("What removing channels gained", gained),

@@ -95,24 +95,20 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
     Losses come first, then gains, then images that both get wrong in different ways. Where no
     answer changes there is nothing to see, and no file is written.
     """
-    flipped = (fp32 != int8).nonzero().flatten().tolist()
-    if not flipped:
+    flipped, labels = (fp32 != int8).nonzero().flatten(), dataset.labels
+    if not len(flipped):
         return 0
-    labels = dataset.labels.tolist()
-
-    def kind(index: int) -> int:
-        return 0 if fp32[index] == labels[index] else 1 if int8[index] == labels[index] else 2
-
-    shown = sorted(flipped, key=kind)[: SHEET_COLUMNS * SHEET_ROWS]
+    kinds = torch.where(fp32 == labels, 0, torch.where(int8 == labels, 1, 2))
+    losses, gains, others = kinds[flipped].bincount(minlength=3).tolist()
+    by_kind = flipped[kinds[flipped].argsort(stable=True)]
+    shown = by_kind[: SHEET_COLUMNS * SHEET_ROWS].tolist()
     rows = -(-len(shown) // SHEET_COLUMNS)
     figure, axes = figures.new_figure(11, 1.75 * rows + 0.5, rows, SHEET_COLUMNS, squeeze=False)
-    losses, gains = (sum(kind(i) == k for i in flipped) for k in (0, 1))
-    figure.suptitle(
+    title = (
         f"{len(flipped)} of {len(dataset):,} answers change: {losses} lost, {gains} gained, "
-        f"{len(flipped) - losses - gains} wrong either way"
-        + (f" (the first {len(shown)})" if len(shown) < len(flipped) else ""),
-        fontsize=11, fontweight="bold",
-    )  # fmt: skip
+        f"{others} wrong either way"
+    ) + (f" (the first {len(shown)})" if len(shown) < len(flipped) else "")
+    figure.suptitle(title, fontsize=11, fontweight="bold")
     colors, classes = (figures.RED, figures.GREEN, figures.GREY), dataset.classes
     for axis in axes.flat:
         axis.axis("off")
@@ -121,7 +117,7 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
         axis.set_title(
             f"true: {classes[labels[index]]}\nFP32: {classes[fp32[index]]}\n"
             f"INT8: {classes[int8[index]]}",
-            fontsize=7.5, fontweight="normal", color=colors[kind(index)],
+            fontsize=7.5, fontweight="normal", color=colors[kinds[index]],
         )  # fmt: skip
     figures.save_figure(figure, path)
     return len(flipped)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from common.files.output import OutputFolder
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure import evaluate
@@ -19,7 +18,6 @@ from quantization.int8.engines import fastest_by_batch_size
 from quantization.int8.network import Int8Network
 from quantization.steps import FP32, FP32_NCHW, ONNX, OnnxModel, Quantized
 
-MODEL_SUFFIXES = (".safetensors", ".onnx")
 # Below this fraction of zeros a network was not pruned: single weights may be zero by chance.
 MIN_SPARSITY = 0.01
 
@@ -165,15 +163,3 @@ def accuracy_by_class(test: ImageSet, fp32: torch.Tensor, int8: torch.Tensor) ->
             before, after = (int((p[of_class] == index).sum()) / count for p in (fp32, int8))
             rows.append({"class": name, "images": count, "fp32": before, "int8": after})
     return rows
-
-
-def list_artifacts(folder: OutputFolder, model: Path) -> dict:
-    """Return results.json's ``artifacts``: every file written, ``model`` being the main one."""
-    names = folder.names
-    return {
-        "model": model.name,
-        "models": [name for suffix in MODEL_SUFFIXES for name in names(suffix)],
-        "checks": names(".check"),
-        "csv": names(".csv"),
-        "plots": names(".png"),
-    }

@@ -2,14 +2,8 @@
 
 from collections.abc import Sequence
 
-from common.report.results import (
-    against_given,
-    counted,
-    describe_change,
-    megabytes,
-    percent,
-    points,
-)
+from common.command.cli import counted
+from common.report import results as report
 from common.report.story import Column, Facts, Table
 from quantization.coding.smallest import misses
 
@@ -20,17 +14,17 @@ def tell_budget(budget: dict) -> list[Table | Facts]:
     """Say what was tried to hold the accuracy budget, and whether it held."""
     columns = [
         Column("tried, on held-out training images", "action"),
-        Column("points", lambda step: -step["drop"], points),
-        Column("to spare", "spare", points),
+        Column("points", lambda step: -step["drop"], report.points),
+        Column("to spare", "spare", report.points),
         Column("kept", lambda step: "yes" if step["kept"] else "no"),
     ]
     verdict = "met" if budget["met"] else "NOT met: the best model found was written"
     facts = {
-        "held-out images": f"{points(-budget['held_out_drop'])} points, "
-        f"{points(budget['held_out_spare'])} to spare "
+        "held-out images": f"{report.points(-budget['held_out_drop'])} points, "
+        f"{report.points(budget['held_out_spare'])} to spare "
         f"({counted(budget['held_out_images'], 'image')}, "
         f"{budget['held_out_engine']})",
-        "test images": f"{points(-budget['test_drop'])} points ({budget['test_engine']})",
+        "test images": f"{report.points(-budget['test_drop'])} points ({budget['test_engine']})",
     }
     note = (
         "To spare: how much more could be lost. On held-out images the loss and one standard error "
@@ -50,8 +44,8 @@ def diagnosis_table(rows: Sequence[dict], title: str = "", note: str = "") -> Ta
             ("SQNR", "sqnr_db", decibels),
             ("weights", "weight_sqnr_db", decibels),
             ("activations", "activation_sqnr_db", decibels),
-            ("alone INT8", "drop_only_quantized", lambda drop: points(-drop)),
-            ("alone FP32", "drop_only_fp32", lambda drop: points(-drop)),
+            ("alone INT8", "drop_only_quantized", lambda drop: report.points(-drop)),
+            ("alone FP32", "drop_only_fp32", lambda drop: report.points(-drop)),
         )
     ]
     return Table(title, columns, rows, note)
@@ -72,8 +66,8 @@ def describe_sparsity(sparsity: dict) -> str:
     """Say that the zeros of a pruned network are still there."""
     weights, before, after = (sparsity[key] for key in ("weights", "zeros_before", "zeros_after"))
     return (
-        f"The network came pruned: {percent(before / weights)} of its weights are zero. In INT8 "
-        f"every one of them still is; rounding adds {after - before:,}."
+        f"The network came pruned: {report.percent(before / weights)} of its weights are zero. In "
+        f"INT8 every one of them still is; rounding adds {after - before:,}."
     )
 
 
@@ -84,10 +78,10 @@ def describe_coding(coding: dict) -> Facts:
     return Facts(
         f"The coded file: {coding['file']}",
         {
-            "size": f"{megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× smaller than "
-            f"FP32, {against_given(coding['size_ratio_given'])}; "
+            "size": f"{report.megabytes(coding['file_bytes'])}, {coding['size_ratio']:.1f}× "
+            f"smaller than FP32, {report.against_given(coding['size_ratio_given'])}; "
             f"{coding['bits_per_weight']:.2f} bits a weight{asked}",
-            "accuracy": f"{percent(coding['accuracy']['value'])}, "
-            + describe_change(coding["comparison"]),
+            "accuracy": f"{report.percent(coding['accuracy']['value'])}, "
+            + report.describe_change(coding["comparison"]),
         },
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from common.command.cli import counted
 from common.report import results as report
-from common.report.story import Column, Facts, Headline, Story, Table, how_to_load
+from common.report.story import Column, Facts, Story, Table, how_to_load
 from quantization.report import sections
 from quantization.report.results import int8_entries
 
@@ -59,17 +59,17 @@ def tell(results: dict) -> Story:
     )
 
 
-def _headlines(results: dict) -> list[Headline]:
+def _headlines(results: dict) -> list[tuple[str, str]]:
     fp32, int8 = results["models"][0], int8_entries(results)[0]
     comparison = int8["comparison"]
     change, interval = report.format_change(comparison["accuracy"])
     return [
-        Headline(
+        (
             f"{1 / comparison['size_ratio']:.2f}× smaller",
             f"{report.megabytes(fp32['size_bytes'])} to {report.megabytes(int8['size_bytes'])}",
         ),
-        Headline(change, f"{interval}; FP32 {report.percent(fp32['accuracy']['value'])}"),
-        Headline(report.at_batch_sizes(comparison["speedup"]), "as fast as FP32 at its best"),
+        (change, f"{interval}; FP32 {report.percent(fp32['accuracy']['value'])}"),
+        (report.at_batch_sizes(comparison["speedup"]), "as fast as FP32 at its best"),
     ]
 
 
