@@ -72,16 +72,18 @@ def choose_best(goal: str, tried: Mapping[str, Sequence[Candidate]]) -> Candidat
 
 
 def _find_size(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
-    slim = _search_slim(builder, "size", WEIGHTS, builder.coding_range())
+    where = builder.slimmer.coding_range(builder.budget.max_drop)
+    slim = _search_slim(builder, "size", WEIGHTS, where)
     base = strongest(slim) or nearest(slim)
     tried["size"] = [*slim, *_search_coded(builder, "size", base)]
 
 
 def _find_speed(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
-    slim = _search_slim(builder, "speed", MACS, builder.search_range())
+    where = builder.slimmer.search_range(MACS, builder.budget.max_drop)
+    slim = _search_slim(builder, "speed", MACS, where)
     if builder.training:
         reached = 1 / (strongest(slim) or nearest(slim)).strength
-        least = builder.least_share(MACS)
+        least = builder.slimmer.costs.least_share(MACS)
         for share in dict.fromkeys(max(reached / stride, least) for stride in TRAINED_STRIDES):
             cli.log.info("speed: training a network of %.0f %% of the multiply-adds", 100 * share)
             slim.append(builder.try_slim("speed", share, trained=True))

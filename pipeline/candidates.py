@@ -18,7 +18,7 @@ from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.tracing import trace_network
 from common.search.budget import Budget
-from common.search.trials import Range, Trial
+from common.search.trials import Trial
 from pipeline.store import Store
 from pruning.channels.costs import MACS
 from pruning.channels.slimmer import Slimmer
@@ -81,7 +81,7 @@ class CandidateBuilder:
         If ``trained``, the network then learns to answer as the dense one does.
         """
         key = f"{unit}-{share:.4f}"
-        slim, path = self.store.slim(key, lambda: self._slimmer.slim(share, unit))
+        slim, path = self.store.slim(key, lambda: self.slimmer.slim(share, unit))
         if trained:
             key += TRAINED
             slim, path = self.store.slim(key, lambda untrained=slim: self._finetune(untrained))
@@ -95,7 +95,7 @@ class CandidateBuilder:
         def code() -> Int8Network:
             model = self.store.read_slim(base.slim_path)
             slim = trace_network(model, self.inputs.calibration.shape)
-            channels = self._slimmer.channels_of(model)
+            channels = self.slimmer.channels_of(model)
             if base.trained:  # its channels are others by now
                 channels = dict.fromkeys(channels)
             original = Original(self.inputs.traced.network, channels)
@@ -126,7 +126,7 @@ class CandidateBuilder:
         trained, dense = (copy.deepcopy(model).to(device) for model in (slim, self.inputs.model))
         distill(
             trained, dense, self.training, self.inputs.seed,
-            precision=self.store.precision(device), channels=self._slimmer.channels_of(slim),
+            precision=self.store.precision(device), channels=self.slimmer.channels_of(slim),
         )  # fmt: skip
         return trained.cpu()
 
@@ -134,20 +134,9 @@ class CandidateBuilder:
     def _range_images(self) -> ImageSet:
         return self.inputs.calibration.rows(slice(RANGE_IMAGES))
 
-    def search_range(self) -> Range:
-        """Return how many times fewer multiply-adds to try for the whole budget."""
-        return self._slimmer.search_range(MACS, self.budget.max_drop)
-
-    def coding_range(self) -> Range:
-        """Return how many times fewer weights to try in a network that is then coded."""
-        return self._slimmer.coding_range(self.budget.max_drop)
-
-    def least_share(self, unit: str) -> float:
-        """Return the smallest share of the ``unit`` that can be left."""
-        return self._slimmer.costs.least_share(unit)
-
     @functools.cached_property
-    def _slimmer(self) -> Slimmer:
+    def slimmer(self) -> Slimmer:
+        """What removes channels, and knows how many can go."""
         inputs = self.inputs
         device = inputs.calibration.images.device
         dtype = torch.bfloat16 if self.store.precision(device) == "bf16" else torch.float32

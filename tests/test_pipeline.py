@@ -18,8 +18,8 @@ from common.files.output import UNFINISHED_NAME
 from common.network.checkpoint import load_model
 from common.search.trials import Range, run_trials
 from pipeline import answers
-from pipeline.candidates import CandidateBuilder
 from pipeline.pipeline import main
+from pruning.channels.slimmer import Slimmer
 from quantization.files.artifact import load_int8
 from quantization.files.onnx_export import load_onnx
 from runtime.decode import MAX_DIFFERENCE, check, load
@@ -169,7 +169,7 @@ def test_trained_networks_are_slimmer_and_are_coded_too(tiny_weights, tmp_path, 
     """Not asked for both: speed's networks are trained, and coded for size."""
     monkeypatch.setattr(answers, "TRAINED_SHARE", 1.0)  # what passes may be coded
     wide = Range(start=1 / 0.8, least=1 / 0.8, most=1 / 0.8, trials=1)
-    monkeypatch.setattr(CandidateBuilder, "search_range", lambda self: wide)
+    monkeypatch.setattr(Slimmer, "search_range", lambda *_: wide)
     process = run_here(
         main, *QUICK, "--weights", tiny_weights, "--max-drop", "0.49", "--for", "size,speed",
         "--finetune-epochs", "1", "--finetune-images", "40", "--output-dir", tmp_path / "out",

@@ -65,18 +65,16 @@ class FakeBuilder:
     training: object = None
     made: list[Candidate] = field(default_factory=list)
 
+    least_share: float = 0.1
+    budget = SimpleNamespace(max_drop=MAX_DROP)
+
     @property
-    def budget(self):
-        return SimpleNamespace(max_drop=MAX_DROP)
-
-    def least_share(self, unit):
-        return 0.1
-
-    def search_range(self):
-        return Range(1 / 0.6, 1 / 0.97, 1 / 0.1, trials=5)
-
-    def coding_range(self):
-        return Range(1 / 0.6, 1 / 0.97, 1 / 0.1, trials=1)
+    def slimmer(self):
+        return SimpleNamespace(
+            costs=SimpleNamespace(least_share=lambda unit: self.least_share),
+            search_range=lambda unit, max_drop: Range(1 / 0.6, 1 / 0.97, 1 / 0.1, trials=5),
+            coding_range=lambda max_drop: Range(1 / 0.6, 1 / 0.97, 1 / 0.1, trials=1),
+        )
 
     def try_slim(self, goal, share, unit="macs", trained=False):
         spare = share - self.passes_from + 0.1 * trained
@@ -106,9 +104,8 @@ def test_training_ends_with_the_first_network_that_passes():
     assert [one.verdict.passes for one in found.tried if one.trained] == [True]
 
 
-def test_no_network_narrower_than_possible_is_trained(monkeypatch):
-    monkeypatch.setattr(FakeBuilder, "least_share", lambda self, unit: 0.25)
-    found = find_answers(FakeBuilder(0.0, "epochs"), ["speed"])
+def test_no_network_narrower_than_possible_is_trained():
+    found = find_answers(FakeBuilder(0.0, "epochs", least_share=0.25), ["speed"])
     assert [one.strength for one in found.tried if one.trained] == [4.0]
 
 
