@@ -1,12 +1,13 @@
 """The steps of pruning.py after the scan: each prunes, writes a file, reads it back, measures it.
 
-They return their part of results.json.
+They return their part of results.json, or raise a UserError if the file is not what was measured.
 """
 
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from common.command.cli import UserError
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
@@ -18,7 +19,7 @@ from pruning.files import saved
 from pruning.masks import copy_without, l1_masks
 from pruning.report.results import describe_found, describe_slim
 from pruning.together.found import best_of, search_all, search_finetuned
-from pruning.together.recalibration import RECALIBRATION_IMAGES, require_batch_norm
+from pruning.together.recalibration import RECALIBRATION_IMAGES, batch_norms
 from pruning.together.search import ModelSearch
 from training.loop.distillation import Training
 
@@ -31,22 +32,16 @@ def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> I
     Raises:
         UserError: There are too few images, or no batch norms.
     """
-    if scope == channels.SCOPE:
-        count = channels.CALIBRATION_IMAGES
-    elif recalibrated:
-        require_batch_norm(inputs.model)
-        count = RECALIBRATION_IMAGES
-    else:
+    if not recalibrated and scope != channels.SCOPE:
         return None
+    if recalibrated and not batch_norms(inputs.model):
+        raise UserError("--recalibrate-bn: the network has no batch norms")
+    count = RECALIBRATION_IMAGES if recalibrated else channels.CALIBRATION_IMAGES
     return inputs.load_training(count).to(inputs.test.images.device)
 
 
 def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, path: Path) -> dict:
-    """Search how far the linear layers can go, write that model, and confirm the file.
-
-    Raises:
-        UserError: The reloaded model is not the one that the search measured.
-    """
+    """Search how far the linear layers can go, write that model, and confirm the file."""
     model, images, labels, head = scan.model, scan.images, scan.images.labels.cpu(), scan.head
     started = time.perf_counter()
     search = search_linear(head, scanned.features, labels, tolerance, seed)
@@ -61,11 +56,7 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
     share = head.total / sum(weight.numel() for weight in scan.weights.values())
     return {
         "linear_search": search.as_dict() | {"seconds": seconds, "confirmed": confirmed},
-        "savings": {
-            **sizes,
-            "linear_share": share,
-            "latency": saved.time_zeros(models, images),
-        },
+        "savings": {**sizes, "linear_share": share, "latency": saved.time_zeros(models, images)},
     }
 
 
@@ -73,9 +64,6 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
     """Search how far many layers can go together, write the sparsest model, and confirm the file.
 
     A network without some channels is timed beside the dense one.
-
-    Raises:
-        UserError: The reloaded model is not the one that the search measured.
     """
     started = time.perf_counter()
     found = search_all(search)

@@ -1,14 +1,16 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from resnet18 import batch_norm_after, fold_batch_norm, weight_modules
 from torch import nn
 
 from common.command.cli import UserError
+from pruning.steps import read_calibration
 from pruning.together import recalibration
 from pruning.together.recalibration import (
     adopt_statistics,
     recalibrate_batch_norm,
-    require_batch_norm,
 )
 
 
@@ -93,7 +95,6 @@ def test_dropout_stays_off(random_images):
     assert not any(module.training for module in model.modules())
 
 
-def test_network_without_batch_norms_is_told(tiny_model):
-    require_batch_norm(tiny_model)
+def test_network_without_batch_norms_is_told():
     with pytest.raises(UserError, match="--recalibrate-bn: the network has no batch norms"):
-        require_batch_norm(nn.Sequential(nn.Linear(2, 2)))
+        read_calibration(SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2))), "all", True)

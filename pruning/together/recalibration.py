@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.command.cli import UserError
 from common.images.data import ImageSet
 from common.network.hooks import hooked
 
@@ -18,14 +17,9 @@ RECALIBRATION_IMAGES = 256
 BATCH_SIZE = 128
 
 
-def require_batch_norm(model: nn.Module) -> None:
-    """Check that there are statistics to measure.
-
-    Raises:
-        UserError: The network has no batch norm.
-    """
-    if not _batch_norms(model):
-        raise UserError("--recalibrate-bn: the network has no batch norms")
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the batch norms of a network by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 @torch.no_grad()
@@ -36,7 +30,7 @@ def recalibrate_batch_norm(model: nn.Module, images: ImageSet) -> None:
     Every image has the same weight; in ``torch.optim.swa_utils.update_bn`` every batch has.
     """
     model.eval()  # dropout and the like stay in eval mode
-    norms = _batch_norms(model).values()
+    norms = batch_norms(model).values()
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -59,7 +53,7 @@ def adopt_statistics(model: nn.Module, images: ImageSet) -> None:
     In a network read from a coded file, batch norms only add a bias, and all running means are
     zero. Without this, measuring their statistics after pruning would change what they compute.
     """
-    norms = _batch_norms(model)
+    norms = batch_norms(model)
     if any(norm.running_mean.any() or not norm.affine for norm in norms.values()):
         return
 
@@ -75,7 +69,3 @@ def adopt_statistics(model: nn.Module, images: ImageSet) -> None:
 
     with hooked(norms, adopt):
         model(images.normalize(images.images[:RECALIBRATION_IMAGES]))
-
-
-def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}

@@ -73,6 +73,7 @@ class ModelSearch:
     """The search over one checkpoint."""
 
     unit, where = "weights", WHERE  # what sparsity counts, in words; the compressions to search
+    is_given = False  # whether the sparsity is given and not searched
     curve = tuple(1 - 1 / times for times in COMPRESSIONS)  # where every method is measured
 
     model: nn.Module  # dense network, on the images' device; not changed
@@ -83,7 +84,6 @@ class ModelSearch:
     fast: bool  # whether to classify in bf16 first
     calibration: ImageSet | None = None  # training images for batch-norm statistics, if to measure
     record: Fp32Recheck = field(default_factory=Fp32Recheck)  # counts of what FP32 checked
-    _found: dict[Method, tuple[float, list[Trial]]] = field(default_factory=dict)
     _damage: dict[bool, dict[str, allocation.DamageCurve]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -102,11 +102,6 @@ class ModelSearch:
         budget = Budget(tolerance, choosing)
         return cls(scan.model, scope, budget, held_out, seed, scan.fast, calibration, **options)
 
-    @property
-    def is_given(self) -> bool:
-        """Whether the sparsity is given and not searched."""
-        return False
-
     def methods(self) -> list[Method]:
         """Return the methods to search with, the control last."""
         kept = [False] if self.calibration is None else [False, True]
@@ -119,11 +114,8 @@ class ModelSearch:
             return allocation.global_masks(self.weights, sparsity)
         if method.allocation == allocation.RANDOM:
             return allocation.random_masks(self.weights, sparsity, self.seed)
-        if method.allocation == allocation.SENSITIVITY:
-            return allocation.sensitivity_masks(
-                self.weights, self._curves(method.recalibrated), sparsity
-            )
-        raise ValueError(f"no allocation {method.allocation}")
+        curves = self._curves(method.recalibrated)
+        return allocation.sensitivity_masks(self.weights, curves, sparsity)
 
     def prune(self, method: Method, sparsity: float) -> nn.Module:
         """Return a pruned copy, its batch norms re-estimated if the method says so."""
@@ -139,15 +131,13 @@ class ModelSearch:
 
     def find_largest(self, method: Method) -> tuple[float, list[Trial]]:
         """Return the largest sparsity within the budget, and all trials, by compression."""
-        if method not in self._found:
 
-            def attempt(times: float) -> Trial:
-                return Trial(times, self.judge(self.prune(method, 1 - 1 / times)))
+        def attempt(times: float) -> Trial:
+            return Trial(times, self.judge(self.prune(method, 1 - 1 / times)))
 
-            trials = run_trials(attempt, self.where)
-            best = strongest(trials)
-            self._found[method] = (1 - 1 / best.strength if best else 0.0, trials)
-        return self._found[method]
+        trials = run_trials(attempt, self.where)
+        best = strongest(trials)
+        return 1 - 1 / best.strength if best else 0.0, trials
 
     def judge(self, model: nn.Module) -> Verdict:
         """Judge a pruned model on the images that choose."""

@@ -9,7 +9,6 @@ the budget if it leaves a standard error to spare: the rule of :mod:`common.sear
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -53,13 +52,7 @@ class Plan:
 
 
 class HeldOutEvaluator:
-    """Judges plans against the FP32 network.
-
-    Args:
-        network: FP32.
-        setup: Calibration images, and the held-out images that decide.
-        max_drop: The budget, as a fraction.
-    """
+    """Judges plans against the FP32 network; the images of the ``setup`` are held out."""
 
     def __init__(self, network: Network, setup: CalibrationSetup, max_drop: float):
         self.setup = setup
@@ -90,7 +83,25 @@ def meet_budget(evaluator: HeldOutEvaluator, network: Network, settings: Setting
 
 
 def _try_free_corrections(evaluator: HeldOutEvaluator, plan: Plan) -> Plan:
-    for alternatives in _free_corrections(evaluator.setup, plan.settings):
+    """Try corrections in turn, of which alternatives replace each other; keep what helps."""
+    setup = evaluator.setup
+
+    def equalize(plan: Plan) -> Plan:
+        return replace(plan, network=corrections.equalize_cross_layer(plan.network))
+
+    def observe(observer: str, plan: Plan) -> Plan:
+        return replace(plan, settings=replace(plan.settings, observer=observer))
+
+    def correct_biases(plan: Plan) -> Plan:
+        network = corrections.correct_biases(plan.network, setup.calibration, setup.batch_size)
+        return replace(plan, network=network)
+
+    observers = [observer for observer in OBSERVERS if observer != plan.settings.observer]
+    for alternatives in (
+        {"equalise channels across layers": equalize},
+        {f"{observer} observer": partial(observe, observer) for observer in observers},
+        {"correct biases": correct_biases},
+    ):
         for action, correct in alternatives.items():
             if plan.verdict.passes:
                 return plan
@@ -110,30 +121,6 @@ def _log(action: str, verdict: Verdict, ending: str = "") -> None:
         "budget: %s: drop %.2f points on held-out images, %+.2f to spare%s",
         action, 100 * verdict.comparison.drop, 100 * verdict.spare, ending,
     )  # fmt: skip
-
-
-def _free_corrections(
-    setup: CalibrationSetup, settings: Settings
-) -> list[dict[str, Callable[[Plan], Plan]]]:
-    """Return the corrections in the order in which they are tried, alternatives together."""
-
-    def correct_biases(plan: Plan) -> Plan:
-        network = corrections.correct_biases(plan.network, setup.calibration, setup.batch_size)
-        return replace(plan, network=network)
-
-    def observe(observer: str, plan: Plan) -> Plan:
-        return replace(plan, settings=replace(plan.settings, observer=observer))
-
-    observers = [observer for observer in OBSERVERS if observer != settings.observer]
-    return [
-        {
-            "equalise channels across layers": lambda plan: replace(
-                plan, network=corrections.equalize_cross_layer(plan.network)
-            )
-        },
-        {f"{observer} observer": partial(observe, observer) for observer in observers},
-        {"correct biases": correct_biases},
-    ]
 
 
 def _restore_layers(evaluator: HeldOutEvaluator, plan: Plan) -> Plan:

@@ -11,8 +11,9 @@ as it would be deployed.
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +39,6 @@ MAX_SQNR_DB = 120.0
 CLIPS = {None: lambda values: values, "relu": F.relu_, "relu6": lambda x: x.clamp_(0, 6)}
 
 
-@dataclass(frozen=True)
-class LayerNoise:
-    """Signal-to-quantization-noise ratios of a layer's output in dB: the higher the better."""
-
-    layer: str
-    sqnr_db: float
-    weight_sqnr_db: float
-    activation_sqnr_db: float
-
-
 def diagnose(observation: Observation, settings: Settings, test: ImageSet, batch_size: int) -> dict:
     """Return results.json's ``diagnosis``: each layer's noise and accuracy cost, in network order.
 
@@ -62,29 +53,28 @@ def diagnose(observation: Observation, settings: Settings, test: ImageSet, batch
     dense, only_quantized = scan_only_quantized(observation.network, ranges, test, record)
     only_fp32 = scan_only_fp32(observation, settings, test, batch_size)
     record.warn_if_near(advice="")
-    rows = [
-        asdict(noise)
-        | {
-            "drop_only_quantized": evaluate.compare(dense, only_quantized[noise.layer]).drop,
-            "drop_only_fp32": evaluate.compare(dense, only_fp32[noise.layer]).drop,
-        }
-        for noise in measure_noise(observation, settings.reduce_range)
-    ]
+    rows = measure_noise(observation, settings.reduce_range)
+    for row in rows:
+        for name, alone in (("quantized", only_quantized), ("fp32", only_fp32)):
+            row[f"drop_only_{name}"] = evaluate.compare(dense, alone[row["layer"]]).drop
     return {"diagnosis": rows} | ({"bf16": asdict(record)} if record.predictions else {})
 
 
 def rank_layers(observation: Observation, reduce_range: bool) -> list[str]:
     """Return the layers by the noise that quantizing each makes, worst first."""
     noise = measure_noise(observation, reduce_range)
-    return [entry.layer for entry in sorted(noise, key=lambda entry: entry.sqnr_db)]
+    return [row["layer"] for row in sorted(noise, key=operator.itemgetter("sqnr_db"))]
 
 
 @torch.inference_mode()
-def measure_noise(observation: Observation, reduce_range: bool) -> list[LayerNoise]:
-    """Return every layer's noise, in network order, on ``NOISE_IMAGES`` calibration images."""
+def measure_noise(observation: Observation, reduce_range: bool) -> list[dict]:
+    """Return signal-to-noise ratios in dB as results.json has them: the higher the better.
+
+    Each layer has a row, in network order, measured on ``NOISE_IMAGES`` calibration images.
+    """
     network, ranges = observation.network, observation.ranges(reduce_range)
     steps = {step.operation.name: step for step in fuse_activations(network.graph)}
-    noise: list[LayerNoise] = []
+    noise: list[dict] = []
 
     def compute(operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
         # Measured as the layers run: kept for later, their inputs would take 0.3 GB.
@@ -100,7 +90,7 @@ def measure_noise(observation: Observation, reduce_range: bool) -> list[LayerNoi
 
 def _layer_noise(
     network: Network, step: FusedOperation, x: torch.Tensor, ranges: dict[str, ValueRange]
-) -> LayerNoise:
+) -> dict:
     layer = network.layers[step.operation.name]
     rounded = quantize_layer(layer).dense()
     read, write = ranges[step.inputs[0]].round, ranges[step.name].round
@@ -109,12 +99,12 @@ def _layer_noise(
         return CLIPS[step.activation](network.compute(step.operation, [x], layer=layer))
 
     signal = run(x, layer)
-    return LayerNoise(
-        step.operation.name,
-        sqnr_db=_sqnr_db(signal, write(run(read(x), rounded))),
-        weight_sqnr_db=_sqnr_db(signal, run(x, rounded)),
-        activation_sqnr_db=_sqnr_db(signal, write(run(read(x), layer))),
-    )
+    return {
+        "layer": step.operation.name,
+        "sqnr_db": _sqnr_db(signal, write(run(read(x), rounded))),
+        "weight_sqnr_db": _sqnr_db(signal, run(x, rounded)),
+        "activation_sqnr_db": _sqnr_db(signal, write(run(read(x), layer))),
+    }
 
 
 def _sqnr_db(signal: torch.Tensor, noisy: torch.Tensor) -> float:
