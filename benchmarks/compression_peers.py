@@ -12,7 +12,6 @@ choose on, and timed in turns. docs/peers.md has runs.
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,16 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Load, compress by every tool, evaluate, time in turns, write."""
     args = build_parser().parse_args(argv)
-    cli.set_up_messages(args.quiet)
-    started = time.perf_counter()
-
-    cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     from benchmarks import peers, peers_report
     from common.inputs import load_inputs
     from common.measure.evaluate import Paired, measure_accuracy
     from common.measure.latency import Contender, time_interleaved
     from common.network.size import saved_size_bytes
-    from common.run import common_results, finish_run, print_results, start_run
+    from common.run import common_results, finish_run, start_run
     from quantization.calibration import CalibrationSetup
     from quantization.int8 import engines
 
@@ -82,10 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             "accuracy": measure_accuracy(dense).as_dict(),
         }
         results["rows"] = rows
-        results["artifacts"] = {"plots": [peers_report.PLOT]}
         peers_report.plot(results, folder.file(peers_report.PLOT))
-        told = finish_run(results, folder, started, peers_report.tell, args.report)
-    print_results(results, told, args.output_dir, args.json)
+        finish_run(results, folder, started, peers_report.tell, args)
     return cli.EXIT_DONE
 
 

@@ -28,6 +28,10 @@ PACKAGES = (  # torch's version is among the facts of the machine
     "torchvision", "numpy", "pillow", "safetensors", "constriction", "onnx", "onnxruntime",
     "openvino",
 )  # fmt: skip
+ARTIFACTS = {  # entries of results.json's ``artifacts``, and how the names of their files end
+    "models": (".safetensors", ".pth", ".onnx"), "checks": (".check",), "csv": (".csv",),
+    "plots": (".png",),
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -117,24 +121,25 @@ def package_versions() -> dict[str, str]:
 
 def finish_run(
     results: dict, folder: OutputFolder, started: float, tell: Callable[[dict], Story],
-    with_page: bool = False,
-) -> Story:  # fmt: skip
-    """Add what the run has cost, write results.json, and move everything into place.
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Add what was written and what the run has cost, and move everything into place.
 
-    ``results`` are changed in place; ``started`` is ``time.perf_counter()`` at the start. Return
-    the story that ``tell`` makes of the results. ``with_page`` writes report.html too.
+    The story that ``tell`` makes of the results is printed, or results.json in its place, and is
+    laid out on a page, as ``args`` say. ``results`` are changed in place; ``started`` is
+    ``time.perf_counter()`` at the start.
     """
+    written = {
+        kind: [name for ending in endings for name in folder.names(ending)]
+        for kind, endings in ARTIFACTS.items()
+    }
+    results["artifacts"] = results.get("artifacts", {}) | written
     results["wall_seconds"] = time.perf_counter() - started
     results["peak_memory_bytes"] = machine.peak_memory_bytes()
     story = tell(results)
-    if with_page:
+    if args.report:
         write_page(story, results, folder)
     text = to_json(results)
     replace_file(folder.file(RESULTS_NAME), lambda file: file.write(text.encode()))
     folder.commit()
-    return story
-
-
-def print_results(results: dict, story: Story, output_dir: Path, as_json: bool) -> None:
-    """Print the story, or results.json in its place."""
-    print(to_json(results) if as_json else story.text(output_dir), end="")
+    print(text if args.json else story.text(args.output_dir), end="")

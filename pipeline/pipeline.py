@@ -12,7 +12,7 @@ other half measures what was written, read back by a fresh process.
 
 import argparse
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -70,12 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Load, search, write, read back, measure, compare."""
     args = arguments.parse_arguments(build_parser(), argv, NEEDED_FLAGS)
-    cli.set_up_messages(args.quiet)
-    started = time.perf_counter()
-
-    cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     from common.inputs import load_inputs
-    from common.run import common_results, finish_run, print_results, start_run
+    from common.run import common_results, finish_run, start_run
     from common.search.budget import Budget, EvaluationSplit, why_too_strict
     from pipeline import plots, steps, story
     from pipeline.answers import find_answers
@@ -112,19 +109,13 @@ def main(argv: list[str] | None = None) -> int:
             builder, found, files, confirming, args.batch_sizes, args.timing_seconds
         )
         if args.export_onnx:
-            steps.export_answers_to_onnx(results["answers"], files, confirming, batch_size)
+            confirming_setup = replace(setup, images=confirming)
+            steps.export_answers_to_onnx(results["answers"], files, confirming_setup)
         if args.write_check:
             write_checks(files.values(), confirming, folder.file, settings.engine)
         plots.plot_frontier(results, folder.file(PLOT))
-        results["artifacts"] = {
-            "model": results["answers"][-1]["file"],
-            "models": [*folder.names(".safetensors"), *folder.names(".pth"),
-                       *folder.names(".onnx")],
-            "checks": folder.names(".check"),
-            "plots": [PLOT],
-        }  # fmt: skip
-        told = finish_run(results, folder, started, story.tell, args.report)
-    print_results(results, told, args.output_dir, args.json)
+        results["artifacts"] = {"model": results["answers"][-1]["file"]}
+        finish_run(results, folder, started, story.tell, args)
     within = all(answer["within_budget"] for answer in results["answers"])
     return cli.EXIT_DONE if within else cli.EXIT_OVER_BUDGET
 

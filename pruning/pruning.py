@@ -13,7 +13,6 @@ Writes the pruned model, results.json and plots.
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -115,14 +114,11 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Load, scan, search, write, confirm, report."""
     args = read_arguments(argv)
-    cli.set_up_messages(args.quiet)
-    started = time.perf_counter()
-
-    cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     from common.inputs import load_inputs
     from common.machine.device import bf16_pays
     from common.network.tracing import weight_layers
-    from common.run import common_results, finish_run, print_results, start_run
+    from common.run import common_results, finish_run, start_run
     from common.search.budget import why_too_strict
     from pruning import steps
     from pruning.alone.brute_force import verify
@@ -173,24 +169,18 @@ def main(argv: list[str] | None = None) -> int:
         if args.scope:
             if learned_from := calibration or (training and training.images):
                 adopt_statistics(inputs.model, learned_from)
-            question = (
-                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration
+            search = (ChannelSearch if channels else ModelSearch).prepare(
+                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration,
+                **{"macs_removed": args.remove_macs} if channels else {},
             )  # fmt: skip
-            if channels:
-                search = ChannelSearch.prepare(*question, macs_removed=args.remove_macs)
-            else:
-                search = ModelSearch.prepare(*question)
             results |= steps.prune_together(search, training, model_path)
         story.write_csv_files(results, folder.file)
         plots.draw_all(results, folder.file)
         results["artifacts"] = {
             **({"model": model_path.name} if args.scope or scan.head else {}),
             **({"linear_model": linear_path.name} if args.scope and scan.head else {}),
-            "csv": folder.names(".csv"),
-            "plots": folder.names(".png"),
         }
-        told = finish_run(results, folder, started, story.tell, args.report)
-    print_results(results, told, args.output_dir, args.json)
+        finish_run(results, folder, started, story.tell, args)
     return cli.EXIT_DONE
 
 

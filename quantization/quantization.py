@@ -11,7 +11,6 @@ times both. Writes the INT8 model, reloads it in a fresh process, and writes res
 import argparse
 import itertools
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,70 +34,53 @@ def build_parser() -> argparse.ArgumentParser:
     parser = arguments.make_parser(__doc__)
     quantizing = parser.add_argument_group("quantization")
     quantizing.add_argument(
-        "--engines",
-        type=types.list_of(types.one_of(*ENGINES, "auto")),
-        metavar="NAME,...",
+        "--engines", type=types.list_of(types.one_of(*ENGINES, "auto")), metavar="NAME,...",
         help=f"INT8 kernels to compare: {', '.join(ENGINES)}; the first is the headline. auto: all "
         "that suit this CPU, of which the fastest is the headline (default: fbgemm, or qnnpack "
         "where torch has no fbgemm)",
-    )
+    )  # fmt: skip
     arguments.add_calibration_argument(quantizing)
     quantizing.add_argument(
-        "--observer",
-        choices=OBSERVERS,
-        default="histogram",
+        "--observer", choices=OBSERVERS, default="histogram",
         help="how the range of a value follows from the calibration images",
-    )
+    )  # fmt: skip
     quantizing.add_argument(
-        "--reduce-range",
-        choices=("auto", "on", "off"),
-        default="auto",
+        "--reduce-range", choices=("auto", "on", "off"), default="auto",
         help="use 7 of the 8 bits of activations; auto: where the CPU's sums of 8-bit products "
         "overflow (x86 without VNNI)",
-    )
+    )  # fmt: skip
     quantizing.add_argument(
-        "--export-onnx",
-        action="store_true",
+        "--export-onnx", action="store_true",
         help="write the INT8 model as ONNX too and measure it in ONNX Runtime; needs onnx and "
         "onnxruntime",
-    )
+    )  # fmt: skip
     arguments.add_check_argument(quantizing)
     budget = parser.add_argument_group("accuracy")
     budget.add_argument(
-        "--max-drop",
-        type=types.accuracy_loss,
-        metavar="F",
+        "--max-drop", type=types.accuracy_loss, metavar="F",
         help="accuracy that INT8 may lose, as a fraction: 0.005 is half a point. Tries corrections "
         "that cost no time, then returns layers to FP32, worst first, until the loss and one "
         "standard error are within it; exit code 3 where they cannot be",
-    )
+    )  # fmt: skip
     budget.add_argument(
-        "--held-out-images",
-        type=types.positive_int,
-        metavar="N",
-        default=types.AtMost(1400),
+        "--held-out-images", type=types.positive_int, metavar="N", default=types.AtMost(1400),
         help="training images, other than the calibration images, on which --max-drop decides",
-    )
+    )  # fmt: skip
     budget.add_argument(
-        "--diagnose",
-        action="store_true",
+        "--diagnose", action="store_true",
         help="measure the noise and the loss of accuracy that quantizing each layer causes",
-    )
+    )  # fmt: skip
     coding = parser.add_argument_group("coding")
     coding.add_argument(
-        "--bits-per-weight",
-        type=types.number(0.1, 8.0, "a number of bits from 0.1 to 8"),
+        "--bits-per-weight", type=types.number(0.1, 8.0, "a number of bits from 0.1 to 8"),
         metavar="B",
         help="also write a coded file of about B bits for each weight: the INT8 levels that cost "
         "least in error and bits, compressed",
-    )
+    )  # fmt: skip
     coding.add_argument(
-        "--coding-images",
-        type=types.positive_int,
-        metavar="N",
-        default=types.AtMost(2000),
+        "--coding-images", type=types.positive_int, metavar="N", default=types.AtMost(2000),
         help="training images, without labels, that --bits-per-weight uses",
-    )
+    )  # fmt: skip
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32, types.AtMost(128)], seconds=5.0)
     arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
     return parser
@@ -108,12 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Load, measure, quantize, measure again, compare, write."""
     args = arguments.parse_arguments(build_parser(), argv, NEEDED)
-    cli.set_up_messages(args.quiet)
-    started = time.perf_counter()
-
-    cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     from common.inputs import load_inputs
-    from common.run import common_results, finish_run, print_results, start_run
+    from common.run import common_results, finish_run, start_run
     from common.search.budget import why_too_strict
     from quantization import steps
     from quantization.accuracy.budget import HeldOutEvaluator, meet_budget
@@ -149,8 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             coding_images = inputs.load_training(args.coding_images, flag="--coding-images")
         fp32 = steps.predict_fp32(model, setup, workers.device)
         if args.max_drop is not None:
-            held_out_setup = replace(setup, images=held_out)
-            evaluator = HeldOutEvaluator(dense, held_out_setup, args.max_drop)
+            evaluator = HeldOutEvaluator(dense, replace(setup, images=held_out), args.max_drop)
             plan = meet_budget(evaluator, dense, settings[0])
             source, chosen = plan.network, plan.settings
             settings = [
@@ -158,9 +136,8 @@ def main(argv: list[str] | None = None) -> int:
             ]
         quantized, onnx = steps.quantize(source, setup, settings), None
         if args.export_onnx:
-            onnx = steps.export_onnx(
-                quantized[0], folder.file(f"{inputs.file_stem}_int8.onnx"), setup
-            )
+            path, plain = folder.file(f"{inputs.file_stem}_int8.onnx"), quantized[0]
+            onnx = steps.export_onnx(plain.model.network, plain.predictions, path, setup)
         batch_sizes = inputs.fit_batch_sizes(args.batch_sizes)
         timings = steps.time_models(
             model, dense, quantized, onnx, test, batch_sizes, args.timing_seconds
@@ -195,9 +172,8 @@ def main(argv: list[str] | None = None) -> int:
             plots.plot_ranges(
                 first.observation, first.settings.reduce_range, folder.file(RANGES_PLOT)
             )
-        found["artifacts"] = results.list_artifacts(folder, files[first.settings.engine])
-        told = finish_run(found, folder, started, story.tell, args.report)
-    print_results(found, told, args.output_dir, args.json)
+        found["artifacts"] = {"model": files[first.settings.engine].name}
+        finish_run(found, folder, started, story.tell, args)
     return cli.EXIT_DONE if plan is None or found["budget"]["met"] else cli.EXIT_OVER_BUDGET
 
 

@@ -19,8 +19,10 @@ from common.report.story import Story
 CPU = torch.device("cpu")
 
 
-def arguments(output_dir: Path) -> argparse.Namespace:
-    return argparse.Namespace(threads=None, device="cpu", output_dir=output_dir, overwrite=False)
+def arguments(output_dir: Path, report: bool = False, json: bool = False) -> argparse.Namespace:
+    return argparse.Namespace(
+        threads=None, device="cpu", output_dir=output_dir, overwrite=False, report=report, json=json
+    )
 
 
 def results() -> dict:
@@ -33,13 +35,10 @@ def results() -> dict:
 def test_a_finished_run_leaves_its_results(tmp_path, monkeypatch, with_page):
     story = Story("Title", "Setting", [], [])
     monkeypatch.setattr(page, "render", lambda story, results, plots: story.title)
-    found = results()
-    with run.start_run(arguments(tmp_path)) as (crew, folder):
+    found, args = results(), arguments(tmp_path, report=with_page)
+    with run.start_run(args) as (crew, folder):
         assert (crew.count, crew.is_first) == (1, True)
-        assert (
-            run.finish_run(found, folder, time.perf_counter() - 2, lambda results: story, with_page)
-            is story
-        )
+        run.finish_run(found, folder, time.perf_counter() - 2, lambda results: story, args)
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert 2 <= found["wall_seconds"] < 60
     assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] > 50e6
@@ -70,7 +69,9 @@ def test_the_first_process_alone_opens_the_folder(tmp_path, monkeypatch):
 
 def test_json_is_printed_in_place_of_the_story(capsys, tmp_path):
     story = Story("Title", "Setting", [], ["a is 1"])
-    run.print_results({"a": 1}, story, tmp_path, as_json=False)
-    assert capsys.readouterr().out == story.text(tmp_path)
-    run.print_results({"a": 1}, story, tmp_path, as_json=True)
-    assert json.loads(capsys.readouterr().out) == {"a": 1}
+    for as_json in (False, True):
+        args, found = arguments(tmp_path, json=as_json), results()
+        with run.start_run(args) as (_, folder):
+            run.finish_run(found, folder, time.perf_counter(), lambda results: story, args)
+        expected = (tmp_path / "results.json").read_text() if as_json else story.text(tmp_path)
+        assert capsys.readouterr().out == expected

@@ -18,7 +18,7 @@ from common.network.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
 from common.report import figures
 from common.report import results as report
 from common.report.results import counted, percent
-from common.report.story import Column, Headline, Story, Table
+from common.report.story import Column, Story, Table
 from training.loop.fit import EpochSummary
 from training.loop.state import TrainingState
 from training.recipe import Recipe
@@ -27,7 +27,6 @@ CHECKPOINT_NAME = "checkpoint.pt"
 HELD_OUT_SEED = 0  # every run, whatever its seed, is judged on the same images
 PREDICT_BATCH = 500
 EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
-IMAGES = {"held-out": "held_out", "test": "accuracy"}  # and their entries in results.json
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,7 @@ class EpochRecorder:
 
 
 def split_held_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
-    """Split training images into those to train on and ``count`` class-balanced held-out ones.
-
-    Raises:
-        UserError: No image would be left to train on.
-    """
+    """Split training images into those to train on and ``count`` class-balanced held-out ones."""
     if count >= len(images):
         raise UserError(f"{count} held-out images leave none of {len(images)} to train on")
     held = torch.zeros(len(images), dtype=torch.bool)
@@ -133,12 +128,11 @@ def save_weights(model: nn.Module, folder: OutputFolder) -> dict:
     return file.describe()
 
 
-def save_epochs(rows: Sequence[EpochRow], folder: OutputFolder) -> dict:
-    """Write the table and the plot of the epochs; return results.json's ``artifacts``."""
+def save_epochs(rows: Sequence[EpochRow], folder: OutputFolder) -> None:
+    """Write the table and the plot of the epochs."""
     columns = [Column(f.name, attrgetter(f.name)) for f in fields(EpochRow)]
     Table("", columns, rows).write_csv(folder.file(EPOCHS_NAME))
     plot_epochs(folder.file(EPOCHS_PLOT), rows)
-    return {"model": WEIGHTS_NAME, "plots": [EPOCHS_PLOT], "epochs": EPOCHS_NAME}
 
 
 def plot_epochs(path: Path, rows: Sequence[EpochRow]) -> None:
@@ -163,7 +157,8 @@ def plot_epochs(path: Path, rows: Sequence[EpochRow]) -> None:
 
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
-    rows = [{"images": name, "accuracy": results[key]} for name, key in IMAGES.items()]
+    rows = [{"images": "held-out", "accuracy": results["held_out"]},
+            {"images": "test", "accuracy": results["accuracy"]}]  # fmt: skip
     columns = [
         Column("accuracy (FP32)", "images"),
         Column("top-1", "accuracy.value", percent),
@@ -178,8 +173,8 @@ def tell(results: dict) -> Story:
         "ResNet18, trained",
         report.describe_setting(results),
         [
-            Headline(value, f"top-1, {interval}"),
-            Headline(counted(epochs, "epoch"), f"of {results['data']['train_images']:,} images"),
+            (value, f"top-1, {interval}"),
+            (counted(epochs, "epoch"), f"of {results['data']['train_images']:,} images"),
         ],
         [
             Table("", columns, rows),

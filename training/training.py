@@ -11,7 +11,6 @@ epochs. A checkpoint is written after each epoch: --resume continues an interrup
 import argparse
 import dataclasses
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -65,19 +64,17 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Train, measure once on the test images, write."""
     args = arguments.parse_arguments(build_parser(), argv, {})
-    cli.set_up_messages(args.quiet)
-    started = time.perf_counter()
-
-    cli.import_torch()  # it takes seconds, so nothing that needs it is imported above
+    started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     import torch
 
     from common.images import sources
     from common.images.data import checksum
     from common.images.loading import check_disjoint, load_images
+    from common.network.checkpoint import WEIGHTS_NAME
     from common.network.resnet import ResNet, resnet18_shape
     from common.network.size import describe_network
     from common.network.tracing import trace_network
-    from common.run import common_results, finish_run, print_results, start_run
+    from common.run import common_results, finish_run, start_run
     from training import record
     from training.loop.fit import choose_precision, fit
     from training.loop.state import TrainingState
@@ -127,9 +124,9 @@ def main(argv: list[str] | None = None) -> int:
         results["recipe"] = dataclasses.asdict(recipe)
         results["parameters"] = network["parameters"]
         results |= record.describe_accuracy(model, held_out, test.to(workers.device))
-        results["artifacts"] = record.save_epochs(recorder.rows, folder)
-        told = finish_run(results, folder, started, record.tell, args.report)
-    print_results(results, told, args.output_dir, args.json)
+        record.save_epochs(recorder.rows, folder)
+        results["artifacts"] = {"model": WEIGHTS_NAME, "epochs": record.EPOCHS_NAME}
+        finish_run(results, folder, started, record.tell, args)
     return cli.EXIT_DONE
 
 

@@ -125,12 +125,9 @@ def add_finetuning_arguments(group: argparse._ActionsContainer, purpose: str) ->
     """Add the flags that train what a search finds; the first one's help is its ``purpose``."""
     group.add_argument("--finetune-epochs", type=types.positive_int, metavar="N", help=purpose)
     group.add_argument(
-        "--finetune-images",
-        type=types.image_count,
-        metavar="N|all",
-        default="all",
+        "--finetune-images", type=types.image_count, metavar="N|all", default="all",
         help="training images for --finetune-epochs",
-    )
+    )  # fmt: skip
 
 
 def add_check_argument(group: argparse._ActionsContainer) -> None:

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -83,6 +84,14 @@ def progress(
         items, desc=description, total=total, unit=unit, file=sys.stderr, leave=False, delay=1.0,
         disable=not log.isEnabledFor(logging.INFO), **how,
     )  # fmt: skip
+
+
+def start(quiet: bool) -> float:
+    """Set up messages and import torch; return the time of the start, of ``perf_counter``."""
+    started = time.perf_counter()
+    set_up_messages(quiet)
+    import_torch()
+    return started
 
 
 def import_torch() -> None:
