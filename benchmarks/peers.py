@@ -87,13 +87,13 @@ def torch_pruning(
         yield Compressed(TORCH_PRUNING, setting, runtime.size_bytes, runtime.run)
 
 
-def onnx_runtime(inputs: Inputs, folder: Path) -> Iterator[Compressed]:
+def onnx_runtime(inputs: Inputs, folder: Path) -> Compressed:
     """Quantize by ONNX Runtime's own quantizer; the file is packed with zstd."""
     import zstandard
 
     runtime = onnxruntime_own(inputs.traced.network, inputs.calibration, folder)
     packed = zstandard.compress((folder / ONNXRUNTIME_FILE).read_bytes(), level=ZSTD_LEVEL)
-    yield Compressed(ONNX_RUNTIME, "INT8", len(packed), runtime.run)
+    return Compressed(ONNX_RUNTIME, "INT8", len(packed), runtime.run)
 
 
 def ours(inputs: Inputs, folder: Path, engine: str) -> Iterator[Compressed]:
@@ -131,7 +131,7 @@ def compress(
     for results in pipelines:
         yield from ours(inputs, results, settings.engine)
     if has_packages(("onnx", "onnxruntime", "zstandard"), ONNX_RUNTIME):
-        yield from onnx_runtime(inputs, folder)
+        yield onnx_runtime(inputs, folder)
     if has_packages(("torch_pruning",), TORCH_PRUNING):
         yield from torch_pruning(inputs, settings, batch_size, folder)
     if has_packages(("nncodec",), NNCODEC):

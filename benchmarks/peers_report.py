@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.peers import NNCODEC, ONNX_RUNTIME, OURS, TORCH_PRUNING
 from common.report import figures
 from common.report import results as report
-from common.report.story import Column, Headline, Story, Table
+from common.report.story import Column, Story, Table
 
 PLOT = "compression_peers.png"
 WITHIN = 0.01  # loss that the summary allows, as a fraction
@@ -21,11 +21,15 @@ def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     rows, fp32 = results["rows"], results["fp32"]
     timed = next((row["latency"] for row in rows if "latency" in row), [])
+
+    def times_smaller(row: dict) -> float:
+        return fp32["size_bytes"] / row["size_bytes"]
+
     columns = [
         Column("", "method", name="method"),
         Column("setting", "setting"),
         Column("MB", lambda row: row["size_bytes"] / 1e6, "{:.2f}".format),
-        Column("smaller", lambda row: fp32["size_bytes"] / row["size_bytes"], "{:.1f}×".format),
+        Column("smaller", times_smaller, "{:.1f}×".format),
         *report.accuracy_columns(),
         *report.change_columns(),
         *report.rate_columns(timed),
@@ -34,15 +38,22 @@ def tell(results: dict) -> Story:
         "At a batch size: INT8 images a second. NNCodec's networks run as the dense one does."
         + report.explain_doubt([row for row in rows if "latency" in row])
     )
+    smaller = {method: f"{times_smaller(row):.1f}×" for method, row in best(rows).items()}
+    smallest = ", ".join(f"{method} {times}" for method, times in smaller.items())
+    fastest = ", ".join(
+        f"{method} {report.show_rate(row['latency'][-1])} images/s"
+        for method, row in best(rows, speed=True).items()
+    )
     return Story(
         f"{report.network_name(results)}: compressed without training",
         report.describe_setting(results)
         + f" Evaluated on the {fp32['accuracy']['total']:,} that pipeline.py did not choose on.",
+        [(f"{times} smaller", method) for method, times in smaller.items()],
         [
-            Headline(f"{fp32['size_bytes'] / row['size_bytes']:.1f}× smaller", method)
-            for method, row in best(rows).items()
+            Table("", columns, rows, note),
+            f"Smallest within one point: {smallest}.",
+            f"Fastest within one point: {fastest}.",
         ],
-        [Table("", columns, rows, note), *_summary(results)],
         {PLOT: "Change of accuracy against size, and against INT8 images a second."},
         report.format_cost(results),
     )
@@ -58,18 +69,6 @@ def best(rows: Sequence[dict], speed: bool = False) -> dict[str, dict]:
     fits = sorted((row for row in fits if "latency" in row or not speed), key=rank)
     found = {row["method"]: row for row in fits}  # the last one, which ranks highest
     return {row["method"]: found[row["method"]] for row in rows if row["method"] in found}
-
-
-def _summary(results: dict) -> list[str]:
-    rows, fp32_bytes = results["rows"], results["fp32"]["size_bytes"]
-    smallest = ", ".join(
-        f"{method} {fp32_bytes / row['size_bytes']:.1f}×" for method, row in best(rows).items()
-    )
-    fastest = ", ".join(
-        f"{method} {report.show_rate(row['latency'][-1])} images/s"
-        for method, row in best(rows, speed=True).items()
-    )
-    return [f"Smallest within one point: {smallest}.", f"Fastest within one point: {fastest}."]
 
 
 def plot(results: dict, path: Path) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from quantization.int8.conversion import convert
 from quantization.int8.engines.onnx_engines import openvino_programs
 from quantization.int8.network import Int8Network
 
-OURS, SLIM = "int8-", "-slim"  # parts of rows' names
+OURS = "int8-"  # begins the names of our rows
 ONNXRUNTIME_FILE = "onnxruntime_int8.onnx"
 CALIBRATION_BATCH = 64
 BYTES_PER_WEIGHT = 4
@@ -53,27 +53,19 @@ def has_packages(names: tuple[str, ...], row: str) -> bool:
     return not missing
 
 
-def make_rows(
-    networks: Mapping[str, Network], setup: CalibrationSetup, folder: Path
-) -> dict[str, Runtime]:
-    """Return runtimes by name for the ``dense`` and, if any, the ``slim`` network.
-
-    Runtimes whose packages are missing are left out, and named in the log.
-    """
-    network, calibration = networks["dense"], setup.calibration
+def make_rows(network: Network, setup: CalibrationSetup, folder: Path) -> dict[str, Runtime]:
+    """Return runtimes by name; those whose packages are missing are left out, named in the log."""
+    calibration = setup.calibration
     rows = {"torch-fp32": torch_fp32(network)}
     if has_packages(("onnx", "onnxruntime"), "ONNX Runtime"):
         rows["onnxruntime-fp32"] = onnxruntime_fp32(network, folder)
         rows["onnxruntime-int8"] = onnxruntime_own(network, calibration, folder)
     if has_packages(("onnx", "openvino", "nncf"), "NNCF + OpenVINO"):
         rows["openvino-int8"] = openvino_own(network, calibration, folder)
-    for name, compressed in networks.items():
-        candidates = engines.candidate_engines() if name == "dense" else [engines.fastest_engine()]
-        settings = [engines.choose_settings(engine) for engine in candidates]
-        observation = setup.observe(compressed, settings[0])
-        for choice in settings:
-            row = ours(choice.engine, convert(observation, choice), folder)
-            rows[f"{OURS}{choice.engine}{SLIM if name == 'slim' else ''}"] = row
+    settings = [engines.choose_settings(engine) for engine in engines.candidate_engines()]
+    observation = setup.observe(network, settings[0])
+    for one in settings:
+        rows[f"{OURS}{one.engine}"] = ours(one.engine, convert(observation, one), folder)
     return rows
 
 
@@ -102,13 +94,12 @@ def onnxruntime_own(network: Network, calibration: ImageSet, folder: Path) -> Ru
     """INT8 by ONNX Runtime's own static quantizer: Q/DQ, u8s8, one weight scale a channel."""
     from onnxruntime import quantization as ort
 
-    class Reader(ort.CalibrationDataReader):
-        def __init__(self):
-            self._batches = calibration.batches(CALIBRATION_BATCH)
+    batches = calibration.batches(CALIBRATION_BATCH)
+    inputs = ({"images": images.contiguous().numpy()} for images, _ in batches)
 
+    class Reader(ort.CalibrationDataReader):
         def get_next(self) -> dict[str, np.ndarray] | None:
-            images, _ = next(self._batches, (None, None))
-            return None if images is None else {"images": images.contiguous().numpy()}
+            return next(inputs, None)
 
     fp32, path = folder / "fp32.onnx", folder / ONNXRUNTIME_FILE
     export_onnx(network, fp32)

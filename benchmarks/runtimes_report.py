@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.runtimes import OURS, SLIM, Runtime
+from benchmarks.runtimes import OURS, Runtime
 from common.measure.latency import Timing
 from common.report import figures
 from common.report import results as report
-from common.report.story import Column, Headline, Story, Table
+from common.report.story import Column, Story, Table
 from quantization.int8.engines import fastest_by_batch_size
 
 PLOT = "int8_runtimes.png"
@@ -20,22 +20,18 @@ LABELS = {
 
 
 def describe(
-    runtimes: Mapping[str, Runtime],
-    accuracies: Mapping[str, float],
-    timings: Mapping[str, Sequence[Timing]],
-    macs: Mapping[str, int],
-    gemm_rate: float,
-) -> list[dict]:
+    runtimes: Mapping[str, Runtime], accuracies: Mapping[str, float],
+    timings: Mapping[str, Sequence[Timing]], macs: int, gemm_rate: float,
+) -> list[dict]:  # fmt: skip
     """Return the rows of results.json; for each batch size our fastest engine appears again.
 
-    ``macs`` are those of the ``dense`` and, if any, the ``slim`` network for an image;
-    ``gemm_rate`` is the multiply-accumulates a second of an INT8 matrix product.
+    ``macs`` are those of an image; ``gemm_rate`` is the multiply-accumulates a second of an INT8
+    matrix product.
     """
-    ours = {n: t for n, t in timings.items() if n.startswith(OURS) and not n.endswith(SLIM)}
+    ours = {name: timed for name, timed in timings.items() if name.startswith(OURS)}
     fastest = fastest_by_batch_size(ours)
     rows = []
     for name in (*runtimes, BEST):
-        row_macs = macs["slim" if name.endswith(SLIM) else "dense"]
         for index, size in enumerate(fastest):
             source = fastest[size] if name == BEST else name
             timing = timings[source][index]
@@ -45,19 +41,15 @@ def describe(
                 **timing.as_dict(),
                 "accuracy": accuracies[source],
                 "size_bytes": runtimes[source].size_bytes,
-                "macs_per_image": row_macs,
-                "share_of_gemm_rate": timing.images_per_second * row_macs / gemm_rate,
+                "macs_per_image": macs,
+                "share_of_gemm_rate": timing.images_per_second * macs / gemm_rate,
             })  # fmt: skip
     return rows
 
 
 def label(name: str) -> str:
     """Return a runtime's name as tables and plots show it."""
-    if name in LABELS:
-        return LABELS[name]
-    engine = name.removeprefix(OURS)
-    is_slim = engine.endswith(SLIM)
-    return f"ours: slim + {engine.removesuffix(SLIM)}" if is_slim else f"ours: {engine}"
+    return LABELS.get(name) or f"ours: {name.removeprefix(OURS)}"
 
 
 def by_runtime(rows: Sequence[dict]) -> dict[str, list[dict]]:
@@ -85,7 +77,7 @@ def tell(results: dict) -> Story:
         f"{report.network_name(results)}: INT8 runtimes",
         report.describe_setting(results),
         [
-            Headline(
+            (
                 f"{row['images_per_second']:,.0f}{report.doubt(row)} images/s",
                 f"at batch {row['batch_size']}: {label(row['same_as'])}",
             )
@@ -125,10 +117,7 @@ def plot(results: dict, path: Path) -> None:
               "onnxruntime-int8": figures.ORANGE, "openvino-int8": figures.GREEN}  # fmt: skip
     blues = iter(("#C6DBEF", "#9ECAE1", "#5AA9DC", "#3182BD", "#08519C"))
     figure, axis = figures.new_figure(11, 4.6)
-    drawn = []
-    for name in shown:
-        shade = shades.get(name) or (figures.RED if name.endswith(SLIM) else next(blues))
-        drawn.append((label(name), shade, everything[name]))
+    drawn = [(label(n), shades.get(n) or next(blues), everything[n]) for n in shown]
     figures.draw_rates(axis, drawn, padding=2, fontsize=6.8)
     ceiling = results["gemm_macs_per_second"] / results["macs_per_image"]
     axis.axhline(ceiling, color="#444444", lw=1, ls="--")

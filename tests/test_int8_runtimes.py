@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cifar import normalize
-from resnet18 import ResNet18, Widths, weight_modules
+from resnet18 import weight_modules
 
 from benchmarks import int8_runtimes, runtimes, runtimes_report
 from common.network.tracing import trace_network
@@ -25,7 +25,7 @@ ARGUMENTS = (
 
 @pytest.fixture
 def finished(tiny_model, tmp_path, monkeypatch, capsys):
-    """A run of a tiny network and a narrower one, and the sizes of the batches that FP32 met."""
+    """A run of a tiny network, and the sizes of the batches that FP32 met."""
     met = []
 
     def watched(model):
@@ -38,34 +38,28 @@ def finished(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engines, "candidate_engines", lambda: ENGINES)
     monkeypatch.setattr(runtimes, "measure_gemm_rate", lambda: 1e11)
     torch.save(tiny_model.state_dict(), tmp_path / "dense.pth")
-    slim = ResNet18(Widths(tiny_model.widths.stages, (2,) * 8))
-    torch.save(slim.state_dict(), tmp_path / "slim.pth")
     threads = torch.get_num_threads()
     code = int8_runtimes.main(
-        [*ARGUMENTS, "--weights", str(tmp_path / "dense.pth"), "--slim", str(tmp_path / "slim.pth"),
+        [*ARGUMENTS, "--weights", str(tmp_path / "dense.pth"),
          "--output-dir", str(tmp_path / "out")]
     )  # fmt: skip
     torch.set_num_threads(threads)
     assert code == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    return results, capsys.readouterr().out, met, tiny_model, slim
+    return results, capsys.readouterr().out, met, tiny_model
 
 
-def test_a_slim_network_has_a_row_beside_the_dense_ones(finished):
-    results, printed, met, dense, slim = finished
+def test_each_runtime_has_a_row_and_the_fastest_engine_another(finished):
+    results, printed, met, dense = finished
     SCHEMA.validate(results)
     rows = {row["runtime"]: row for row in results["rows"]}
-    assert {"torch-fp32", "int8-best", *(f"int8-{engine}" for engine in ENGINES)} < rows.keys()
-    (row,) = (row for name, row in rows.items() if name.endswith("-slim"))
-    fastest = engines.fastest_engine()
-    assert runtimes_report.label(row["runtime"]) == f"ours: slim + {fastest}"
+    assert {"torch-fp32", "int8-best", *(f"int8-{engine}" for engine in ENGINES)} == rows.keys()
     assert rows["int8-best"]["same_as"] in {f"int8-{engine}" for engine in ENGINES}
-    assert row["macs_per_image"] == macs_of(slim)
-    assert rows["torch-fp32"]["macs_per_image"] == results["macs_per_image"] == macs_of(dense)
-    assert row["size_bytes"] < rows[f"int8-{fastest}"]["size_bytes"]
-    share = row["images_per_second"] * macs_of(slim) / 1e11
+    row = rows[f"int8-{ENGINES[-1]}"]
+    assert row["macs_per_image"] == results["macs_per_image"] == macs_of(dense)
+    share = row["images_per_second"] * macs_of(dense) / 1e11
     assert row["share_of_gemm_rate"] == pytest.approx(share)
-    assert f"ours: slim + {fastest}" in printed
+    assert f"ours: {ENGINES[-1]}" in printed
     assert met[:2] == [7, 7]  # --batch-size: 14 images
 
 
