@@ -20,11 +20,12 @@ from common.network.execution import Network
 from pipeline.answers import Found
 from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.files.saved import SLIM_ENDING
+from quantization.calibration import CalibrationSetup
 from quantization.files.artifact import load_int8
 from quantization.files.int8_file import SUFFIX
-from quantization.files.onnx_export import export_onnx, load_onnx
 from quantization.int8.engines import fp32_runner
 from quantization.settings import Settings
+from quantization.steps import export_onnx
 from training.loop.distillation import Training
 
 FP32, INT8 = "fp32", "int8"
@@ -158,17 +159,13 @@ def _describe(candidate: Candidate, fp32: dict, inputs: Inputs) -> dict:
 
 
 def export_answers_to_onnx(
-    answers: Sequence[dict], files: Mapping[str, Path], images: ImageSet, batch_size: int
+    answers: Sequence[dict], files: Mapping[str, Path], setup: CalibrationSetup
 ) -> None:
     """Write each answer as ONNX beside its file, and add how often both predict the same class.
 
     ``answers`` are those of results.json, changed in place; ``files`` are theirs by goal.
     """
     for answer in answers:
-        model = load_int8(files[answer["name"]])
-        path = files[answer["name"]].with_suffix(".onnx")
-        export_onnx(model.network, path)
-        ours = predict(model, images, batch_size, "INT8")
-        theirs = predict(load_onnx(path), images, batch_size, "ONNX Runtime")
-        agreement = float((ours == theirs).double().mean())
-        answer["onnx"] = {"file": path.name, "agreement": agreement}
+        model, path = load_int8(files[answer["name"]]), files[answer["name"]].with_suffix(".onnx")
+        onnx = export_onnx(model.network, setup.predict(model, "evaluate INT8"), path, setup)
+        answer["onnx"] = {"file": path.name, "agreement": onnx.agreement}

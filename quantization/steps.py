@@ -118,13 +118,18 @@ def save_models(
     return {c.settings.engine: paths[id(c.model.network)] for c in quantized}
 
 
-def export_onnx(quantized: Quantized, path: Path, setup: CalibrationSetup) -> OnnxModel:
-    """Write the INT8 model as ONNX and evaluate the file in ONNX Runtime, at equal threads."""
-    onnx_export.export_onnx(quantized.model.network, path)
+def export_onnx(
+    network: Int8Network, expected: torch.Tensor, path: Path, setup: CalibrationSetup
+) -> OnnxModel:
+    """Write an INT8 network as ONNX and evaluate the file in ONNX Runtime, at equal threads.
+
+    ``expected`` are its predictions on an engine (int64, shape (N,)).
+    """
+    onnx_export.export_onnx(network, path)
     run = onnx_export.load_onnx(path)
     predictions = setup.predict(run, "evaluate ONNX")
-    agreeing = predictions == quantized.predictions
-    return OnnxModel(path, run, predictions, float(agreeing.double().mean()))
+    agreement = float((predictions == expected).double().mean())
+    return OnnxModel(path, run, predictions, agreement)
 
 
 def time_models(

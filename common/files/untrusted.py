@@ -51,19 +51,15 @@ def serialize(content: object) -> bytes:
 
 
 @contextlib.contextmanager
-def damage_told(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn the ``errors`` that a damaged file causes within the block into one line for the user.
-
-    Raises:
-        UserError: The file is damaged or is not ``what``.
-    """
+def explained(problem: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a file, or the user's own code, raises in the block into one UserError."""
     try:
         yield
     except UserError:
         raise
-    except errors as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path}: damaged or no {what} ({reason})") from None
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        raise UserError(f"{problem} ({reason}){advice}") from None
 
 
 def check_file(path: Path) -> bytes:

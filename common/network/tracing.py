@@ -4,9 +4,8 @@ The module runs once on a blank image. This turns what depends on sizes, such as
 ``x.view(x.size(0), -1)``, into numbers, so that the graph holds operations on images alone.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.command.cli import UserError
+from common.files.untrusted import explained
 from common.network.execution import Network
 from common.network.graph import ADD, Graph, Operation
 from common.network.recording import Recorder
@@ -38,11 +38,11 @@ def trace(model: nn.Module, image_shape: Sequence[int]) -> Traced:
     """
     if any(module.training for module in model.modules()):
         raise ValueError("the module is in training mode")
-    with _explained("the network cannot be traced ({}): its forward must not depend on values"):
+    with explained("the network cannot be traced", ": its forward must not depend on values"):
         recorder = Recorder(fx.GraphModule(model, _Tracer().trace(model)), image_shape)
     first = next(model.parameters(), torch.empty(0))
     size = " × ".join(map(str, image_shape))
-    with _explained(f"the network does not run on an image of {size} ({{}})"), torch.no_grad():
+    with explained(f"the network does not run on an image of {size}"), torch.no_grad():
         recorder.record(torch.zeros(1, *image_shape, dtype=first.dtype, device=first.device))
     operations, layers = recorder.operations, recorder.layers
     counts = {n: layer.weight.numel() for n, layer in layers.items() if operations[n].is_layer}
@@ -105,15 +105,3 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         has_weights = isinstance(module, _BatchNorm) or next(module.parameters(), None) is not None
         return has_weights and super().is_leaf_module(module, qualified_name)
-
-
-@contextlib.contextmanager
-def _explained(message: str) -> Iterator[None]:
-    """Turn whatever the user's own forward raises into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise UserError(message.format(reason)) from None

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from common.files import entropy
 from common.files.atomic import replace_file
-from common.files.untrusted import check_file, damage_told
+from common.files.untrusted import check_file, explained
 from common.network.execution import Layer
 from common.network.graph import Graph
 from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network, ValueRange
@@ -54,7 +54,7 @@ def read_int8(path: Path) -> Int8Network:
         UserError: The file is missing, damaged, or not one of ours.
     """
     check_file(path)
-    with damage_told(path, "INT8 network", Exception):
+    with explained(f"{path}: damaged or no INT8 network"):
         network = _from_plain(decode.parse(path.read_bytes()))
         _check_that_it_runs(network)
     return network
@@ -142,11 +142,7 @@ def _short(values: torch.Tensor) -> np.ndarray:
 
 
 def _from_plain(plain: decode.Network) -> Int8Network:
-    """Return the network of a file.
-
-    Raises:
-        ValueError, TypeError, KeyError: Its operations are no graph, or its settings none.
-    """
+    """Return the network of a file; a ValueError, TypeError or KeyError if it is none."""
     graph, settings = Graph.from_json(plain.operations), parse_settings(plain.facts["settings"])
     facts, layers, affine = plain.facts, {}, {}
     for name, found in plain.weights.items():
@@ -165,11 +161,7 @@ def _from_plain(plain: decode.Network) -> Int8Network:
 
 
 def _check_that_it_runs(network: Int8Network) -> None:
-    """Check that all weights fit, and that an image gives a logit for each class.
-
-    Raises:
-        ValueError, TypeError, KeyError: They do not.
-    """
+    """Raise an error unless all weights fit, and an image gives a logit for each class."""
     if sum(map(math.prod, network.shapes.values())) > decode.MAX_VALUES:
         raise ValueError("values too large")
     if network.shapes[network.graph.output] != (len(network.classes),):

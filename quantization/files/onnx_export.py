@@ -15,11 +15,7 @@ from runtime import decode
 
 
 def require_packages() -> None:
-    """Check that the optional packages are there, before any long work.
-
-    Raises:
-        UserError: onnx or onnxruntime is missing; says how to install both.
-    """
+    """Raise a UserError, before any long work, if onnx or onnxruntime is missing."""
     missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(
