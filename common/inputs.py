@@ -75,9 +75,7 @@ class Inputs:
         }
 
     def load_training(self, count: int | None, skip: int = 0, flag: str | None = None) -> ImageSet:
-        """Load training images; see :func:`common.images.loading.load_images`.
-
-        Warns if some of them are test images.
+        """Load training images, see :func:`common.images.loading.load_images`; warn of test images.
 
         Raises:
             UserError: They cannot be had, or nearly all of them are test images.
@@ -88,9 +86,8 @@ class Inputs:
 
     def fit_batch_size(self, asked: int) -> int:
         """Return a default batch size bounded by memory; one that the user chose stays."""
-        return (
-            min(asked, self._most_images(MAX_VALUE_BYTES)) if isinstance(asked, AtMost) else asked
-        )
+        bounded = isinstance(asked, AtMost)
+        return min(asked, self._most_images(MAX_VALUE_BYTES)) if bounded else asked
 
     def fit_batch_sizes(self, asked: Sequence[int]) -> list[int]:
         """Return the batch sizes to time, without defaults that would take too much memory."""

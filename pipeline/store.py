@@ -58,11 +58,7 @@ class Store:
         return self.read_slim(path), path
 
     def read_slim(self, path: Path) -> nn.Module:
-        """Read a network that was made from the dense one; its layers may be narrower.
-
-        Raises:
-            UserError: It is missing, or damaged.
-        """
+        """Read a network made from the dense one, or raise a UserError if it is damaged."""
         try:
             return with_tensors(self.model, read_untrusted(path))
         except (ValueError, TypeError, AttributeError) as error:

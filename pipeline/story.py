@@ -1,6 +1,6 @@
 """What pipeline.py tells: the answers, and what to ship in words."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from common.command.cli import counted
 from common.report import results as report
@@ -65,12 +65,12 @@ def size_of(entry: dict) -> int:
 
 def size_table(results: dict) -> Table:
     """Return bytes, ratios, accuracy and multiply-adds of every file."""
-    (fp32, int8), given = results["models"], results["weights"]["size_bytes"]
+    fp32, int8 = results["models"]
     columns = [
         _label_column(results, ""),
         Column("MB", lambda entry: size_of(entry) / 1e6, "{:.2f}".format),
-        Column("smaller", _compressed(lambda e: fp32["size_bytes"] / size_of(e)), "{:.1f}×".format),
-        Column("than given", _compressed(lambda e: given / size_of(e)), "{:.1f}×".format),
+        Column("smaller", "size_ratio", "{:.1f}×".format),
+        Column("than given", "size_ratio_given", "{:.1f}×".format),
         *report.accuracy_columns(),
         *report.change_columns(),
         Column("MACs", "macs_kept", lambda share: report.percent(share, 0)),
@@ -79,9 +79,10 @@ def size_table(results: dict) -> Table:
         f"Smaller: than the file of {label('fp32', results['weights']['coded'])}, and than the "
         "given file. Points are against FP32 on the same images. MACs: multiply-adds that are left."
     )
-    dense = [fp32 | {"comparison": None, "macs_kept": 1}, int8 | {"macs_kept": 1}]
-    rows = [*dense, *results["answers"]]
-    return Table("The answers", columns, rows, note)
+    sizes = {"size_ratio": fp32, "size_ratio_given": results["weights"]}
+    ratios = {name: larger["size_bytes"] / size_of(int8) for name, larger in sizes.items()}
+    dense = [fp32 | {"comparison": None, "macs_kept": 1}, int8 | ratios | {"macs_kept": 1}]
+    return Table("The answers", columns, [*dense, *results["answers"]], note)
 
 
 def speed_table(results: dict) -> Table:
@@ -90,12 +91,14 @@ def speed_table(results: dict) -> Table:
     for index, fp32 in enumerate(results["models"][0]["latency"]):
 
         def show_speedup(own: dict, fp32: dict = fp32) -> str:
+            if own is fp32:  # what the others are compared with
+                return ""
             return f"{fp32['median_ms'] / own['median_ms']:.1f}×{report.doubt(fp32, own)}"
 
-        timed = _compressed(lambda entry, index=index: entry["latency"][index])
+        timing = f"latency.{index}"
         columns += [
-            Column(f"batch {fp32['batch_size']}", f"latency.{index}", report.show_median),
-            Column("as fast", timed, show_speedup),
+            Column(f"batch {fp32['batch_size']}", timing, report.show_median),
+            Column("as fast", timing, show_speedup),
         ]
     rows = [*results["models"], *results["answers"]]
     note = (
@@ -103,11 +106,6 @@ def speed_table(results: dict) -> Table:
         "packed once). Models took turns." + report.explain_doubt(rows)
     )
     return Table("How fast", columns, rows, note)
-
-
-def _compressed(value: Callable[[dict], object]) -> Callable[[dict], object]:
-    """Leave the row of FP32 empty: it is what the others are compared with."""
-    return lambda entry: None if entry["name"] == "fp32" else value(entry)
 
 
 def advise(results: dict) -> list[str]:

@@ -7,8 +7,6 @@ L2 would give the same masks: the norm of a single weight is its magnitude in bo
 weights alike. They differ only where whole channels are ranked.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 

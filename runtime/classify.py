@@ -3,8 +3,6 @@
 python classify.py model.safetensors photo.jpg
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -19,12 +17,8 @@ SHOWN_CLASSES = 5
 def fit(image: Image.Image, height: int, width: int, short_side: int | None) -> Image.Image:
     """Return an image scaled and cut, as torchvision's Resize and CenterCrop do it.
 
-    Args:
-        image: The image.
-        height: Height of the result in pixels.
-        width: Width of the result in pixels.
-        short_side: Length to which the short side is scaled before the middle is cut out; by
-            default as short as the result allows.
+    The short side is scaled to ``short_side`` pixels before the middle is cut out; None makes it as
+    short as the result allows.
     """
     sides = image.size
     if short_side is None:

@@ -41,18 +41,15 @@ class OutputFolder:
     """A folder for one run's results, created when missing; use as a context manager.
 
     Entering checks, before any long work, that the folder can be written, has room, is used by no
-    other run, and that earlier results can be moved aside. Leaving without :meth:`commit` removes
-    all that the run wrote.
-
-    With ``overwrite``, an earlier run's files are deleted instead of moved to ``earlier/``. Any
-    other file with a result's name is always moved there.
+    other run, and that earlier results can be moved to ``earlier/``, or deleted with ``overwrite``;
+    other files with a result's name are always moved. Leaving without :meth:`commit` removes all
+    that the run wrote.
     """
 
     def __init__(self, path: Path, overwrite: bool = False):
         self.path, self._overwrite = path, overwrite
         self._staging: tempfile.TemporaryDirectory[str] | None = None
         self._lock: int | None = None
-        self._created: list[Path] = []
         self._unfinished: PartialResults | None = None
 
     def __enter__(self) -> OutputFolder:
@@ -126,20 +123,21 @@ class OutputFolder:
         interruptions.raise_swallowed()
         names = _results_last(os.listdir(self._staging.name))
         with interruptions.deferred(), contextlib.ExitStack() as undo:
-            self._clear_away(names, undo)
+            trash = Path(tempfile.mkdtemp(dir=self._staging.name))  # is removed when the run ends
+            self._clear_away(names, trash, undo)
             for name in names:
                 _move(self.file(name), self.path / name, undo)
             if self._unfinished is not None and self._unfinished.folder.exists():
                 # Last: until then, a killed run can be resumed.
-                _move(self._unfinished.folder, self._new_trash() / UNFINISHED_NAME, undo)
+                _move(self._unfinished.folder, trash / UNFINISHED_NAME, undo)
             undo.pop_all()
             self._unfinished = None
 
-    def _clear_away(self, names: list[str], undo: contextlib.ExitStack) -> None:
+    def _clear_away(self, names: list[str], trash: Path, undo: contextlib.ExitStack) -> None:
         """Move an earlier run's files, and all files with one of ``names``, out of the way."""
         earlier = {name for name in _artifacts(self.path) if (self.path / name).is_file()}
         in_the_way = earlier | {name for name in names if os.path.lexists(self.path / name)}
-        trash, archive = self._new_trash(), None
+        archive = None
         # results.json first: it must not describe an incomplete folder.
         for path in (self.path / name for name in reversed(_results_last(in_the_way))):
             if self._overwrite and path.name in earlier:
@@ -150,16 +148,12 @@ class OutputFolder:
         if archive:
             log.info("earlier results moved to %s (--overwrite deletes them instead)", archive)
 
-    def _new_trash(self) -> Path:
-        """Make a folder that is removed when the run ends."""
-        return Path(tempfile.mkdtemp(dir=self._staging.name))
-
     def _new_archive(self, written: float, undo: contextlib.ExitStack) -> Path:
         """Make a folder in ``earlier/``, named by when results were ``written`` (seconds)."""
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(written))
         archives = self.path / EARLIER_NAME
         archives.mkdir(exist_ok=True)
-        names = (f"{stamp}_{number}" if number else stamp for number in itertools.count())
+        names = itertools.chain([stamp], (f"{stamp}_{number}" for number in itertools.count(1)))
         archive = next(archives / name for name in names if not os.path.lexists(archives / name))
         archive.mkdir()
         undo.callback(archive.rmdir)

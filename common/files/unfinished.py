@@ -24,13 +24,9 @@ SCRIPT = "the script"  # entry of an identity: name of the script
 class PartialResults(UserDict[str, dict]):
     """Partial results of an interrupted run: JSON objects by key, and other files beside them.
 
-    An object that is set is on the disk at once; a damaged one counts as not finished.
-
-    Args:
-        folder: Folder of the results; created when missing.
-        identity: What the results depend on: JSON values, by names for the user.
-        resume: Whether to use what the folder holds.
-        overwrite: Whether to discard what the folder holds, unless it is resumed.
+    An object that is set is on the disk at once; a damaged one counts as not finished. They depend
+    on the ``identity``: JSON values, by names for the user. What the folder holds is used to
+    ``resume``, else discarded to ``overwrite``.
 
     Raises:
         UserError: The folder holds results and neither flag is given, its results are of another

@@ -1,7 +1,5 @@
 """What CIFAR-10 is, and how the network wants to see it."""
 
-from __future__ import annotations
-
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip

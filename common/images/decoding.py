@@ -1,7 +1,5 @@
 """Image files, from wherever they come, into pixels."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import warnings

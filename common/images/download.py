@@ -1,7 +1,5 @@
 """The download of CIFAR-10: there is all of it afterwards, or nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

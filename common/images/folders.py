@@ -1,7 +1,5 @@
 """Image folders ``train/<class>/*`` and ``test/<class>/*``, read as torchvision's ImageFolder."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

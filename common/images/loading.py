@@ -1,7 +1,5 @@
 """Loading of images from a source, and a check that training and test images differ."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np
@@ -41,8 +39,13 @@ def load_images(
         raise UserError(f"{asked}{beside}: only {there} in {source.description}")
     if count is None:
         count = total - skip
-    elif count < total:
-        _tell_of_imbalance(available.labels, source.classes, split)
+    counts = np.bincount(available.labels, minlength=len(source.classes))
+    if count < total and counts.max() > UNBALANCED * counts.min():
+        least, most = counts.argmin(), counts.argmax()
+        log.info(
+            "the classes have from %d (%s) to %d (%s) %s images; subsets keep their proportions",
+            counts[least], source.classes[least], counts[most], source.classes[most], split,
+        )  # fmt: skip
     indices = balanced_subset(available.labels, count, seed, skip)
     pixels = available.read(indices)
     return ImageSet(
@@ -51,22 +54,10 @@ def load_images(
     )  # fmt: skip
 
 
-def _tell_of_imbalance(labels: np.ndarray, classes: tuple[str, ...], split: str) -> None:
-    counts = np.bincount(labels, minlength=len(classes))
-    if counts.max() > UNBALANCED * counts.min():
-        log.info(
-            "the classes have from %d (%s) to %d (%s) %s images; subsets keep their proportions",
-            counts.min(), classes[counts.argmin()], counts.max(), classes[counts.argmax()], split,
-        )  # fmt: skip
-
-
 def check_disjoint(training: ImageSet, test: ImageSet, place: str) -> None:
-    """Warn if some training images are test images as well, pixel for pixel.
+    """Warn if some training images are test images, pixel for pixel; a UserError if nearly all are.
 
     ``place`` says in the message where both come from.
-
-    Raises:
-        UserError: Nearly all of them are.
     """
     shared = len(_digests(training) & _digests(test))
     told = (

@@ -3,8 +3,6 @@
 Nothing here imports torch, so that the command line can offer the names at once.
 """
 
-from __future__ import annotations
-
 from common.images.cifar10 import MEAN, STD
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels

@@ -1,7 +1,5 @@
 """What a source of images is: two splits of labels and pixels, and what belongs to all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,22 +21,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A place with a train and a test split.
+    """A place with a train and a test split; what else it tells is in each ``ImageSet`` of it."""
 
-    Attributes:
-        name: ``cifar10``, ``cifar100``, ``folder`` or ``bundled``, as in results.json.
-        description: The place in words, for messages.
-        open_split: Opens ``train`` or ``test``; raises UserError where it cannot be read.
-        classes: Names of the classes, in the order of the labels.
-        mean: Mean of each channel that is subtracted, from 0 to 1.
-        std: Standard deviation of each channel that pixels are divided by.
-        channel_order: ``rgb``, or ``bgr`` for networks that take blue first.
-        resize: Length that the short side is scaled to before the middle is cut out, if it is.
-    """
-
-    name: str
-    description: str
-    open_split: Callable[[str], Split]
+    name: str  # ``cifar10``, ``cifar100``, ``folder`` or ``bundled``, as in results.json
+    description: str  # the place in words, for messages
+    open_split: Callable[[str], Split]  # opens ``train`` or ``test``; may raise UserError
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]

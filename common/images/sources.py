@@ -4,8 +4,6 @@ All answer in the same form, a :class:`Split` that knows its labels at once and 
 pixels that are asked for: 512 calibration images of a folder cost 512 JPEGs, not 50,000.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import http.client

@@ -1,7 +1,5 @@
 """Memory for images: what does not fit lies in a temporary file that is mapped into memory."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 

@@ -49,13 +49,16 @@ def set_up_cpu(threads: int | None) -> None:
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if threads is None and processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # On Linux a container may have fewer cores than the machine.
-        on_linux = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
-        threads = max(1, cores // processes)
+        threads = max(1, _usable_cores() // processes)
     if threads is not None:
         torch.set_num_threads(threads)
     _keep_freed_memory()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: fewer than the machine has, in a container
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

@@ -61,11 +61,7 @@ class Workers:
         return values[0]
 
     def require_same(self, inputs: Mapping[str, object]) -> None:
-        """Check that all processes have the same inputs, by names for the user.
-
-        Raises:
-            UserError: They differ, such as where another machine has another file.
-        """
+        """Raise a UserError if other processes have other inputs, by names for the user."""
         for rank, others in enumerate(self.gather(dict(inputs))):
             if different := [name for name in inputs if others[name] != inputs[name]]:
                 names = " and ".join(different)
@@ -85,11 +81,7 @@ ALONE = Workers(torch.device("cpu"))
 
 
 def require_one_process() -> None:
-    """Check that ``torchrun`` started no other processes, for scripts with no work to share.
-
-    Raises:
-        UserError: There are other processes.
-    """
+    """Raise a UserError if ``torchrun`` started other processes: there is no work to share."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this script runs in one process: start without torchrun")
 

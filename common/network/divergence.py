@@ -1,7 +1,5 @@
 """How far the inputs of a batch norm are from what it saw in training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -39,12 +39,9 @@ class Network:
         return evaluate(self.graph, step, given, wanted)
 
     def compute(
-        self,
-        operation: Operation,
-        inputs: Sequence[torch.Tensor],
-        in_place: bool = False,
+        self, operation: Operation, inputs: Sequence[torch.Tensor], in_place: bool = False,
         layer: Layer | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Return an operation's value; ``layer`` takes the place of the network's own weights.
 
         See :func:`common.network.operations.compute`.
@@ -72,10 +69,6 @@ class Network:
         return self.with_layers(
             {name: layer.to(dtype) for name, layer in self.layers.items() if not is_linear[name]}
         )
-
-    def to_device(self, device: torch.device | str) -> Network:
-        """Return the network on a device."""
-        return self.with_layers({name: layer.to(device) for name, layer in self.layers.items()})
 
     def with_layers(self, layers: Mapping[str, Layer]) -> Network:
         """Return the network with other weights in some layers."""

@@ -168,11 +168,9 @@ class Graph:
 
 
 def evaluate(
-    graph: Graph,
-    compute: Callable[[Operation, list[Value]], Value],
-    given: Mapping[str, Value],
+    graph: Graph, compute: Callable[[Operation, list[Value]], Value], given: Mapping[str, Value],
     wanted: Sequence[str],
-) -> dict[str, Value]:
+) -> dict[str, Value]:  # fmt: skip
     """Return the wanted values; run only the operations between them and the given values.
 
     ``compute`` returns an operation's value from its inputs' values. Each value is freed after its

@@ -43,11 +43,7 @@ class EvaluationSplit:
 def split_test(
     test: ImageSet, dense_correct: torch.Tensor, seed: int
 ) -> tuple[EvaluationSplit, EvaluationSplit]:
-    """Return the half to choose on and the half to confirm on, each shuffled.
-
-    Raises:
-        UserError: There is only one image.
-    """
+    """Return the half to choose on and the half to confirm on; see :meth:`ImageSet.halves`."""
     halves = test.halves(seed)
     return tuple(EvaluationSplit(test.rows(half), dense_correct[half]) for half in halves)
 

@@ -27,11 +27,8 @@ def classify_all(model: nn.Module, dataset: ImageSet) -> torch.Tensor:
     """Return per-image correctness (bool, shape (N,)), from NCHW batches as the usual script."""
     if not len(dataset):  # the share of one process too many
         return torch.empty(0, dtype=torch.bool)
-    correct = [
-        model(images.contiguous()).argmax(dim=1) == labels
-        for images, labels in dataset.batches(BATCH_SIZE)
-    ]
-    return torch.cat(correct).cpu()
+    batches = dataset.batches(BATCH_SIZE)
+    return torch.cat([model(x.contiguous()).argmax(dim=1) == y for x, y in batches]).cpu()
 
 
 def pruned_copy(model: nn.Module, amounts: Mapping[str, float | int]) -> nn.Module:

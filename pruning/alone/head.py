@@ -49,7 +49,8 @@ class Head:
             if len(read) != 1 or len(network.shapes[features := read.pop()]) != 1:
                 break
             own = {name: weights[name].cpu() for name in linear[first:]}
-            found = cls(network.to_device("cpu"), features, own)
+            layers = {name: layer.to("cpu") for name, layer in network.layers.items()}
+            found = cls(network.with_layers(layers), features, own)
         return found
 
     @property

@@ -114,14 +114,12 @@ def _with_bounds(
     """
     if "bounds" not in finished:
         bounds = {
-            str(amount): cascade.measure_bounds(scan.images, v, scan.batch_size).tolist()
-            for amount, v in variants.items()
+            str(amount): cascade.measure_bounds(scan.images, of_amount, scan.batch_size).tolist()
+            for amount, of_amount in variants.items()
         }
         finished["bounds"] = scan.workers.broadcast(bounds)
-    return {
-        amount: replace(v, bounds=torch.tensor(finished["bounds"][str(amount)]))
-        for amount, v in variants.items()
-    }
+    bounds = {float(amount): torch.tensor(x) for amount, x in finished["bounds"].items()}
+    return {a: replace(of_amount, bounds=bounds[a]) for a, of_amount in variants.items()}
 
 
 def _run_chunk(

@@ -71,10 +71,8 @@ def save_pruned(
 def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.Tensor) -> dict:
     """Compare the reloaded model's per-image correctness with what the search ``expected``.
 
-    Return its accuracy as in results.json, and the number of images on which the two differ.
-
-    Raises:
-        UserError: More than 1 image in 1,000 differs.
+    Return its accuracy as in results.json, and the number of images on which the two differ; if
+    that is more than 1 in 1,000, raise a UserError.
     """
     unlike = int((correct != expected).sum())
     if unlike > max(1, MAX_FLIPS * len(correct)):

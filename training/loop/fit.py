@@ -131,7 +131,6 @@ def _step(
 
 def _set_training(network: nn.Module, recipe: Recipe) -> None:
     network.train()
-    if recipe.hold_statistics:
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+    for module in network.modules() if recipe.hold_statistics else ():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
