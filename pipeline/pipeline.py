@@ -21,8 +21,6 @@ from common.command.argument_types import accuracy_loss, list_of, one_of
 from pipeline import GOALS
 from quantization.settings import ENGINES
 
-DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "pipeline"
-PLOT = "frontier.png"
 NEEDED_FLAGS = {"--finetune-images": "--finetune-epochs"}
 
 
@@ -61,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         asked, 1000, "that channels and levels are chosen on, without labels"
     )
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32], seconds=5.0)
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    arguments.add_shared_arguments(parser, "pipeline")
     parser.set_defaults(test_images="all")  # half of 2,000 would choose by luck
     return parser
 
@@ -105,15 +103,16 @@ def main(argv: list[str] | None = None) -> int:
         results = common_results("pipeline", args, workers, inputs.describe())
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
         files = steps.write_files(found, folder, inputs.file_stem)
-        results |= steps.measure(
+        measured = steps.measure(
             builder, found, files, confirming, args.batch_sizes, args.timing_seconds
         )
+        results |= steps.describe(builder, found, files, measured)
         if args.export_onnx:
             confirming_setup = replace(setup, images=confirming)
             steps.export_answers_to_onnx(results["answers"], files, confirming_setup)
         if args.write_check:
             write_checks(files.values(), confirming, folder.file, settings.engine)
-        plots.plot_frontier(results, folder.file(PLOT))
+        plots.plot_frontier(results, folder.file("frontier.png"))
         results["artifacts"] = {"model": results["answers"][-1]["file"]}
         finish_run(results, folder, started, story.tell, args)
     within = all(answer["within_budget"] for answer in results["answers"])

@@ -96,32 +96,42 @@ def measure_files(
 def measure(
     builder: CandidateBuilder, found: Found, files: Mapping[str, Path], confirming: ImageSet,
     batch_sizes: Sequence[int], seconds: float,
-) -> dict:  # fmt: skip
-    """Return results.json's ``models``, ``answers`` and ``tried``, all of files read back.
+) -> dict[str, dict]:  # fmt: skip
+    """Measure the dense models and the answers, read back, on images that chose nothing.
 
-    The dense models and the answers are measured on ``confirming``, the images that chose nothing.
-    What was tried is as the images that choose saw it; its times are those of the same widths in
-    plain INT8, for the kernels are the same. ``files`` are the answers' by goal.
+    What was tried is timed beside them: its widths in plain INT8, for the kernels are the same.
+    ``files`` are the answers' by goal. Return the result of :func:`measure_files`, where the
+    entries of the dense models are whole.
     """
-    store, inputs = builder.store, builder.inputs
+    store, model = builder.store, builder.inputs.model
     fp32 = store.folder / "dense.pth"
-    save_checkpoint(inputs.model.state_dict(), fp32)
-    _, int8 = store.int8("dense-int8", lambda: builder.quantize(inputs.model))
+    save_checkpoint(model.state_dict(), fp32)
+    _, int8 = store.int8("dense-int8", lambda: builder.quantize(model))
     stems = [candidate.slim_path.stem for candidate in found.tried]
     tried = {stem: store.folder / f"{stem}-int8{SUFFIX}" for stem in stems}
     with start_fresh(
-        measure_files, inputs.traced.network, {INT8: int8, **files}, tried, confirming,
+        measure_files, builder.inputs.traced.network, {INT8: int8, **files}, tried, confirming,
         builder.batch_size, batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()
-    models = [
-        {"name": name, "engine": engine, "size_bytes": path.stat().st_size, **measured[name]}
-        for name, engine, path in ((FP32, None, fp32), (INT8, builder.settings.engine, int8))
-    ]
+    for name, engine, path in ((FP32, None, fp32), (INT8, builder.settings.engine, int8)):
+        facts = {"name": name, "engine": engine, "size_bytes": path.stat().st_size}
+        measured[name] = facts | measured[name]
+    return measured
+
+
+def describe(
+    builder: CandidateBuilder, found: Found, files: Mapping[str, Path], measured: Mapping[str, dict]
+) -> dict:
+    """Return results.json's ``models``, ``answers`` and ``tried``.
+
+    What was tried is as the images that choose saw it.
+    """
+    models, inputs = [measured[FP32], measured[INT8]], builder.inputs
+    dense = {f"over_{model['name']}": model["latency"] for model in models}
     answers = []
     for goal, best in found.best.items():
         own, passes = measured[goal], best.verdict.passes
-        dense = {f"over_{model['name']}": model["latency"] for model in models}
         answers.append({
             "name": goal,
             "file": files[goal].name,
@@ -130,21 +140,18 @@ def measure(
             **own,
             "speedup": speedups(own["latency"], **dense),
         })  # fmt: skip
-    return {
-        "models": models,
-        "answers": answers,
-        "tried": [
-            {
-                "goal": candidate.goal,
-                **_describe(candidate, models[0], inputs),
-                "passes": candidate.verdict.passes,
-                "images": candidate.verdict.shown,
-                "comparison": candidate.verdict.comparison.as_dict(),
-                "latency": measured[candidate.slim_path.stem]["latency"],
-            }
-            for candidate in found.tried
-        ],
-    }
+    tried = [
+        {
+            "goal": candidate.goal,
+            **_describe(candidate, models[0], inputs),
+            "passes": candidate.verdict.passes,
+            "images": candidate.verdict.shown,
+            "comparison": candidate.verdict.comparison.as_dict(),
+            "latency": measured[candidate.slim_path.stem]["latency"],
+        }
+        for candidate in found.tried
+    ]
+    return {"models": models, "answers": answers, "tried": tried}
 
 
 def _describe(candidate: Candidate, fp32: dict, inputs: Inputs) -> dict:

@@ -23,13 +23,9 @@ MIN_SPARSITY = 0.01
 
 
 def describe_models(
-    inputs: Inputs,
-    predictions: torch.Tensor,
-    quantized: Sequence[Quantized],
-    paths: dict[str, Path],
-    onnx: OnnxModel | None,
-    timings: dict[str, list[Timing]],
-) -> dict:
+    inputs: Inputs, predictions: torch.Tensor, quantized: Sequence[Quantized],
+    paths: dict[str, Path], onnx: OnnxModel | None, timings: dict[str, list[Timing]],
+) -> dict:  # fmt: skip
     """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.
 
     Beside them come the first INT8 model's ``comparison`` and accuracy ``per_class``, and the
@@ -41,13 +37,10 @@ def describe_models(
     """
     test, dense = inputs.test, predictions == inputs.test.labels
     size_bytes = saved_size_bytes(inputs.model.state_dict())
-    nchw, best = fp32 = [
-        _entry(name, None, size_bytes, dense, timings[name]) for name in (FP32_NCHW, FP32)
-    ]
+    fp32 = [_entry(name, None, size_bytes, dense, timings[name]) for name in (FP32_NCHW, FP32)]
     made = [
         ("int8", engine, paths[engine], one.predictions, timings[engine], _describe_conversion(one))
-        for one in quantized
-        for engine in [one.settings.engine]
+        for one, engine in ((one, one.settings.engine) for one in quantized)
     ]
     if onnx is not None:
         more = {"agreement": onnx.agreement}
@@ -56,17 +49,10 @@ def describe_models(
     for name, engine, path, predicted, timed, more in made:
         correct = predicted == test.labels
         entry = _entry(name, engine, path.stat().st_size, correct, timed)
-        entries.append(entry | more | {
-            "file": path.name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "comparison": {
-                "size_ratio": entry["size_bytes"] / best["size_bytes"],
-                "size_ratio_given": entry["size_bytes"] / inputs.weights["size_bytes"],
-                "accuracy": evaluate.compare(dense, correct).as_dict(),
-                "speedup": speedups(entry["latency"], value=best["latency"]),
-            },
-            "speedup_over_nchw": speedups(entry["latency"], value=nchw["latency"]),
-        })  # fmt: skip
+        compared = evaluate.compare(dense, correct).as_dict()
+        entry |= _compare(entry, fp32, inputs.weights["size_bytes"], compared)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        entries.append(entry | {"file": path.name, "sha256": sha256} | more)
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],
@@ -85,6 +71,20 @@ def _entry(
         "size_bytes": size_bytes,
         "accuracy": evaluate.measure_accuracy(correct).as_dict(),
         "latency": [timing.as_dict() for timing in timings],
+    }
+
+
+def _compare(entry: dict, fp32: Sequence[dict], given_bytes: int, accuracy: dict) -> dict:
+    """Compare an entry with FP32's as usually written and at its best, and with the given file."""
+    nchw, best = fp32
+    return {
+        "comparison": {
+            "size_ratio": entry["size_bytes"] / best["size_bytes"],
+            "size_ratio_given": entry["size_bytes"] / given_bytes,
+            "accuracy": accuracy,
+            "speedup": speedups(entry["latency"], value=best["latency"]),
+        },
+        "speedup_over_nchw": speedups(entry["latency"], value=nchw["latency"]),
     }
 
 
