@@ -17,14 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import argument_types, arguments, cli
 
-DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "compression_peers"
 DEFAULT_PIPELINE = cli.WORKSPACE / "results" / "pipeline"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = arguments.make_parser(__doc__)
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_device=False)
+    arguments.add_shared_arguments(parser, "compression_peers", with_device=False)
     parser.set_defaults(test_images="all")
     parser.add_argument(
         "--pipeline", type=argument_types.list_of(argument_types.name), metavar="DIR,...",

@@ -17,13 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
 
-DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "int8_runtimes"
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = arguments.make_parser(__doc__)
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR, with_device=False)
+    arguments.add_shared_arguments(parser, "int8_runtimes", with_device=False)
     parser.set_defaults(batch_size=128)
     arguments.add_calibration_argument(parser)
     arguments.add_timing_arguments(parser, batch_sizes=[1, 8, 32, 128], seconds=20.0)

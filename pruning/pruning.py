@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import argument_types as types
 from common.command import arguments, cli
 
-DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "pruning"
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 16, 256
 NEEDED_FLAGS = {
     "--recalibrate-bn": "--scope",
@@ -71,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="accuracy that may be lost, as a fraction: 0.01 is one point",
     )  # fmt: skip
     _add_model_search_arguments(parser.add_argument_group("search over many layers together"))
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    arguments.add_shared_arguments(parser, "pruning")
     parser.set_defaults(batch_size=None)
     return parser
 

@@ -21,8 +21,6 @@ from common.command import argument_types as types
 from common.command import arguments, cli
 from quantization.settings import ENGINES, OBSERVERS
 
-DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "quantization"
-RANGES_PLOT, DIAGNOSIS_CSV = "ranges.png", "diagnosis.csv"
 NEEDED = {  # flags that do nothing without others
     "--held-out-images": "--max-drop",
     "--coding-images": "--bits-per-weight",
@@ -82,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="training images, without labels, that --bits-per-weight uses",
     )  # fmt: skip
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32, types.AtMost(128)], seconds=5.0)
-    arguments.add_shared_arguments(parser, DEFAULT_OUTPUT_DIR)
+    arguments.add_shared_arguments(parser, "quantization")
     return parser
 
 
@@ -153,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
             found["budget"] = results.describe_budget(plan, args.max_drop, found)
         if args.diagnose:
             found |= diagnose(first.observation, first.settings, test, batch_size)
-            sections.diagnosis_table(found["diagnosis"]).write_csv(folder.file(DIAGNOSIS_CSV))
+            sections.diagnosis_table(found["diagnosis"]).write_csv(folder.file("diagnosis.csv"))
         found |= results.describe_sparsity(dense, first.model.network)
         if args.bits_per_weight is not None:
             files["coded"] = folder.file(f"{inputs.file_stem}_coded.safetensors")
@@ -170,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.diagnose:
                 plots.plot_diagnosis(found["diagnosis"], folder.file("diagnosis.png"))
             plots.plot_ranges(
-                first.observation, first.settings.reduce_range, folder.file(RANGES_PLOT)
+                first.observation, first.settings.reduce_range, folder.file("ranges.png")
             )
         found["artifacts"] = {"model": files[first.settings.engine].name}
         finish_run(found, folder, started, story.tell, args)

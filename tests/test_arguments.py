@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -24,7 +23,7 @@ FLAGS = (
 
 def shared_parser() -> argparse.ArgumentParser:
     parser = arguments.make_parser("Do it.\n\n    python script.py  # now\n\nIn detail.")
-    arguments.add_shared_arguments(parser, Path("results"))
+    arguments.add_shared_arguments(parser, "a_script")
     return parser
 
 
@@ -59,7 +58,8 @@ def test_help_shows_every_flag_and_its_default():
     text = shared_parser().format_help()
     assert all(flag in text for flag in FLAGS)
     assert "(default: 2000)" in text
-    assert "where results go (default: results)" in text
+    default = cli.WORKSPACE / "results" / "a_script"
+    assert f"whereresultsgo(default:{default})" in "".join(text.split())
     assert "Do it." in text
     assert "In detail." not in text
     assert text.endswith("examples:\n  python script.py\n")

@@ -19,8 +19,6 @@ from common.command.argument_types import fraction, image_count, positive_float,
 from common.command.image_arguments import add_image_arguments
 from training.recipe import BUNDLED_RECIPE, Recipe
 
-DEFAULT_OUTPUT_DIR = cli.WORKSPACE / "results" / "training"
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
@@ -43,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue the unfinished run in --output-dir"
     )
     arguments.add_machine_arguments(running)
-    arguments.add_output_arguments(parser.add_argument_group("outputs"), DEFAULT_OUTPUT_DIR)
+    arguments.add_output_arguments(parser, "training")
     return parser
 
 

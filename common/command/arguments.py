@@ -7,10 +7,10 @@ import argparse
 import copy
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 
 from common.command import argument_types as types
 from common.command.argument_types import AtMost
+from common.command.cli import WORKSPACE
 from common.command.image_arguments import add_image_arguments
 
 TEST_IMAGES, CALIBRATION_IMAGES = 2000, 512
@@ -74,9 +74,9 @@ def parse_arguments(
 
 
 def add_shared_arguments(
-    parser: argparse.ArgumentParser, output_dir: Path, with_device: bool = True
+    parser: argparse.ArgumentParser, script: str, with_device: bool = True
 ) -> None:
-    """Add the flags of the scripts that compress a checkpoint, with a default output folder."""
+    """Add the flags of the scripts that compress a checkpoint."""
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument(
         "--weights", type=types.path, metavar="FILE",
@@ -107,7 +107,7 @@ def add_shared_arguments(
         "large",
     )  # fmt: skip
     add_machine_arguments(running, with_device)
-    add_output_arguments(parser.add_argument_group("outputs"), output_dir)
+    add_output_arguments(parser, script)
 
 
 def add_calibration_argument(
@@ -170,11 +170,13 @@ def add_machine_arguments(running: argparse._ArgumentGroup, with_device: bool = 
     )
 
 
-def add_output_arguments(outputs: argparse._ArgumentGroup, output_dir: Path) -> None:
-    """Add the flags that say where results go; ``output_dir`` is the script's default."""
+def add_output_arguments(parser: argparse.ArgumentParser, script: str) -> None:
+    """Add the flags that say where results go: by default to a folder of the script's name."""
+    outputs = parser.add_argument_group("outputs")
     outputs.add_argument(
-        "--output-dir", type=types.path, metavar="DIR", default=output_dir, help="where results go"
-    )
+        "--output-dir", type=types.path, metavar="DIR", default=WORKSPACE / "results" / script,
+        help="where results go",
+    )  # fmt: skip
     outputs.add_argument(
         "--overwrite", action="store_true",
         help="delete the results of an earlier run in that folder; by default they are kept, in "
