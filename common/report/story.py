@@ -17,22 +17,15 @@ from common.command.cli import REPOSITORY, visible
 WIDTH = 80  # columns of a terminal
 # By suffix: the name of the kind, and how its files are loaded.
 KINDS = {
-    ".safetensors": (
-        "INT8",
-        "from quantization import load_int8; model = load_int8(path), where Python finds this "
-        f"repository: PYTHONPATH={visible(REPOSITORY)}. On a device without torch: "
-        "runtime/decode.py (docs/ship_it.md)",
-    ),
+    ".safetensors": ("INT8", "from quantization import load_int8; model = load_int8(path), where "
+                     f"Python finds this repository: PYTHONPATH={visible(REPOSITORY)}. On a device "
+                     "without torch: runtime/decode.py (docs/ship_it.md)"),
     ".onnx": ("ONNX", "onnxruntime.InferenceSession(path)"),
-    ".check": (
-        "check",
-        "python decode.py MODEL --check path on the device, with a copy of runtime/decode.py",
-    ),
-    ".pth": (
-        "FP32",
-        "--weights of each script, or torch.load(path, weights_only=True), a state dict",
-    ),
-}
+    ".check": ("check", "python decode.py MODEL --check path on the device, with a copy of "
+               "runtime/decode.py"),
+    ".pth": ("FP32", "--weights of each script, or torch.load(path, weights_only=True), a state "
+             "dict"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,18 +70,14 @@ class Table:
         return [column for column in self.columns if column.heading is not None]
 
     @property
-    def headings(self) -> list[str]:
-        """The headings, from left to right."""
-        return [column.heading for column in self.shown]
-
-    @property
     def cells(self) -> list[list[str]]:
         """The cells as text, row by row."""
         return [[column.cell(row) for column in self.shown] for row in self.rows]
 
     def text(self) -> str:
         """Lay the table out for a console."""
-        parts = fill(self.title), align(self.headings, self.cells), fill(self.note, "  ")
+        headings = [column.heading for column in self.shown]
+        parts = fill(self.title), align(headings, self.cells), fill(self.note, "  ")
         return "\n".join(filter(None, parts))
 
     def write_csv(self, path: Path) -> None:
