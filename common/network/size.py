@@ -14,17 +14,12 @@ def saved_size_bytes(state: Mapping[str, object]) -> int:
     return len(serialize(state))
 
 
-def count_macs(network: Network) -> int:
-    """Return the multiply-accumulates that an image takes, weights of zero included."""
-    return sum(network.macs.values())
-
-
 def describe_network(family: str, model: nn.Module, network: Network) -> dict:
     """Return results.json's ``network`` for a model and what it was traced to."""
     return {
         "family": family,
         "layers": len(network.graph.layers),
-        "macs": count_macs(network),
+        "macs": sum(network.macs.values()),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 

@@ -20,7 +20,7 @@ from common.files.untrusted import read_untrusted, serialize
 from common.images.data import ImageSet
 from common.measure.evaluate import Paired
 from common.measure.latency import Contender, time_interleaved
-from common.network.size import count_macs, saved_size_bytes
+from common.network.size import saved_size_bytes
 from common.network.tracing import trace_network
 from quantization.calibration import CalibrationSetup
 from quantization.files.int8_file import save_int8
@@ -118,7 +118,7 @@ def measure_models(
             correct = predictions == images.labels
             dense_correct = correct if dense_correct is None else dense_correct
             contenders.append(Contender(f"{name} {precision}", run))
-            facts = {"engine": engine, "macs": count_macs(network), "size_bytes": size_bytes}
+            facts = {"engine": engine, "macs": sum(network.macs.values()), "size_bytes": size_bytes}
             paired = Paired.of(dense_correct, correct).as_dict()
             entries.append({"name": contenders[-1].name, **facts, **paired})
     pixels = images.normalize(images.images[: max(TIMED_BATCH_SIZES)])

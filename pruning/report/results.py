@@ -7,7 +7,7 @@ from torch import nn
 
 from common.measure.evaluate import Paired, compare, measure_accuracy
 from common.measure.latency import speedups
-from common.network.size import count_macs, describe_layers
+from common.network.size import describe_layers
 from common.network.tracing import trace_network, weight_layers
 from pruning.alone.scan import Scan, ScanResult
 from pruning.together.found import CURVE_IMAGES, Found
@@ -104,7 +104,7 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
             for trial in found.trials
         ],
         "layers": [{"layer": name, "sparsity": 1 - density} for name, density in kept.items()],
-        "macs_kept": sum(network.macs[n] * kept[n] for n in kept) / count_macs(network),
+        "macs_kept": sum(network.macs[n] * kept[n] for n in kept) / sum(network.macs.values()),
     }
 
 
