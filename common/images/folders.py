@@ -1,5 +1,6 @@
 """Image folders ``train/<class>/*`` and ``test/<class>/*``, read as torchvision's ImageFolder."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,11 +34,15 @@ def folder_source(data_dir: Path, size: SizeRequest = OWN_SIZE) -> Source:
     Raises (here, or when a split is opened or read):
         UserError: A class is missing or empty, or a file is no 8-bit image.
     """
-    folders = {split: _split_folder(data_dir, split) for split in SPLIT_FOLDERS}
-    classes = {split: _class_names(f) for split, f in folders.items() if f is not None}
-    _check_same(folders, classes)
+    found = {split: _split_folder(data_dir, split) for split in SPLIT_FOLDERS}
+    folders = {split: folder for split, folder in found.items() if folder is not None}
+    classes = {split: _class_names(folder) for split, folder in folders.items()}
+    for split, other in itertools.permutations(sorted(folders), 2):  # else labels would not agree
+        if missing := sorted(set(classes[other]) - set(classes[split])):
+            raise UserError(f"{folders[split]}: class {missing[0]} is missing, which is in "
+                            f"{folders[other].name}/")  # fmt: skip
     names = next(iter(classes.values()))
-    files = {split: _list_files(folders[split], names) for split in classes}
+    files = {split: _list_files(folder, names) for split, folder in folders.items()}
     sizing = _choose_sizing([paths for paths, _ in files.values()], size)
 
     def open_split(split: str) -> Split:
@@ -68,18 +73,6 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     if not classes:
         raise UserError(f"{folder}: no class folders with images")
     return classes
-
-
-def _check_same(folders: dict[str, Path | None], classes: dict[str, tuple[str, ...]]) -> None:
-    """Refuse splits of different classes: their labels would mean different things."""
-    if len(classes) < 2 or classes["train"] == classes["test"]:
-        return
-    for split, other in (("test", "train"), ("train", "test")):
-        if missing := sorted(set(classes[other]) - set(classes[split])):
-            raise UserError(
-                f"{folders[split]}: class {missing[0]} is missing, which is in "
-                f"{folders[other].name}/"
-            )
 
 
 def _list_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.ndarray]:
