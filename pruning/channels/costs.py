@@ -39,16 +39,14 @@ class ChannelCosts:
     @functools.cached_property
     def groups(self) -> Mapping[str, ChannelGroup]:
         """The groups of channels that are worth removing."""
-        costs = {unit: self._layer_costs(unit) for unit in (MACS, WEIGHTS)}
-        return {
-            name: group
-            for name, group in find_groups(self.network).items()
-            if any(
-                sum(cost.get(layer, 0) for layer in set(group.touched))
-                >= SMALLEST_SHARE * sum(cost.values())
-                for cost in costs.values()
-            )
-        }
+
+        def share(group: ChannelGroup, unit: str) -> float:
+            costs = self._layer_costs(unit)
+            return sum(costs.get(name, 0) for name in set(group.touched)) / sum(costs.values())
+
+        found = find_groups(self.network)
+        shares = {name: max(share(g, MACS), share(g, WEIGHTS)) for name, g in found.items()}
+        return {name: group for name, group in found.items() if shares[name] >= SMALLEST_SHARE}
 
     @functools.cached_property
     def grid(self) -> Mapping[str, list[int]]:
@@ -98,17 +96,16 @@ class ChannelCosts:
             ValueError: The narrowest network costs more.
         """
         allowed = share * self.cost({}, unit)
-        best, near = self.narrowest, self.half
+        best = self.narrowest
         if self.cost(best, unit) > allowed * (1 + 1e-9):
             raise ValueError(f"no widths cost as little as {allowed:g}")
 
         def divergence(widths: Widths) -> float:
             return sum(curves[name][width] for name, width in widths.items())
 
-        while divergence(found := self._choose_near(near, curves, allowed, unit)) < divergence(
-            best
-        ):
-            best = near = found
+        found = self._choose_near(self.half, curves, allowed, unit)
+        while divergence(found) < divergence(best):
+            best, found = found, self._choose_near(found, curves, allowed, unit)
         return best
 
     def _choose_near(self, near: Widths, curves: Curves, allowed: float, unit: str) -> Widths:

@@ -51,8 +51,9 @@ class Slimmer:
         The first guess is the smallest share whose curves add up to ``max_drop`` nats: on the
         bundled ResNet18, networks of 0.01 nats lose about one point.
         """
-        within = [share for share, lost in self._divergences(unit) if lost <= max_drop]
-        return self._range_from(min(within, default=self._widest(unit)), unit)
+        shares = self._divergences(unit)
+        within = [share for share, lost in shares if lost <= max_drop]
+        return self._range_from(min(within, default=shares[0][0]), unit)
 
     def coding_range(self, max_drop: float) -> Range:
         """Return where to look for how many times fewer weights a network may have that is coded.
@@ -71,17 +72,15 @@ class Slimmer:
         return Range(1 / share, 1 / WIDEST_SHARE, most, stride=STRIDE)
 
     def _divergences(self, unit: str) -> list[tuple[float, float]]:
-        """Return shares of the ``unit``, and what the curves of the best widths add up to."""
-        curves, found, share = self._curves_for(unit), [], self._widest(unit)
-        while share >= self.costs.least_share(unit):
+        """Return falling shares of the ``unit``, and what the best widths' curves add up to."""
+        curves, found, least = self._curves_for(unit), [], self.costs.least_share(unit)
+        share = max(WIDEST_SHARE, least)
+        while share >= least:
             widths = self.costs.choose(curves, share, unit)
             lost = sum(curves[name][width] for name, width in widths.items())
             found.append((share, lost))
             share /= SHARE_STEP
         return found
-
-    def _widest(self, unit: str) -> float:
-        return max(WIDEST_SHARE, self.costs.least_share(unit))
 
     def channels_of(self, slim: nn.Module) -> dict[str, torch.Tensor]:
         """Return for each layer of such a network which channels of the dense one it has."""
