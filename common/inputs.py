@@ -1,7 +1,5 @@
 """What a script that compresses works on: a network with weights, and images to measure it with."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import math
@@ -101,7 +99,7 @@ class Inputs:
         largest_bytes = 4 * max(map(math.prod, self.traced.network.shapes.values()))
         return max(1, value_bytes // largest_bytes)
 
-    def to(self, device: torch.device) -> Inputs:
+    def to(self, device: torch.device) -> "Inputs":
         """Move the model to a device; return the inputs with it and the test images there."""
         return replace(self, model=self.model.to(device), test=self.test.to(device))
 

@@ -5,8 +5,6 @@ at the end. A failed, interrupted or killed run leaves nothing but partial resul
 (:mod:`common.files.unfinished`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -52,7 +50,7 @@ class OutputFolder:
         self._lock: int | None = None
         self._unfinished: PartialResults | None = None
 
-    def __enter__(self) -> OutputFolder:
+    def __enter__(self) -> "OutputFolder":
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: not a folder")
         self._created = [p for p in (self.path, *self.path.parents) if not p.exists()]

@@ -4,8 +4,6 @@ Two models are compared on the same images, so their errors are paired: the test
 images on which the two disagree, the interval their number among all.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable
@@ -73,7 +71,7 @@ class Paired:
     comparison: Comparison
 
     @classmethod
-    def of(cls, dense_correct: torch.Tensor, correct: torch.Tensor) -> Paired:
+    def of(cls, dense_correct: torch.Tensor, correct: torch.Tensor) -> "Paired":
         """Compute both from per-image correctness (bool, shape (N,))."""
         return cls(measure_accuracy(correct), compare(dense_correct, correct))
 

@@ -6,8 +6,6 @@ a bound on the rounding error runs again in FP32. The bound is estimated on a sa
 images. This is a heuristic, so every run records how near the bound a prediction changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +34,7 @@ class Fp32Recheck:
     changed: int = 0  # recomputed predictions where FP32 gave another class
     largest_change: float = 0.0  # largest ratio of a changed one's margin to its bound, below 1
 
-    def add(self, other: Fp32Recheck) -> None:
+    def add(self, other: "Fp32Recheck") -> None:
         """Add the counts of another part of the predictions."""
         self.predictions += other.predictions
         self.recomputed += other.recomputed
@@ -64,11 +62,9 @@ def bounds_of(fast: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 def decide(
-    fast: torch.Tensor,
-    bounds: torch.Tensor,
-    look_again: Callable[[torch.Tensor], torch.Tensor],
+    fast: torch.Tensor, bounds: torch.Tensor, look_again: Callable[[torch.Tensor], torch.Tensor],
     record: Fp32Recheck,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Return the classes (networks, n) that FP32 predicts, from bf16 logits (networks, n, classes).
 
     ``bounds`` come from :func:`bounds_of`; ``look_again`` returns FP32's classes where a mask
@@ -108,7 +104,7 @@ class Cascade:
     fast_network: Network | None
 
     @classmethod
-    def of(cls, network: Network, fast: bool) -> Cascade:
+    def of(cls, network: Network, fast: bool) -> "Cascade":
         """Prepare a network, to run in bf16 first if ``fast``."""
         return cls(network, network.to(torch.bfloat16) if fast else None)
 

@@ -5,8 +5,6 @@ INT8 and the export to ONNX. A graph holds names, kinds and numbers, and no code
 written to a file as JSON and read by a program that has never seen the network's class.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -148,7 +146,7 @@ class Graph:
         ]
 
     @classmethod
-    def from_json(cls, content: object) -> Graph:
+    def from_json(cls, content: object) -> "Graph":
         """Return the graph that :meth:`to_json` wrote; the content may come from anywhere.
 
         Raises:

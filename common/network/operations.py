@@ -1,7 +1,5 @@
 """How each kind of operation runs in torch, and which shape its value has."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,15 +21,15 @@ class Layer:
     weight: torch.Tensor  # (O, I / groups, height, width), (O, I) or (C,)
     bias: torch.Tensor  # (O,) or (C,)
 
-    def masked(self, kept: torch.Tensor) -> Layer:
+    def masked(self, kept: torch.Tensor) -> "Layer":
         """Return the layer without the weights that are not ``kept`` (bool, same shape)."""
         return replace(self, weight=self.weight.masked_fill(~kept, 0))
 
-    def to(self, *args: object, **kwargs: object) -> Layer:
+    def to(self, *args: object, **kwargs: object) -> "Layer":
         """Return the layer in another precision or on another device."""
         return Layer(self.weight.to(*args, **kwargs), self.bias.to(*args, **kwargs))
 
-    def laid_out(self) -> Layer:
+    def laid_out(self) -> "Layer":
         """Return the layer as convolutions prefer it, with its weight channels_last."""
         if self.weight.ndim != 4:
             return self

@@ -6,8 +6,6 @@ a max pool, any widths and any number of classes. Modules bear the names that th
 those of kuangliu/pytorch-cifar, or ``downsample`` and ``fc`` as in torchvision.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,7 +34,7 @@ class ResNetShape:
     head: str = "linear"  # name of the linear layer
 
     @classmethod
-    def of(cls, state: Mapping[str, torch.Tensor]) -> ResNetShape:
+    def of(cls, state: Mapping[str, torch.Tensor]) -> "ResNetShape":
         """Read the shape from a state dict, in which single tensors may be missing or wrong.
 
         Raises:

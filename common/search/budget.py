@@ -5,8 +5,6 @@ often as not, so a choice must leave one standard error to spare. One half of th
 chooses, the other confirms; the two have no image in common.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ class EvaluationSplit:
     def __len__(self):
         return len(self.images)
 
-    def first(self, most: int | None) -> EvaluationSplit:
+    def first(self, most: int | None) -> "EvaluationSplit":
         """Return at most the first ``most`` images; None for all."""
         return EvaluationSplit(self.images.rows(slice(most)), self.dense_correct[:most])
 

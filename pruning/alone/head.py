@@ -5,8 +5,6 @@ amount costs a few small matrix products. For a single layer, going from one pru
 next changes one logit of each image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,7 +33,7 @@ class Head:
     weights: Mapping[str, torch.Tensor]
 
     @classmethod
-    def of(cls, network: Network, weights: Mapping[str, torch.Tensor]) -> Head | None:
+    def of(cls, network: Network, weights: Mapping[str, torch.Tensor]) -> "Head | None":
         """Find the linear layers that the logits depend on through one vector an image.
 
         ``weights`` are those of every layer, without batch norms. The result is None where the

@@ -8,8 +8,6 @@ ZipLM: Kurtic et al., 2023, https://arxiv.org/abs/2302.04089). Where several lay
 its cost is the sum over them, each layer's as a share of the variance of its outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -43,7 +41,7 @@ class Reader:
     scale: float  # what a squared error of its outputs counts
 
     @classmethod
-    def start(cls, layer: Layer, moments: Moments, channels: int) -> Reader:
+    def start(cls, layer: Layer, moments: Moments, channels: int) -> "Reader":
         """Return a reader of all ``channels``."""
         weight = layer.weight.flatten(1)
         window = weight.shape[1] // channels

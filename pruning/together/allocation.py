@@ -9,8 +9,6 @@ left: each layer in turn goes from all its weights to few, while the others stay
 branching walk does this for all layers at once.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping, Sequence
@@ -78,7 +76,7 @@ class DamageCurve:
     counts: np.ndarray  # numbers of pruned weights, rising from 0; int64, (points,)
     damage: np.ndarray  # cost of each, in a unit that adds up over layers; (points,)
 
-    def convex(self) -> DamageCurve:
+    def convex(self) -> "DamageCurve":
         """Return the lower convex hull.
 
         Between two of its points the cost is interpolated: part of the weights are pruned.

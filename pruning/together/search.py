@@ -1,7 +1,5 @@
 """How far many layers can be pruned together: the largest sparsity within the tolerance."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -96,7 +94,7 @@ class ModelSearch:
     def prepare(
         cls, scan: Scan, dense_correct: torch.Tensor, scope: str, tolerance: float, seed: int,
         calibration: ImageSet | None = None, **options: object,
-    ) -> ModelSearch:  # fmt: skip
+    ) -> "ModelSearch":  # fmt: skip
         """Split the scan's images; ``dense_correct`` is the correctness of its model on them."""
         choosing, held_out = split_test(scan.images, dense_correct, seed)
         budget = Budget(tolerance, choosing)

@@ -7,8 +7,6 @@ images that were not used for calibration; the test images are for the report al
 the budget if it leaves a standard error to spare: the rule of :mod:`common.search.budget`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -36,7 +34,7 @@ class Attempt:
     kept: bool  # whether the model that was written has it
 
     @classmethod
-    def of(cls, action: str, verdict: Verdict, kept: bool) -> Attempt:
+    def of(cls, action: str, verdict: Verdict, kept: bool) -> "Attempt":
         """Return the attempt with the numbers of its verdict."""
         return cls(action, verdict.comparison.drop, verdict.spare, kept)
 

@@ -12,8 +12,6 @@ The bits of a level are estimated from the levels of the pass before, by the con
 kernel.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -99,7 +97,7 @@ def choose_levels(
 
 
 def _code_columns(
-    estimate: _Estimate, target: np.ndarray, feedback: np.ndarray, stiffness: np.ndarray,
+    estimate: "_Estimate", target: np.ndarray, feedback: np.ndarray, stiffness: np.ndarray,
     price: float,
 ) -> np.ndarray:  # fmt: skip
     """Code all columns again; return the levels, (columns, outputs).

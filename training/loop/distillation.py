@@ -6,8 +6,6 @@ that the teacher was trained on, its logits say little more than the class, so t
 learns the outputs of the teacher's blocks (Romero et al., 2015, https://arxiv.org/abs/1412.6550).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -52,7 +50,7 @@ class Training:
     @classmethod
     def read(
         cls, inputs: Inputs, epochs: int | None, count: int | None, device: torch.device
-    ) -> Training | None:
+    ) -> "Training | None":
         """Read ``count`` images to ``device``, None for all; return None for no epochs."""
         return cls(inputs.load_training(count).to(device), epochs) if epochs else None
 

@@ -1,7 +1,5 @@
 """The state of a training run: the network, its optimizer and the epochs done."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +20,7 @@ class TrainingState:
     epochs_done: int = 0
 
     @classmethod
-    def start(cls, model: nn.Module, recipe: Recipe, device: torch.device) -> TrainingState:
+    def start(cls, model: nn.Module, recipe: Recipe, device: torch.device) -> "TrainingState":
         """Return the state before the first step; ``model`` is moved to ``device``."""
         model.to(device, memory_format=torch.channels_last)
         return cls(model, make_optimizer(model, recipe))
