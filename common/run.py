@@ -40,10 +40,8 @@ def start_run(
 ) -> Iterator[tuple[Workers, OutputFolder | None]]:
     """Set up the machine, join the processes that share the run, and open the output folder.
 
-    ``args`` are those of the script. A run that is not ``shared`` has one process.
-
-    Yields:
-        The processes, and the folder: None in all but the first.
+    Yield the processes, and the folder: None in all but the first. A run that is not ``shared`` has
+    one process.
 
     Raises:
         UserError: There is no such device, the processes cannot share the run, or the folder cannot

@@ -71,10 +71,7 @@ def measure_files(
 
     Return ``accuracy``, ``comparison`` and ``latency`` of results.json by name, those of the dense
     network ``fp32``, which the others are compared with, under ``FP32``; only ``latency`` where a
-    file is only timed.
-
-    Raises:
-        UserError: A file is not what was written.
+    file is only timed. A file that is not what was written is a UserError.
     """
     readers = {FP32: partial(fp32_runner, fp32)}
     readers |= {name: partial(load_int8, path) for name, path in (int8 | only_timed).items()}

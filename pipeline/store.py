@@ -36,10 +36,7 @@ class Store:
         """Return the precision to make networks in on a device: ``bf16`` or ``fp32``.
 
         It is chosen once and kept: a run that is resumed may measure another one to be faster, and
-        would mix networks of both.
-
-        Raises:
-            UserError: Networks are there, but not the precision that they were made in.
+        would mix networks of both. If the record is lost, a UserError is raised.
         """
         recorded = self.unfinished.get(PRECISION, {})
         if not recorded and any(self.folder.glob("*.pth")):

@@ -27,10 +27,8 @@ from training.loop.distillation import Training
 def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> ImageSet | None:
     """Read the training images to re-estimate batch norms, or to repair a slim network, with.
 
-    They are on the network's device; None where neither is done.
-
-    Raises:
-        UserError: There are too few images, or no batch norms.
+    They are on the network's device; None where neither is done. If there are too few, or no batch
+    norms, a UserError is raised.
     """
     if not recalibrated and scope != channels.SCOPE:
         return None

@@ -50,11 +50,8 @@ class Inert(_Dictionary):
 def read_inert(path: Path) -> object:
     """Return the content of a checkpoint, with an :class:`Inert` object for each Python object.
 
-    The file has passed the checks of :mod:`common.files.untrusted`.
-
-    Raises:
-        UserError: The file names a function that only a hostile file names.
-        Exception: The file is damaged, in one of many ways.
+    The file has passed the checks of :mod:`common.files.untrusted`. If it names what only a hostile
+    file names, a UserError is raised; if it is damaged, any exception.
     """
 
     class Unpickler(pickle.Unpickler):

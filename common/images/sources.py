@@ -110,8 +110,7 @@ def batches_source(
 ) -> Source:
     """Read CIFAR-10's or CIFAR-100's Python batches; they are pickles, so their MD5 is checked.
 
-    Raises:
-        UserError: A file is missing or is not the one that CIFAR's authors published.
+    A file that is missing, or another than CIFAR's authors published, is a UserError.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 

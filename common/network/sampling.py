@@ -21,10 +21,9 @@ ACTIVE_RANGES = {
 def draw_positions(
     value: torch.Tensor, count: int, generator: torch.Generator
 ) -> torch.Tensor | None:
-    """Draw up to ``count`` positions of each image's outputs (N, O, H, W) or (N, O).
+    """Draw up to ``count`` positions of each image's outputs (N, O, H, W).
 
-    Returns:
-        int64, (N, P), each ``row * W + column``; None for a linear layer's outputs.
+    They are int64, (N, P), each ``row * W + column``; None for a linear layer's outputs (N, O).
     """
     if value.ndim == 2:
         return None
@@ -46,8 +45,7 @@ def inputs_at(
 ) -> torch.Tensor:
     """Return the part of a layer's input ``x`` that its outputs at some positions depend on.
 
-    Returns:
-        float32, (rows, groups, columns), the columns in the order of ``weight.flatten(1)``.
+    It is float32, (rows, groups, columns), the columns in the order of ``weight.flatten(1)``.
     """
     if operation.kind == LINEAR:
         return x.float()[:, None]

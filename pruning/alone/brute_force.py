@@ -44,12 +44,9 @@ def pruned_copy(model: nn.Module, amounts: Mapping[str, float | int]) -> nn.Modu
 def verify(scan: Scan, scanned: ScanResult, tolerance: float) -> dict:
     """Scan and search the usual way, each worker a share of the images; compare image by image.
 
-    Returns:
-        The ``verification`` object of results.json, without the time that the fast way took.
-        ``pruned_weights`` is missing where the network has no linear layers to search over.
-
-    Raises:
-        UserError: More than 1 prediction in 1,000 differs.
+    Return the ``verification`` of results.json without the time that the fast way took, and without
+    ``pruned_weights`` where there are no linear layers to search over. If more than 1 prediction in
+    1,000 differs, raise a UserError.
     """
     started = time.perf_counter()
     model, workers, total = scan.model, scan.workers, len(scan.images)

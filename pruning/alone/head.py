@@ -112,11 +112,9 @@ def sweep_single(
 ) -> np.ndarray:
     """Find the correct images for every number of pruned weights of one linear layer.
 
+    Row k of the result (bool, (number of weights + 1, N)) is with the k smallest weights pruned.
     Each step subtracts one weight's share from one class's logits. It is FP64, so that thousands of
     steps add up to less than the rounding of one FP32 product.
-
-    Returns:
-        bool, shape (number of weights + 1, N): row k with the k smallest weights pruned.
     """
     values = weight.double().numpy()
     columns = np.ascontiguousarray(features.double().numpy().T)

@@ -83,9 +83,7 @@ def choose_layers(
     """Return the layers that match any pattern (``layer4.*``), in their order.
 
     Patterns are of names here or, by ``own_names``, in the checkpoint; None stands for all layers.
-
-    Raises:
-        UserError: A pattern matches nothing.
+    A pattern that matches nothing is a UserError.
     """
     if patterns is None:
         return list(names)

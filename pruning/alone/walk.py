@@ -29,10 +29,8 @@ def run_scan(
 ) -> tuple[ScanResult, float | None]:
     """Scan, and check that the model is unchanged afterwards.
 
-    The first worker's ``folder`` keeps partial results, from which ``resume`` continues.
-
-    Returns:
-        The result, and the scan's seconds; None where an earlier run did part of it.
+    The first worker's ``folder`` keeps partial results, from which ``resume`` continues. Return the
+    result, and the scan's seconds, None where an earlier run did part of it.
 
     Raises:
         UserError: The workers differ in model, images or settings, or the partial results belong

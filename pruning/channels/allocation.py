@@ -51,11 +51,9 @@ def measure_curves(
     """Measure each group's divergence at every width, the others being as wide as in ``context``.
 
     ``dense`` is in the precision to run in. ``choices`` holds for each group and width the channels
-    that are kept. Labels are not used.
-
-    Returns:
-        For each group and width the mean divergence in nats, over that at its largest width, and
-        one standard error: what only seems to be free is not chosen where it saves little.
+    that are kept. Labels are not used. A curve is the mean divergence in nats, over that at the
+    largest width, and one standard error: what only seems to be free is not chosen where it saves
+    little.
     """
     graph, around = dense.graph, {name: choices[name][width] for name, width in context.items()}
     narrow, variants, starts = slim_network(dense, groups, around), {}, {}

@@ -39,11 +39,7 @@ Masks = dict[str, torch.Tensor]
 def weights_in_scope(
     network: Network, weights: Mapping[str, torch.Tensor], scope: str
 ) -> dict[str, torch.Tensor]:
-    """Return the weights on the CPU of the layers in a scope: ``linear``, ``conv`` or ``all``.
-
-    Raises:
-        UserError: The network has no layer of that kind.
-    """
+    """Return the weights on the CPU of the layers in a scope, or raise a UserError for none."""
     kinds = {"linear": (LINEAR,), "conv": (CONVOLUTION,), "all": WEIGHTED}[scope]
     found = {name: w.cpu() for name, w in weights.items() if network.graph[name].kind in kinds}
     if not found:

@@ -65,10 +65,7 @@ def distill(
     The student has the teacher's modules, whose layers may have fewer channels: for each narrower
     layer ``channels`` holds the indices of the teacher's that are left. It is moved to the images'
     device, where the teacher is, and left in eval mode. The ``precision`` is ``bf16`` or ``fp32``,
-    by default the one that the device is fast in.
-
-    Raises:
-        UserError: The loss is no longer finite.
+    by default the one that the device is fast in. A loss that is not finite is a UserError.
     """
     train, device = training.images, training.images.images.device
     recipe = dataclasses.replace(
