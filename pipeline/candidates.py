@@ -116,7 +116,7 @@ class CandidateBuilder:
         cli.log.info(
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
             candidate.goal, ", trained" * candidate.trained, candidate.file_bytes / 1e6,
-            candidate.macs / 1e6, -100 * verdict.comparison.drop, f"{verdict.shown:,}",
+            candidate.macs / 1e6, -100 * verdict.comparison.drop, f"{verdict.accuracy.total:,}",
             "within the budget" if verdict.passes else "over it",
         )  # fmt: skip
         return replace(candidate, verdict=verdict)

@@ -142,7 +142,7 @@ def describe(
             "goal": candidate.goal,
             **_describe(candidate, models[0], inputs),
             "passes": candidate.verdict.passes,
-            "images": candidate.verdict.shown,
+            "images": candidate.verdict.accuracy.total,
             "comparison": candidate.verdict.comparison.as_dict(),
             "latency": measured[candidate.slim_path.stem]["latency"],
         }

@@ -129,5 +129,5 @@ def test_int8_must_leave_a_standard_error(monkeypatch, max_drop, passes):
     evaluator = budget.HeldOutEvaluator(ReadsLabels(), setup, max_drop)
     verdict = evaluator.judge_observed(LosesTen(), Settings())
     assert verdict.comparison.drop == pytest.approx(0.01)
-    assert verdict.shown == 1000
+    assert verdict.accuracy.total == 1000
     assert verdict.passes == passes

@@ -42,7 +42,7 @@ class Reader:
 
 def test_a_candidate_within_the_budget_sees_all_images_and_leaves_a_standard_error():
     verdict = make_budget(1000, 0.02).judge(Reader(100))
-    assert verdict.shown == 1000
+    assert verdict.accuracy.total == 1000
     assert verdict.comparison.drop == pytest.approx(0.01)
     variance = 0.01 - 0.01**2  # of one image's loss, which is 1 or 0
     assert verdict.spare == pytest.approx(0.02 - 0.01 - math.sqrt(variance / 1000))
@@ -56,12 +56,12 @@ def test_a_drop_within_the_budget_but_not_by_a_standard_error_fails():
 def test_what_is_clearly_out_is_dropped_at_the_first_look():
     reader = Reader(2)
     verdict = make_budget(1000, 0.01).judge(reader)
-    assert verdict.shown == reader.seen == 250
+    assert verdict.accuracy.total == reader.seen == 250
     assert not verdict.passes
 
 
 def test_all_images_are_looked_at_where_asked_for():
-    assert make_budget(1000, 0.01).judge(Reader(2), stop_early=False).shown == 1000
+    assert make_budget(1000, 0.01).judge(Reader(2), stop_early=False).accuracy.total == 1000
 
 
 def test_looks_end_with_all_images():

@@ -48,14 +48,9 @@ def split_test(
 
 @dataclass(frozen=True)
 class Verdict(Paired):
-    """How a candidate did on the images that choose, or as many as it was shown of them."""
+    """How a candidate did on the images that choose: on fewer, if it is clearly over the budget."""
 
     spare: float  # budget left after its loss and one standard error; a fraction
-
-    @property
-    def shown(self) -> int:
-        """How many images it was shown; fewer than all where it is clearly over the budget."""
-        return self.accuracy.total
 
     @property
     def passes(self) -> bool:

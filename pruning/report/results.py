@@ -97,7 +97,7 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
         "steps": [
             {
                 "sparsity": 1 - 1 / trial.strength,
-                "images": trial.verdict.shown,
+                "images": trial.verdict.accuracy.total,
                 "correct": trial.verdict.accuracy.correct,
                 "kept": trial.verdict.passes,
             }

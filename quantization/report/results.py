@@ -125,7 +125,7 @@ def describe_budget(plan: Plan, max_drop: float, results: dict) -> dict:
         "max_drop": max_drop,
         "met": plan.verdict.passes and test_drop <= max_drop,
         "fp32_layers": list(plan.settings.fp32_layers),
-        "held_out_images": plan.verdict.shown,
+        "held_out_images": plan.verdict.accuracy.total,
         "held_out_drop": plan.verdict.comparison.drop,
         "held_out_spare": plan.verdict.spare,
         "held_out_engine": plan.settings.engine,
