@@ -22,25 +22,16 @@ from common.images.storage import MAX_BYTES_IN_MEMORY, allocate
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, their labels, and what belongs to them.
+    """Images, their labels, and what belongs to them."""
 
-    Attributes:
-        images: uint8, shape (N, 3, H, W), RGB.
-        labels: int64, shape (N,), indices into ``classes``.
-        classes: Names of the classes.
-        mean: Mean of each channel that the network expects to be subtracted, from 0 to 1.
-        std: Standard deviation of each channel that it expects to be divided by.
-        channel_order: ``rgb``, or ``bgr`` if the network expects blue first.
-        resize: Length that the short side of an image was scaled to before its middle was cut
-            out; None if the images have their own size.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    channel_order: str = "rgb"
+    images: torch.Tensor  # uint8, (N, 3, H, W), RGB
+    labels: torch.Tensor  # int64, (N,), indices into ``classes``
+    classes: tuple[str, ...]  # names of the classes
+    mean: tuple[float, ...]  # what the network expects to be subtracted from each channel, 0 to 1
+    std: tuple[float, ...]  # what it expects each channel to be divided by
+    channel_order: str = "rgb"  # or ``bgr`` if the network expects blue first
+    # Length that the short side of an image was scaled to before its middle was cut out; None if
+    # the images have their own size.
     resize: int | None = None
 
     def __len__(self) -> int:

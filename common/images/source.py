@@ -10,13 +10,10 @@ from common.images.decoding import Sizing
 
 @dataclass(frozen=True)
 class Split:
-    """One split: labels (int64, shape (N,)) and a reader from indices to pixels.
+    """One split: its labels, and a reader of its pixels."""
 
-    ``read`` takes int64 indices of shape (n,) and returns uint8 pixels of shape (n, 3, H, W).
-    """
-
-    labels: np.ndarray
-    read: Callable[[np.ndarray], np.ndarray]
+    labels: np.ndarray  # int64, (N,)
+    read: Callable[[np.ndarray], np.ndarray]  # from int64 indices (n,) to uint8 (n, 3, H, W)
 
 
 @dataclass(frozen=True)

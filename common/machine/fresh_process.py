@@ -37,10 +37,8 @@ def start_fresh(
     the new one ends by itself (not on Windows). The function is one of a module; arguments and
     value can be pickled.
 
-    Yields:
-        A function that waits for the value and returns it. It raises a UserError if the user can
-        correct the failure or the system ended the process, and a RuntimeError otherwise; the
-        traceback is on stderr.
+    Yield a function that waits for the value. It raises a UserError if the user can correct the
+    failure or the system ended the process, else a RuntimeError; the traceback is on stderr.
     """
     with tempfile.TemporaryFile() as task:  # a pipe is too small: writing to it would block
         pickle.dump(sys.path, task)

@@ -86,14 +86,11 @@ def decide(
 
 @dataclass(frozen=True)
 class Variants:
-    """Variants of a network: for each layer, what replaces it alone, in FP32 and in bf16.
+    """Variants of a network: for each layer, what replaces it alone."""
 
-    ``fast`` and ``bounds``, the margins below which FP32 decides, are None where only FP32 runs.
-    """
-
-    exact: Mapping[str, Variant]
-    fast: Mapping[str, Variant] | None
-    bounds: torch.Tensor | None = None
+    exact: Mapping[str, Variant]  # in FP32
+    fast: Mapping[str, Variant] | None  # in bf16; None where only FP32 runs
+    bounds: torch.Tensor | None = None  # margins of bf16 below which FP32 decides
 
 
 @dataclass(frozen=True)

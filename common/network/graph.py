@@ -67,9 +67,7 @@ class Operation:
 class Graph:
     """Operations in execution order: the first is the input, the last one gives the logits.
 
-    Raises:
-        ValueError: The operations are not a graph: an unknown kind, a name given twice, or an input
-            that is not an earlier operation.
+    An unknown kind, a name given twice or an input that is no earlier operation is a ValueError.
     """
 
     operations: tuple[Operation, ...]

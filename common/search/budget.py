@@ -22,13 +22,10 @@ CLEARLY_OUT = 3.0
 
 @dataclass(frozen=True)
 class EvaluationSplit:
-    """Images in random order, to choose on or to confirm on.
-
-    ``dense_correct`` is the dense network's correctness on them: bool, shape (N,), on the CPU.
-    """
+    """Images in random order, to choose on or to confirm on."""
 
     images: ImageSet
-    dense_correct: torch.Tensor
+    dense_correct: torch.Tensor  # the dense network's correctness: bool, (N,), on the CPU
 
     def __len__(self):
         return len(self.images)

@@ -51,15 +51,11 @@ def binary_search(
 
 
 class Splits(NamedTuple):
-    """Results of ``SPLITS`` random splits: one half chooses a level, the other half judges it.
+    """Results of ``SPLITS`` random splits: one half chooses a level, the other half judges it."""
 
-    Each array has shape (SPLITS,): the chosen levels, int64, and the fraction of accuracy that each
-    lost on its other half. ``within`` counts the losses that are within the tolerance.
-    """
-
-    levels: np.ndarray
-    drops: np.ndarray
-    within: int
+    levels: np.ndarray  # chosen levels, int64, (SPLITS,)
+    drops: np.ndarray  # fraction of accuracy that each lost on its other half, (SPLITS,)
+    within: int  # number of losses that are within the tolerance
 
 
 def repeat_on_halves(correct: np.ndarray, tolerance: float, seed: int) -> Splits | None:

@@ -21,17 +21,15 @@ MAX_COLOUR = np.array([[0.5], [0.4], [0.4]])
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Random choices of an epoch, one row for each of N images in the order of their use.
-
-    Without jitter, ``affine`` and ``colour`` are None.
-    """
+    """Random choices of an epoch, one row for each of N images in the order of their use."""
 
     order: torch.Tensor  # indices of the images, int64, (N,)
     shift: torch.Tensor  # rows and columns by which each image moves, int64, (N, 2)
     flip: torch.Tensor  # whether each image is mirrored, bool, (N,)
     patch: torch.Tensor  # first row and column of the square that another image covers, (N, 2)
     patch_size: torch.Tensor  # side of that square in pixels, int64, (N,); 0 for none
-    affine: torch.Tensor | None  # where each position is taken from, float32, (N, 2, 3)
+    # Where each position is taken from, float32, (N, 2, 3); None without jitter, as the next one.
+    affine: torch.Tensor | None
     colour: torch.Tensor | None  # saturation, contrast, added brightness, float32, (N, 3)
 
 

@@ -39,13 +39,10 @@ RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Training:
-    """Images to train compressed networks on, and the number of passes over them.
+    """What compressed networks are trained on."""
 
-    The images are on the device to train on; their labels are not used.
-    """
-
-    images: ImageSet
-    epochs: int
+    images: ImageSet  # on the device to train on; labels are not used
+    epochs: int  # number of passes over the images
 
     @classmethod
     def read(
