@@ -22,11 +22,7 @@ class Settings:
 
 
 def parse_settings(fields: object) -> Settings:
-    """Return the settings that a file tells, which may come from anywhere.
-
-    Raises:
-        ValueError: They are not settings that a model could have been made with.
-    """
+    """Return the settings that a file tells; a ValueError if no model can be made with them."""
     known = {"engine", "observer", "reduce_range", "fp32_layers"}
     if not isinstance(fields, dict) or fields.keys() != known:
         raise ValueError("settings are incomplete or unknown")

@@ -72,8 +72,7 @@ class EpochRecorder:
     def resume(self, state: TrainingState) -> None:
         """Load the checkpoint into ``state``, if there is one.
 
-        Raises:
-            UserError: The checkpoint is damaged or of another network; nothing is changed.
+        If it is damaged or of another network, nothing is changed and a UserError raised.
         """
         if not self.checkpoint.exists():
             return

@@ -87,15 +87,12 @@ class ImageSet:
     def halves(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of two disjoint, class-balanced halves: to choose on, to confirm on.
 
-        Each (int64, on the CPU) is shuffled as a subset is, see :func:`balanced_subset`.
-
-        Raises:
-            UserError: There is only one image.
+        Each (int64, on the CPU) is shuffled as a subset is, see :func:`balanced_subset`. A single
+        image is a UserError.
         """
         if len(self) < 2:
-            raise UserError(
-                "choosing on one half of the images and confirming on the other takes two"
-            )
+            raise UserError("choosing on one half of the images and confirming on the other takes "
+                            "two")  # fmt: skip
         labels = self.labels.cpu().numpy()
         dealt = balanced_subset(labels, len(self), seed)
         by_class = dealt[np.argsort(labels[dealt], kind="stable")]

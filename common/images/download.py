@@ -17,9 +17,8 @@ DOWNLOAD_TIMEOUT_SECONDS = 20.0
 def download_cifar10(data_dir: Path) -> None:
     """Download CIFAR-10 into ``data_dir``; it appears there complete or not at all.
 
-    Raises:
-        OSError, http.client.HTTPException: The network or the disk failed.
-        RuntimeError: What came is not CIFAR-10 (torchvision checks the MD5).
+    If the network or the disk fails, it raises an OSError or an HTTPException; if what came is not
+    CIFAR-10 (torchvision checks the MD5), a RuntimeError.
     """
     from torchvision.datasets import CIFAR10
 

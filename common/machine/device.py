@@ -21,10 +21,8 @@ _totals_bytes = [0]
 def choose_device(name: str) -> torch.device:
     """Return the device that ``--device`` names; ``auto`` takes a GPU if there is one.
 
-    TF32 stays off, so that predictions are those of the CPU up to FP32 rounding.
-
-    Raises:
-        UserError: There is no such device.
+    TF32 stays off, so that predictions are those of the CPU up to FP32 rounding. A device that is
+    not there is a UserError.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":

@@ -58,11 +58,9 @@ def infer_shapes(graph: Graph, weights: Mapping[str, Sequence[int]]) -> dict[str
     The network runs on a batch of no images, which takes neither time nor memory. The ``meta``
     device would import a symbolic algebra package first, which takes a second.
 
-    ``weights`` holds the shape of the weight of each layer and affine operation.
-
-    Raises:
-        ValueError: An operation cannot run on its inputs.
-        TypeError, KeyError: An attribute is missing or of a wrong type.
+    ``weights`` holds the shape of the weight of each layer and affine operation. An operation that
+    cannot run on its inputs is a ValueError; an attribute that is missing or of a wrong type is a
+    KeyError or a TypeError.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for operation in graph.operations:

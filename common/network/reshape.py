@@ -12,10 +12,8 @@ def with_tensors(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Modu
     """Return a copy of a module, in eval mode, that has other tensors and is as wide as they are.
 
     The module may be on the meta device. ``state`` has its names; layers without a bias may have
-    gained one. Of the tensors of a module with several names, those of the first count.
-
-    Raises:
-        ValueError: A tensor is missing or unexpected, or has another number of dimensions.
+    gained one. Of the tensors of a module with several names, those of the first count. A tensor
+    that is missing or unexpected, or has another number of dimensions, is a ValueError.
     """
     shaped = copy.deepcopy(model)
     left, seen = dict(state), set()

@@ -37,8 +37,7 @@ class ResNetShape:
     def of(cls, state: Mapping[str, torch.Tensor]) -> "ResNetShape":
         """Read the shape from a state dict, in which single tensors may be missing or wrong.
 
-        Raises:
-            ValueError: The tensors are not those of a ResNet.
+        Tensors that are not those of a ResNet are a ValueError.
         """
         stem = shape_of(state, "conv1")
         if len(stem) != 4 or stem[2] not in (3, 7) or not all(stem):

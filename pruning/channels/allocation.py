@@ -106,10 +106,8 @@ def choose_widths(
     """Return the widths of least total divergence whose costs add up to at most ``budget``.
 
     Exact up to the rounding of costs to ``BUDGET_STEPS`` steps (upwards): a knapsack. Where nothing
-    but the narrowest network is within the budget, rounding must not cost that.
-
-    Raises:
-        ValueError: The narrowest network costs more.
+    but the narrowest network is within the budget, rounding must not cost that. If that costs more
+    too, a ValueError is raised.
     """
     unit = budget / BUDGET_STEPS
     best = np.zeros(BUDGET_STEPS + 1)  # the least divergence that each number of steps allows

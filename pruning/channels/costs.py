@@ -90,10 +90,8 @@ class ChannelCosts:
 
         A layer between two groups costs the product of their widths, and the knapsack needs costs
         that add up. So they are taken as they are near some widths, first near half of all, then
-        near those that were found, for as long as that finds better ones.
-
-        Raises:
-            ValueError: The narrowest network costs more.
+        near those that were found, for as long as that finds better ones. If the narrowest network
+        costs more, a ValueError is raised.
         """
         allowed = share * self.cost({}, unit)
         best = self.narrowest

@@ -36,9 +36,8 @@ class TrainingState:
     def load(self, tensors: Mapping[str, torch.Tensor], epochs_done: int) -> None:
         """Copy the tensors of a saved state.
 
-        Raises:
-            ValueError: The tensors are not those of this network and optimizer, or not all finite;
-                nothing is changed.
+        If they are not those of this network and optimizer, or not all finite, nothing is changed
+        and a ValueError raised.
         """
         own = self.tensors()
         for name in own.keys() | tensors.keys():
