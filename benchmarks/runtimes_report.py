@@ -63,10 +63,8 @@ def by_runtime(rows: Sequence[dict]) -> dict[str, list[dict]]:
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     runtimes = by_runtime(results["rows"])
-    best = ", ".join(
-        f"{label(row['same_as']).removeprefix('ours: ')} at {row['batch_size']}"
-        for row in runtimes[BEST]
-    )
+    best = [(row["batch_size"], label(row["same_as"]), row) for row in runtimes[BEST]]
+    fastest = ", ".join(f"{name.removeprefix('ours: ')} at {size}" for size, name, _ in best)
     gemm_rate = results["gemm_macs_per_second"] / 1e9
     doubts = report.explain_doubt([{"latency": results["rows"]}])
     note = (
@@ -77,15 +75,12 @@ def tell(results: dict) -> Story:
         f"{report.network_name(results)}: INT8 runtimes",
         report.describe_setting(results),
         [
-            (
-                f"{row['images_per_second']:,.0f}{report.doubt(row)} images/s",
-                f"at batch {row['batch_size']}: {label(row['same_as'])}",
-            )
-            for row in runtimes[BEST]
+            (f"{report.show_rate(row)} images/s", f"at batch {size}: {name}")
+            for size, name, row in best
         ],
         [
             Table("", _columns(runtimes), [*runtimes.values()], note + doubts),
-            f"Fastest engine at batch: {best}.",
+            f"Fastest engine at batch: {fastest}.",
         ],
         {PLOT: "Images a second at each batch size."},
         report.format_cost(results),

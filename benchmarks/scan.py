@@ -18,12 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
-from common.command.argument_types import fraction, list_of, name, positive_int
+from common.command.argument_types import list_of, name, positive_int
 
 FAMILIES = (
     "resnet18", "resnet50", "mobilenet_v2", "vgg11_bn", "mobilenet_v3_small", "efficientnet_b0",
     "densenet121", "regnet_y_400mf", "googlenet", "squeezenet1_1", "shufflenet_v2_x1_0",
 )  # fmt: skip
+BATCH_SIZE, AMOUNT = 16, 0.9  # images in a batch; fraction of each layer that is pruned
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,8 +37,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="networks of torchvision to scan",
     )  # fmt: skip
     parser.add_argument("--image-size", type=positive_int, default=64, help="pixels a side")
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="images in a batch")
-    parser.add_argument("--amount", type=fraction, default=0.9, help="fraction to prune")
     parser.add_argument("--threads", type=positive_int, help="CPU threads; all cores by default")
     return parser
 
@@ -51,14 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     from common.report.story import align
 
     device.set_up_cpu(args.threads)
-    rows = [time_network(network, args.image_size, args.batch_size, args.amount)
+    rows = [time_network(network, args.image_size)
             for network in cli.progress(args.networks, "networks")]  # fmt: skip
     header = ["network", "layers", "scan (s)", "passes (s)", "faster", "one batch", "error"]
     print(align(header, rows))
     return cli.EXIT_DONE
 
 
-def time_network(network_name: str, size: int, batch_size: int, amount: float) -> list[str]:
+def time_network(network_name: str, size: int) -> list[str]:
     """Return a network's row of the table; the error is relative to the largest logit."""
     import torch
     import torchvision
@@ -72,7 +71,7 @@ def time_network(network_name: str, size: int, batch_size: int, amount: float) -
     options = {"init_weights": False} if network_name == "googlenet" else {}
     model = torchvision.models.get_model(network_name, weights=None, num_classes=10, **options)
     model = model.eval()
-    images = torch.randn(batch_size, 3, size, size)
+    images = torch.randn(BATCH_SIZE, 3, size, size)
     laid_out = images.contiguous(memory_format=torch.channels_last)
     network = trace_network(model, (3, size, size))
     weights = {n: m.weight.detach() for n, m in weight_layers(model, network).items()}
@@ -90,11 +89,11 @@ def time_network(network_name: str, size: int, batch_size: int, amount: float) -
         return branch_logits(network, dense, variants)
 
     with torch.inference_mode():
-        masks = timed("masks", l1_masks, weights, amount)
+        masks = timed("masks", l1_masks, weights, AMOUNT)
         variants = timed("masks", masked_layers, network, masks)
         scan()  # warm up
         found = timed("scan", scan)
-        copies = (timed("copies", pruned_copy, model, {layer: amount}) for layer in weights)
+        copies = (timed("copies", pruned_copy, model, {layer: AMOUNT}) for layer in weights)
         expected = torch.cat([timed("passes", pruned, images) for pruned in copies])
     error = float((found - expected).abs().max() / expected.abs().max())
     one_batch = (seconds["copies"] + seconds["passes"]) / (seconds["masks"] + seconds["scan"])

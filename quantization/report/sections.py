@@ -36,17 +36,14 @@ def tell_budget(budget: dict) -> list[Table | Facts]:
 
 def diagnosis_table(rows: Sequence[dict], title: str = "", note: str = "") -> Table:
     """Return layers' noise, and what INT8 costs with each alone and without it."""
-    decibels = "{:.1f} dB".format
-    columns = [Column("layer", "layer")]
-    columns += [
-        Column(heading, name, show, name)
-        for heading, name, show in (
-            ("SQNR", "sqnr_db", decibels),
-            ("weights", "weight_sqnr_db", decibels),
-            ("activations", "activation_sqnr_db", decibels),
-            ("alone INT8", "drop_only_quantized", lambda drop: report.points(-drop)),
-            ("alone FP32", "drop_only_fp32", lambda drop: report.points(-drop)),
-        )
+    decibels, change = "{:.1f} dB".format, lambda drop: report.points(-drop)
+    columns = [
+        Column("layer", "layer"),
+        Column("SQNR", "sqnr_db", decibels, "sqnr_db"),
+        Column("weights", "weight_sqnr_db", decibels, "weight_sqnr_db"),
+        Column("activations", "activation_sqnr_db", decibels, "activation_sqnr_db"),
+        Column("alone INT8", "drop_only_quantized", change, "drop_only_quantized"),
+        Column("alone FP32", "drop_only_fp32", change, "drop_only_fp32"),
     ]
     return Table(title, columns, rows, note)
 

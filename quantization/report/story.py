@@ -63,11 +63,9 @@ def _headlines(results: dict) -> list[tuple[str, str]]:
     fp32, int8 = results["models"][0], int8_entries(results)[0]
     comparison = int8["comparison"]
     change, interval = report.format_change(comparison["accuracy"])
+    before, after = (report.megabytes(model["size_bytes"]) for model in (fp32, int8))
     return [
-        (
-            f"{1 / comparison['size_ratio']:.2f}× smaller",
-            f"{report.megabytes(fp32['size_bytes'])} to {report.megabytes(int8['size_bytes'])}",
-        ),
+        (f"{1 / comparison['size_ratio']:.2f}× smaller", f"{before} to {after}"),
         (change, f"{interval}; FP32 {report.percent(fp32['accuracy']['value'])}"),
         (report.at_batch_sizes(comparison["speedup"]), "as fast as FP32 at its best"),
     ]
