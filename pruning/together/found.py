@@ -75,6 +75,8 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
     candidates = [one for one in found if one.method.allocation not in CONTROLS]
     largest = max(one.sparsity for one in candidates)
     equals = [one for one in candidates if one.sparsity == largest]
+    if len(equals) == 1:
+        return equals[0]
     images = search.budget.choosing.images
     return max(equals, key=lambda one: int(search.classifier(one.model)(images).sum()))
 
