@@ -110,7 +110,8 @@ def test_any_batch_in_any_layout(saved, images):
     "change",
     [lambda x: x.double(), lambda x: x.byte(), lambda x: x[0], lambda x: x[..., :8],
      lambda x: x[:, :1], lambda x: x.to("meta"), lambda x: x.to_sparse(), lambda x: x.numpy(),
-     lambda x: x.tolist(), lambda x: None],
+     lambda x: x.tolist(), lambda x: None,
+     lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged)],
 )  # fmt: skip
 def test_other_types_and_shapes_are_told_in_one_line(saved, images, change):
     with pytest.raises(UserError, match=r"\Athe network takes float32 images[^\n]*\Z"):

@@ -57,9 +57,10 @@ class Runner(ABC):
         return logits
 
     def _check(self, images: torch.Tensor) -> None:
-        is_dense = isinstance(images, torch.Tensor) and images.layout == torch.strided
-        if not is_dense:
-            found = str(getattr(images, "layout", type(images).__name__))
+        if not isinstance(images, torch.Tensor):
+            found = type(images).__name__
+        elif images.is_nested or images.layout != torch.strided:
+            found = "a nested tensor" if images.is_nested else str(images.layout)
         elif images.dtype != torch.float32 or images.shape[1:] != self._shape:
             found = f"{images.dtype} of shape {tuple(images.shape)}"
         elif not images.is_cpu:
