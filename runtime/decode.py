@@ -38,7 +38,7 @@ MAX_FILE_BYTES, MAX_JSON_BYTES = 1 << 31, 1 << 24
 MAX_OPERATIONS, MAX_SIZE, MAX_KERNEL = 10_000, 1 << 24, 1 << 12
 MAX_VALUES = 1 << 28  # of all operations on one image
 MAX_ONNX_VALUES = 4 * MAX_VALUES  # with weights, and each value as it is, rounded and restored
-MIN_BITS = 0.01  # of the stream for each weight
+FEW_WEIGHTS, MIN_BITS = 1 << 24, 0.01  # of more weights, each takes so many bits of the stream
 SIZES = {"shape", "stride", "dilation", "groups", "kernel", "size", "source_size", "padding"}
 TENSORS = {
     "network": ["uint8"],  # JSON, see _unpack
@@ -235,7 +235,8 @@ def decode_levels(
     sizes = [2 * LEVELS if storage == "dense" else EVIDENCE + CONTEXTS for storage, _ in stored]
     head, weights = sum(sizes), sum(map(math.prod, shapes))
     is_whole = len(stream) >= head and (len(stream) - head) % 4 == 0
-    _require(is_whole and weights * MIN_BITS <= 8 * len(stream), "the coded levels are cut off")
+    is_likely = weights <= max(FEW_WEIGHTS, 8 * len(stream) / MIN_BITS)
+    _require(is_whole and is_likely, "the coded levels are cut off")
     _require(all(shape[2] <= MAX_KERNEL for shape in shapes), "too large a kernel")
     words = np.frombuffer(stream[head:].tobytes(), "<u4").astype(np.uint32)
     decoder, layers = constriction.stream.queue.RangeDecoder(words), []

@@ -51,6 +51,11 @@ def test_levels_come_back(layers):
         assert np.array_equal(old, new)
 
 
+def test_a_layer_of_zeros_comes_back_from_next_to_nothing():
+    (levels,) = round_trip([np.zeros((512, 1024, 1), np.int8)])
+    assert not levels.any()
+
+
 @pytest.mark.parametrize("spread", [3, 90])
 def test_dense_levels_come_back_near_their_entropy(spread):
     rng = np.random.default_rng(0)
