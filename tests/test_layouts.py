@@ -162,6 +162,28 @@ def test_raw_and_averaged_weights(tiny_state, tmp_path, capsys):
         load_network(find_weights(Path(f"{path}:no"), tmp_path))
 
 
+def torch_ema(state: State) -> dict:
+    """What torch-ema's ``ExponentialMovingAverage.state_dict()`` returns."""
+    parameters = [tensor for name, tensor in state.items() if "running" not in name]
+    return {"decay": 0.99, "num_updates": 9, "shadow_params": parameters, "collected_params": None}
+
+
+def test_averaged_weights_without_names_are_told(tiny_state, tmp_path, capsys):
+    cli.set_up_messages(quiet=True)
+    history = [torch.zeros(10, 10)] * 3  # no weights
+    content = {"model": tiny_state, "ema": torch_ema(tiny_state), "confusion": history}
+    assert same_weights(load(content, tmp_path).model, tiny_state)
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path / 'weights.pth'}: ema.shadow_params holds weights without names and "
+        "is passed over; if you want those, save the network's state_dict(), inside "
+        "average_parameters() with torch-ema\n"
+    )
+    load(content, tmp_path, key="model")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="shadow_params holds weights without names; save"):
+        load(torch_ema(tiny_state), tmp_path)
+
+
 def test_pruning_masks_are_applied(tiny_model, tmp_path):
     layers = weight_modules(tiny_model).values()
     for layer in layers:

@@ -22,6 +22,7 @@ from common.network.renaming import shared_prefix
 
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
 AVERAGED = re.compile(r"ema|swa|averag|shadow", re.IGNORECASE)
+NAMED = "save the network's state_dict(), inside average_parameters() with torch-ema"
 SMALLEST_NETWORK = 4  # tensors; fewer that are alike may be layers of one network
 
 
@@ -71,6 +72,14 @@ def _choose_entry(path: Path, content: object, key: str | None) -> Mapping:
     found = _find_states(content)
     if key in found:
         return found[key]
+    unnamed = _find_unnamed(content)
+    if unnamed and not found:
+        raise UserError(f"{path}: {unnamed[0]} holds weights without names; {NAMED}")
+    if unnamed:
+        log.warning(
+            "%s: %s holds weights without names and is passed over; if you want those, %s",
+            path, unnamed[0], NAMED,
+        )  # fmt: skip
     if key is not None:
         if any(f".{key}." in f".{name}" for name in content):
             return content  # the key is part of the names: see _choose_network
@@ -99,6 +108,23 @@ def _find_states(content: Mapping) -> dict[str, Mapping]:
 
 def _named_mappings(content: Mapping) -> dict[str, Mapping]:
     return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping)}
+
+
+def _find_unnamed(content: Mapping) -> list[str]:
+    """Return the dotted keys of lists of weights, at most two deep, as torch-ema saves them."""
+    nested = {"": content} | {f"{k}.": v for k, v in _named_mappings(content).items()}
+    return [
+        f"{prefix}{key}"
+        for prefix, entries in nested.items()
+        for key, value in entries.items()
+        if isinstance(value, list) and _is_weights(value)
+    ]
+
+
+def _is_weights(values: list) -> bool:
+    """Return whether a list holds weights, and not one statistic of many epochs."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.ndim >= 2]
+    return len({tensor.shape for tensor in tensors}) > 1
 
 
 def _is_state(content: Mapping) -> bool:
