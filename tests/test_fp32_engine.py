@@ -62,3 +62,18 @@ def test_large_batches_of_small_maps_are_convolved_in_the_blocked_layout(monkeyp
     assert layouts == []
     run(torch.randn(fp32.MANY_IMAGES, 3, 12, 12))
     assert layouts == [torch._mkldnn] * 2  # not that of one position
+
+
+@pytest.mark.skipif(not fp32.can_pack(), reason="torch has no packed convolutions here")
+def test_weights_are_packed_once_for_each_number_of_images(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten())
+    run, made_for = fp32.fp32_runner(trace_network(model.eval(), (3, 12, 12))), []
+    pack = torch._C._nn.mkldnn_reorder_conv2d_weight
+    monkeypatch.setattr(
+        torch._C._nn,
+        "mkldnn_reorder_conv2d_weight",
+        lambda *args: made_for.append(args[-1]) or pack(*args),
+    )
+    for count in (1, 8, 1, 8):
+        run(torch.randn(count, 3, 12, 12))
+    assert made_for == [[n, *shape] for n in (1, 8) for shape in ((3, 12, 12), (4, 10, 10))]
