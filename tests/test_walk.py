@@ -64,7 +64,7 @@ def test_no_more_images_walk_than_memory_allows(random_images, monkeypatch, capl
     peak = peak_bytes_per_image(network, 4)
     monkeypatch.setattr(module, "MEMORY_BYTES", 30 * peak)
     assert images_in_memory(500, [network, network], 4) == 15
-    assert "15 of 500 training images are used" in caplog.text
+    assert "15 of 500 images are used, mirror images among them" in caplog.text
     assert images_in_memory(500, [network], 2) == 60
     monkeypatch.setattr(module, "MEMORY_BYTES", 1)
     assert images_in_memory(500, [network], 2) == 1

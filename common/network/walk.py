@@ -63,7 +63,9 @@ def images_in_memory(count: int, networks: Sequence[Network], bytes_per_number: 
     peak = sum(peak_bytes_per_image(network, bytes_per_number) for network in networks)
     fitting = max(1, min(count, MEMORY_BYTES // peak))
     if fitting < count:
-        log.info("%d of %d training images are used, to save memory", fitting, count)
+        log.info(
+            "%d of %d images are used, mirror images among them, to save memory", fitting, count
+        )
     return fitting
 
 
