@@ -65,6 +65,8 @@ def parse_arguments(
     for flag, other in needed.items():
         if is_given(flag) and not is_given(other):
             parser.error(f"argument {flag}: does nothing without {other}")
+    if vars(args).get("model") and args.max_pool != "auto":
+        parser.error("argument --max-pool: does nothing with --model")
     if "image_size" in args and args.resize is not None:
         if args.image_size is None:
             parser.error("argument --resize: does nothing without --image-size")
