@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks import runtimes
 from benchmarks.runtimes import ONNXRUNTIME_FILE, Run, has_packages, onnxruntime_own
 from common.command.cli import UserError
 from common.inputs import Inputs
+from common.network.execution import Network
+from common.network.graph import PAD
 from common.network.tracing import trace_network
+from pruning.channels.groups import find_groups
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
 from quantization.files.artifact import load_int8
 from quantization.int8 import conversion, engines
@@ -66,17 +68,17 @@ def nncodec(inputs: Inputs) -> Iterator[Compressed]:
 def torch_pruning(
     inputs: Inputs, settings: Settings, batch_size: int, folder: Path
 ) -> Iterator[Compressed]:
-    """Remove channels of small norm everywhere, estimate batch norms again, and make it INT8."""
+    """Remove channels of small norm, estimate batch norms again, and make it INT8."""
     import torch_pruning as tp
 
     example = torch.zeros(1, *inputs.test.shape)
-    calibration = inputs.calibration
+    calibration, fixed = inputs.calibration, _fixed_layers(inputs.traced.network)
     for share in CHANNEL_SHARES:
         model = copy.deepcopy(inputs.model)
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
         tp.pruner.BasePruner(
             model, example, importance=tp.importance.GroupMagnitudeImportance(),
-            pruning_ratio=share, ignored_layers=linear[-1:],
+            pruning_ratio=share,
+            ignored_layers=[model.get_submodule(name) for name in fixed],
         ).step()  # fmt: skip
         recalibrate_batch_norm(model, calibration.rows(slice(RECALIBRATION_IMAGES)))
         network = trace_network(model.eval(), inputs.test.shape)
@@ -85,6 +87,20 @@ def torch_pruning(
         runtime = runtimes.ours(settings.engine, int8, folder)
         setting = f"{share:.0%} of channels, INT8"
         yield Compressed(TORCH_PRUNING, setting, runtime.size_bytes, runtime.run)
+
+
+def _fixed_layers(network: Network) -> list[str]:
+    """Return the layers that Torch-Pruning shall not narrow: the last one, which gives the logits.
+
+    It does not follow channels through shortcuts that add channels of zeros, as ResNet-56 has, and
+    makes networks that do not run. There all layers stay whose channels these shortcuts tie.
+    """
+    layers = list(network.graph.layers)
+    pads = [o.attributes["padding"] for o in network.graph.operations if o.kind == PAD]
+    if all(not any(padding[4:]) for padding in pads):
+        return layers[-1:]
+    free = {name for group in find_groups(network).values() for name in group.producers}
+    return [name for name in layers if name not in free]
 
 
 def onnx_runtime(inputs: Inputs, folder: Path) -> Compressed:

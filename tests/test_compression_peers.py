@@ -9,6 +9,8 @@ from test_int8_runtimes import ARGUMENTS
 from test_results_schema import SCHEMA
 
 from benchmarks import compression_peers, peers, peers_report
+from common.network.resnet import BlockShape, ResNet, ResNetShape
+from common.network.tracing import trace_network
 from quantization.files.int8_file import save_int8
 
 
@@ -83,3 +85,13 @@ def test_the_best_rows_are_those_within_a_point():
     ]  # fmt: skip
     assert peers_report.best(rows) == {"a": rows[2], "b": rows[3]}
     assert peers_report.best(rows, speed=True) == {"a": rows[0]}
+
+
+def test_torch_pruning_leaves_streams_with_channels_of_zeros_alone():
+    stages = tuple((BlockShape((width, width), False),) * 2 for width in (8, 16))
+    padded = ResNet(ResNetShape(3, 8, stages, 10)).eval()
+    inner = {f"layer{stage}.{block}.conv1" for stage in (1, 2) for block in (0, 1)}
+    network = trace_network(padded, (3, 16, 16))
+    assert set(network.graph.layers) - set(peers._fixed_layers(network)) == inner
+    plain = trace_network(ResNet(ResNetShape(3, 8, stages[:1], 10)).eval(), (3, 16, 16))
+    assert peers._fixed_layers(plain) == ["linear"]
