@@ -12,6 +12,7 @@ from common.command import argument_types as types
 from common.command.argument_types import AtMost
 from common.command.cli import WORKSPACE
 from common.command.image_arguments import add_image_arguments
+from common.images.normalisation import AUTO
 
 TEST_IMAGES, CALIBRATION_IMAGES = 2000, 512
 
@@ -52,7 +53,7 @@ def make_parser(script_doc: str | None, epilog: str | None = None) -> argparse.A
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: list[str] | None, needed: Mapping[str, str]
 ) -> argparse.Namespace:
-    """Parse the command line; refuse a flag that has no effect without another one.
+    """Parse the command line; refuse a flag that has no effect beside or without another one.
 
     ``needed`` maps such flags to the flags that they need.
     """
@@ -65,8 +66,15 @@ def parse_arguments(
     for flag, other in needed.items():
         if is_given(flag) and not is_given(other):
             parser.error(f"argument {flag}: does nothing without {other}")
-    if vars(args).get("model") and args.max_pool != "auto":
-        parser.error("argument --max-pool: does nothing with --model")
+    chosen = vars(args).get
+    for flag, other, idle in (
+        ("--max-pool", "--model", chosen("model") is not None),
+        ("--data-dir", "--bundled", chosen("bundled")),
+        ("--mean", "--normalize auto", chosen("normalize") == AUTO),
+        ("--std", "--normalize auto", chosen("normalize") == AUTO),
+    ):
+        if idle and is_given(flag):
+            parser.error(f"argument {flag}: does nothing with {other}")
     if "image_size" in args and args.resize is not None:
         if args.image_size is None:
             parser.error("argument --resize: does nothing without --image-size")
