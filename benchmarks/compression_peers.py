@@ -3,10 +3,10 @@
     python pipeline/pipeline.py --bundled
     python benchmarks/compression_peers.py --bundled
 
-Rows: NNCodec (ISO/IEC 15938-17), Torch-Pruning (magnitude, batch norms estimated again, then made
-INT8 here), ONNX Runtime's own quantizer with zstd, and the answers of pipeline.py. All of them see
-the same weights and calibration images; they are evaluated on the images that pipeline.py did not
-choose on, and timed in turns. docs/peers.md has runs.
+Rows: NNCodec (ISO/IEC 15938-17), Torch-Pruning (magnitude, batch norms estimated again where that
+helps, then made INT8 here), ONNX Runtime's own quantizer with zstd, and the answers of pipeline.py.
+All of them see the same weights and calibration images; they are evaluated on the images that
+pipeline.py did not choose on, and timed in turns. docs/peers.md has runs.
 """
 
 import argparse

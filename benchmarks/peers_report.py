@@ -21,13 +21,13 @@ def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     rows, fp32 = results["rows"], results["fp32"]
     timed = next((row["latency"] for row in rows if "latency" in row), [])
+    at = f" at batch {timed[-1]['batch_size']}" if timed else ""
 
     def times_smaller(row: dict) -> float:
         return fp32["size_bytes"] / row["size_bytes"]
 
     columns = [
-        Column("", "method", name="method"),
-        Column("setting", "setting"),
+        Column("", lambda row: f"{row['method']}, {row['setting']}", name="method"),
         Column("MB", lambda row: row["size_bytes"] / 1e6, "{:.2f}".format),
         Column("smaller", times_smaller, "{:.1f}×".format),
         *report.accuracy_columns(),
@@ -52,7 +52,7 @@ def tell(results: dict) -> Story:
         [
             Table("", columns, rows, note),
             f"Smallest within one point: {smallest}.",
-            f"Fastest within one point: {fastest}.",
+            f"Fastest within one point{at}: {fastest}.",
         ],
         {PLOT: "Change of accuracy against size, and against INT8 images a second."},
         report.format_cost(results),
@@ -97,5 +97,5 @@ def plot(results: dict, path: Path) -> None:
     axes[0].set_xticks([], minor=True)
     batch_size = timed[0]["latency"][-1]["batch_size"] if timed else ""
     axes[1].set(title="Speed", xlabel=f"INT8 images a second at batch {batch_size}")
-    axes[1].legend(loc="center right")
+    axes[1].legend(loc="best")
     figures.save_figure(figure, path, timed)

@@ -1,5 +1,7 @@
 """benchmarks/compression_peers.py: rows, their order and what they are measured on."""
 
+import argparse
+import copy
 import hashlib
 import json
 
@@ -95,3 +97,15 @@ def test_torch_pruning_leaves_streams_with_channels_of_zeros_alone():
     assert set(network.graph.layers) - set(peers._fixed_layers(network)) == inner
     plain = trace_network(ResNet(ResNetShape(3, 8, stages[:1], 10)).eval(), (3, 16, 16))
     assert peers._fixed_layers(plain) == ["linear"]
+
+
+def test_batch_norms_are_estimated_again_where_the_answers_are_then_more_alike(
+    tiny_model, random_images
+):
+    inputs = argparse.Namespace(model=tiny_model, calibration=random_images(64))
+    same = copy.deepcopy(tiny_model)
+    assert peers._choose_statistics(same, inputs) is same
+    narrower = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        narrower.bn1.running_var.mul_(0.01)
+    assert peers._choose_statistics(narrower, inputs) is not narrower
