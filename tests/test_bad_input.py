@@ -183,6 +183,9 @@ CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
     "weights after dynamic quantization": saved(
         lambda state: state | {"linear._packed_params._packed_params": (STEM, None)}
     ),
+    "averaged weights of torch-ema alone": saved(
+        lambda state: {"decay": 0.9, "shadow_params": list(state.values())}
+    ),
     "several state dicts, none with a usual name": saved(
         lambda state: {"a": state, "b": {**state}}
     ),
