@@ -4,13 +4,18 @@ import argparse
 import copy
 import hashlib
 import json
+import pickle
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 from test_int8_runtimes import ARGUMENTS
 from test_results_schema import SCHEMA
 
 from benchmarks import compression_peers, peers, peers_report
+from common.measure.evaluate import predict
 from common.network.resnet import BlockShape, ResNet, ResNetShape
 from common.network.tracing import trace_network
 from quantization.files.int8_file import save_int8
@@ -102,10 +107,29 @@ def test_torch_pruning_leaves_streams_with_channels_of_zeros_alone():
 def test_batch_norms_are_estimated_again_where_the_answers_are_then_more_alike(
     tiny_model, random_images
 ):
-    inputs = argparse.Namespace(model=tiny_model, calibration=random_images(64))
+    images = random_images(64)
+    dense = predict(tiny_model, images)
     same = copy.deepcopy(tiny_model)
-    assert peers._choose_statistics(same, inputs) is same
+    assert peers._choose_statistics(same, images, dense) is same
     narrower = copy.deepcopy(tiny_model)
     with torch.no_grad():
         narrower.bn1.running_var.mul_(0.01)
-    assert peers._choose_statistics(narrower, inputs) is not narrower
+    assert peers._choose_statistics(narrower, images, dense) is not narrower
+
+
+def test_a_tool_goes_on_until_the_answers_are_others(tiny_model, random_images, monkeypatch):
+    """With a codec that rounds to steps twice as large for each next value."""
+    images = random_images(64)
+    inputs = argparse.Namespace(model=tiny_model, calibration=images, test=images)
+
+    def encode(tensors, args):
+        step = 2.0 ** (args["qp"] / 2 + 10)
+        return pickle.dumps({n: np.round(a / step) * step for n, a in tensors.items()})
+
+    codec = types.SimpleNamespace(encode=encode, decode=pickle.loads)
+    monkeypatch.setitem(sys.modules, "nncodec", types.SimpleNamespace(nn=codec))
+    monkeypatch.setitem(sys.modules, "nncodec.nn", codec)
+    dense = predict(tiny_model, images)
+    alike = [peers._alike(made.run, images, dense) for made in peers.nncodec(inputs)]
+    assert 1 < len(alike) < len(peers.QUANTIZER_STEPS)
+    assert min(alike[:-1]) >= peers.LEAST_ALIKE > alike[-1]
