@@ -7,6 +7,10 @@ import torch
 import torchvision
 
 from common.network.checkpoint import WeightsFile, load_network
+from common.network.tracing import trace_network
+from quantization.files.int8_file import save_int8
+from quantization.int8.conversion import convert, observe
+from quantization.settings import Settings
 
 MINE = """
 import random, torch
@@ -48,3 +52,25 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
     assert not loaded.model.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("is_slim", [False, True])
+def test_an_int8_file_is_read_as_the_named_network(is_slim, tmp_path, random_images):
+    name, images = "torchvision:mobilenet_v2", random_images(4)
+    state = torchvision.models.mobilenet_v2(num_classes=10).state_dict()
+    if is_slim:
+        inner = "features.2.conv.0.0.", "features.2.conv.0.1.", "features.2.conv.1."
+        for entry in [n for n in state if n.startswith(inner) and state[n].ndim]:
+            state[entry] = state[entry][:48]
+        state["features.2.conv.2.weight"] = state["features.2.conv.2.weight"][:, :48]
+    torch.save(state, tmp_path / "weights.pth")
+    given = load_network(WeightsFile(tmp_path / "weights.pth", ""), name).model
+    network = trace_network(given, images.shape)
+    int8 = convert(observe(network, images, "minmax", 4), Settings(observer="minmax"))
+    save_int8(int8, tmp_path / "model.safetensors")
+    loaded = load_network(WeightsFile(tmp_path / "model.safetensors", ""), name).model
+    read = trace_network(loaded, images.shape)
+    assert read.macs == network.macs
+    for layer, coded in int8.layers.items():
+        assert torch.allclose(read.layers[layer].weight, coded.dense().weight, rtol=1e-4)
+        assert torch.allclose(read.layers[layer].bias, coded.bias, rtol=1e-4)

@@ -3,6 +3,7 @@
 Reading ends in a network with weights that fit it, or in one line that says why not.
 """
 
+import copy
 import hashlib
 import operator
 from collections.abc import Mapping
@@ -145,7 +146,8 @@ def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
         family = built.shape.family
     else:
         built, family = build_model(model, state), model
-    traced = trace(built.eval(), network.graph.operations[0].attributes["shape"])
+    blank = copy.deepcopy(built).eval().to("meta")  # torchvision's has some real tensors
+    traced = trace(blank, network.graph.operations[0].attributes["shape"])
     if set(traced.network.graph.layers) != set(network.layers) or network.affine:
         raise UserError(f"{path}: its layers are not those of {family}")
     for name, layer in network.layers.items():
@@ -155,8 +157,9 @@ def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
             epsilon = built.get_submodule(norm).eps
             state |= {f"{norm}.weight": ones, f"{norm}.running_var": ones - epsilon}
             state[f"{norm}.running_mean"] = torch.zeros_like(layer.bias)
+    built = _narrowed(built, state)
     built.load_state_dict(fit_tensors(path, state, built.state_dict(), family), assign=True)
-    return Loaded(built, family, (network.mean, network.std))
+    return Loaded(built.eval(), family, (network.mean, network.std))
 
 
 def _fit_resnet(
