@@ -325,8 +325,10 @@ DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
         lambda folder: cut_in_half(folder / "test_batch")
     ),
     "`--data-dir` is a file": lambda root: (root.rename(root.parent / "aside"), root.touch()),
-    "`--no-bundled`, without CIFAR-10 and without internet": lambda root: root.rename(
-        root.parent / "aside"
+    "the folder does not exist": lambda root: root.rename(root.parent / "aside"),
+    "`train/` and `test/` are one folder deeper": lambda root: (
+        root.rename(root.parent / "aside"), root.mkdir(),
+        (root.parent / "aside").rename(root / "photos"),
     ),
 }
 OUTPUT_FOLDERS: dict[str, Callable[[Path], object]] = {

@@ -38,13 +38,13 @@ def open_source(
 ) -> Source:  # fmt: skip
     """Find images: in ``data_dir``, by downloading CIFAR-10 there, or among the bundled images.
 
-    The folder holds CIFAR's batches or image folders. Where it is missing or empty, CIFAR-10 is
-    downloaded; where that fails, the bundled images take its place with a warning, if that is
-    allowed and the user did not name the folder (``is_given``).
+    The folder holds CIFAR's batches or image folders. Where it is empty, CIFAR-10 is downloaded;
+    where that fails, the bundled images take its place with a warning, if that is allowed and the
+    user did not name the folder (``is_given``).
 
     Raises:
-        UserError: What is in ``data_dir`` is damaged or not recognised, or nothing was found and no
-            fallback allowed.
+        UserError: The folder that the user named is missing, what is in it is damaged or not
+            recognised, or nothing was found and no fallback allowed.
     """
     if bundled:
         return bundled_source(size)
@@ -92,9 +92,13 @@ def open_chosen_source(args: argparse.Namespace, found: Statistics | None = None
 
 
 def _refuse_other_content(data_dir: Path) -> None:
-    entries = sorted(data_dir.iterdir()) if data_dir.exists() else []
-    names = [p.name + "/" * p.is_dir() for p in entries if not p.name.startswith(".")]
-    if names:
+    if not data_dir.exists():
+        raise UserError(f"{data_dir}: no such folder; make it to have CIFAR-10 downloaded there")
+    entries = sorted(path for path in data_dir.iterdir() if not path.name.startswith("."))
+    for other in (data_dir.absolute().parent, *entries):
+        if has_image_folders(other):
+            raise UserError(f"{data_dir}: has no folders train/ and test/; {other} has them")
+    if names := [path.name + "/" * path.is_dir() for path in entries]:
         shown = ", ".join(names[:SHOWN_ENTRIES]) + (", …" if len(names) > SHOWN_ENTRIES else "")
         raise UserError(
             f"{data_dir}: neither {BATCHES_FOLDER}/ nor {CIFAR100_FOLDER}/ nor image folders "
