@@ -1,14 +1,18 @@
-"""Print the five likeliest classes of photos; needs Pillow, decode.py and all that it needs.
+"""Print the five likeliest classes of photos; needs Pillow, and decode.py with its packages.
 
 python classify.py model.safetensors photo.jpg
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+try:
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+except ImportError as error:
+    sys.exit(f"error: {error}")
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow would also hand EPS to ghostscript
 SHOWN_CLASSES = 5
@@ -50,31 +54,47 @@ def read_image(path: Path, height: int, width: int, short_side: int | None) -> n
     return np.asarray(fit(image, height, width, short_side)).transpose(2, 0, 1)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Classify photos."""
-    from decode import load  # beside this module, wherever both are copied to
+def print_classes(logits: np.ndarray, classes: list[str]) -> None:
+    """Print the likeliest classes of an image and their probabilities; logits (classes,)."""
+    shares = np.exp(logits.astype(np.float64) - logits.max())
+    shares /= shares.sum()
+    for index in np.argsort(-shares, kind="stable")[:SHOWN_CLASSES]:
+        print(f"{shares[index]:7.2%}  {classes[index]}")
 
+
+def main(argv: list[str] | None = None) -> int:
+    """Classify photos; one that cannot be read does not keep the others from it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="INT8 file (.safetensors)")
-    parser.add_argument("photos", nargs="+", type=Path, metavar="photo")
+    parser.add_argument(
+        "photos", nargs="+", type=Path, metavar="photo", help="JPEG, PNG, BMP or WebP image"
+    )
     args = parser.parse_args(argv)
+    code = 0
     try:
+        from decode import load  # beside this module, wherever both are copied to
+
         classify = load(args.model)
         for path in args.photos:
-            pixels = read_image(path, *classify.shape[1:], classify.facts["resize"])
-            logits = classify(pixels[None])[0].astype(np.float64)
-            shares = np.exp(logits - logits.max())
-            shares /= shares.sum()
+            try:
+                pixels = read_image(path, *classify.shape[1:], classify.facts["resize"])
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)
+                code = 1
+                continue
             if len(args.photos) > 1:
                 print(f"{path}:")
-            for index in np.argsort(-shares, kind="stable")[:SHOWN_CLASSES]:
-                print(f"{shares[index]:7.2%}  {classify.facts['classes'][index]}")
-    except ValueError as error:
+            print_classes(classify(pixels[None])[0], classify.facts["classes"])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads the output any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 if __name__ == "__main__":

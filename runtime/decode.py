@@ -561,8 +561,10 @@ def start_session(model: bytes | str, threads: int = 0) -> Any:
 def _reading(path: str | Path, problem: str = "damaged or no INT8 network") -> Iterator[bytes]:
     """Yield a file's content; raise FileError for whatever a damaged one causes meanwhile."""
     file = Path(path)
-    if not file.is_file():  # to open a named pipe would be to wait for its writer
+    if not file.exists():
         raise FileError(f"{path}: no such file")
+    if not file.is_file():  # to open a named pipe would be to wait for its writer
+        raise FileError(f"{path}: not a regular file")
     if file.stat().st_size > MAX_FILE_BYTES:
         raise FileError(f"{path}: too large")
     content = file.read_bytes()

@@ -159,6 +159,27 @@ def test_bad_photos_are_told_in_one_line(copied, saved):
     assert_refused(run(copied, "classify.py", saved.name, "text.jpg"), "text.jpg: no JPEG")
     assert_refused(run(copied, "classify.py", saved.name, "none.jpg"), "none.jpg: cannot be read")
     assert_refused(run(copied, "classify.py", "text.jpg", "none.jpg"), "text.jpg: damaged or no")
+    assert_refused(run(copied, "classify.py", ".", "none.jpg"), "not a regular file")
+
+
+def test_photos_behind_a_bad_one_are_classified(copied, saved):
+    process = run(copied, "classify.py", saved.name, "none.jpg", "photo.png")
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: none.jpg: cannot be read")
+    assert process.stdout.startswith("photo.png:\n")
+    assert len(process.stdout.splitlines()) == 6
+
+
+def test_a_missing_decoder_and_a_closed_pipe_are_no_tracebacks(copied, saved, tmp_path):
+    (tmp_path / "classify.py").write_bytes((copied / "classify.py").read_bytes())
+    assert_refused(run(tmp_path, "classify.py", "x", "y"), "No module named 'decode'")
+    argv = [sys.executable, "classify.py", saved.name, *["photo.png"] * 2]
+    process = subprocess.Popen(
+        argv, cwd=copied, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (1, "")
+    process.stderr.close()
 
 
 @pytest.mark.parametrize("size", [(12, 12), (45, 100), (99, 70), (13, 500), (7, 7)])
