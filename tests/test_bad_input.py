@@ -327,7 +327,8 @@ DATA_FOLDERS: dict[str, Callable[[Path], object]] = {
     "`--data-dir` is a file": lambda root: (root.rename(root.parent / "aside"), root.touch()),
     "the folder does not exist": lambda root: root.rename(root.parent / "aside"),
     "`train/` and `test/` are one folder deeper": lambda root: (
-        root.rename(root.parent / "aside"), root.mkdir(),
+        root.rename(root.parent / "aside"),
+        root.mkdir(),
         (root.parent / "aside").rename(root / "photos"),
     ),
 }

@@ -1,5 +1,6 @@
 """Networks of the user's own choice: ``--model torchvision:NAME`` or ``FILE.py:FUNCTION``."""
 
+import difflib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
@@ -29,21 +30,33 @@ def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
     if not file.endswith(".py") or not function:
         raise UserError(
             f"--model {model}: neither torchvision:NAME nor a file and its function, such as "
-            "mine.py:build"
+            f"mine.py:build{_suggest(model)}"
         )
     # The user's code may draw random numbers; the run's own stay as they are.
     with torch.random.fork_rng(devices=[]):
         return _run_function(Path(file), function).eval()
 
 
-def _build_torchvision(name: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
+def _classifiers() -> list[str]:
     from torchvision import models
 
     # torchvision's segmentation and detection networks have other names in the same list.
-    if name not in models.list_models(module=models):
+    return models.list_models(module=models)
+
+
+def _suggest(name: str) -> str:
+    """Return a question that names torchvision's network of a similar name; empty without one."""
+    similar = difflib.get_close_matches(name.lower(), _classifiers(), n=1)
+    return f"; did you mean {TORCHVISION}{similar[0]}?" if similar else ""
+
+
+def _build_torchvision(name: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    from torchvision import models
+
+    if name not in _classifiers():
         raise UserError(
             f"--model {TORCHVISION}{name}: torchvision has no such classifier; "
-            "torchvision.models.list_models() lists them"
+            f"torchvision.models.list_models() lists them{_suggest(name)}"
         )
 
     options = {}
