@@ -55,9 +55,8 @@ def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> Non
     for trained, marker in ((False, "."), (True, "x")):
         tried = [entry for entry in results["tried"] if entry["trained"] is trained]
         if tried:
-            axis.plot(
-                [], [], marker, color=figures.GREY, ms=7, label="tried" + ", trained" * trained
-            )
+            name = "tried, trained" if trained else "tried (images that choose)"
+            axis.plot([], [], marker, color=figures.GREY, ms=7, label=name)
         for entry in tried:
             height = max(-100 * entry["comparison"]["drop"], lowest)
             axis.plot(position(entry), height, marker, color=COLORS[entry["goal"]], alpha=0.6, ms=7)
@@ -67,5 +66,5 @@ def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> Non
         axis.errorbar(
             position(entry), change,
             yerr=[[100 * high + change], [-100 * low - change]], fmt="o", ms=8, capsize=4, lw=1.6,
-            color=COLORS[entry["name"]], label=label(entry["name"], coded),
+            color=COLORS[entry["name"]], label=f"{label(entry['name'], coded)}, 95 % interval",
         )  # fmt: skip

@@ -52,7 +52,10 @@ def plot_sensitivity(
     figure, axes = figures.new_figure(max(9.5, 0.3 * len(rows)), 4.6)
     positions = np.arange(len(rows))
     axes.bar(positions, value, color=np.where(value < limit, figures.RED, figures.BLUE), width=0.72)
-    axes.errorbar(positions, value, whiskers, fmt="none", ecolor="#333333", capsize=2.5, lw=1)
+    axes.errorbar(
+        positions, value, whiskers, fmt="none", ecolor="#333333", capsize=2.5, lw=1,
+        label="95 % interval",
+    )  # fmt: skip
     axes.axhline(0, color="black", lw=1.2, label="dense")
     tolerated = counted(100 * tolerance, "point")
     axes.axhline(limit, color=figures.ORANGE, lw=1.2, ls="--", label=f"dense − {tolerated}")
@@ -64,7 +67,7 @@ def plot_sensitivity(
         f"{(value < limit).sum()} of {len(rows)} layers lose more than {tolerated} when "
         f"{100 * amount:g} % of their weights go" + " (sorted by drop)" * by_drop
     )
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figures.save_figure(figure, path)
 
 

@@ -155,7 +155,8 @@ def plot_ranges(observation: Observation, reduce_range: bool, path: Path) -> Non
     """Plot the ranges of a network's weights, and of its values as they were observed."""
     weights = weight_ranges(observation.network)
     activations = activation_ranges(observation, reduce_range)
-    figure, (left, right) = figures.new_figure(11, 6.2, columns=2, width_ratios=(1, 1.25))
+    height = max(6.2, 0.17 * len(activations))
+    figure, (left, right) = figures.new_figure(11, height, columns=2, width_ratios=(1, 1.25))
     low, median, high = zip(*weights.values(), strict=True)
     rows = range(len(weights))
     left.hlines(rows, low, high, color=figures.BLUE, lw=5, alpha=0.35, label="all channels")
@@ -170,10 +171,11 @@ def plot_ranges(observation: Observation, reduce_range: bool, path: Path) -> Non
         rows, kept_low, kept_high, color=figures.ORANGE, lw=6, alpha=0.8,
         label="kept by INT8 (clipped beyond)",
     )  # fmt: skip
-    right.set(title="Activations: range by layer", xlabel="value")
+    right.set(title="Activations: range by operation", xlabel="value of the activation")
     for axis, names in ((left, weights), (right, activations)):
         axis.set_yticks(range(len(names)), names)
+        axis.margins(y=0.01)
         axis.invert_yaxis()
         axis.tick_params(axis="y", labelsize=8)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, fontsize=8)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.55 / height), ncols=2, fontsize=8)
     figures.save_figure(figure, path)
