@@ -89,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
             require_packages()
         inputs = load_inputs(args, Path(__file__).parent)
         if reason := why_too_strict(len(inputs.test), args.max_drop):
-            cli.log.warning("--max-drop: %s: only a network that gains can pass", reason)
+            cli.log.warning(
+                "--max-drop: %s: only a network better than FP32 can pass", reason
+            )
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, workers.device)
         batch_size = inputs.fit_batch_size(args.batch_size)

@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         batch_size = args.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
         inputs = load_inputs(args, Path(__file__).parent, workers).to(workers.device)
         fast = args.precision == "bf16" or (args.precision == "auto" and bf16_pays())
-        fast = workers.broadcast(fast and on_cpu)  # a timing, so the first worker's counts
+        fast = workers.broadcast(fast and on_cpu)  # timings differ: the first worker decides
         names = list(weight_layers(inputs.model, inputs.traced.network))
         layers = choose_layers(names, args.layers, inputs.own_names)
         if channels:
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, workers)
         scanned, scan_seconds = run_scan(scan, folder, args.resume)
         verification = verify(scan, scanned, args.tolerance) if args.verify else None
-        if not workers.is_first:  # the rest is short, or cannot be shared
+        if not workers.is_first:  # the first one does the rest alone
             return cli.EXIT_DONE
 
         results = common_results("pruning", args, workers, inputs.describe())

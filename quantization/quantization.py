@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_calibration_argument(quantizing)
     quantizing.add_argument(
         "--observer", choices=OBSERVERS, default="histogram",
-        help="how the range of a value follows from the calibration images",
+        help="how calibration sets the range of each activation",
     )  # fmt: skip
     quantizing.add_argument(
         "--reduce-range", choices=("auto", "on", "off"), default="auto",
@@ -121,7 +121,9 @@ def main(argv: list[str] | None = None) -> int:
                 args.held_out_images, args.calibration_images, "--held-out-images"
             )
             if reason := why_too_strict(len(held_out), args.max_drop, held_out=True):
-                cli.log.warning("--max-drop: %s: only a model that gains can pass", reason)
+                cli.log.warning(
+                    "--max-drop: %s: only a model better than FP32 can pass", reason
+                )
         if args.bits_per_weight is not None:
             coding_images = inputs.load_training(args.coding_images, flag="--coding-images")
         fp32 = steps.predict_fp32(model, setup, workers.device)

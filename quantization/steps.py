@@ -54,19 +54,19 @@ def predict_fp32(model: nn.Module, setup: CalibrationSetup, device: torch.device
     moved = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
     images = setup.images.to(device)
     predictions = evaluate.predict(moved, images, setup.batch_size, "evaluate FP32")
-    warn_of_insane_fp32(model, setup.images, predictions)
+    warn_of_odd_accuracy(model, setup.images, predictions)
     return predictions
 
 
 @torch.inference_mode()
-def warn_of_insane_fp32(model: nn.Module, test: ImageSet, predictions: torch.Tensor) -> None:
+def warn_of_odd_accuracy(model: nn.Module, test: ImageSet, predictions: torch.Tensor) -> None:
     """Warn if FP32 accuracy is near chance, or far below what the model's confidence claims."""
     accuracy = evaluate.measure_accuracy(predictions == test.labels).value
     logits = model(test.normalize(test.images[:SANITY_IMAGES]))
     confidence = float(logits.softmax(dim=1).amax(dim=1).mean())
     causes = (
-        "likely causes: images normalised otherwise than in training, classes in another order, or "
-        "a checkpoint of another data set or layout"
+        "likely causes: images normalised otherwise than in training or of another size, classes "
+        "in another order, or a checkpoint of another data set or layout"
     )
     if accuracy < 1 / len(test.classes) + CHANCE_MARGIN:
         cli.log.warning("FP32 accuracy is %.1f %%, near chance; %s", 100 * accuracy, causes)

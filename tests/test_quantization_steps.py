@@ -123,7 +123,7 @@ def test_sanity_of_fp32(random_images, caplog, right, warning):
     images = random_images(100).images
     labels = torch.tensor([0] * right + [1] * (100 - right))
     with caplog.at_level(logging.WARNING, logger=cli.log.name):
-        steps.warn_of_insane_fp32(
+        steps.warn_of_odd_accuracy(
             Certain(), image_set(images, labels), torch.zeros(100, dtype=torch.int64)
         )
     assert (warning in caplog.text) if warning else not caplog.records

@@ -1,4 +1,4 @@
-"""A network as a graph: its operations in execution order, and what follows from their order.
+"""A network as a graph: its operations in execution order, and who reads whose value.
 
 Everything that walks a network walks this: the scan, the coder, channel removal, the conversion to
 INT8 and the export to ONNX. A graph holds names, kinds and numbers, and no code, so it can be
@@ -32,7 +32,7 @@ ATTRIBUTES = {
     CONVOLUTION: ("stride", "padding", "dilation", "groups"),
     MAX_POOL: ("kernel", "stride", "padding", "dilation", "ceil"),
     AVERAGE_POOL: ("kernel", "stride", "padding", "ceil", "count_padding"),
-    ADAPTIVE_POOL: ("size",),  # and source_size, the input's, for readers that infer no shapes
+    ADAPTIVE_POOL: ("size",),  # in files also source_size, the input's height and width
     GLOBAL_POOL: ("keep",),  # whether to keep height and width, which become 1
     RESHAPE: ("shape",),  # new shape without the batch dimension
     PERMUTE: ("order",),  # new order of the dimensions, the batch's first
@@ -156,7 +156,7 @@ class Graph:
                 attributes = dict(entry)
                 name, kind, inputs = (attributes.pop(key) for key in ("name", "kind", "inputs"))
                 if not all(isinstance(text, str) for text in (name, kind, *inputs)):
-                    raise TypeError("a name that is no text")
+                    raise TypeError("a name that is not a string")
                 operations.append(Operation(name, kind, tuple(inputs), attributes))
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"not a graph: {error}") from None

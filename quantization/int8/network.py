@@ -2,7 +2,7 @@
 
 Values between operations are uint8: a level stands for the real value (level - zero point) * scale.
 Weights are int8, symmetric, with one scale for each output channel. A layer sums products of levels
-in int32, adds its bias as a whole number of the products' step, applies the activation behind it
+in int32, adds its bias as a whole number of the products' levels, applies the activation behind it
 and rounds the result once into its output's range (Jacob et al., 2018,
 https://arxiv.org/abs/1712.05877).
 """
@@ -70,8 +70,8 @@ class Int8Layer:
         weight: Shape (O, I / groups, height, width) or (O, I): int8 levels, or float32 weights
             where the layer is kept in FP32.
         scales: Real value of one level in each output channel; float32, (O,), ones in FP32.
-        bias: Real bias; float32, (O,). In INT8 it is rounded to a whole number of steps, a step
-            being the input's scale times the channel's scale.
+        bias: Real bias; float32, (O,). In INT8 it is rounded to a multiple of the input's
+            scale times the channel's scale.
     """
 
     weight: torch.Tensor
@@ -89,7 +89,7 @@ class Int8Layer:
         return Layer(self.weight * self.scales.view(shape), self.bias)
 
     def bias_levels(self, input_scale: float) -> torch.Tensor:
-        """Return the bias in steps: float64 whole numbers, (O,)."""
+        """Return the bias in multiples of the scales' product: whole float64 numbers, (O,)."""
         return (self.bias.double() / (input_scale * self.scales.double())).round()
 
 
@@ -101,8 +101,8 @@ class Int8Network:
         graph: The operations; the input's attribute ``shape`` is that of an image.
         layers: Weights of the convolutions and linear layers.
         affine: FP32 weights of the affine operations.
-        ranges: Range of each value that is kept in uint8. Other values are FP32, or inside of a
-            step and not kept.
+        ranges: Range of each value that is kept in uint8. Other values are FP32, or are results
+            within a fused operation, which are never stored.
         classes: Names of the classes.
         mean: Mean of each channel that is subtracted from images whose values go from 0 to 1.
         std: Standard deviation of each channel that they are then divided by.
@@ -130,7 +130,7 @@ class Int8Network:
         return infer_shapes(self.graph, {name: x.weight.shape for name, x in weighted.items()})
 
     def steps(self) -> tuple[FusedOperation, ...]:
-        """Return the steps in execution order; the first is the input."""
+        """Return the fused operations in execution order; the first is the input."""
         return fuse_activations(self.graph)
 
     def is_int8(self, operation: Operation) -> bool:
@@ -148,12 +148,12 @@ class Int8Network:
         return kept
 
     def dense(self) -> Network:
-        """Return the FP32 network whose weights are the real values of this one's."""
+        """Return the network in FP32, with dequantized weights."""
         layers = {name: layer.dense() for name, layer in self.layers.items()}
         return Network(self.graph, {**layers, **self.affine})
 
     def fp32_part(self) -> Network:
-        """Return the graph with the weights of what runs in FP32."""
+        """Return the graph, with weights only for the operations that run in FP32."""
         layers = {name: Layer(x.weight, x.bias) for name, x in self.layers.items() if not x.is_int8}
         return Network(self.graph, {**layers, **self.affine})
 
