@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import argument_types, arguments, cli
+from quantization.settings import ENGINES
 
 DEFAULT_PIPELINE = cli.WORKSPACE / "results" / "pipeline"
 
@@ -29,6 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--pipeline", type=argument_types.list_of(argument_types.name), metavar="DIR,...",
         default=[str(DEFAULT_PIPELINE)],
         help="results of pipeline.py for the same network, test images and seed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--engine", choices=ENGINES,
+        help="INT8 kernels of our rows and Torch-Pruning's; by default torch's fastest on this CPU",
     )  # fmt: skip
     arguments.add_calibration_argument(parser, 1000)
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32], seconds=5.0)
@@ -50,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.int8 import engines
 
     with start_run(args) as (workers, folder), tempfile.TemporaryDirectory() as files:
-        settings = engines.choose_settings(engines.fastest_engine())
+        settings = engines.choose_settings(args.engine or engines.fastest_engine())
         inputs = load_inputs(args, Path(__file__).parent)
         _, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         setup = CalibrationSetup(inputs.calibration, confirming, args.batch_size)
