@@ -113,11 +113,15 @@ class CandidateBuilder:
             return predict(model, images, self.batch_size, "judge") == images.labels
 
         verdict = self.budget.judge(find_correct)
+        outcome = "within the budget"
+        if not verdict.passes:
+            is_over = verdict.comparison.drop > self.budget.max_drop
+            outcome = "over the budget" if is_over else "leaves no standard error to spare"
         cli.log.info(  # 0 - x: the negative of 0 is shown as -0.00
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
             candidate.goal, ", trained" * candidate.trained, candidate.file_bytes / 1e6,
             candidate.macs / 1e6, 0 - 100 * verdict.comparison.drop, f"{verdict.accuracy.total:,}",
-            "within the budget" if verdict.passes else "over it",
+            outcome,
         )  # fmt: skip
         return replace(candidate, verdict=verdict)
 
