@@ -13,7 +13,7 @@ from common.network import walk
 from common.network.tracing import trace, trace_network
 from pruning.channels import slimmer as module
 from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts
-from pruning.channels.slimmer import Slimmer
+from pruning.channels.slimmer import CURVE_NATS, Slimmer
 
 SHAPE = (3, 32, 32)
 
@@ -151,9 +151,9 @@ def test_a_search_begins_where_the_curves_add_up_to_the_budget(tiny_model, rando
         widths = slimmer.costs.choose(curves, share, unit)
         return sum(curves[name][width] for name, width in widths.items())
 
-    for max_drop in (0.05, 0.2):
-        where = slimmer.search_range(unit, max_drop)
-        assert divergence(1 / where.start) <= max_drop < divergence(1 / where.start - 0.02)
+    for max_drop in (0.02, 0.07):
+        where, nats = slimmer.search_range(unit, max_drop), CURVE_NATS * max_drop
+        assert divergence(1 / where.start) <= nats < divergence(1 / where.start - 0.02)
         assert 1 / where.most == slimmer.costs.least_share(unit)
     assert 1 / slimmer.search_range(unit, 10.0).start < 1 / where.most + 0.02  # all that can go
 
