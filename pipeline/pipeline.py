@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.files.artifact import write_checks
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
-    from quantization.steps import predict_fp32
+    from quantization.steps import warn_of_odd_accuracy
     from training.loop.distillation import Training
 
     with start_run(args) as (workers, folder):
@@ -89,16 +89,15 @@ def main(argv: list[str] | None = None) -> int:
             require_packages()
         inputs = load_inputs(args, Path(__file__).parent)
         if reason := why_too_strict(len(inputs.test), args.max_drop):
-            cli.log.warning(
-                "--max-drop: %s: only a network better than FP32 can pass", reason
-            )
+            cli.log.warning("--max-drop: %s: only a network better than FP32 can pass", reason)
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, workers.device)
         batch_size = inputs.fit_batch_size(args.batch_size)
         identity = steps.identify(inputs, settings, batch_size, training)
         store = Store(folder.keep_unfinished(identity, args.resume), inputs.model)
         setup = CalibrationSetup(inputs.calibration, choosing, batch_size)
-        dense = predict_fp32(inputs.model, setup, workers.device)
+        dense = setup.predict(engines.fp32_runner(inputs.traced.network), "evaluate FP32")
+        warn_of_odd_accuracy(inputs.model, choosing, dense)
         budget = Budget(args.max_drop, EvaluationSplit(choosing, dense == choosing.labels))
         builder = CandidateBuilder(inputs, settings, budget, store, batch_size, training)
         found = find_answers(builder, args.goals)

@@ -121,9 +121,7 @@ def main(argv: list[str] | None = None) -> int:
                 args.held_out_images, args.calibration_images, "--held-out-images"
             )
             if reason := why_too_strict(len(held_out), args.max_drop, held_out=True):
-                cli.log.warning(
-                    "--max-drop: %s: only a model better than FP32 can pass", reason
-                )
+                cli.log.warning("--max-drop: %s: only a model better than FP32 can pass", reason)
         if args.bits_per_weight is not None:
             coding_images = inputs.load_training(args.coding_images, flag="--coding-images")
         fp32 = steps.predict_fp32(model, setup, workers.device)
