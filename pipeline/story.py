@@ -119,8 +119,9 @@ def advise(results: dict) -> list[str]:
     ]
     if within:
         best, reason = choose_to_ship(within)
+        why = f": {reason}" if len(answers) > 1 else ""
         parts.append(
-            f"Ship {best['file']}: {reason}. It is {best['size_ratio']:.1f}× smaller than FP32, "
+            f"Ship {best['file']}{why}. It is {best['size_ratio']:.1f}× smaller than FP32, "
             f"{report.against_given(best['size_ratio_given'])}; as fast as "
             f"{label('int8', results['weights']['coded'])}: "
             f"{report.at_batch_sizes(best['speedup'], 'over_int8')}."
