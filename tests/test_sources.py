@@ -140,3 +140,18 @@ def test_damaged_bundled_images_are_an_error(content, tmp_path, monkeypatch):
     monkeypatch.setitem(sources.BUNDLED_ARCHIVES, "test", archive)
     with pytest.raises(UserError, match=r"images\.tar\.xz: bundled images are missing or damaged"):
         open_source(tmp_path, bundled=True).open_split("test")
+
+
+def test_an_empty_folder_is_for_cifar10_whatever_lies_beside_it(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(folder):
+        asked.append(folder)
+        raise OSError("offline")
+
+    monkeypatch.setattr(sources, "download_cifar10", refuse)
+    for name in ("cifar", "train", "test"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="could not be downloaded"):
+        open_source(tmp_path / "cifar", is_given=True)
+    assert asked == [tmp_path / "cifar"]

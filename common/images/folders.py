@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,9 @@ SIZE_SAMPLE = 100  # images of a split whose size is read
 DEFAULT_SIZE = 224
 
 
-def has_image_folders(data_dir: Path) -> bool:
-    """Return whether a folder holds one of the splits."""
-    return any(_split_folder(data_dir, split) is not None for split in SPLIT_FOLDERS)
+def has_image_folders(data_dir: Path, wanted: Callable[[Iterable[bool]], bool] = any) -> bool:
+    """Return whether a folder holds any of the splits, or all of them."""
+    return wanted(_split_folder(data_dir, split) is not None for split in SPLIT_FOLDERS)
 
 
 def folder_source(data_dir: Path, size: SizeRequest = OWN_SIZE) -> Source:

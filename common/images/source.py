@@ -18,7 +18,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A place with a train and a test split; what else it tells is in each ``ImageSet`` of it."""
+    """A place with a train and a test split; the other fields are those of its image sets."""
 
     name: str  # ``cifar10``, ``cifar100``, ``folder`` or ``bundled``, as in results.json
     description: str  # the place in words, for messages

@@ -9,6 +9,7 @@ import functools
 import http.client
 import io
 import lzma
+import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -95,8 +96,8 @@ def _refuse_other_content(data_dir: Path) -> None:
     if not data_dir.exists():
         raise UserError(f"{data_dir}: no such folder; make it to have CIFAR-10 downloaded there")
     entries = sorted(path for path in data_dir.iterdir() if not path.name.startswith("."))
-    for other in (data_dir.absolute().parent, *entries):
-        if has_image_folders(other):
+    for other in (data_dir.absolute().parent, *entries) if entries else ():
+        if os.access(other, os.X_OK) and has_image_folders(other, all):
             raise UserError(f"{data_dir}: has no folders train/ and test/; {other} has them")
     if names := [path.name + "/" * path.is_dir() for path in entries]:
         shown = ", ".join(names[:SHOWN_ENTRIES]) + (", …" if len(names) > SHOWN_ENTRIES else "")
