@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.files.artifact import write_checks
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
-    from quantization.steps import warn_of_odd_accuracy
+    from quantization.steps import predict_fp32
     from training.loop.distillation import Training
 
     with start_run(args) as (workers, folder):
@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         identity = steps.identify(inputs, settings, batch_size, training)
         store = Store(folder.keep_unfinished(identity, args.resume), inputs.model)
         setup = CalibrationSetup(inputs.calibration, choosing, batch_size)
-        dense = setup.predict(engines.fp32_runner(inputs.traced.network), "evaluate FP32")
-        warn_of_odd_accuracy(inputs.model, choosing, dense)
+        dense = predict_fp32(inputs.model, setup, workers.device)
         budget = Budget(args.max_drop, EvaluationSplit(choosing, dense == choosing.labels))
         builder = CandidateBuilder(inputs, settings, budget, store, batch_size, training)
         found = find_answers(builder, args.goals)

@@ -14,6 +14,7 @@ from common.images.data import ImageSet
 from common.measure import evaluate
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.execution import Network
+from common.network.tracing import trace_network
 from quantization.calibration import CalibrationSetup
 from quantization.files import onnx_export
 from quantization.files.artifact import Int8Model
@@ -51,9 +52,12 @@ class OnnxModel:
 
 def predict_fp32(model: nn.Module, setup: CalibrationSetup, device: torch.device) -> torch.Tensor:
     """Return FP32's predictions (int64, shape (N,)), made on ``device``; warns of odd ones."""
-    moved = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
     images = setup.images.to(device)
-    predictions = evaluate.predict(moved, images, setup.batch_size, "evaluate FP32")
+    if device.type == "cpu":
+        fp32 = engines.fp32_runner(trace_network(model, images.shape))
+    else:
+        fp32 = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
+    predictions = evaluate.predict(fp32, images, setup.batch_size, "evaluate FP32")
     warn_of_odd_accuracy(model, setup.images, predictions)
     return predictions
 

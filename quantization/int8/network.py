@@ -2,8 +2,8 @@
 
 Values between operations are uint8: a level stands for the real value (level - zero point) * scale.
 Weights are int8, symmetric, with one scale for each output channel. A layer sums products of levels
-in int32, adds its bias as a whole number of the products' levels, applies the activation behind it
-and rounds the result once into its output's range (Jacob et al., 2018,
+in int32, adds its bias, rounded to a multiple of the two scales' product, applies the activation
+behind it and rounds the result once into its output's range (Jacob et al., 2018,
 https://arxiv.org/abs/1712.05877).
 """
 
