@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Load, compress by every tool, evaluate, time in turns, write."""
-    args = build_parser().parse_args(argv)
+    args = arguments.parse_arguments(build_parser(), argv, {})
     started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     from benchmarks import peers, peers_report
     from common.inputs import load_inputs

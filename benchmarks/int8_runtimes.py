@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Load, quantize everywhere, evaluate, time in turns, write."""
-    args = build_parser().parse_args(argv)
+    args = arguments.parse_arguments(build_parser(), argv, {})
     started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     from benchmarks import runtimes, runtimes_report
     from common.inputs import load_inputs

@@ -1,7 +1,7 @@
 """What other tools make of the same network without training it, and this project's own answers.
 
-Every function yields :class:`Compressed` networks one by one, so that none is held while the next
-one is made.
+Functions yield :class:`Compressed` networks one by one, so that none is held while the next one is
+made.
 """
 
 import copy

@@ -55,7 +55,7 @@ def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> Non
     for trained, marker in ((False, "."), (True, "x")):
         tried = [entry for entry in results["tried"] if entry["trained"] is trained]
         if tried:
-            name = "tried, trained" if trained else "tried (images that choose)"
+            name = f"tried{', trained' * trained} (images that choose)"
             axis.plot([], [], marker, color=figures.GREY, ms=7, label=name)
         for entry in tried:
             height = max(-100 * entry["comparison"]["drop"], lowest)

@@ -97,8 +97,8 @@ def measure(
     """Measure the dense models and the answers, read back, on images that chose nothing.
 
     What was tried is timed beside them: its widths in plain INT8, for the kernels are the same.
-    ``files`` are the answers' by goal. Return the result of :func:`measure_files`, where the
-    entries of the dense models are whole.
+    ``files`` are the answers' by goal. Return the result of :func:`measure_files`, with name,
+    engine and size in the dense models' entries.
     """
     store, model = builder.store, builder.inputs.model
     fp32 = store.folder / "dense.pth"

@@ -38,7 +38,7 @@ MAX_FILE_BYTES, MAX_JSON_BYTES = 1 << 31, 1 << 24
 MAX_OPERATIONS, MAX_SIZE, MAX_KERNEL = 10_000, 1 << 24, 1 << 12
 MAX_VALUES = 1 << 28  # of all operations on one image
 MAX_ONNX_VALUES = 4 * MAX_VALUES  # with weights, and each value as it is, rounded and restored
-FEW_WEIGHTS, MIN_BITS = 1 << 24, 0.01  # of more weights, each takes so many bits of the stream
+FEW_WEIGHTS, MIN_BITS = 1 << 24, 0.01  # for each weight of a stream of more, so many bits
 SIZES = {"shape", "stride", "dilation", "groups", "kernel", "size", "source_size", "padding"}
 TENSORS = {
     "network": ["uint8"],  # JSON, see _unpack

@@ -24,9 +24,9 @@ SCRIPT = "the script"  # entry of an identity: name of the script
 class PartialResults(UserDict[str, dict]):
     """Partial results of an interrupted run: JSON objects by key, and other files beside them.
 
-    An object that is set is on the disk at once; a damaged one counts as not finished. They depend
-    on the ``identity``: JSON values, by names for the user. What the folder holds is used to
-    ``resume``, else discarded to ``overwrite``.
+    An object that is set is on the disk at once; a damaged one counts as not finished. The results
+    depend on the ``identity``: JSON values, by names for the user. With ``resume`` the folder's
+    content is used; with ``overwrite`` alone it is discarded.
 
     Raises:
         UserError: The folder holds results and neither flag is given, its results are of another

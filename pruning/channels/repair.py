@@ -58,15 +58,14 @@ def measure_dense(
     """Run the dense network, and find what to keep of each group at every one of its ``widths``.
 
     The module is in eval mode; the training images are on its device, and the first ``fitted`` of
-    them, or all, say what to keep. ``dtype`` is the precision to run in. So many random
-    ``positions`` of each image's outputs are looked at, drawn by ``seed``.
+    them, or all, say what to keep. ``dtype`` is the precision to run in. Each image's
+    outputs are sampled at ``positions`` places, which ``seed`` draws.
     """
     fitted = len(images) if fitted is None else fitted
     network, layers = traced.network.to(dtype), traced.network.layers
     recorder = _Recorder(traced.network, network, groups, positions, seed)
     for is_fitted, part in ((True, images.images[:fitted]), (False, images.images[fitted:])):
-        batches = part.split(BATCH_SIZE) if len(part) else ()
-        for batch in cli.progress(batches, "dense network"):
+        for batch in cli.progress(part.split(BATCH_SIZE), "dense network") if len(part) else ():
             recorder.run(images.normalize(batch).to(dtype), is_fitted)
     choices = {}
     for name, group in cli.progress(groups.items(), "choose channels"):

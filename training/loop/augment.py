@@ -28,7 +28,7 @@ class EpochPlan:
     flip: torch.Tensor  # whether each image is mirrored, bool, (N,)
     patch: torch.Tensor  # first row and column of the square that another image covers, (N, 2)
     patch_size: torch.Tensor  # side of that square in pixels, int64, (N,); 0 for none
-    # Where each position is taken from, float32, (N, 2, 3); None without jitter, as the next one.
+    # Where each position is taken from, float32, (N, 2, 3); None without jitter, like ``colour``.
     affine: torch.Tensor | None
     colour: torch.Tensor | None  # saturation, contrast, added brightness, float32, (N, 3)
 
