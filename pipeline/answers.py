@@ -15,6 +15,7 @@ from common.search.trials import Range, Spare, nearest, run_trials, strongest
 from pipeline import GOALS
 from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.channels.costs import MACS, WEIGHTS
+from pruning.channels.slimmer import STRIDE
 
 # Prices of a bit; of the bundled weights one point allows about as much of each goal.
 FIRST_PRICE = {"size": 0.028, "both": 0.018}
@@ -101,7 +102,7 @@ def _find_both(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> 
     )
     if base is None:  # one that is wider than any so far
         widest = max(1 / candidate.strength for candidate in tried["speed"])
-        base = builder.try_slim("speed", (widest + 1) / 2)
+        base = builder.try_slim("speed", min(widest * STRIDE, (widest + 1) / 2))
         tried["speed"].append(base)
     tried["both"] = _search_coded(builder, "both", base)
 

@@ -11,9 +11,10 @@ import pytest
 from common.measure.evaluate import Accuracy, Comparison
 from common.search.budget import Verdict
 from common.search.trials import Range
-from pipeline import GOALS
+from pipeline import GOALS, answers
 from pipeline.answers import _room, choose_best, find_answers
 from pipeline.candidates import Candidate
+from pruning.channels.slimmer import STRIDE
 
 MAX_DROP = 0.01
 
@@ -116,3 +117,12 @@ def test_no_network_narrower_than_possible_is_trained():
 def test_what_is_coded_leaves_room_in_its_share_and_in_the_whole_budget(drop, spare, left):
     room = _room(FakeBuilder(0.5), 0.5)
     assert room(candidate(drop=drop, spare=spare)) == pytest.approx(left)
+
+
+def test_what_is_coded_for_both_is_one_stride_wider_where_no_base_leaves_room(monkeypatch):
+    monkeypatch.setattr(answers, "BOTH_SHARE", -1.0)
+    builder = FakeBuilder(0.5)
+    find_answers(builder, ["both"])
+    speed = [1 / one.strength for one in builder.made if one.goal == "speed"]
+    assert speed[-1] == pytest.approx(min(max(speed[:-1]) * STRIDE, (max(speed[:-1]) + 1) / 2))
+    assert speed[-1] == max(speed) < 1
