@@ -24,8 +24,8 @@ CURVE_IMAGES = 256
 BATCH_SIZE, MEMORY_BYTES = 64, 1_000_000_000  # images at a time, less if they take more memory
 BUDGET_STEPS = 512  # steps in which costs are counted
 
-# Channels: INT8 kernels round a layer's outputs up to a multiple of the first, and its inputs to one
-# of the second.
+# INT8 kernels round a layer's output channels up to a multiple of the first, its input channels to
+# one of the second.
 STEP, FINE_STEP = 16, 4
 
 Choices = Mapping[str, Mapping[int, ChannelChoice]]
