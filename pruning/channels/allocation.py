@@ -24,9 +24,7 @@ CURVE_IMAGES = 256
 BATCH_SIZE, MEMORY_BYTES = 64, 1_000_000_000  # images at a time, less if they take more memory
 BUDGET_STEPS = 512  # steps in which costs are counted
 
-# INT8 kernels round a layer's output channels up to a multiple of the first, its input channels to
-# one of the second.
-STEP, FINE_STEP = 16, 4
+STEP = 16  # channels: INT8 kernels round a layer's width up to a multiple of this
 
 Choices = Mapping[str, Mapping[int, ChannelChoice]]
 Curves = Mapping[str, Mapping[int, float]]
@@ -36,12 +34,11 @@ def width_grid(width: int) -> list[int]:
     """Return the widths that a group of ``width`` channels may get, itself the last.
 
     Eighths, and three sixteenths of wide groups, many of whose channels can go; fewer where that
-    would be finer than ``STEP``, or in groups so narrow that they have no two of these, than
-    ``FINE_STEP``. Not less than an eighth: so narrow a layer leaves no room to make up for what the
-    others lost, which the curves, measured before the repair, do not see.
+    would be finer than ``STEP``, except in networks so narrow that they have no two steps. Not less
+    than an eighth: so narrow a layer leaves no room to make up for what the others lost, which the
+    curves, measured before the repair, do not see.
     """
-    steps = (step for step in (STEP, FINE_STEP, 1) if width >= 2 * step)
-    step = max(width // 8 // STEP * STEP, next(steps, 1))
+    step = max(width // 8 // STEP * STEP, STEP if width >= 2 * STEP else 1)
     half = step // 2 // STEP * STEP
     return [*sorted({*range(step, width, step), step + half}), width]
 
