@@ -113,9 +113,10 @@ def plot(results: dict, path: Path) -> None:
     blues = iter(("#C6DBEF", "#9ECAE1", "#5AA9DC", "#3182BD", "#08519C"))
     figure, axis = figures.new_figure(11, 4.6)
     drawn = [(label(n), shades.get(n) or next(blues), everything[n]) for n in shown]
-    figures.draw_rates(axis, drawn, padding=2, fontsize=6.8)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # numbers cover the line
+    figures.draw_rates(axis, drawn, padding=2, fontsize=6.8, bbox=box)
     ceiling = results["gemm_macs_per_second"] / results["macs_per_image"]
-    axis.axhline(ceiling, color="#444444", lw=1, ls="--")
+    axis.axhline(ceiling, color="#444444", lw=1, ls="--", zorder=0.9)
     axis.annotate(
         f"rate of a large INT8 matrix product, dense: {ceiling:.0f}", (-0.42, ceiling),
         xytext=(0, 4), textcoords="offset points", fontsize=8.5,
