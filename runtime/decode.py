@@ -623,7 +623,10 @@ def main(argv: list[str] | None = None) -> int:
                 f"class; logits differ by {difference:.3f} standard deviations "
                 f"(up to {MAX_DIFFERENCE} is rounding)"
             )
-    except (FileError, OSError, ImportError) as error:
+    except OSError as error:
+        print(f"error: {error.filename or args.file}: {error.strerror}", file=sys.stderr)
+        return 1
+    except (FileError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0 if passed else 1

@@ -257,6 +257,10 @@ def test_memory_is_bounded(change, saved, tmp_path):
     tracemalloc.stop()
 
 
+def test_a_model_that_cannot_be_written_is_told(copied, saved):
+    assert_refused(run(copied, "decode.py", saved.name, "none/x.onnx"), "none/x.onnx: No such file")
+
+
 def test_wrong_usage_is_told(copied, saved):
     process = run(copied, "decode.py", saved.name)
     assert process.returncode == 2

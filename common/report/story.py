@@ -17,13 +17,13 @@ from common.command.cli import REPOSITORY, visible
 WIDTH = 80  # columns of a terminal
 # By suffix: the name of the kind, and how its files are loaded.
 KINDS = {
-    ".safetensors": ("INT8", "from quantization import load_int8; model = load_int8(path), where "
+    ".safetensors": ("INT8", "from quantization import load_int8; model = load_int8(FILE), where "
                      f"Python finds this repository: PYTHONPATH={visible(REPOSITORY)}. On a device "
                      "without torch: runtime/decode.py (docs/ship_it.md)"),
-    ".onnx": ("ONNX", "onnxruntime.InferenceSession(path)"),
-    ".check": ("check", "python decode.py MODEL --check path on the device, with a copy of "
-               "runtime/decode.py"),
-    ".pth": ("FP32", "--weights of each script, or torch.load(path, weights_only=True), a state "
+    ".onnx": ("ONNX", "onnxruntime.InferenceSession(FILE)"),
+    ".check": ("check", "python decode.py MODEL.safetensors --check MODEL.check on the device, "
+               "with a copy of runtime/decode.py"),
+    ".pth": ("FP32", "--weights of each script, or torch.load(FILE, weights_only=True), a state "
              "dict"),
 }  # fmt: skip
 
