@@ -136,8 +136,9 @@ def plot_search(linear: dict, path: Path) -> None:
     near.set_xlim(left, min(100.0, 100 * max(largest, found) + 0.5))
     near.set_ylim(limit - 3, values[int(levels * left / 100) :].max() + 0.5)
     near.set_title("Near the answer")
-    whole.set(title=f"{shown} of the weights of {linear_layers(linear)} can go",
-              ylabel="top-1 accuracy (%)")  # fmt: skip
+    tolerated = counted(100 * linear["tolerance"], "point")
+    whole.set_title(f"{shown} of {linear_layers(linear)} can go within {tolerated}")
+    whole.set_ylabel("top-1 accuracy (%)")
     handles = near.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=6, fontsize=8)
     figures.save_figure(figure, path)

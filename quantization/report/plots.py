@@ -102,14 +102,15 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
     losses, gains, others = kinds[flipped].bincount(minlength=3).tolist()
     by_kind = flipped[kinds[flipped].argsort(stable=True)]
     shown = by_kind[: SHEET_COLUMNS * SHEET_ROWS].tolist()
-    rows = -(-len(shown) // SHEET_COLUMNS)
-    figure, axes = figures.new_figure(11, 1.75 * rows + 0.5, rows, SHEET_COLUMNS, squeeze=False)
+    rows, columns = -(-len(shown) // SHEET_COLUMNS), min(len(shown), SHEET_COLUMNS)
+    width = max(1.4 * columns, 5.5)  # the title needs as much
+    figure, axes = figures.new_figure(width, 1.75 * rows + 0.5, rows, columns, squeeze=False)
     title = (
         f"{len(flipped)} of {len(dataset):,} answers change: {losses} lost, {gains} gained, "
         f"{others} wrong either way"
     ) + (f" (the first {len(shown)})" if len(shown) < len(flipped) else "")
     figure.suptitle(title, fontsize=11, fontweight="bold")
-    colors, classes = (figures.RED, figures.GREEN, figures.GREY), dataset.classes
+    colors, classes = (figures.RED, figures.GREEN, "#555555"), dataset.classes
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, shown, strict=False):
