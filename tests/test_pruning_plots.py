@@ -43,7 +43,7 @@ def test_the_answer_is_rounded_down_and_no_label_lies_on_its_line(monkeypatch, t
     )  # fmt: skip
     (figure,) = figures
     whole, near = figure.axes
-    assert whole.get_title(loc="left") == "99.66 % of the weights of the linear layer can go"
+    assert whole.get_title(loc="left") == "99.66 % of the linear layer can go within 2 points"
     assert [text.get_text() for text in whole.texts] == ["1", "2", "3", "4"]
     assert not near.texts
     told = [text.get_text() for text in figure.legends[0].get_texts()]
