@@ -1,6 +1,6 @@
 """Time the scan against one forward pass for each pruned layer, on torchvision's networks.
 
-    python benchmarks/scan.py
+    python benchmarks/scan.py --threads 2
     python benchmarks/scan.py --networks resnet18,mobilenet_v2 --image-size 128
 
 Networks have random weights and images are noise, which does not change the time. The passes are
@@ -29,9 +29,7 @@ BATCH_SIZE, AMOUNT = 16, 0.9  # images in a batch; fraction of each layer that i
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = arguments.make_parser(
-        __doc__, epilog="example:\n  python benchmarks/scan.py --networks resnet18 --threads 2"
-    )
+    parser = arguments.make_parser(__doc__)
     parser.add_argument(
         "--networks", type=list_of(name), default=list(FAMILIES), metavar="NAME,...",
         help="networks of torchvision to scan",

@@ -15,12 +15,11 @@ from torchvision import transforms
 
 from common.command.argument_types import AtMost
 from common.command.cli import UserError, set_up_messages
-from common.images import data, storage
+from common.images import data
 from common.images.cifar10 import MEAN, STD
-from common.images.data import balanced_subset
+from common.images.data import allocate, balanced_subset
 from common.images.loading import load_images
 from common.images.source import Source, Split
-from common.images.storage import allocate
 
 label_arrays = arrays(np.int64, st.integers(1, 200), elements=st.integers(0, 9))
 
@@ -76,7 +75,6 @@ def test_unbalanced_classes_are_told(capsys):
 
 
 def test_what_does_not_fit_in_memory_lies_in_a_file(monkeypatch):
-    monkeypatch.setattr(storage, "MAX_BYTES_IN_MEMORY", 1000)
     monkeypatch.setattr(data, "MAX_BYTES_IN_MEMORY", 1000)
     mapped = allocate((10, 3, 8, 8))
     assert isinstance(mapped, np.memmap)

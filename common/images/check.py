@@ -45,17 +45,11 @@ MIN_EXCHANGED = 2  # classes; another order moves at least two, a poor network m
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked.
+    """What is checked."""
 
-    Attributes:
-        model: Network in eval mode, on the CPU.
-        traced: The same, traced.
-        train: Some training images with their labels.
-    """
-
-    model: nn.Module
-    traced: Traced
-    train: ImageSet
+    model: nn.Module  # in eval mode, on the CPU
+    traced: Traced  # the same network, traced
+    train: ImageSet  # some training images with their labels
 
     def first(self, count: int) -> Subject:
         """Return the subject with fewer images."""

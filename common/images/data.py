@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 
 from common.command.cli import UserError
-from common.images.storage import MAX_BYTES_IN_MEMORY, allocate
+
+MAX_BYTES_IN_MEMORY = 1 << 30  # 7,000 images of 224×224
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,14 @@ class ImageSet:
         by_class = dealt[np.argsort(labels[dealt], kind="stable")]
         second = np.isin(dealt, by_class[1::2])  # every other image of a class
         return torch.from_numpy(dealt[~second]), torch.from_numpy(dealt[second])
+
+
+def allocate(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialised uint8 array; a large one lies in a file that ends with the array."""
+    if math.prod(shape) <= MAX_BYTES_IN_MEMORY:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile(prefix="images-") as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.command.cli import UserError
-from common.images.storage import allocate
+from common.images.data import allocate
 from runtime.classify import fit
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow would also hand EPS to ghostscript

@@ -20,8 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.command.cli import UserError, progress
-from common.images.data import ImageSet
-from common.images.storage import MAX_BYTES_IN_MEMORY
+from common.images.data import MAX_BYTES_IN_MEMORY, ImageSet
 from common.machine.device import bf16_pays
 from common.machine.workers import Workers
 from training.loop.augment import make_batch, plan_epoch
