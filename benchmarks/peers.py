@@ -1,8 +1,4 @@
-"""What other tools make of the same network without training it, and this project's own answers.
-
-Functions yield :class:`Compressed` networks one by one, so that none is held while the next one is
-made.
-"""
+"""What other tools make of the same network without training it, and this project's own answers."""
 
 import copy
 import json
@@ -107,10 +103,9 @@ def _alike(run: Run, images: ImageSet, dense: torch.Tensor) -> float:
 
 
 def _choose_statistics(model: nn.Module, images: ImageSet, dense: torch.Tensor) -> nn.Module:
-    """Return a pruned network with its batch norms as they are, or estimated again on images.
+    """Return a pruned network, its batch norms estimated again if it then answers more alike.
 
-    It is the one that gives more of the images the ``dense`` network's classes. Where few channels
-    went, estimating again can cost more than it mends: on ResNet-56 two points.
+    Where few channels went, estimating again can cost more than it mends: on ResNet-56 two points.
     """
     again = copy.deepcopy(model)
     recalibrate_batch_norm(again, images)
@@ -144,8 +139,7 @@ def ours(inputs: Inputs, folder: Path, engine: str) -> Iterator[Compressed]:
     """Read the answers of pipeline.py from its folder.
 
     Raises:
-        UserError: The folder holds no results of pipeline.py for this checkpoint, these test images
-            and this seed, or its files are damaged.
+        UserError: There are none for this checkpoint, these test images and this seed.
     """
     try:
         results = json.loads((folder / "results.json").read_bytes())

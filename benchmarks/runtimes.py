@@ -1,7 +1,4 @@
-"""Runtimes with models of the same weights, made with the same calibration images.
-
-All run on as many threads as torch has.
-"""
+"""Runtimes with models of the same weights, calibration images and number of threads."""
 
 import contextlib
 import importlib.util

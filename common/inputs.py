@@ -73,11 +73,7 @@ class Inputs:
         }
 
     def load_training(self, count: int | None, skip: int = 0, flag: str | None = None) -> ImageSet:
-        """Load training images, see :func:`common.images.loading.load_images`; warn of test images.
-
-        Raises:
-            UserError: They cannot be had, or nearly all of them are test images.
-        """
+        """Load training images; warn of test images among them, see :func:`check_disjoint`."""
         training = load_images(self.source, "train", count, self.seed, skip, flag)
         check_disjoint(training, self.test, self.source.description)
         return training
@@ -107,8 +103,7 @@ class Inputs:
 def load_inputs(args: argparse.Namespace, script_dir: Path, workers: Workers = ALONE) -> Inputs:
     """Load the checkpoint, then the images; say which they are, and check that they fit.
 
-    Calibration images are loaded where ``args`` has their number. All ``workers`` load the same;
-    one on each machine downloads.
+    All ``workers`` load the same; one on each machine downloads.
 
     Raises:
         UserError: The checkpoint or the images cannot be had or do not fit, the workers found

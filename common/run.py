@@ -40,12 +40,11 @@ def start_run(
 ) -> Iterator[tuple[Workers, OutputFolder | None]]:
     """Set up the machine, join the processes that share the run, and open the output folder.
 
-    Yield the processes, and the folder: None in all but the first. A run that is not ``shared`` has
-    one process.
+    Yield the processes, and the folder: None in all but the first. Only a ``shared`` run may have
+    several processes.
 
     Raises:
-        UserError: There is no such device, the processes cannot share the run, or the folder cannot
-            be used.
+        UserError: The device, the processes or the folder cannot be used.
     """
     if not shared:
         require_one_process()
@@ -64,8 +63,7 @@ def common_results(
 ) -> dict:
     """Return the part of results.json that all scripts share, but for what is known at the end.
 
-    ``script`` is its name, such as ``quantization``; ``inputs`` is the result of
-    :meth:`common.inputs.Inputs.describe`, or the like.
+    ``inputs`` is the result of :meth:`common.inputs.Inputs.describe`, or the like.
     """
     device = workers.device.type
     given = sorted(vars(arguments).items())
@@ -121,10 +119,9 @@ def finish_run(
     results: dict, folder: OutputFolder, started: float, tell: Callable[[dict], Story],
     args: argparse.Namespace,
 ) -> None:  # fmt: skip
-    """Add what was written and what the run has cost, and move everything into place.
+    """Add what was written and what the run has cost, move everything into place, and print.
 
-    The story that ``tell`` makes of the results is printed, or results.json in its place, and is
-    laid out on a page, as ``args`` say. ``results`` are changed in place; ``started`` is
+    ``tell`` makes the story of the results, which are changed in place; ``started`` is
     ``time.perf_counter()`` at the start.
     """
     written = {

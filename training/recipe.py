@@ -1,7 +1,4 @@
-"""Settings of a training run.
-
-This module does not import torch, so that ``--help`` answers at once.
-"""
+"""Settings of a training run; without torch, so that ``--help`` answers at once."""
 
 import math
 from dataclasses import dataclass

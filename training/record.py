@@ -48,10 +48,7 @@ def identify(recipe: Recipe, seed: int, processes: int, train: ImageSet) -> dict
 
 
 class EpochRecorder:
-    """Measures on held-out images and saves a checkpoint after every epoch of a run.
-
-    It is the ``after_epoch`` of :func:`training.loop.fit.fit`.
-    """
+    """Measures held-out accuracy and saves a checkpoint, as ``after_epoch`` of :func:`fit`."""
 
     def __init__(self, held_out: ImageSet, epochs: int, checkpoint: Path):
         self.held_out, self.epochs, self.checkpoint = held_out, epochs, checkpoint
@@ -70,10 +67,7 @@ class EpochRecorder:
         save_checkpoint(content, self.checkpoint)
 
     def resume(self, state: TrainingState) -> None:
-        """Load the checkpoint into ``state``, if there is one.
-
-        If it is damaged or of another network, nothing is changed and a UserError raised.
-        """
+        """Load the checkpoint into ``state``, if there is one; a UserError if it does not fit."""
         if not self.checkpoint.exists():
             return
         try:

@@ -32,10 +32,7 @@ def integer(low: int, high: int, what: str) -> Callable[[str], int]:
 
 
 def number(low: float, high: float, what: str, is_fraction: bool = False) -> Callable[[str], float]:
-    """Make a type for a number from ``low`` to ``high``; errors call it ``what``.
-
-    For the percentage of a fraction, the message says what to write instead.
-    """
+    """Make a type for a number; errors call it ``what`` and tell what to write for a percentage."""
 
     def parse_number(text: str) -> float:
         try:

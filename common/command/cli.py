@@ -1,7 +1,4 @@
-"""How every script talks to its user: messages, progress, user errors and exit codes.
-
-It is imported without torch, so that ``--help`` and a wrong flag answer at once.
-"""
+"""How every script talks to its user, without torch: messages, progress, errors, exit codes."""
 
 import codecs
 import contextlib
@@ -51,10 +48,7 @@ class _StderrHandler(logging.Handler):
 
 
 def visible(value: object) -> str:
-    """Return a value as text in which line breaks, escape sequences and the like are spelled out.
-
-    Names of files and tensors come from outside, and could otherwise rewrite the terminal.
-    """
+    """Return a value as text that cannot rewrite the terminal; names of files come from outside."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
@@ -74,10 +68,7 @@ def set_up_messages(quiet: bool) -> None:
 def progress(
     items: Iterable[Item], description: str, total: int | None = None, unit: str = "batch"
 ) -> tqdm:
-    """Wrap ``items`` in a progress bar, with the time left if it is known; silent when quiet.
-
-    In logs, where stderr is no terminal, the bar is refreshed seldom and fits 80 columns.
-    """
+    """Wrap ``items`` in a progress bar: none when quiet, seldom refreshed and 80 wide in logs."""
     is_terminal = sys.stderr.isatty()
     how = {"dynamic_ncols": True} if is_terminal else {"ncols": PROGRESS_WIDTH, "mininterval": 15.0}
     return tqdm(
@@ -98,9 +89,7 @@ def import_torch() -> None:
     """Import torch, which takes seconds; Ctrl-C ends the process within them.
 
     A KeyboardInterrupt raised during the import would abort, or be taken for a missing NumPy.
-
-    Waiting threads of GNU OpenMP spin for milliseconds by default. On cores that other work uses,
-    they take time from the thread that they wait for. OpenMP reads the limit at the import.
+    Waiting threads of GNU OpenMP would spin for milliseconds on cores that other work needs.
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # the user has not decided
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
@@ -118,9 +107,8 @@ def import_torch() -> None:
 def exit_codes(main: Callable[..., int]) -> Callable[..., int]:
     """Decorate a script's ``main(argv) -> int`` so that it keeps the exit-code contract.
 
-    0 done, 1 an expected failure (``error: …`` in one line), 2 wrong usage (argparse),
-    3 a budget that could not be met, 130 interrupted by Ctrl-C or SIGTERM. Any other exception is
-    a bug and keeps its traceback. stdout is flushed here, where a failure can still be told.
+    0 done, 1 an expected failure (``error: …`` in one line), 2 wrong usage (argparse), 3 a budget
+    that could not be met, 130 interrupted. Any other exception is a bug and keeps its traceback.
     """
 
     @functools.wraps(main)

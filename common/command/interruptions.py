@@ -1,7 +1,6 @@
 """Ctrl-C, SIGTERM and a closed terminal: all stop a run, but not within what must be whole.
 
-A signal that is ignored when a script starts stays ignored: a run under nohup, or behind a shell's
-``&``, goes on when its terminal closes. SIGTERM stops it all the same.
+A signal that is ignored when a script starts, as under nohup, stays ignored.
 """
 
 import contextlib

@@ -1,8 +1,4 @@
-"""The encoder of INT8 weights, whose coder predicts each weight from its neighbours.
-
-:mod:`runtime.decode` decodes them and describes the format. Only the writer chooses between sparse
-and dense coding, weighs the evidence, and chooses each context's probability.
-"""
+"""The encoder of INT8 weights; :mod:`runtime.decode` decodes them and describes the format."""
 
 from collections.abc import Sequence
 
@@ -32,8 +28,7 @@ def choose_storage(levels: np.ndarray) -> str:
 def encode(layers: Sequence[np.ndarray]) -> np.ndarray:
     """Return the levels of layers as a stream (uint8) for :func:`runtime.decode.decode_levels`.
 
-    Layers are int8, (outputs, inputs per group, positions of the kernel), and are stored as
-    :func:`choose_storage` says.
+    Layers are int8, (outputs, inputs per group, positions of the kernel).
     """
     tables, encoder = [], constriction.stream.queue.RangeEncoder()
     for levels in layers:
@@ -96,10 +91,7 @@ def _cheapest_table(levels: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def fit_logistic(evidence: np.ndarray, outcome: np.ndarray) -> np.ndarray:
-    """Return the weights of a logistic regression, by Newton's method.
-
-    ``evidence`` has the shape (samples, parts), ``outcome`` (0 or 1) the shape (samples,).
-    """
+    """Fit outcomes (0 or 1, (n,)) to evidence (n, parts) by Newton's method; return the weights."""
     x, weights = evidence.astype(np.float64), np.zeros(evidence.shape[1])
     for _ in range(NEWTON_STEPS):
         p = 1 / (1 + np.exp(-np.clip(x @ weights, -20, 20)))

@@ -50,8 +50,7 @@ class Inert(_Dictionary):
 def read_inert(path: Path) -> object:
     """Return the content of a checkpoint, with an :class:`Inert` object for each Python object.
 
-    The file has passed the checks of :mod:`common.files.untrusted`. If it names what only a hostile
-    file names, a UserError is raised; if it is damaged, any exception.
+    What only a hostile file names is a UserError; a damaged file raises any exception.
     """
 
     class Unpickler(pickle.Unpickler):

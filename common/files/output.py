@@ -113,10 +113,9 @@ class OutputFolder:
         return self._unfinished
 
     def commit(self) -> None:
-        """Move everything that was written into place, or nothing.
+        """Move everything into place, or nothing; Ctrl-C and SIGTERM wait until all is done.
 
-        results.json goes last: where it lies, the run's other files lie. Ctrl-C and SIGTERM wait
-        until all is done.
+        results.json goes last: where it lies, the run's other files lie.
         """
         interruptions.raise_swallowed()
         names = _results_last(os.listdir(self._staging.name))

@@ -24,13 +24,12 @@ SCRIPT = "the script"  # entry of an identity: name of the script
 class PartialResults(UserDict[str, dict]):
     """Partial results of an interrupted run: JSON objects by key, and other files beside them.
 
-    An object that is set is on the disk at once; a damaged one counts as not finished. The results
-    depend on the ``identity``: JSON values, by names for the user. With ``resume`` the folder's
-    content is used; with ``overwrite`` alone it is discarded.
+    An object that is set is on the disk at once; a damaged one counts as not finished. The
+    ``identity`` is what the results depend on: JSON values, by names for the user. ``resume`` uses
+    the folder's content, ``overwrite`` alone discards it.
 
     Raises:
-        UserError: The folder holds results and neither flag is given, its results are of another
-            identity, or no run made it.
+        UserError: Neither flag is given, the identity is another, or no run made the folder.
     """
 
     def __init__(

@@ -27,8 +27,7 @@ def read_untrusted(path: Path) -> object:
     Python objects beside them become :class:`common.files.inert.Inert` objects; none is built.
 
     Raises:
-        UserError: The file is missing, damaged, far too large, something else, or is one Python
-            object.
+        UserError: The file is missing, damaged, too large, something else, or one Python object.
     """
     head = check_file(path)
     header_bytes = int.from_bytes(head[:8], "little")  # of a safetensors file, if it is one
@@ -63,11 +62,7 @@ def explained(problem: str, advice: str = "") -> Iterator[None]:
 
 
 def check_file(path: Path) -> bytes:
-    """Check what the first bytes and the size tell; return these bytes.
-
-    Raises:
-        UserError: It is missing, empty, no regular file, far too large, or something else.
-    """
+    """Return the first bytes of a file; a UserError if they, or its size, are no checkpoint's."""
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if not path.is_file():

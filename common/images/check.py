@@ -115,10 +115,7 @@ def _better_normalisations(subject: Subject) -> list[str]:
 
 
 def _nearest(scores: Mapping[str, float]) -> list[str]:
-    """Return the constants of least mismatch: several, from the best on, where none fits well.
-
-    Where there is no batch norm, all mismatches are 0 and tell nothing.
-    """
+    """Return the constants of least mismatch: several, from the best on, where none fits well."""
     names = sorted(scores, key=scores.get)
     lowest = scores[names[0]]
     if 0 < lowest <= FITS:

@@ -1,8 +1,7 @@
 """Images in memory: whole splits as uint8 tensors, subsets of them, and normalised batches.
 
-Images belong in one tensor, not in worker processes: 10,000 of 32×32 pixels are 31 MB, and more
-than a gigabyte lies in a file that is mapped into memory. A batch is one slice of that tensor,
-normalised at once; :mod:`common.images.sources` says where the pixels come from.
+One tensor holds all images: 10,000 of 32×32 pixels are 31 MB, and more than a gigabyte lies in a
+file that is mapped into memory. A batch is one slice of it, normalised at once.
 """
 
 from __future__ import annotations
@@ -89,8 +88,7 @@ class ImageSet:
     def halves(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of two disjoint, class-balanced halves: to choose on, to confirm on.
 
-        Each (int64, on the CPU) is shuffled as a subset is, see :func:`balanced_subset`. A single
-        image is a UserError.
+        Each (int64, on the CPU) is in random order, as a subset is. A single image is a UserError.
         """
         if len(self) < 2:
             raise UserError("choosing on one half of the images and confirming on the other takes "
@@ -121,11 +119,9 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
 def balanced_subset(labels: np.ndarray, count: int, seed: int, skip: int = 0) -> np.ndarray:
     """Choose ``count`` indices, the same share of each class, at random and in random order.
 
-    Folders lie sorted by class. Here every slice of the subset, such as a batch, has as many images
-    of each class as its length and the class's size allow. Where shares are no whole numbers,
-    classes chosen at random give one more. The subset of size ``skip`` is left out.
-
-    ``labels`` are int64, (N,), the result is int64, (count,); skip + count is at most N.
+    Every slice of the subset, such as a batch, has as many images of each class as its length and
+    the class's size allow. The subset of size ``skip`` is left out; skip + count is at most N.
+    ``labels`` are int64, (N,), the result is int64, (count,).
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))

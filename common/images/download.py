@@ -17,8 +17,7 @@ DOWNLOAD_TIMEOUT_SECONDS = 20.0
 def download_cifar10(data_dir: Path) -> None:
     """Download CIFAR-10 into ``data_dir``; it appears there complete or not at all.
 
-    If the network or the disk fails, it raises an OSError or an HTTPException; if what came is not
-    CIFAR-10 (torchvision checks the MD5), a RuntimeError.
+    A failure of network or disk is an OSError or an HTTPException, a wrong MD5 a RuntimeError.
     """
     from torchvision.datasets import CIFAR10
 

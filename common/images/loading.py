@@ -17,12 +17,10 @@ MAX_SHARED = 0.9  # share of the smaller split in the other from which on both a
 def load_images(
     source: Source, split: str, count: int | None, seed: int, skip: int = 0, flag: str | None = None
 ) -> ImageSet:
-    """Read ``count`` images of a split, ``train`` or ``test``, into memory or a mapped file.
+    """Read images of a split, ``train`` or ``test``, as :func:`balanced_subset` chooses them.
 
-    They keep the proportions of the classes and are shuffled by ``seed``, see
-    :func:`balanced_subset`. None takes the whole split; a default (:class:`AtMost`) takes what
-    there is, up to it. Those are left out that the same seed would choose as a subset of size
-    ``skip``. Messages name the ``flag`` that asks for the number.
+    None takes the whole split; a default (:class:`AtMost`) takes what there is, up to it. The
+    subset of size ``skip`` is left out. Messages name the ``flag`` that asks for the number.
 
     Raises:
         UserError: The split is missing, unreadable, or has too few images.
@@ -55,10 +53,7 @@ def load_images(
 
 
 def check_disjoint(training: ImageSet, test: ImageSet, place: str) -> None:
-    """Warn if some training images are test images, pixel for pixel; a UserError if nearly all are.
-
-    ``place`` says in the message where both come from.
-    """
+    """Warn if training images, from ``place``, are test images; a UserError if nearly all are."""
     shared = len(_digests(training) & _digests(test))
     told = (
         f"{place}: {shared:,} of {len(training):,} training images are among the {len(test):,} "

@@ -1,7 +1,4 @@
-"""Means and standard deviations that networks are commonly trained with.
-
-Nothing here imports torch, so that the command line can offer the names at once.
-"""
+"""Means and standard deviations that networks are commonly trained with; without torch."""
 
 from common.images.cifar10 import MEAN, STD
 

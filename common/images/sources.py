@@ -37,15 +37,13 @@ def open_source(
     data_dir: Path, bundled: bool = False, allow_bundled: bool = True,
     size: SizeRequest = OWN_SIZE, is_given: bool = False,
 ) -> Source:  # fmt: skip
-    """Find images: in ``data_dir``, by downloading CIFAR-10 there, or among the bundled images.
+    """Find images: CIFAR's batches or image folders in ``data_dir``, or the bundled images.
 
-    The folder holds CIFAR's batches or image folders. Where it is empty, CIFAR-10 is downloaded;
-    where that fails, the bundled images take its place with a warning, if that is allowed and the
-    user did not name the folder (``is_given``).
+    CIFAR-10 is downloaded to an empty folder. Where that fails, a warning names the bundled images
+    in its place, if that is allowed and the user did not name the folder (``is_given``).
 
     Raises:
-        UserError: The folder that the user named is missing, what is in it is damaged or not
-            recognised, or nothing was found and no fallback allowed.
+        UserError: The folder is missing, damaged or not recognised, or the download failed.
     """
     if bundled:
         return bundled_source(size)
@@ -113,10 +111,7 @@ def _refuse_other_content(data_dir: Path) -> None:
 def batches_source(
     data_dir: Path, folder: str = BATCHES_FOLDER, size: SizeRequest = OWN_SIZE
 ) -> Source:
-    """Read CIFAR-10's or CIFAR-100's Python batches; they are pickles, so their MD5 is checked.
-
-    A file that is missing, or another than CIFAR's authors published, is a UserError.
-    """
+    """Read CIFAR-10's or CIFAR-100's Python batches; they are pickles, so their MD5 is checked."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = CIFAR10 if folder == BATCHES_FOLDER else CIFAR100

@@ -21,8 +21,7 @@ _totals_bytes = [0]
 def choose_device(name: str) -> torch.device:
     """Return the device that ``--device`` names; ``auto`` takes a GPU if there is one.
 
-    TF32 stays off, so that predictions are those of the CPU up to FP32 rounding. A device that is
-    not there is a UserError.
+    TF32 stays off: predictions are those of the CPU up to FP32 rounding. No device is a UserError.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -39,11 +38,9 @@ def choose_device(name: str) -> torch.device:
 def set_up_cpu(threads: int | None) -> None:
     """Set the number of CPU threads, None for torch's choice, and keep freed memory.
 
-    The processes that ``torchrun`` starts on a machine share its cores equally. It sets
-    ``OMP_NUM_THREADS`` to 1, which is overridden; another number is the user's.
-
-    Every process that evaluates or times calls this. Without the kept memory FP32 takes a sixth
-    more time at batch 128, which would make INT8 look faster than it is.
+    Processes of ``torchrun`` share a machine's cores equally, unless ``OMP_NUM_THREADS`` is more
+    than the 1 that it sets. Every process that evaluates or times calls this: without the kept
+    memory FP32 takes a sixth more time at batch 128, which would make INT8 look faster than it is.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if threads is None and processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -62,8 +59,7 @@ def _usable_cores() -> int:
 def _keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensor; do nothing elsewhere.
 
-    By default it returns blocks of more than 32 MB to the system, which maps and zeroes the same
-    pages again for the next layer. At batch 128 the first layers' FP32 activations are that large.
+    By default it returns blocks over 32 MB, as large as FP32 activations at batch 128.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # constants of malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
@@ -75,11 +71,10 @@ def _keep_freed_memory() -> None:
 
 @functools.cache
 def bf16_pays() -> bool:
-    """Return whether convolutions run faster in bf16 than in FP32 on this CPU.
+    """Return whether convolutions run faster in bf16 than in FP32 on this CPU, timed in 30 ms.
 
-    Instructions for bf16 (AVX-512 BF16, AMX) do not tell: on two Zen 5 cores bf16 ran at more than
-    twice FP32's rate, on two cores of a Xeon (Emerald Rapids, its AMX hidden by a hypervisor) at
-    half of it. So a convolution is timed once in each process, in about 30 ms.
+    Instructions for bf16 (AVX-512 BF16, AMX) do not tell: two Zen 5 cores ran it at more than twice
+    FP32's rate, two of a Xeon (Emerald Rapids, its AMX hidden by a hypervisor) at half of it.
     """
     flags = torch.cpu.get_capabilities()
     if not (flags.get("avx512_bf16") or flags.get("amx_bf16")):
@@ -111,10 +106,7 @@ def cpu_name() -> str:
 
 
 def has_vnni() -> bool:
-    """Return whether the CPU multiplies INT8 with 32-bit sums (AVX-512 VNNI, Arm dot product).
-
-    Kernels may still not use it: :func:`quantization.int8.engines.saturates` says what they do.
-    """
+    """Return whether the CPU multiplies INT8 with 32-bit sums (AVX-512 VNNI, Arm dot product)."""
     flags = torch.cpu.get_capabilities()
     return bool(flags.get("avx512_vnni") or flags.get("neon_dot") or flags.get("dot"))
 
@@ -130,10 +122,9 @@ def peak_memory_bytes() -> int | None:
 
 
 def count_memory_of_other(peak_bytes: int | None) -> None:
-    """Count the peak of another process of the run, which ends now.
+    """Count the peak of another process of the run, which ends now, and what this one holds.
 
-    What this process holds now is added. It gives no memory back (see :func:`set_up_cpu`), so it
-    held no more when the other process was at its peak.
+    This one gives no memory back (see :func:`set_up_cpu`), so it held no more at the other's peak.
     """
     held_bytes = _status_bytes("VmRSS") or _own_peak_bytes()
     if peak_bytes is not None and held_bytes is not None:

@@ -87,7 +87,6 @@ def predict(
     """Return the predicted class of every image: int64, shape (N,), on the CPU.
 
     The model runs as it is, in its own train/eval mode, on the device where ``dataset`` lies.
-    Images are fed channels_last, which every CPU and GPU convolution of torch prefers.
     """
     count = math.ceil(len(dataset) / batch_size)
     loader = cli.progress(dataset.batches(batch_size), description, count)
@@ -125,8 +124,7 @@ def paired_difference_interval(only_a: int, only_b: int, total: int) -> tuple[fl
 
     Inverts the score test with the constrained maximum-likelihood estimate (Tango, 1998,
     doi:10.1002/(SICI)1097-0258(19980430)17:8<891::AID-SIM780>3.0.CO;2-B). Unlike Wald's it does not
-    collapse to a point when two models agree on every image. ``only_a`` and ``only_b`` count the
-    images that only one of them gets right.
+    collapse to a point when two models agree on every image.
     """
     estimate = (only_a - only_b) / total
 

@@ -63,10 +63,9 @@ def time_interleaved(
 ) -> dict[str, list[Timing]]:  # fmt: skip
     """Time every contender at every batch size; warn where the spread is large.
 
-    The contenders take turns in another random order each round, so that none always follows the
-    same one. At least ``MIN_ROUNDS`` rounds are run, whatever the time. The normalised float32
-    ``images`` (N, C, H, W) are repeated where a batch needs more. Return each contender's timings
-    by name, one for each batch size.
+    They take turns in another random order each round, for at least ``MIN_ROUNDS`` rounds.
+    ``images``, normalised, are repeated where a batch needs more. Return timings by name, one for
+    each batch size.
     """
     timings = {contender.name: [] for contender in contenders}
     with torch.inference_mode():
@@ -130,10 +129,7 @@ def _call_ms(contender: Contender, batch: torch.Tensor) -> float:
 
 
 def speedups(own: Sequence[dict], **others: Sequence[dict]) -> list[dict]:
-    """Return by how much a model is faster than others at each batch size, under their names.
-
-    All are entries of results.json's ``latency``; the ratios are of medians.
-    """
+    """Return the ratio of others' median times to a model's, by their names, at each batch size."""
     found = []
     for timing, *slower in zip(own, *others.values(), strict=True):
         ratios = [other["median_ms"] / timing["median_ms"] for other in slower]

@@ -23,10 +23,7 @@ Rows = torch.Tensor | slice
 
 
 def start_values(graph: Graph, layers: Collection[str]) -> list[str]:
-    """Return the operations whose dense values the variants need: at their start, and at joins.
-
-    A variant that reaches only one operand of an addition takes the other from the dense network.
-    """
+    """Return the operations whose dense values the variants need: at their start, and at joins."""
     carried: dict[str, set[str]] = {}  # the variants that change each operation's value
     needed: dict[str, None] = {}
     for operation in graph.operations:

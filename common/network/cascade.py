@@ -67,8 +67,7 @@ def decide(
 ) -> torch.Tensor:  # fmt: skip
     """Return the classes (networks, n) that FP32 predicts, from bf16 logits (networks, n, classes).
 
-    ``bounds`` come from :func:`bounds_of`; ``look_again`` returns FP32's classes where a mask
-    (bool, (networks, n)) is true, in order. Counts are added to ``record``.
+    ``look_again`` returns FP32's classes where a mask (bool, (networks, n)) is true, in order.
     """
     best, classes = fast.topk(2, dim=2)
     predictions = classes[..., 0]
@@ -110,8 +109,7 @@ class Cascade:
     ) -> torch.Tensor:
         """Return the classes (variants, n) that FP32 predicts, without waiting for a GPU in FP32.
 
-        ``dense`` holds the dense network's FP32 values on n images, of the operations that
-        :func:`common.network.branching.start_values` names. Counts are added to ``record``.
+        ``dense`` holds FP32 values that :func:`common.network.branching.start_values` names.
         """
         if self.fast_network is None:
             return _all_logits(self.network, dense, variants.exact).argmax(dim=2)

@@ -42,10 +42,7 @@ class Network:
         self, operation: Operation, inputs: Sequence[torch.Tensor], in_place: bool = False,
         layer: Layer | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Return an operation's value; ``layer`` takes the place of the network's own weights.
-
-        See :func:`common.network.operations.compute`.
-        """
+        """Return an operation's value; ``layer`` takes the place of the network's own weights."""
         return compute(operation, inputs, layer or self.layers.get(operation.name), in_place)
 
     @functools.cached_property

@@ -1,8 +1,7 @@
 """A network as a graph: its operations in execution order, and who reads whose value.
 
-Everything that walks a network walks this: the scan, the coder, channel removal, the conversion to
-INT8 and the export to ONNX. A graph holds names, kinds and numbers, and no code, so it can be
-written to a file as JSON and read by a program that has never seen the network's class.
+A graph holds names, kinds and numbers, and no code. So a program that has never seen the network's
+class can read it from a file.
 """
 
 import functools
@@ -145,11 +144,7 @@ class Graph:
 
     @classmethod
     def from_json(cls, content: object) -> "Graph":
-        """Return the graph that :meth:`to_json` wrote; the content may come from anywhere.
-
-        Raises:
-            ValueError: It is no graph.
-        """
+        """Return the graph that :meth:`to_json` wrote; a ValueError if the content is none."""
         operations = []
         try:
             for entry in content:
@@ -169,8 +164,7 @@ def evaluate(
 ) -> dict[str, Value]:  # fmt: skip
     """Return the wanted values; run only the operations between them and the given values.
 
-    ``compute`` returns an operation's value from its inputs' values. Each value is freed after its
-    last use.
+    ``compute`` returns an operation's value from its inputs', which are freed after their last use.
     """
     needed, operations = set(wanted) - set(given), []
     for operation in reversed(graph.operations):

@@ -41,11 +41,8 @@ def read_layout(
 ) -> Layout:
     """Find the state dict in a file's content, and take off what wrappers added.
 
-    Args:
-        path: Path of the file, for messages.
-        content: Result of :func:`common.files.untrusted.read_untrusted`.
-        key: Key of the state dict to take, such as ``state_dict_ema`` or ``model.ema``.
-        expected: Names in the network's own state dict, if they are known.
+    ``key`` is that of the state dict to take, such as ``model.ema``; ``expected`` are the names of
+    the network's own tensors, if they are known.
 
     Raises:
         UserError: There is no state dict, or several and no choice among them.

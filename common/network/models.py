@@ -19,10 +19,8 @@ def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
     """Build the network that ``--model`` names, with weights of its own choice, in eval mode.
 
     A user's function is run. torchvision's networks get the number of classes of the checkpoint,
-    whose tensors are ``state``, and parameters on the meta device.
-
-    Raises:
-        UserError: There is no such network, or it cannot be built.
+    whose tensors are ``state``, and parameters on the meta device. What cannot be built is a
+    UserError.
     """
     if model.startswith(TORCHVISION):
         return _build_torchvision(model.removeprefix(TORCHVISION), state).eval()

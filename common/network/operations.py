@@ -39,10 +39,9 @@ class Layer:
 def compute(
     operation: Operation, inputs: Sequence[torch.Tensor], layer: Layer | None, in_place: bool
 ) -> torch.Tensor:
-    """Return the value of any operation but the input; the batch dimension comes first.
+    """Return the value of any operation but the input; ``layer`` holds its weights, if it has any.
 
-    ``layer`` holds its weights, if it has any. With ``in_place``, the first input's memory may be
-    used for the result.
+    With ``in_place``, the first input's memory may be used for the result.
     """
     run = _RUN[operation.kind]
     if operation.kind in HAVE_WEIGHTS:
@@ -55,12 +54,9 @@ def compute(
 def infer_shapes(graph: Graph, weights: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each operation's value for one image, without the batch dimension.
 
-    The network runs on a batch of no images, which takes neither time nor memory. The ``meta``
-    device would import a symbolic algebra package first, which takes a second.
-
-    ``weights`` holds the shape of the weight of each layer and affine operation. An operation that
-    cannot run on its inputs is a ValueError; an attribute that is missing or of a wrong type is a
-    KeyError or a TypeError.
+    It runs on a batch of no images, for ``meta`` takes a second to import. ``weights`` holds
+    the shape of each weight. An operation that cannot run is a ValueError; an attribute that is
+    missing or of a wrong type is a KeyError or a TypeError.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for operation in graph.operations:

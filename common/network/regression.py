@@ -70,9 +70,8 @@ def measure_moments(
 ) -> Moments:  # fmt: skip
     """Return a layer's moments, towards outputs that are relaxed if an activation follows.
 
-    ``draw`` yields the samples, the same each time; ``ridge`` returns the ridge (groups,) of a
-    regression on moments. The outputs that count are in the range ``active``, which
-    :func:`common.network.sampling.active_range` finds; None if all count.
+    ``draw`` yields the samples, the same each time; ``ridge`` returns the ridge (groups,) for
+    moments; ``active`` is the range of :func:`common.network.sampling.active_range`.
     """
     sums = MomentSums(layer, groups)
     for samples in draw():

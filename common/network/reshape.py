@@ -11,9 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def with_tensors(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a copy of a module, in eval mode, that has other tensors and is as wide as they are.
 
-    The module may be on the meta device. ``state`` has its names; layers without a bias may have
-    gained one. Of the tensors of a module with several names, those of the first count. A tensor
-    that is missing or unexpected, or has another number of dimensions, is a ValueError.
+    Layers without a bias may have gained one. Of the tensors of a module with several names, those
+    of the first count. One that is missing, unexpected or of other dimensions is a ValueError.
     """
     shaped = copy.deepcopy(model)
     left, seen = dict(state), set()

@@ -84,10 +84,7 @@ class ZeroPaddedShortcut(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolutions around which the input is added back: two of 3×3, or 1×1, 3×3 and 1×1.
-
-    The first 3×3 convolution and the shortcut have the block's stride.
-    """
+    """Convolutions around which the input is added back: two of 3×3, or 1×1, 3×3 and 1×1."""
 
     def __init__(self, in_channels: int, shape: BlockShape, stride: int, shortcut: str):
         super().__init__()

@@ -63,10 +63,9 @@ def inputs_at(
 
 
 def completed_sum(network: Network, layer: str) -> tuple[str, str | None]:
-    """Return the addition that a layer completes, and the addition's other operand.
+    """Return the addition that a layer completes and its other operand; else the layer and None.
 
-    It is the layer itself, and None, if another operation reads the layer's outputs too, or the
-    other operand is computed later.
+    It completes none if another operation reads its outputs or the other operand is computed later.
     """
     user = network.graph.sole_user(layer)
     if user is None or user.kind != ADD or len(set(user.inputs)) != 2:

@@ -25,10 +25,7 @@ def describe_network(family: str, model: nn.Module, network: Network) -> dict:
 
 
 def describe_layers(model: nn.Module, network: Network) -> list[dict]:
-    """Return results.json's ``layers``: convolutions and linear ones, as the state dict has them.
-
-    The weights are the model's, into which no batch norms are folded; ``network`` is its trace.
-    """
+    """Return results.json's ``layers``, with the model's own weights; ``network`` is its trace."""
     return [
         {
             "name": name,

@@ -29,9 +29,7 @@ class Traced:
 
 
 def trace(model: nn.Module, image_shape: Sequence[int]) -> Traced:
-    """Trace a module in eval mode that maps normalised images (N, C, H, W) to logits.
-
-    The module is not changed; ``image_shape`` is without the batch dimension.
+    """Trace a module in eval mode, which is not changed, from images (N, *image_shape) to logits.
 
     Raises:
         UserError: An operation is none of the known kinds, or the module cannot be traced.
@@ -67,11 +65,10 @@ def weight_layers(model: nn.Module, network: Network) -> dict[str, nn.Conv2d | n
 def in_execution_order(
     operations: Iterable[Operation], output: str, weight_counts: Mapping[str, int]
 ) -> Graph:
-    """Return the graph of the operations that lead to ``output``.
+    """Return the graph of the operations that lead to ``output``; they come in any valid order.
 
     The operand of an addition that the fewest weights lead to runs first. The coder relies on it:
-    the last operand makes up for the errors of the others. The operations come in any valid order,
-    the input first.
+    the last operand makes up for the errors of the others.
     """
     by_name = {operation.name: operation for operation in operations}
     layers: dict[str, frozenset[str]] = {}  # layers that lead to each operation

@@ -1,8 +1,4 @@
-"""A network on all images, one operation at a time.
-
-The coder and the repair of slim networks fit a layer on the values of all images before the next
-operation runs. A value is kept until its last use, in batches.
-"""
+"""A network on all images, one operation at a time, as the coder and the repair fit its layers."""
 
 import math
 from collections.abc import Sequence

@@ -23,10 +23,7 @@ STYLE = {
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: object):
-    """Return ``(figure, axes)`` in the house style; sizes in inches.
-
-    The figure belongs to no window system, so that no display is needed.
-    """
+    """Return ``(figure, axes)`` in the house style, for no display; sizes in inches."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -38,10 +35,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 def draw_rates(
     axis: Axes, models: Sequence[tuple[str, str, Sequence[dict]]], **text: object
 ) -> None:
-    """Draw images a second by batch size: a bar for each label, colour and ``latency``.
-
-    ``text`` says how the numbers above the bars look.
-    """
+    """Draw images a second by batch size: a bar for each label, colour and ``latency``."""
     width = 0.82 / len(models)
     for index, (label, color, latency) in enumerate(models):
         first = (index - (len(models) - 1) / 2) * width

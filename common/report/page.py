@@ -1,8 +1,7 @@
 """A run's story on one page: report.html, a single file that needs no network and no JavaScript.
 
-page.html lays out the story that the console prints too, and page.css says how it looks. Everything
-is escaped, as file names come from outside, and the page forbids the browser to load or run
-anything.
+Everything is escaped, as file names come from outside, and the page forbids the browser to load or
+run anything.
 """
 
 import base64

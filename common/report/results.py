@@ -21,10 +21,7 @@ def format_cost(results: dict) -> str:
 
 
 def to_json(results: dict) -> str:
-    """Format results as the text of results.json: ASCII, so that any file name can be in it.
-
-    NaN and infinity are refused with a ValueError, for JSON has neither.
-    """
+    """Format results as results.json's text, ASCII for any file name; NaN is a ValueError."""
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
@@ -144,8 +141,7 @@ def accuracy_columns() -> list[Column]:
 def change_columns() -> list[Column]:
     """Return the columns of the change against dense and of its paired 95 % interval.
 
-    They are shown in points, a loss negative; in CSV files they are drops, a loss positive. Rows
-    without a ``comparison`` have none.
+    They are shown in points, a loss negative; in CSV files they are drops, a loss positive.
     """
 
     def show_interval(ci95: Sequence[float]) -> str:

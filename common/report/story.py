@@ -1,8 +1,4 @@
-"""A run's story: what results.json says, laid out once for the console, the CSV files and the page.
-
-A table is a list of columns, and each column knows its heading, its value and how the value is
-shown. Whoever adds a column adds it here once and finds it everywhere.
-"""
+"""A run's story: results.json laid out once for the console, the CSV files and the page."""
 
 import csv
 import itertools
@@ -135,10 +131,7 @@ def fill(text: str, indent: str = "", first_indent: str | None = None) -> str:
 
 
 def align(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells in columns: the first to the left, the others to the right.
-
-    Columns for which the console is too narrow follow below, beside the first one again.
-    """
+    """Lay out cells in columns; those for which the console is too narrow follow below."""
     table = [list(headings), *map(list, rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
     blocks: list[list[int]] = [[0]]

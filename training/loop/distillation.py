@@ -59,10 +59,9 @@ def distill(
 ) -> None:  # fmt: skip
     """Train a student in place to imitate its teacher; weights that are zero stay zero.
 
-    The student has the teacher's modules, whose layers may have fewer channels: for each narrower
-    layer ``channels`` holds the indices of the teacher's that are left. It is moved to the images'
-    device, where the teacher is, and left in eval mode. The ``precision`` is ``bf16`` or ``fp32``,
-    by default the one that the device is fast in. A loss that is not finite is a UserError.
+    The student has the teacher's modules; for each narrower layer ``channels`` holds the teacher's
+    channels that are left. It moves to the images' device, where the teacher is, and ends in eval
+    mode. The default ``precision`` is the device's fast one. A loss not finite is a UserError.
     """
     train, device = training.images, training.images.images.device
     recipe = dataclasses.replace(
@@ -109,8 +108,7 @@ def imitation_loss(
 ) -> Iterator[Loss]:
     """Provide the loss: divergence of the logits, and error of the outputs of some modules.
 
-    ``blocks`` holds for each of these modules the indices of the teacher's channels that the
-    student has, or None where it has all of them.
+    ``blocks`` holds for each module the teacher's channels that the student has; None for all.
     """
     given: dict[str, torch.Tensor] = {}
     wanted: dict[str, torch.Tensor] = {}

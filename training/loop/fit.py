@@ -3,9 +3,7 @@
     state = TrainingState.start(model, recipe, device)
     fit(state, images, recipe, seed=0, workers=Workers(device))
 
-``loss`` serves another aim than the labels, such as a teacher's answers; ``after_step`` restores
-what must hold after every step, such as the zeros of a pruned network; ``after_epoch`` measures and
-saves.
+A ``loss`` serves another aim than the labels, such as a teacher's answers.
 """
 
 import functools

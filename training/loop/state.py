@@ -34,11 +34,7 @@ class TrainingState:
         return found
 
     def load(self, tensors: Mapping[str, torch.Tensor], epochs_done: int) -> None:
-        """Copy the tensors of a saved state.
-
-        If they are not those of this network and optimizer, or not all finite, nothing is changed
-        and a ValueError raised.
-        """
+        """Copy the tensors of a saved state; a ValueError, and no change, if they do not fit."""
         own = self.tensors()
         for name in own.keys() | tensors.keys():
             found, expected = tensors.get(name), own.get(name)
