@@ -6,8 +6,6 @@ norms remember what they saw in training: their running statistics are compared 
 training images. What that cannot tell, the labels of training images can. Test images are not used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -51,15 +49,15 @@ class Subject:
     traced: Traced  # the same network, traced
     train: ImageSet  # some training images with their labels
 
-    def first(self, count: int) -> Subject:
+    def first(self, count: int) -> "Subject":
         """Return the subject with fewer images."""
         return replace(self, train=self.train.rows(slice(count)))
 
-    def prepared(self, **changes: object) -> Subject:
+    def prepared(self, **changes: object) -> "Subject":
         """Return the subject with images of another mean, std or order of channels."""
         return replace(self, train=replace(self.train, **changes))
 
-    def normalised(self, name: str) -> Subject:
+    def normalised(self, name: str) -> "Subject":
         """Return the subject with images normalised by known constants."""
         mean, std = NORMALISATIONS[name]
         return self.prepared(mean=mean, std=std)

@@ -4,8 +4,6 @@ One tensor holds all images: 10,000 of 32×32 pixels are 31 MB, and more than a 
 file that is mapped into memory. A batch is one slice of it, normalised at once.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math
@@ -38,11 +36,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device) -> ImageSet:
+    def to(self, device: torch.device) -> "ImageSet":
         """Return the dataset on ``device``, so that batches are made there."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def rows(self, rows: slice | torch.Tensor) -> ImageSet:
+    def rows(self, rows: slice | torch.Tensor) -> "ImageSet":
         """Return some of the images: a slice of them, which shares memory, or by index or mask."""
         if isinstance(rows, slice):
             return replace(self, images=self.images[rows], labels=self.labels[rows])
@@ -56,7 +54,7 @@ class ImageSet:
             images = self.images[indices]
         return replace(self, images=images, labels=self.labels[indices])
 
-    def with_mirrored(self) -> ImageSet:
+    def with_mirrored(self) -> "ImageSet":
         """Return the images, each followed by its mirror image."""
         pairs = torch.stack([self.images, self.images.flip(3)], dim=1).flatten(0, 1)
         return replace(self, images=pairs, labels=self.labels.repeat_interleave(2))

@@ -1,7 +1,5 @@
 """A network ready to run: a graph, and the weights of its layers with batch norms folded in."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -56,7 +54,7 @@ class Network:
         is_new = self.graph[source].kind not in (kinds.INPUT, *kinds.VIEWS)
         return is_new and self.graph.users[source] == (operation.name,)
 
-    def to(self, dtype: torch.dtype) -> Network:
+    def to(self, dtype: torch.dtype) -> "Network":
         """Return the network with its convolutions in ``dtype``; linear layers stay as they are.
 
         Values take the precision of the convolution before them; averages over the image and
@@ -67,7 +65,7 @@ class Network:
             {name: layer.to(dtype) for name, layer in self.layers.items() if not is_linear[name]}
         )
 
-    def with_layers(self, layers: Mapping[str, Layer]) -> Network:
+    def with_layers(self, layers: Mapping[str, Layer]) -> "Network":
         """Return the network with other weights in some layers."""
         return Network(self.graph, {**self.layers, **layers})
 

@@ -4,17 +4,11 @@ Each entry of ``FUNCTIONS`` takes the recorder ``r`` and the call's arguments, w
 they are images. It notes the operation and returns whether it could.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from common.network import graph as kinds
-
-if TYPE_CHECKING:
-    from common.network.recording import Recorder
 
 
 def _unary(kind: str) -> Callable[..., bool]:
@@ -25,11 +19,11 @@ def _binary(kind: str) -> Callable[..., bool]:
     return lambda r, input, other, alpha=1: alpha == 1 and r.add(kind, input, other)
 
 
-def _nothing(r: Recorder, input: fx.Node, *args: object, **kwargs: object) -> bool:
+def _nothing(r, input: fx.Node, *args: object, **kwargs: object) -> bool:
     return r.same(input)
 
 
-def _concatenate(r: Recorder, tensors: Sequence[fx.Node], dim: int = 0) -> bool:
+def _concatenate(r, tensors: Sequence[fx.Node], dim: int = 0) -> bool:
     return dim in (1, 1 - r.value.ndim) and r.add(kinds.CONCATENATE, *tensors)
 
 
@@ -60,7 +54,7 @@ def _average_pool(
     )  # fmt: skip
 
 
-def _adaptive_pool(r: Recorder, input: fx.Node, output_size: object) -> bool:
+def _adaptive_pool(r, input: fx.Node, output_size: object) -> bool:
     size = list(r.env[input].shape[2:])
     wanted = [old if n is None else n for old, n in zip(size, _pair(output_size), strict=True)]
     if wanted == size:
@@ -73,13 +67,13 @@ def _adaptive_pool(r: Recorder, input: fx.Node, output_size: object) -> bool:
     return r.add(kinds.ADAPTIVE_POOL, input, size=wanted, source_size=size)
 
 
-def _mean(r: Recorder, input: fx.Node, dim: object = None, keepdim=False, dtype=None) -> bool:
+def _mean(r, input: fx.Node, dim: object = None, keepdim=False, dtype=None) -> bool:
     is_image = r.env[input].ndim == 4 and isinstance(dim, tuple | list)
     is_global = is_image and sorted(d % 4 for d in dim) == [2, 3]
     return is_global and r.add(kinds.GLOBAL_POOL, input, keep=bool(keepdim))
 
 
-def _reshape(r: Recorder, input: fx.Node, *args: object, **kwargs: object) -> bool:
+def _reshape(r, input: fx.Node, *args: object, **kwargs: object) -> bool:
     """Note what keeps an image's numbers in their order, such as view, flatten and squeeze."""
     old, new = r.env[input].shape, r.value.shape
     if not new or new[0] != old[0]:
@@ -91,13 +85,13 @@ def _reshape(r: Recorder, input: fx.Node, *args: object, **kwargs: object) -> bo
     return r.add(kinds.RESHAPE, input, shape=list(new[1:]))
 
 
-def _permute(r: Recorder, input: fx.Node, *args: object, dims: object = None) -> bool:
+def _permute(r, input: fx.Node, *args: object, dims: object = None) -> bool:
     dims = dims or (args[0] if len(args) == 1 else args)
     order = [d % r.value.ndim for d in dims]
     return order[0] == 0 and r.add(kinds.PERMUTE, input, order=order)
 
 
-def _transpose(r: Recorder, input: fx.Node, dim0: int, dim1: int) -> bool:
+def _transpose(r, input: fx.Node, dim0: int, dim1: int) -> bool:
     order = list(range(r.value.ndim))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return _permute(r, input, order)
@@ -109,13 +103,13 @@ def _pad(r, input, pad, mode="constant", value=None) -> bool:
     return is_zeros and r.add(kinds.PAD, input, padding=list(pad))
 
 
-def _split(r: Recorder, input: fx.Node, *args: object, **kwargs: object) -> bool:
+def _split(r, input: fx.Node, *args: object, **kwargs: object) -> bool:
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % r.env[input].ndim
     r.splits[r.node] = input, dim
     return dim != 0
 
 
-def _item(r: Recorder, source: fx.Node, index: object) -> bool:
+def _item(r, source: fx.Node, index: object) -> bool:
     if source in r.splits:
         whole, dim = r.splits[source]
         sizes = [part.shape[dim] for part in r.env[source]]
@@ -131,7 +125,7 @@ def _item(r: Recorder, source: fx.Node, index: object) -> bool:
     return parts[0][0] != 0 and r.add(kinds.SLICE, source, parts=parts)
 
 
-def _clamp(r: Recorder, input: fx.Node, min: float | None = None, max: float | None = None) -> bool:
+def _clamp(r, input: fx.Node, min: float | None = None, max: float | None = None) -> bool:
     return min == 0 and max in (None, 6) and r.add("relu" if max is None else "relu6", input)
 
 

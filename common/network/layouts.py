@@ -10,14 +10,9 @@ import torch
 
 from common.command.cli import UserError, log
 from common.files.inert import Inert, object_refused
-from common.network.entries import (
-    StateDict,
-    Statistics,
-    apply_masks,
-    check_entries,
-    drop_counters,
-    take_statistics,
-)
+from common.images.normalisation import Statistics
+from common.network import entries
+from common.network.entries import StateDict
 from common.network.renaming import shared_prefix
 
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
@@ -48,9 +43,9 @@ def read_layout(
         UserError: There is no state dict, or several and no choice among them.
     """
     notes: list[str] = []
-    entries = check_entries(path, _choose_entry(path, content, key))
-    whole = apply_masks(drop_counters(path, entries, notes), notes)
-    tensors, statistics = take_statistics(whole)
+    chosen = entries.check_entries(path, _choose_entry(path, content, key))
+    whole = entries.apply_masks(entries.drop_counters(path, chosen, notes), notes)
+    tensors, statistics = entries.take_statistics(whole)
     for some, found in ((whole, None), (tensors, statistics)):
         if (prefix := _prefix_before(some, expected)) is not None:
             return Layout(_strip(some, prefix, notes), found, tuple(notes), prefix)
@@ -112,8 +107,8 @@ def _find_unnamed(content: Mapping) -> list[str]:
     nested = {"": content} | {f"{k}.": v for k, v in _named_mappings(content).items()}
     return [
         f"{prefix}{key}"
-        for prefix, entries in nested.items()
-        for key, value in entries.items()
+        for prefix, mapping in nested.items()
+        for key, value in mapping.items()
         if isinstance(value, list) and _is_weights(value)
     ]
 
