@@ -19,8 +19,7 @@ from common.network import resnet
 from common.network.checkpoint import load_model, save_checkpoint
 from tests.check_results import check_results
 from tests.printed import read_table, shows
-from training.loop.fit import EpochSummary, fit
-from training.loop.state import TrainingState, make_optimizer
+from training.loop.fit import EpochSummary, TrainingState, fit, make_optimizer
 from training.recipe import Recipe
 from training.record import CHECKPOINT_NAME, EpochRecorder, split_held_out, tell
 from training.training import main

@@ -19,8 +19,7 @@ from common.report import figures
 from common.report import results as report
 from common.report.results import counted, percent
 from common.report.story import Column, Story, Table
-from training.loop.fit import EpochSummary
-from training.loop.state import TrainingState
+from training.loop.fit import EpochSummary, TrainingState
 from training.recipe import Recipe
 
 CHECKPOINT_NAME = "checkpoint.pt"

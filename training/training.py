@@ -74,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.network.tracing import trace_network
     from common.run import common_results, finish_run, start_run
     from training import record
-    from training.loop.fit import choose_precision, fit
-    from training.loop.state import TrainingState
+    from training.loop.fit import TrainingState, choose_precision, fit
 
     with start_run(args, shared=True) as (workers, folder):
         # On a CPU the choice is timed, and a resumed run could choose another precision.

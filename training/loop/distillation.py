@@ -21,8 +21,7 @@ from common.inputs import Inputs
 from common.machine.workers import Workers
 from common.network.hooks import hooked
 from common.network.tracing import Traced, trace, weight_layers
-from training.loop.fit import Loss, choose_precision, fit
-from training.loop.state import TrainingState
+from training.loop.fit import Loss, TrainingState, choose_precision, fit
 from training.recipe import Recipe
 
 Channels = Mapping[str, torch.Tensor]

@@ -1,4 +1,4 @@
-"""The training loop.
+"""The training loop, and the state that it changes.
 
     state = TrainingState.start(model, recipe, device)
     fit(state, images, recipe, seed=0, workers=Workers(device))
@@ -9,7 +9,7 @@ A ``loss`` serves another aim than the labels, such as a teacher's answers.
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,53 @@ from common.images.data import MAX_BYTES_IN_MEMORY, ImageSet
 from common.machine.device import bf16_pays
 from common.machine.workers import Workers
 from training.loop.augment import make_batch, plan_epoch
-from training.loop.state import TrainingState
 from training.recipe import Recipe
 
+ADAM_BETAS = (0.9, 0.99)  # 0.999 would average over all steps of a short run
 # Maps normalised images, logits and class probabilities to the mean loss.
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class TrainingState:
+    """What the next step depends on, apart from recipe, images and seed."""
+
+    model: nn.Module  # trained in place
+    optimizer: torch.optim.Optimizer  # only the momentum of SGD can be saved and loaded
+    epochs_done: int = 0
+
+    @classmethod
+    def start(cls, model: nn.Module, recipe: Recipe, device: torch.device) -> "TrainingState":
+        """Return the state before the first step; ``model`` is moved to ``device``."""
+        model.to(device, memory_format=torch.channels_last)
+        return cls(model, make_optimizer(model, recipe))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return weights, batch-norm statistics and momentum by name, for a checkpoint."""
+        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            found[f"momentum.{name}"] = torch.zeros_like(parameter) if buffer is None else buffer
+        return found
+
+    def load(self, tensors: Mapping[str, torch.Tensor], epochs_done: int) -> None:
+        """Copy the tensors of a saved state; a ValueError, and no change, if they do not fit."""
+        own = self.tensors()
+        for name in own.keys() | tensors.keys():
+            found, expected = tensors.get(name), own.get(name)
+            if found is None or expected is None:
+                raise ValueError(f"{name} is {'missing' if found is None else 'unexpected'}")
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                raise ValueError(f"{name} is {found.dtype} of shape {tuple(found.shape)}")
+            if not found.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite values")
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(tensors[f"model.{name}"])
+            for name, parameter in self.model.named_parameters():
+                momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+        self.epochs_done = epochs_done
 
 
 @dataclass(frozen=True)
@@ -38,6 +80,22 @@ class EpochSummary:
     loss: float
     train_accuracy: float
     seconds: float
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer; only weights of layers decay, not vectors."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "adam":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=ADAM_BETAS)
+    return torch.optim.SGD(
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+        fused=weights[0].is_cuda,
+    )  # fmt: skip
 
 
 def choose_precision(device: torch.device) -> str:
