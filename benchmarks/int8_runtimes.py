@@ -4,9 +4,7 @@
     python benchmarks/int8_runtimes.py --weights my.pth --data-dir ~/cifar10
 
 Every runtime gets the same FP32 weights and calibration images; all of them are timed in turns, in
-one process, on the CPU. The table shows images a second and, in brackets, the share of the rate
-that a large INT8 matrix product reaches on the same cores. docs/runtimes.md has a run, and what was
-tried to be faster.
+one process, on the CPU. docs/runtimes.md has a run, and what was tried to be faster.
 """
 
 import argparse
@@ -52,13 +50,9 @@ def main(argv: list[str] | None = None) -> int:
             timings = time_interleaved(contenders, images, args.batch_sizes, args.timing_seconds)
         correct = {name: classes == test.labels for name, classes in predictions.items()}
         accuracies = {name: measure_accuracy(found).value for name, found in correct.items()}
-        macs = sum(network.macs.values())
-        gemm_rate = runtimes.measure_gemm_rate()
-        cli.log.info("INT8 GEMM: %.0f GMAC/s", gemm_rate / 1e9)
 
         results = common_results("int8_runtimes", args, workers, inputs.describe())
-        results |= {"gemm_macs_per_second": gemm_rate, "macs_per_image": macs}
-        results["rows"] = runtimes_report.describe(rows, accuracies, timings, macs, gemm_rate)
+        results["rows"] = runtimes_report.describe(rows, accuracies, timings)
         runtimes_report.plot(results, folder.file(runtimes_report.PLOT))
         finish_run(results, folder, started, runtimes_report.tell, args)
     return cli.EXIT_DONE

@@ -13,7 +13,6 @@ import torch
 
 from common.command.cli import log
 from common.images.data import ImageSet
-from common.measure.latency import Contender, time_interleaved
 from common.network.execution import Network
 from quantization.calibration import CalibrationSetup
 from quantization.files.int8_file import save_int8
@@ -27,8 +26,6 @@ OURS = "int8-"  # begins the names of our rows
 ONNXRUNTIME_FILE = "onnxruntime_int8.onnx"
 CALIBRATION_BATCH = 64
 BYTES_PER_WEIGHT = 4
-GEMM_SIZES = (512, 1024, 2048)
-GEMM_SECONDS = 1.0
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # from normalised images (N, C, H, W) to logits
 
@@ -141,24 +138,3 @@ def _quiet_logging() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-def measure_gemm_rate() -> float:
-    """Return the multiply-accumulates a second of large square uint8·int8 products in oneDNN."""
-    rates = []
-    for size in GEMM_SIZES:
-        weight = torch.randint(-127, 128, (size, size), dtype=torch.int8)
-        packed = torch.ops.onednn.qlinear_prepack(weight, [size, size])
-        matrix = torch.randint(0, 256, (size, size), dtype=torch.uint8)
-        scales, zeros = torch.full((size,), 1e-3), torch.zeros(size, dtype=torch.int64)
-
-        def multiply(images: torch.Tensor, args=(matrix, 1.0, 0, packed, scales, zeros)):
-            return torch.ops.onednn.qlinear_pointwise(
-                *args, None, 1.0, 0, torch.uint8, "none", [], ""
-            )
-
-        timings = time_interleaved(
-            [Contender("GEMM", multiply)], torch.zeros(1, 3, 1, 1), [1], GEMM_SECONDS
-        )
-        rates.append(1000 * size**3 / timings["GEMM"][0].median_ms)
-    return max(rates)

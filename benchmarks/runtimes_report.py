@@ -21,13 +21,9 @@ LABELS = {
 
 def describe(
     runtimes: Mapping[str, Runtime], accuracies: Mapping[str, float],
-    timings: Mapping[str, Sequence[Timing]], macs: int, gemm_rate: float,
+    timings: Mapping[str, Sequence[Timing]],
 ) -> list[dict]:  # fmt: skip
-    """Return the rows of results.json; for each batch size our fastest engine appears again.
-
-    ``macs`` are those of an image; ``gemm_rate`` is the multiply-accumulates a second of an INT8
-    matrix product.
-    """
+    """Return the rows of results.json; for each batch size our fastest engine appears again."""
     ours = {name: timed for name, timed in timings.items() if name.startswith(OURS)}
     fastest = fastest_by_batch_size(ours)
     rows = []
@@ -41,8 +37,6 @@ def describe(
                 **timing.as_dict(),
                 "accuracy": accuracies[source],
                 "size_bytes": runtimes[source].size_bytes,
-                "macs_per_image": macs,
-                "share_of_gemm_rate": timing.images_per_second * macs / gemm_rate,
             })  # fmt: skip
     return rows
 
@@ -65,12 +59,7 @@ def tell(results: dict) -> Story:
     runtimes = by_runtime(results["rows"])
     best = [(row["batch_size"], label(row["same_as"]), row) for row in runtimes[BEST]]
     fastest = ", ".join(f"{name.removeprefix('ours: ')} at {size}" for size, name, _ in best)
-    gemm_rate = results["gemm_macs_per_second"] / 1e9
     doubts = report.explain_doubt([{"latency": results["rows"]}])
-    note = (
-        "Size in MB, top-1 in %; in brackets % of the rate of a large INT8 matrix product, "
-        f"{gemm_rate:.0f} GMAC/s."
-    )
     return Story(
         f"{report.network_name(results)}: INT8 runtimes",
         report.describe_setting(results),
@@ -79,7 +68,7 @@ def tell(results: dict) -> Story:
             for size, name, row in best
         ],
         [
-            Table("", _columns(runtimes), [*runtimes.values()], note + doubts),
+            Table("", _columns(runtimes), [*runtimes.values()], "Size in MB, top-1 in %." + doubts),
             f"Fastest engine at batch: {fastest}.",
         ],
         {PLOT: "Images a second at each batch size."},
@@ -88,12 +77,8 @@ def tell(results: dict) -> Story:
 
 
 def _columns(runtimes: Mapping[str, Sequence[dict]]) -> list[Column]:
-    def show_speed(row: dict) -> str:
-        rate = f"{row['images_per_second']:.0f}{report.doubt(row)}"
-        return f"{rate} ({100 * row['share_of_gemm_rate']:.0f})"
-
     speeds = [
-        Column(str(row["batch_size"]), lambda rows, index=index: rows[index], show_speed)
+        Column(str(row["batch_size"]), str(index), report.show_rate)
         for index, row in enumerate(runtimes[BEST])
     ]
     return [
@@ -113,14 +98,7 @@ def plot(results: dict, path: Path) -> None:
     blues = iter(("#C6DBEF", "#9ECAE1", "#5AA9DC", "#3182BD", "#08519C"))
     figure, axis = figures.new_figure(11, 4.6)
     drawn = [(label(n), shades.get(n) or next(blues), everything[n]) for n in shown]
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # numbers cover the line
-    figures.draw_rates(axis, drawn, padding=2, fontsize=6.8, bbox=box)
-    ceiling = results["gemm_macs_per_second"] / results["macs_per_image"]
-    axis.axhline(ceiling, color="#444444", lw=1, ls="--", zorder=0.9)
-    axis.annotate(
-        f"rate of a large INT8 matrix product, dense: {ceiling:.0f}", (-0.42, ceiling),
-        xytext=(0, 4), textcoords="offset points", fontsize=8.5,
-    )  # fmt: skip
+    figures.draw_rates(axis, drawn, padding=2, fontsize=6.8)
     threads = report.counted(results["environment"]["threads"], "thread")
     axis.set_title(f"INT8 on {results['environment']['cpu']}, {threads}")
     axis.margins(x=0.01, y=0.3)
