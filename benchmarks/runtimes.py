@@ -25,7 +25,6 @@ from quantization.int8.network import Int8Network
 OURS = "int8-"  # begins the names of our rows
 ONNXRUNTIME_FILE = "onnxruntime_int8.onnx"
 CALIBRATION_BATCH = 64
-BYTES_PER_WEIGHT = 4
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # from normalised images (N, C, H, W) to logits
 
@@ -65,8 +64,8 @@ def make_rows(network: Network, setup: CalibrationSetup, folder: Path) -> dict[s
 
 def torch_fp32(network: Network) -> Runtime:
     """FP32 on torch's fastest path."""
-    weights = sum(x.weight.numel() + x.bias.numel() for x in network.layers.values())
-    return Runtime(engines.fp32_runner(network), BYTES_PER_WEIGHT * weights)
+    size_bytes = sum(x.weight.nbytes + x.bias.nbytes for x in network.layers.values())
+    return Runtime(engines.fp32_runner(network), size_bytes)
 
 
 def ours(engine: str, network: Int8Network, folder: Path) -> Runtime:

@@ -169,8 +169,8 @@ def _check_images(inputs: Inputs, chooses: bool) -> Inputs:
     if chooses:
         name = check.best_normalisation(subject)
         log.info("normalisation: %s fits the network best", name)
+        subject = subject.normalised(name)
         mean, std = NORMALISATIONS[name]
-        subject = replace(subject, train=replace(subject.train, mean=mean, std=std))
         splits = [inputs.test, inputs.calibration]
         test, calibration = (s and replace(s, mean=mean, std=std) for s in splits)
         source = replace(inputs.source, mean=mean, std=std)
