@@ -16,9 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import argument_types, arguments, cli
-from quantization.settings import ENGINES
-
-DEFAULT_PIPELINE = cli.WORKSPACE / "results" / "pipeline"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,13 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_shared_arguments(parser, "compression_peers", with_device=False)
     parser.set_defaults(test_images="all")
     parser.add_argument(
-        "--pipeline", type=argument_types.list_of(argument_types.name), metavar="DIR,...",
-        default=[str(DEFAULT_PIPELINE)],
+        "--pipeline", type=argument_types.path, metavar="DIR",
+        default=cli.WORKSPACE / "results" / "pipeline",
         help="results of pipeline.py for the same network, test images and seed",
-    )  # fmt: skip
-    parser.add_argument(
-        "--engine", choices=ENGINES,
-        help="INT8 kernels of our rows and Torch-Pruning's; by default torch's fastest on this CPU",
     )  # fmt: skip
     arguments.add_calibration_argument(parser, 1000)
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32], seconds=5.0)
@@ -55,15 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     from quantization.int8 import engines
 
     with start_run(args) as (workers, folder), tempfile.TemporaryDirectory() as files:
-        settings = engines.choose_settings(args.engine or engines.fastest_engine())
+        settings = engines.choose_settings(engines.fastest_engine())
         inputs = load_inputs(args, Path(__file__).parent)
         _, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         setup = CalibrationSetup(inputs.calibration, confirming, args.batch_size)
         fp32 = engines.fp32_runner(inputs.traced.network)
         dense = setup.predict(fp32, "dense FP32") == confirming.labels
         rows, contenders = [], []
-        pipelines = [Path(name).expanduser() for name in args.pipeline]
-        for made in peers.compress(inputs, settings, args.batch_size, pipelines, Path(files)):
+        for made in peers.compress(inputs, settings, args.batch_size, args.pipeline, Path(files)):
             name = f"{made.method}, {made.setting}"
             correct = setup.predict(made.run, name) == confirming.labels
             row = {"method": made.method, "setting": made.setting, "size_bytes": made.size_bytes}

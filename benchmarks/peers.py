@@ -3,7 +3,7 @@
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,14 +160,13 @@ def ours(inputs: Inputs, folder: Path, engine: str) -> Iterator[Compressed]:
 
 
 def compress(
-    inputs: Inputs, settings: Settings, batch_size: int, pipelines: Sequence[Path], folder: Path
+    inputs: Inputs, settings: Settings, batch_size: int, pipeline: Path, folder: Path
 ) -> Iterator[Compressed]:
     """Yield what each tool makes of a network; a line says which tools are not installed.
 
-    ``pipelines`` are folders with results of pipeline.py; ``folder`` is for temporary files.
+    ``pipeline`` is the folder with results of pipeline.py; ``folder`` is for temporary files.
     """
-    for results in pipelines:
-        yield from ours(inputs, results, settings.engine)
+    yield from ours(inputs, pipeline, settings.engine)
     if has_packages(("onnx", "onnxruntime", "zstandard"), ONNX_RUNTIME):
         yield onnx_runtime(inputs, folder)
     if has_packages(("torch_pruning",), TORCH_PRUNING):
