@@ -162,10 +162,7 @@ def ours(inputs: Inputs, folder: Path, engine: str) -> Iterator[Compressed]:
 def compress(
     inputs: Inputs, settings: Settings, batch_size: int, pipeline: Path, folder: Path
 ) -> Iterator[Compressed]:
-    """Yield what each tool makes of a network; a line says which tools are not installed.
-
-    ``pipeline`` is the folder with results of pipeline.py; ``folder`` is for temporary files.
-    """
+    """Yield what each tool makes of a network; ``folder`` is for temporary files."""
     yield from ours(inputs, pipeline, settings.engine)
     if has_packages(("onnx", "onnxruntime", "zstandard"), ONNX_RUNTIME):
         yield onnx_runtime(inputs, folder)

@@ -1,8 +1,6 @@
 """The output folder: results appear complete or not at all, and never destroy earlier ones.
 
-A run writes into a hidden staging folder. :meth:`OutputFolder.commit` moves everything into place
-at the end. A failed, interrupted or killed run leaves nothing but partial results, if it keeps any
-(:mod:`common.files.unfinished`).
+A run writes into a hidden staging folder; :meth:`OutputFolder.commit` moves all of it into place.
 """
 
 import contextlib

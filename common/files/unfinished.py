@@ -1,8 +1,4 @@
-"""Partial results of an interrupted run, which only the same run continues.
-
-They lie in a folder within the output folder: a file for each finished piece of work, whole or not
-there at all, and a file with the identity of the run.
-"""
+"""Partial results of an interrupted run, in a folder within the output folder."""
 
 import json
 import os

@@ -1,9 +1,8 @@
 """A check before the work: do the images fit the network?
 
 A checkpoint does not say how its images were normalised, in which order its colours and classes
-come, or whether a max pool follows its stem. A wrong guess gives a wrong number and no error. Batch
-norms remember what they saw in training: their running statistics are compared with those of
-training images. What that cannot tell, the labels of training images can. Test images are not used.
+come, or whether a max pool follows its stem. Running statistics of batch norms are compared with
+those of training images; what that cannot tell, their labels can. Test images are not used.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,4 @@
-"""Images in memory: whole splits as uint8 tensors, subsets of them, and normalised batches.
-
-One tensor holds all images: 10,000 of 32×32 pixels are 31 MB, and more than a gigabyte lies in a
-file that is mapped into memory. A batch is one slice of it, normalised at once.
-"""
+"""Images in memory: whole splits as uint8 tensors, subsets of them, and normalised batches."""
 
 import functools
 import hashlib

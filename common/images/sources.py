@@ -1,8 +1,4 @@
-"""Where pixels come from: CIFAR's archives, image folders, or the bundled images.
-
-All answer in the same form, a :class:`Split` that knows its labels at once and reads only the
-pixels that are asked for: 512 calibration images of a folder cost 512 JPEGs, not 50,000.
-"""
+"""Where pixels come from: CIFAR's archives, image folders, or the bundled images."""
 
 import argparse
 import functools

@@ -33,8 +33,8 @@ def start_fresh(
 ) -> Iterator[Callable[[], Value]]:
     """Call ``function(*arguments)`` in a new Python process at equal threads.
 
-    It ends with this one, also by Ctrl-C (not if killed on Windows). The function is one of a
-    module; arguments and value can be pickled.
+    The new process ends when this one does (on Windows not if this one is killed). The function is
+    one of a module; arguments and value can be pickled.
 
     Yield a function that waits for the value. It raises a UserError if the user can correct the
     failure or the system ended the process, else a RuntimeError; the traceback is on stderr.

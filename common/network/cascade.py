@@ -129,10 +129,9 @@ class Cascade:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # fmt: skip
         """Run the network and variants of the same layers; in FP32 this never waits for a GPU.
 
-        Yields:
-            For each batch of n images, the correctness of the network, bool, (n,); the value of the
-            operation ``features``, FP32, (n, width), without columns where that is None; the
-            correctness of each layer's variants, bool, (variants, n).
+        Yield for each batch of n images the correctness of the network, bool, (n,); the value of
+        the operation ``features``, FP32, (n, width), or no columns; the correctness of each layer's
+        variants.
         """
         network, graph = self.network, self.network.graph
         wanted = [graph.output, *([features] if features else [])]

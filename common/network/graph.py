@@ -1,8 +1,4 @@
-"""A network as a graph: its operations in execution order, and who reads whose value.
-
-A graph holds names, kinds and numbers, and no code. So a program that has never seen the network's
-class can read it from a file.
-"""
+"""A network as a graph of names, kinds and numbers, without code, so that a file can hold it."""
 
 import functools
 from collections import Counter

@@ -75,11 +75,9 @@ def make_batch(
 
     Crop, flip and the reflection at the border are one gather. CutMix (Yun et al., 2019,
     https://arxiv.org/abs/1905.04899) shows the next image of the batch, whose class then has that
-    part of the probability.
-
-    ``pixels`` are those of ``train``, uint8, (N, size, size, 3); ``rows`` of the plan make up the
-    batch. Return images float32, (n, 3, size, size), channels_last, and probabilities float32,
-    (n, classes).
+    part of the probability. ``pixels`` are those of ``train``, uint8, (N, size, size, 3); ``rows``
+    of the plan make up the batch. Return float32 (n, 3, size, size), channels_last, and (n,
+    classes).
     """
     last = pixels.shape[1] - 1
     line = torch.arange(last + 1, device=pixels.device)
