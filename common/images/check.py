@@ -115,7 +115,7 @@ def _nearest(scores: Mapping[str, float]) -> list[str]:
     """Return the constants of least mismatch: several, from the best on, where none fits well."""
     names = sorted(scores, key=scores.get)
     lowest = scores[names[0]]
-    if 0 < lowest <= FITS:
+    if 0 < lowest <= FITS:  # without a batch norm, all are 0 and tell nothing
         return names[:1]
     return [name for name in names if scores[name] <= CLEARLY_WORSE * lowest]
 

@@ -35,8 +35,8 @@ def open_source(
 ) -> Source:  # fmt: skip
     """Find images: CIFAR's batches or image folders in ``data_dir``, or the bundled images.
 
-    CIFAR-10 is downloaded to an empty folder. Where that fails, a warning names the bundled images
-    in its place, if that is allowed and the user did not name the folder (``is_given``).
+    CIFAR-10 is downloaded to an empty folder. Where that fails, the bundled images take its place
+    with a warning, if that is allowed and the user did not name the folder (``is_given``).
 
     Raises:
         UserError: The folder is missing, damaged or not recognised, or the download failed.

@@ -21,7 +21,7 @@ _totals_bytes = [0]
 def choose_device(name: str) -> torch.device:
     """Return the device that ``--device`` names; ``auto`` takes a GPU if there is one.
 
-    TF32 stays off: predictions are those of the CPU up to FP32 rounding. No device is a UserError.
+    TF32 stays off: predictions are the CPU's up to FP32 rounding. A missing device is a UserError.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -59,7 +59,7 @@ def _usable_cores() -> int:
 def _keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensor; do nothing elsewhere.
 
-    By default it returns blocks over 32 MB, as large as FP32 activations at batch 128.
+    By default it gives blocks over 32 MB back; FP32 activations at batch 128 are that large.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # constants of malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
