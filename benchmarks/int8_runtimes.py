@@ -52,7 +52,13 @@ def main(argv: list[str] | None = None) -> int:
         accuracies = {name: measure_accuracy(found).value for name, found in correct.items()}
 
         results = common_results("int8_runtimes", args, workers, inputs.describe())
-        results["rows"] = runtimes_report.describe(rows, accuracies, timings)
+        results["rows"] = [
+            {
+                "runtime": name, **timing.as_dict(), "accuracy": accuracies[name],
+                "size_bytes": row.size_bytes,
+            }
+            for name, row in rows.items() for timing in timings[name]
+        ]  # fmt: skip
         runtimes_report.plot(results, folder.file(runtimes_report.PLOT))
         finish_run(results, folder, started, runtimes_report.tell, args)
     return cli.EXIT_DONE
