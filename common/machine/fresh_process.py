@@ -52,6 +52,7 @@ def start_fresh(
             yield lambda: _answer_of(process)
         finally:
             process.kill()  # it has ended, or its answer is no longer needed
+            process.wait()  # after Ctrl-C, Popen itself would wait for a quarter of a second only
 
 
 def _answer_of(process: subprocess.Popen) -> object:
