@@ -7,10 +7,26 @@ import warnings
 import pytest
 import torch
 from cifar import image_set
+from matplotlib.figure import Figure
 
 from common.network.execution import Layer
 from quantization.int8.conversion import observe
 from quantization.report import plots
+
+
+@pytest.mark.parametrize("flips", [1, 3, 12])
+def test_the_title_of_few_flips_fits_into_the_figure(flips, random_images, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **how: figures.append(figure))
+    dataset = random_images(1000)
+    changed = dataset.labels.clone()
+    changed[:flips] = (changed[:flips] + 1) % 10
+    plots.plot_flips(dataset, dataset.labels, changed, tmp_path / "flips.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    title = figure._suptitle.get_window_extent()
+    assert title.x0 >= 0
+    assert title.x1 <= figure.bbox.width
 
 
 @pytest.mark.parametrize("flips", [0, 3, 40])

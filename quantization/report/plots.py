@@ -1,5 +1,6 @@
 """The plots of quantization.py: its results, and the ranges that INT8 has to cover."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from quantization.int8.network import SAME_RANGE
 from quantization.report.story import label
 
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
+TITLE_CHARACTERS = 10  # that fit into an inch of a title
 # FP32 twice, seven engines and the ONNX file are the most that one run compares.
 COLORS = (
     "#C4C4C4", "#777777", figures.ORANGE, figures.BLUE, figures.GREEN, figures.RED, figures.PURPLE,
@@ -103,12 +105,13 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
     by_kind = flipped[kinds[flipped].argsort(stable=True)]
     shown = by_kind[: SHEET_COLUMNS * SHEET_ROWS].tolist()
     rows, columns = -(-len(shown) // SHEET_COLUMNS), min(len(shown), SHEET_COLUMNS)
-    width = max(1.4 * columns, 5.5)  # the title needs as much
+    width = max(1.4 * columns, 5.5)
     figure, axes = figures.new_figure(width, 1.75 * rows + 0.5, rows, columns, squeeze=False)
     title = (
         f"{len(flipped)} of {len(dataset):,} answers change: {losses} lost, {gains} gained, "
         f"{others} wrong either way"
     ) + (f" (the first {len(shown)})" if len(shown) < len(flipped) else "")
+    title = textwrap.fill(title, int(TITLE_CHARACTERS * width))
     figure.suptitle(title, fontsize=11, fontweight="bold")
     colors, classes = (figures.RED, figures.GREEN, "#555555"), dataset.classes
     for axis in axes.flat:
