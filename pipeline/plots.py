@@ -15,7 +15,7 @@ COLORS = {
 def plot_frontier(results: dict, path: Path) -> None:
     """Plot every answer of results.json with its interval, and small what was tried on the way.
 
-    What was timed while the machine was busy has a question mark.
+    Doubtful times have a question mark.
     """
     figure, (small, fast) = figures.new_figure(11, 4.6, columns=2, sharey=True)
     shown = [*results["models"], *results["answers"]]
@@ -55,8 +55,8 @@ def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> Non
     for trained, marker in ((False, "."), (True, "x")):
         tried = [entry for entry in results["tried"] if entry["trained"] is trained]
         if tried:
-            name = f"tried{', trained' * trained} (images that choose)"
-            axis.plot([], [], marker, color=figures.GREY, ms=7, label=name)
+            name = f"small, in its goal's colour: tried{', trained' * trained}, images that choose"
+            axis.plot([], [], marker, color="black", alpha=0.6, ms=7, label=name)
         for entry in tried:
             height = max(-100 * entry["comparison"]["drop"], lowest)
             axis.plot(position(entry), height, marker, color=COLORS[entry["goal"]], alpha=0.6, ms=7)

@@ -166,7 +166,7 @@ def test_a_wide_spread_is_warned_of_once(clock, capsys):
     assert not timings["calm"][0].is_noisy
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: ")
-    assert "for noisy at batch 1: " in line
+    assert "1 of 2 times varied by more than 20 %" in line
 
 
 def test_batches_repeat_the_images_and_have_the_layout_asked_for(clock):

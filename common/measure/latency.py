@@ -78,12 +78,12 @@ def time_interleaved(
             rate = 1000 * batch_size / median_ms
             timing = Timing(batch_size, median_ms, high - low, rate, len(values))
             timings[name].append(timing)
-    every = [(name, timing) for name, entries in timings.items() for timing in entries]
-    if noisy := [f"{name} at batch {x.batch_size}" for name, x in every if x.is_noisy]:
+    every = [timing for entries in timings.values() for timing in entries]
+    if noisy := sum(timing.is_noisy for timing in every):
         cli.log.warning(
-            "the middle half of the times spans over %.0f %% of the median for %s: the machine is "
-            "too busy for their ratios to mean much; they are marked with ?",
-            100 * NOISY_SPREAD, ", ".join(noisy),
+            "%d of %s varied by more than %.0f %%, as where other programs run: they are marked "
+            "with ?, and their ratios mean little",
+            noisy, cli.counted(len(every), "time"), 100 * NOISY_SPREAD,
         )  # fmt: skip
     return timings
 

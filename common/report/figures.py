@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, GREY = "#CC79A7", "#999999"
+SMALL_CHARACTERS = 15  # of 8 points, that fit into an inch
 STYLE = {
     "font.size": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
@@ -54,5 +56,6 @@ def save_figure(figure: Figure, path: Path, timed: Sequence[Mapping[str, Any]] =
     Question marks at the ``latency`` of what was timed are explained below, if there are any.
     """
     if explanation := explain_doubt(timed).strip():
-        figure.supxlabel(explanation, fontsize=8, color=RED)
+        fits = int(SMALL_CHARACTERS * figure.get_figwidth())
+        figure.supxlabel(textwrap.fill(explanation, fits), fontsize=8, color=RED)
     figure.savefig(path, metadata={"Software": None})

@@ -9,7 +9,10 @@ from typing import Any
 from common.command.cli import counted, visible
 from common.report.story import Column
 
-DOUBT = "?: the machine was busy while this was timed, so it may be far off."
+DOUBT = (
+    "?: times varied by more than a fifth, so the figure may be far off. Figures without it can be "
+    "too slow as well, if other programs ran all the time."
+)
 
 
 def format_cost(results: dict) -> str:
@@ -42,10 +45,12 @@ def describe_setting(results: Mapping[str, Any]) -> str:
     return f"{images}, {counted(environment['threads'], 'thread')}, {environment['cpu']}{fp32}."
 
 
-def describe_given(weights: Mapping[str, Any]) -> str:
-    """Say how large the file is that the user handed in, from results.json's ``weights``."""
-    kind = " (a coded network)" if weights["coded"] else ""
-    return f"The given file takes {megabytes(weights['size_bytes'])}{kind}."
+def describe_given(results: Mapping[str, Any]) -> str:
+    """Say how large the file is that the user handed in."""
+    weights, parameters = results["weights"], results["network"]["parameters"]
+    each = f"{weights['size_bytes'] / parameters:.1f} bytes for each parameter (FP32: 4, FP16: 2)"
+    kind = "a coded network" if weights["coded"] else each
+    return f"The given file takes {megabytes(weights['size_bytes'])}, {kind}."
 
 
 def against_given(times_smaller: float, decimals: int = 1) -> str:
