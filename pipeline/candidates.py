@@ -116,12 +116,14 @@ class CandidateBuilder:
         outcome = "within the budget"
         if not verdict.passes:
             is_over = verdict.comparison.drop > self.budget.max_drop
-            outcome = "over the budget" if is_over else "leaves no standard error to spare"
+            outcome = "over the budget" if is_over else "too uncertain"
+        error = self.budget.max_drop - verdict.comparison.drop - verdict.spare
         cli.log.info(  # 0 - x: the negative of 0 is shown as -0.00
-            "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f points on %s images that choose: %s",
+            "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f ± %.2f points on %s images that "
+            "choose: %s",
             candidate.goal, ", trained" * candidate.trained, candidate.file_bytes / 1e6,
-            candidate.macs / 1e6, 0 - 100 * verdict.comparison.drop, f"{verdict.accuracy.total:,}",
-            outcome,
+            candidate.macs / 1e6, 0 - 100 * verdict.comparison.drop, 100 * error,
+            f"{verdict.accuracy.total:,}", outcome,
         )  # fmt: skip
         return replace(candidate, verdict=verdict)
 

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--for", dest="goals", type=list_of(one_of(*GOALS)), metavar="GOAL,...",
         default=list(GOALS),
         help="what to find: size, the smallest file; speed, the fastest network; both, one that is "
-        "small and fast",
+        "small and fast (its search starts with that for speed, and takes as long in addition)",
     )  # fmt: skip
     arguments.add_finetuning_arguments(
         asked,
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     arguments.add_check_argument(asked)
     arguments.add_calibration_argument(
-        asked, 1000, "that channels and levels are chosen on, without labels"
+        asked, 1000, "that channels and levels are chosen on, without labels (more take longer)"
     )
     arguments.add_timing_arguments(parser, batch_sizes=[1, 32], seconds=5.0)
     arguments.add_shared_arguments(parser, "pipeline")
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     from common.inputs import load_inputs
     from common.run import common_results, finish_run, start_run
-    from common.search.budget import Budget, EvaluationSplit, why_too_strict
+    from common.search.budget import Budget, EvaluationSplit, why_too_few, why_too_strict
     from pipeline import plots, steps, story
     from pipeline.answers import find_answers
     from pipeline.candidates import CandidateBuilder
@@ -90,7 +90,11 @@ def main(argv: list[str] | None = None) -> int:
         inputs = load_inputs(args, Path(__file__).parent)
         if reason := why_too_strict(len(inputs.test), args.max_drop):
             cli.log.warning("--max-drop: %s: only a network better than FP32 can pass", reason)
+        elif reason := why_too_few(len(inputs.test) // 2, args.max_drop):
+            cli.log.warning("--max-drop: %s", reason)
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
+        if "both" in args.goals and "speed" not in args.goals:
+            cli.log.info("both starts from a fast network, so the search for speed is made too")
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, workers.device)
         batch_size = inputs.fit_batch_size(args.batch_size)
         identity = steps.identify(inputs, settings, batch_size, training)

@@ -22,9 +22,10 @@ def answer(name: str, file_bytes: int, drop: float, median_ms: float, **changed:
 
 
 def advised(*answers: dict, coded: bool = False, max_drop: float = 0.01) -> list[str]:
-    return advise(
-        {"answers": answers, "weights": {"coded": coded}, "budget": {"max_drop": max_drop}}
-    )
+    return advise({
+        "answers": answers, "weights": {"coded": coded, "size_bytes": 15_000},
+        "models": [{"size_bytes": 30_000}], "budget": {"max_drop": max_drop},
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize(("coded", "network"), [(False, "dense INT8"), (True, "INT8")])
@@ -61,11 +62,14 @@ def test_what_is_smaller_and_better_is_shipped():
 
 def test_what_few_images_leave_open_is_told():
     sure, unsure = answer("size", 500, 0.004, 3.0), answer("both", 600, 0.008, 2.0)
-    _, left_open = advised(sure, unsure)
+    ship, left_open = advised(sure, unsure)
+    assert ship.startswith("Ship size.safetensors: ")
     assert left_open == (
         "both: on 1,000 images a loss of up to 1.20 points cannot be excluded, more than the "
         "budget. More test images would tell."
     )
+    ship, _ = advised(unsure)
+    assert ship.startswith("Ship both.safetensors (not proven to be within the budget). It is ")
 
 
 def test_what_is_over_the_budget_is_not_shipped():

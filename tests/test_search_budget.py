@@ -15,6 +15,7 @@ from common.search.budget import (
     EvaluationSplit,
     doubling_looks,
     standard_error,
+    why_too_few,
     why_too_strict,
 )
 
@@ -95,3 +96,12 @@ def test_too_few_images_for_any_network_to_pass(random_images):
     assert "takes 50 held-out images, not 49" in why_too_strict(49, 0.02, held_out=True)
     assert "to be within 1 point with" in why_too_strict(198, 0.01)
     assert "a budget of 0 points leaves" in why_too_strict(10_000, 0.0)
+
+
+def test_few_images_to_confirm_with_are_told():
+    """1.96 * sqrt(0.026 / 150) is 0.0258."""
+    told = why_too_few(150, 0.01)
+    assert told.startswith("150 images to confirm with are few for 1 point: where 2.6 % of")
+    assert told.endswith("a loss is known to ± 2.6 points")
+    assert why_too_few(150, 0.03) is None
+    assert why_too_few(5000, 0.01) is None

@@ -65,3 +65,12 @@ def test_nothing_is_left_to_try_where_the_range_is_one_strength():
     """A network as narrow as can be."""
     for spare in (1.0, -1.0):
         assert len(run_trials(lambda s, spare=spare: make(s, spare), Range(1.0, 1.03, 1.0))) == 1
+
+
+def test_a_search_that_ends_at_its_limit_says_so(caplog):
+    caplog.set_level("INFO", "compression")
+    run_trials(lambda s: make(s, 2 - s), replace(WHERE, trials=2))
+    assert "the limit of 2 networks is reached" in caplog.text
+    caplog.clear()
+    run_trials(lambda s: make(s, 2 - s), replace(WHERE, trials=20))
+    assert not caplog.text

@@ -13,11 +13,14 @@ import torch
 
 from common.command.cli import counted
 from common.images.data import ImageSet
-from common.measure.evaluate import Comparison, Paired
+from common.measure.evaluate import Comparison, Paired, Z
 
 FIRST_LOOK = 250  # images
 # Stop evaluating once the loss exceeds the budget by this many standard errors.
 CLEARLY_OUT = 3.0
+# Images of which one network of two is right and the other wrong: dense ResNet18, and the bundled
+# answer ``both`` of the README.
+USUAL_FLIPS = 0.026
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,22 @@ def why_too_strict(count: int, max_drop: float, held_out: bool = False) -> str |
     needed = f"{choosing:,} held-out images" if held_out else half
     points = counted(100 * max_drop, "point")
     return f"to be within {points} with one standard error to spare takes {needed}, not {count:,}"
+
+
+def why_too_few(count: int, max_drop: float) -> str | None:
+    """Say why ``count`` images that confirm may leave the budget unproven; None where they may not.
+
+    Even a network that loses nothing usually has an interval of about that width.
+    """
+    width = Z * math.sqrt(USUAL_FLIPS / count)
+    if width <= max_drop:
+        return None
+    points = counted(100 * max_drop, "point")
+    return (
+        f"{counted(count, 'image')} to confirm with are few for {points}: where "
+        f"{100 * USUAL_FLIPS:.1f} % of the images change between right and wrong, as with the "
+        f"bundled network, a loss is known to ± {100 * width:.1f} points"
+    )
 
 
 def standard_error(comparison: Comparison, total: int) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from common.command.cli import counted, log
 from common.search.budget import Verdict
 
 MARGIN = 0.15  # an interpolated trial keeps this share of the bracket from either end
@@ -53,6 +54,9 @@ def run_trials(make: Callable[[float], T], where: Range) -> list[T]:
     while strength is not None and len(trials) < where.trials * (1 if strongest(trials) else 2):
         trials.append(make(strength))
         strength = next_strength(trials, where)
+    if strength is not None and strongest(trials):
+        tries = counted(len(trials), "network")
+        log.info("the limit of %s is reached: one that is compressed more may pass too", tries)
     return trials
 
 
