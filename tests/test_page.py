@@ -33,7 +33,7 @@ COMMON = {
     "environment": {
         "torch": "2", "vnni": True, "threads": 1, "cpu": "a CPU", "device": "cpu",
     },
-    "network": {"family": "resnet18-cifar", "macs": 555422720},
+    "network": {"family": "resnet18-cifar", "macs": 555422720, "parameters": 11_220_000},
     "weights": {
         "source": "bundled", "sha256": "ab12", "size_bytes": 22_440_000, "coded": False,
     },
@@ -65,6 +65,7 @@ QUANTIZATION = COMMON | {
          "latency": LATENCY},
         INT8,
     ],
+    "comparison": {"size_ratio": 0.2},
     "per_class": [{"class": "cat", "fp32": 0.8, "int8": 0.7}],
     "budget": {"max_drop": 0.002, "met": False, "held_out_drop": 0.005, "held_out_spare": -0.01,
                "held_out_images": 1400, "held_out_engine": "fbgemm", "test_drop": 0.0312,
@@ -126,6 +127,7 @@ ALWAYS = (
     [
         (tell_quantization, QUANTIZATION,
          ["in INT8", "4.00× smaller", "45.00 MB to 11.25 MB", "2.00× smaller than the given file",
+          "2.0 bytes for each parameter", "75 % less", "McNemar's p: how likely",
           "1.50× at batch 1, 2.75× at batch 32", "3.50×, 4.25×", "7 lost, 4 gained",
           "12.3 to 12.3 ms at batch 32",
           "1 of 2 operations", "layer1.0.conv1", "80.00 %", "2,593", "0.2 points: NOT met",
@@ -135,10 +137,12 @@ ALWAYS = (
           "The whole network: the largest sparsity within 2 points", "sensitivity", "31 %",
           "tuned", "1 image with one standard error", "(1 epoch)", "-3.1 ±4.0",
           "6.0× smaller than dense", "4.5× smaller than the given file",
-          "For 1 image the pruned network took 4 ms, the network as given 3 ms"]),
+          "For 1 image the pruned network took 4 ms, the network as given 3 ms",
+          "Weights: 27 (conv) + 10 (linear); batch norms: 2", "the next row (p > 0.05)"]),
         (tell_pipeline, PIPELINE,
-         ["At most 1 point lost", "50.0× smaller", "7.25× at batch 1, 8.50× at batch 32",
-          "both: not within the budget; both.safetensors", "0.90", "51 %", "12.3", "24.9×"]),
+         ["The budget is a loss of 1 point", "50.0× smaller", "7.25× at batch 1, 8.50× at batch 32",
+          "both: not within the budget; both.safetensors", "0.90", "51 %", "12.3", "24.9×",
+          "quantization.py writes it"]),
     ],
 )  # fmt: skip
 def test_console_and_page_tell_the_same(tell, results, told, tmp_path):
@@ -189,10 +193,29 @@ def test_fp32_is_not_compared_with_itself():
     assert speed.cells[0] == ["dense FP32", "12.3", ""]
 
 
+@pytest.mark.parametrize(("size_bytes", "told"), [(44_990_000, False), (22_440_000, True)])
+def test_a_given_file_as_large_as_fp32_has_no_column(size_bytes, told):
+    weights = PIPELINE["weights"] | {"size_bytes": size_bytes}
+    size, _ = (
+        p for p in tell_pipeline(PIPELINE | {"weights": weights}).parts if hasattr(p, "rows")
+    )
+    assert ("than given" in [column.heading for column in size.shown]) == told
+
+
+@pytest.mark.parametrize(("p", "told"), [(0.06, True), (0.04, False)])
+def test_an_interval_and_a_p_that_disagree_are_explained(p, told):
+    changed = PRUNING["sensitivity"][0] | {
+        "comparison": COMPARISON | {"ci95": [0.001, 0.06], "mcnemar_p": p}
+    }
+    text = "".join(p.text() for p in tell_pruning(PRUNING | {"sensitivity": [changed]}).parts
+                   if isinstance(p, Table))  # fmt: skip
+    assert ("different methods" in text) == told
+
+
 def test_a_coded_file_is_not_called_dense():
     weights = PIPELINE["weights"] | {"coded": True, "size_bytes": 27_600}
     story = tell_pipeline(PIPELINE | {"weights": weights})
-    assert "0.03 MB (a coded network)" in story.parts[0]
+    assert "0.03 MB, a coded network" in story.parts[0]
     assert not any("dense" in part.text() for part in story.parts if isinstance(part, Table))
 
 

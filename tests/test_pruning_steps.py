@@ -36,7 +36,7 @@ def run(scan, tmp_path):
         results |= prune_linear(scan, scanned, 0.05, 0, path)
         results["artifacts"] |= {"model": path.name}
     results |= {
-        "arguments": {"tolerance": 0.05}, "network": {"family": "a network"},
+        "arguments": {"tolerance": 0.05}, "network": {"family": "a network", "parameters": 3},
         "environment": {"device": "cpu", "cpu": "a CPU", "threads": 1},
         "weights": {"size_bytes": 9, "coded": False},
         "data": {"source": "noise", "test_images": 60}, "wall_seconds": 1.0,

@@ -16,7 +16,9 @@ KINDS = {
     ".safetensors": ("INT8", "from quantization import load_int8; model = load_int8(FILE), where "
                      f"Python finds this repository: PYTHONPATH={visible(REPOSITORY)}. On a device "
                      "without torch: runtime/decode.py (docs/ship_it.md)"),
-    ".onnx": ("ONNX", "onnxruntime.InferenceSession(FILE)"),
+    ".onnx": ("ONNX", "onnxruntime.InferenceSession(FILE), which takes float32 images, normalised. "
+              "One for uint8 pixels: runtime/decode.py MODEL.safetensors MODEL.onnx "
+              "--input pixels"),
     ".check": ("check", "python decode.py MODEL.safetensors --check MODEL.check on the device, "
                "with a copy of runtime/decode.py"),
     ".pth": ("FP32", "--weights of each script, or torch.load(FILE, weights_only=True), a state "

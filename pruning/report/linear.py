@@ -28,9 +28,10 @@ def tell_linear(results: dict) -> list[Table | Facts | str]:
     title = f"{layers.removeprefix('the ').capitalize()}: binary search within {tolerated} of dense"
     steps = [step | {"number": number} for number, step in enumerate(linear["steps"], start=1)]
     return [
-        f"Largest amount found: {report.floor_percent(linear['max_amount'])} of {layers} "
-        f"({linear['pruned_weights']:,} of {total:,} weights) within {tolerated}.",
         Table(title, columns, steps),
+        f"Largest amount found: {report.floor_percent(linear['max_amount'])} of {layers} "
+        f"({linear['pruned_weights']:,} of {total:,} weights) within {tolerated}, measured on the "
+        "images that chose it.",
         describe_certainty(linear, tolerated),
         describe_savings(results),
     ]
@@ -46,11 +47,10 @@ def describe_certainty(linear: dict, tolerated: str) -> Facts:
         "all amounts": f"{linear['explanation']} ({len(linear['curve']):,} amounts were tried)",
     }
     if splits := linear.get("splits"):
-        outside = splits["splits"] - splits["within_tolerance"]
         facts["new images"] = (
-            f"such an amount lost more than {tolerated} on other images {outside} times in "
-            f"{splits['splits']} (on average {report.points(-splits['drop']['mean'])} points): "
-            "each time one random half of the images chose and the other half judged"
+            "an amount that one random half of the images chose in the same way was within "
+            f"{tolerated} on the other half in {splits['within_tolerance']} of "
+            f"{splits['splits']} tries (on average {report.points(-splits['drop']['mean'])} points)"
         )
     return Facts("How sure that is", facts)
 

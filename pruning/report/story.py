@@ -7,6 +7,7 @@ from pathlib import Path
 from common.report import results as report
 from common.report.story import Column, Story, Table, how_to_load
 from pruning.report.linear import linear_layers, tell_linear
+from pruning.report.results import TIE_P
 from pruning.report.together import SCOPES, tell_search, tell_slim, unit_of
 
 CAPTIONS = {
@@ -27,11 +28,12 @@ CAPTIONS = {
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
     parts = [
-        report.describe_given(results["weights"]),
+        report.describe_given(results),
         f"Dense accuracy {', '.join(report.format_accuracy(results['baseline']))}.",
         structure_table(results),
-        "{conv_weights:,} conv + {linear_weights:,} linear weights + {batch_norm_parameters:,} "
-        "batch norm + {biases:,} biases = {parameters:,} parameters".format(**results["structure"]),
+        "Parameters: {parameters:,}. Weights: {conv_weights:,} (conv) + {linear_weights:,} "
+        "(linear); batch norms: {batch_norm_parameters:,}; biases of these layers: {biases:,}."
+        "".format(**results["structure"]),
         *(ranking_table(results, ranking) for ranking in results["ranking"]),
         *tell_linear(results),
     ]
@@ -138,13 +140,26 @@ def _entries(results: dict, ranking: dict) -> list[dict]:
 
 def ranking_table(results: dict, ranking: dict) -> Table:
     """Return the layers by drop at the ranking's amount; ≈ ties a row with the next."""
+    entries = _entries(results, ranking)
     return sensitivity_table(
         f"Each layer pruned alone by {100 * ranking['amount']:g} %",
-        _entries(results, ranking),
+        entries,
         "Against dense on the same images. Lost: images that only dense gets right; gained: that "
         "only the pruned network does. p: McNemar's; how likely chance alone makes such a "
-        "difference. ≈: chance explains the difference to the next row.",
+        f"difference. ≈: may be tied with the next row (p > {TIE_P})." + explain_conflict(entries),
     )
+
+
+def explain_conflict(entries: Sequence[dict]) -> str:
+    """Explain that a row's interval and p disagree, if any do."""
+    for comparison in (entry["comparison"] for entry in entries):
+        low, high = comparison["ci95"]
+        if (low > 0 or high < 0) != (comparison["mcnemar_p"] < TIE_P):
+            return (
+                f" Interval and p come from different methods: near p = {TIE_P}, one may include "
+                "no change where the other excludes it."
+            )
+    return ""
 
 
 def describe_verification(results: dict) -> str:

@@ -8,6 +8,7 @@ from common.report.story import Column, Facts, Story, Table, how_to_load
 from quantization.report import sections
 from quantization.report.results import int8_entries
 
+INT8_SHARE = 8 / 32  # bits of FP32 that INT8 takes
 CAPTIONS = {
     "overview.png": "Bytes, accuracy with its 95 % interval, and images a second of each model.",
     "ranges.png": "What 8 bits have to cover: the spread of the weights' ranges over a layer's "
@@ -21,10 +22,11 @@ CAPTIONS = {
 
 def tell(results: dict) -> Story:
     """Tell results.json of a run."""
-    data, weights = results["data"], results["weights"]
-    parts = [model_table(results["models"]), report.describe_given(weights)]
+    data = results["data"]
+    parts = [model_table(results["models"]), describe_sizes(results)]
     fp32 = next(model for model in results["models"] if model["name"] == "fp32")
     parts += [describe_comparison(model, fp32) for model in int8_entries(results)]
+    parts.append("McNemar's p: how likely chance alone makes at least such a difference.")
     if len(int8_entries(results)) > 1:
         engines = (
             f"{entry['engine']}{report.doubt(entry)} at batch {entry['batch_size']}"
@@ -78,7 +80,7 @@ def label(model: dict, short: bool = False) -> str:
     if model["name"] == "fp32-nchw":
         return "FP32 as usually written"
     if model["name"] == "int8-onnx":
-        return "INT8\nONNX" if short else "INT8 ONNX Runtime"
+        return "INT8\n.onnx" if short else "INT8 .onnx file"
     return "INT8\n" * short + model["engine"] if short else f"INT8 {model['engine']}"
 
 
@@ -123,6 +125,17 @@ def describe_comparison(model: dict, fp32: dict) -> Facts:
             "coverage": describe_coverage(model),
         },
     )
+
+
+def describe_sizes(results: dict) -> str:
+    """Say how large the given file is, and why INT8 may be smaller than a quarter of FP32."""
+    text = report.describe_given(results)
+    if results["comparison"]["size_ratio"] < INT8_SHARE:
+        text += (
+            " INT8 takes 8 bits for each weight where FP32 takes 32, "
+            f"{report.percent(1 - INT8_SHARE, 0)} less; the rest is lossless compression."
+        )
+    return text
 
 
 def describe_coverage(model: dict) -> str:
