@@ -107,9 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         results = common_results("pipeline", args, workers, inputs.describe())
         results["budget"] = {"max_drop": args.max_drop, "choosing_images": len(choosing)}
         files = steps.write_files(found, folder, inputs.file_stem)
-        measured = steps.measure(
-            builder, found, files, confirming, args.batch_sizes, args.timing_seconds
-        )
+        measured = steps.measure(builder, files, confirming, args.batch_sizes, args.timing_seconds)
         results |= steps.describe(builder, found, files, measured)
         if args.export_onnx:
             confirming_setup = replace(setup, images=confirming)

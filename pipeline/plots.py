@@ -13,7 +13,7 @@ COLORS = {
 
 
 def plot_frontier(results: dict, path: Path) -> None:
-    """Plot every answer of results.json with its interval, and small what was tried on the way.
+    """Plot every answer of results.json with its interval; by size, small, what was tried too.
 
     Doubtful times have a question mark.
     """
@@ -27,8 +27,9 @@ def plot_frontier(results: dict, path: Path) -> None:
     def rate(entry: dict) -> float:
         return entry["latency"][-1]["images_per_second"]
 
-    _plot(small, results, times_smaller)
-    _plot(fast, results, rate)
+    _plot_tried(small, results, times_smaller)
+    for axis, position in ((small, times_smaller), (fast, rate)):
+        _plot_answers(axis, results, position)
     for entry in shown:
         fast.annotate(
             report.doubt(entry["latency"][-1]), (rate(entry), -100 * entry["comparison"]["drop"]),
@@ -42,24 +43,28 @@ def plot_frontier(results: dict, path: Path) -> None:
     small.set_ylabel("points against FP32")
     fast.set(title="How fast", xlabel=f"images a second at batch {timing['batch_size']}")
     fast.set_xlim(left=0)
-    fast.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
+    small.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
     figures.save_figure(figure, path, [{"latency": entry["latency"][-1:]} for entry in shown])
 
 
-def _plot(axis: object, results: dict, position: Callable[[dict], float]) -> None:
-    max_drop, (fp32, int8) = results["budget"]["max_drop"], results["models"]
-    coded = results["weights"]["coded"]
-    axis.axhline(-100 * max_drop, color=figures.RED, lw=1, ls="--", label="the budget")
-    axis.plot(position(fp32), 0, "D", color="black", ms=7, label=label("fp32", coded))
-    lowest = -100 * max(4 * max_drop, 0.02)  # what fell further is drawn at the plot's edge
+def _plot_tried(axis: object, results: dict, position: Callable[[dict], float]) -> None:
+    lowest = -100 * max(4 * results["budget"]["max_drop"], 0.02)  # others lie at the plot's edge
     for trained, marker in ((False, "."), (True, "x")):
         tried = [entry for entry in results["tried"] if entry["trained"] is trained]
-        if tried:
-            name = f"small, in its goal's colour: tried{', trained' * trained}, images that choose"
-            axis.plot([], [], marker, color="black", alpha=0.6, ms=7, label=name)
         for entry in tried:
             height = max(-100 * entry["comparison"]["drop"], lowest)
             axis.plot(position(entry), height, marker, color=COLORS[entry["goal"]], alpha=0.6, ms=7)
+        if tried:
+            name = f"tried{', trained' * trained}, in its goal's colour (images that choose)"
+            axis.plot([], [], marker, color="black", alpha=0.6, ms=7, label=name)
+
+
+def _plot_answers(axis: object, results: dict, position: Callable[[dict], float]) -> None:
+    fp32, int8 = results["models"]
+    coded = results["weights"]["coded"]
+    axis.axhline(-100 * results["budget"]["max_drop"], color=figures.RED, lw=1, ls="--",
+                 label="the budget")  # fmt: skip
+    axis.plot(position(fp32), 0, "D", color="black", ms=7, label=label("fp32", coded))
     for entry in [int8, *results["answers"]]:
         comparison = entry["comparison"]
         change, (low, high) = -100 * comparison["drop"], comparison["ci95"]

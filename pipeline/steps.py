@@ -64,17 +64,17 @@ def write_files(found: Found, folder: OutputFolder, stem: str) -> dict[str, Path
 
 
 def measure_files(
-    fp32: Network, int8: dict[str, Path], only_timed: dict[str, Path], images: ImageSet,
-    batch_size: int, timed: Sequence[int], seconds: float,
+    fp32: Network, int8: dict[str, Path], images: ImageSet, batch_size: int,
+    timed: Sequence[int], seconds: float,
 ) -> dict[str, dict]:  # fmt: skip
     """Read INT8 files; evaluate one after the other, then time all in turns.
 
     Return ``accuracy``, ``comparison`` and ``latency`` of results.json by name, those of the dense
-    network ``fp32``, which the others are compared with, under ``FP32``; only ``latency`` where a
-    file is only timed. A file that is not what was written is a UserError.
+    network ``fp32``, which the others are compared with, under ``FP32``. A file that is not what
+    was written is a UserError.
     """
     readers = {FP32: partial(fp32_runner, fp32)}
-    readers |= {name: partial(load_int8, path) for name, path in (int8 | only_timed).items()}
+    readers |= {name: partial(load_int8, path) for name, path in int8.items()}
     correct = {  # a network at a time: none is held while another is evaluated
         name: predict(readers[name](), images, batch_size, f"read back {name}") == images.labels
         for name in (FP32, *int8)
@@ -91,12 +91,11 @@ def measure_files(
 
 
 def measure(
-    builder: CandidateBuilder, found: Found, files: Mapping[str, Path], confirming: ImageSet,
+    builder: CandidateBuilder, files: Mapping[str, Path], confirming: ImageSet,
     batch_sizes: Sequence[int], seconds: float,
 ) -> dict[str, dict]:  # fmt: skip
     """Measure the dense models and the answers, read back, on images that chose nothing.
 
-    What was tried is timed beside them: its widths in plain INT8, for the kernels are the same.
     ``files`` are the answers' by goal. Return the result of :func:`measure_files`, with name,
     engine and size in the dense models' entries.
     """
@@ -104,10 +103,8 @@ def measure(
     fp32 = store.folder / "dense.pth"
     save_checkpoint(model.state_dict(), fp32)
     _, int8 = store.int8("dense-int8", lambda: builder.quantize(model))
-    stems = [candidate.slim_path.stem for candidate in found.tried]
-    tried = {stem: store.folder / f"{stem}-int8{SUFFIX}" for stem in stems}
     with start_fresh(
-        measure_files, builder.inputs.traced.network, {INT8: int8, **files}, tried, confirming,
+        measure_files, builder.inputs.traced.network, {INT8: int8, **files}, confirming,
         builder.batch_size, batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()
@@ -144,7 +141,6 @@ def describe(
             "passes": candidate.verdict.passes,
             "images": candidate.verdict.accuracy.total,
             "comparison": candidate.verdict.comparison.as_dict(),
-            "latency": measured[candidate.slim_path.stem]["latency"],
         }
         for candidate in found.tried
     ]

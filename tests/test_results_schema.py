@@ -37,7 +37,7 @@ ANSWER = {
 }  # fmt: skip
 TRIED = {
     "goal": "size", "file_bytes": 1, "size_ratio": 45.0, "macs_kept": 1.0, "trained": False,
-    "passes": False, "images": 250, "comparison": COMPARISON, "latency": [TIMING],
+    "passes": False, "images": 250, "comparison": COMPARISON,
 }  # fmt: skip
 EXAMPLES = {
     "pipeline": {
