@@ -43,7 +43,8 @@ def plot_frontier(results: dict, path: Path) -> None:
     small.set_ylabel("points against FP32")
     fast.set(title="How fast", xlabel=f"images a second at batch {timing['batch_size']}")
     fast.set_xlim(left=0)
-    small.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
+    handles = small.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, fontsize=8)
     figures.save_figure(figure, path, [{"latency": entry["latency"][-1:]} for entry in shown])
 
 

@@ -85,9 +85,9 @@ def size_table(results: dict) -> Table:
         Column("MACs", "macs_kept", lambda share: report.percent(share, 0)),
     ]
     note = (
-        f"Smaller: than the file of {label('fp32', results['weights']['coded'])}, and than the "
-        "given file. Points are against FP32 on the same images. MACs: multiply-adds that are "
-        "left. INT8 with all its channels is here for comparison: quantization.py writes it."
+        f"Smaller: than the file of {label('fp32', results['weights']['coded'])}. Points are "
+        "against FP32 on the same images. MACs: multiply-adds that are left. INT8 with all its "
+        "channels is here for comparison: quantization.py writes it."
     )
     sizes = {"size_ratio": fp32, "size_ratio_given": results["weights"]}
     ratios = {name: larger["size_bytes"] / size_of(int8) for name, larger in sizes.items()}
