@@ -36,7 +36,7 @@ def test_the_answer_is_rounded_down_and_no_label_lies_on_its_line(monkeypatch, t
         {
             "layers": ["linear"], "tolerance": 0.02, "dense": {"value": 0.92},
             "max_amount": 0.99669, "exhaustive_max_amount": 0.99669,
-            "curve": [[level / 1000, 0.92 - 0.0001 * level] for level in range(1001)],
+            "curve": [[level / 1000, 0.92 - 0.00001 * level] for level in range(1001)],
             "steps": [{"amount": a, "accuracy": {"value": 0.91}, "kept": True} for a in amounts],
         },
         tmp_path / "plot.png",
@@ -45,6 +45,20 @@ def test_the_answer_is_rounded_down_and_no_label_lies_on_its_line(monkeypatch, t
     whole, near = figure.axes
     assert whole.get_title(loc="left") == "99.66 % of the linear layer can go within 2 points"
     assert [text.get_text() for text in whole.texts] == ["1", "2", "3", "4"]
-    assert not near.texts
+    assert [text.get_text() for text in near.texts] == ["4"]
     told = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert {"found 99.66 %", "largest of all amounts 99.66 %"} <= set(told)
+    assert "found 99.66 %, the largest of all amounts" in told
+
+
+def test_layers_whose_interval_crosses_the_limit_are_not_counted(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **how: figures.append(figure))
+    rows = [
+        {"layer": f"{drop}", "comparison": {"drop": drop, "ci95": [drop - 0.01, drop + 0.01]}}
+        for drop in (0.05, 0.025, 0.015, 0.005)
+    ]
+    plots.plot_sensitivity(rows, 0.9265, 0.02, 0.9, False, tmp_path / "plot.png")
+    (figure,) = figures
+    assert figure.axes[0].get_title(loc="left").startswith("1 of 4 layers clearly lose more than 2")
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"dense: 92.65 %", "loses more than 2 points", "loses less"} <= set(told)
