@@ -307,7 +307,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(finished, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(EpochRecorder, "__call__", take_in_then_stop)
         assert main(command) == 130
-    assert "kept, for --resume" in capsys.readouterr().err
+    assert "kept: to go on, repeat the command" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
     assert main([*command, "--epochs", "3", "--resume"]) == 1
     assert "a run that differs in epochs" in capsys.readouterr().err

@@ -17,8 +17,9 @@ IDENTITY = {"the seed": 0, "the images": "abc"}
 
 
 @pytest.fixture
-def left(tmp_path) -> Path:
+def left(tmp_path, monkeypatch) -> Path:
     """The folder of a run that finished two pieces and a file."""
+    monkeypatch.setattr("sys.argv", ["script", "--seed", "0"])
     kept = PartialResults(tmp_path / "unfinished", IDENTITY, resume=False)
     kept["first"] = {"correct": "ff"}
     kept["second"] = {"bounds": [0.5]}
@@ -41,6 +42,8 @@ def test_the_same_run_finds_all(left, overwrite):
 def test_another_run_or_one_that_did_not_ask_destroys_nothing(left):
     before = contents(left)
     with pytest.raises(UserError, match=r"unfinished: left by a run that differs in the seed;"):
+        PartialResults(left, IDENTITY | {"the seed": 1}, resume=True)
+    with pytest.raises(UserError, match=r"resume it as it was started \(script --seed 0\), or"):
         PartialResults(left, IDENTITY | {"the seed": 1}, resume=True)
     with pytest.raises(UserError, match="differs in the epochs and the images;"):
         PartialResults(left, {"the seed": 0, "the epochs": 2}, resume=True)

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import sys
 import tempfile
 import zlib
 from collections import UserDict
@@ -15,6 +17,7 @@ from common.files.atomic import STAGING_PREFIX, replace_file
 
 IDENTITY_NAME = "identity.json"
 SCRIPT = "the script"  # entry of an identity: name of the script
+COMMAND = "the command"  # entry of the file that is not compared: how the run was started
 
 
 class PartialResults(UserDict[str, dict]):
@@ -59,7 +62,9 @@ class PartialResults(UserDict[str, dict]):
     def leave(self) -> None:
         """End a run that failed: its results stay."""
         if self._has_pieces():
-            log.info("what is finished is kept, for --resume")
+            log.info(
+                "what is finished is kept: to go on, repeat the command with its flags and --resume"
+            )
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -82,12 +87,13 @@ class PartialResults(UserDict[str, dict]):
         before = _read(self.folder / IDENTITY_NAME)
         if not isinstance(before, dict):
             raise UserError(f"{self.folder}: damaged; start anew with --overwrite instead")
+        command = before.pop(COMMAND, None)
         names = [n for n in {**identity, **before} if before.get(n) != identity.get(n)]
         if names:
             told = SCRIPT if SCRIPT in names else " and ".join(names)
             raise UserError(
                 f"{self.folder}: left by a run that differs in {told}; resume it as it was "
-                "started, or discard it with --overwrite instead"
+                f"started ({command}), or discard it with --overwrite instead"
             )
 
     def _start(self, identity: Mapping[str, object]) -> None:
@@ -98,7 +104,8 @@ class PartialResults(UserDict[str, dict]):
             shutil.rmtree(trash, ignore_errors=True)
         self.folder.mkdir()
         try:
-            _write(self.folder / IDENTITY_NAME, identity)
+            command = {COMMAND: shlex.join(sys.argv)}
+            _write(self.folder / IDENTITY_NAME, {**identity, **command})
         except BaseException:
             self.folder.rmdir()
             raise
