@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``--help`` and a wrong flag answer at once.
 
 import argparse
 import copy
+import difflib
 import textwrap
 from collections.abc import Mapping
 
@@ -47,6 +48,7 @@ def make_parser(script_doc: str | None, epilog: str | None = None) -> argparse.A
         description=textwrap.fill((script_doc or "").split("\n\n")[0], width=80),
         epilog=epilog,
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
 
 
@@ -57,7 +59,13 @@ def parse_arguments(
 
     ``needed`` maps such flags to the flags that they need.
     """
-    args, defaults = parser.parse_args(argv), parser.parse_args([])
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        similar = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.8)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    defaults = parser.parse_args([])
 
     def is_given(flag: str) -> bool:
         name = flag.removeprefix("--").replace("-", "_")
