@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         "photos", nargs="+", type=Path, metavar="photo", help="JPEG, PNG, BMP or WebP image"
     )
     args = parser.parse_args(argv)
+    if not args.model.endswith(".safetensors"):
+        parser.error(f"{args.model}: not a .safetensors file; the model comes first")
     code = 0
     try:
         from decode import load  # beside this module, wherever both are copied to

@@ -622,6 +622,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{'passed' if passed else 'failed'}: {same} of {images} images get the expected "
                 f"class; logits differ by {difference:.3f} standard deviations "
                 f"(up to {MAX_DIFFERENCE} is rounding)"
+                + ("" if passed else ": another network, or images prepared in another way")
             )
     except OSError as error:
         print(f"error: {error.filename or args.file}: {error.strerror}", file=sys.stderr)

@@ -158,8 +158,17 @@ def test_bad_photos_are_told_in_one_line(copied, saved):
     (copied / "text.jpg").write_text("no image")
     assert_refused(run(copied, "classify.py", saved.name, "text.jpg"), "text.jpg: no JPEG")
     assert_refused(run(copied, "classify.py", saved.name, "none.jpg"), "none.jpg: cannot be read")
-    assert_refused(run(copied, "classify.py", "text.jpg", "none.jpg"), "text.jpg: damaged or no")
-    assert_refused(run(copied, "classify.py", ".", "none.jpg"), "not a regular file")
+    (copied / "text.safetensors").write_text("no network")
+    process = run(copied, "classify.py", "text.safetensors", "none.jpg")
+    assert_refused(process, "text.safetensors: damaged or no")
+
+
+@pytest.mark.parametrize("model", ["photo.jpg", "model.onnx", "."])
+def test_another_file_in_place_of_the_model_gets_the_usage(copied, saved, model):
+    process = run(copied, "classify.py", model, saved.name)
+    assert process.returncode == 2
+    assert process.stderr.startswith("usage: classify.py")
+    assert f"{model}: not a .safetensors file; the model comes first" in process.stderr
 
 
 def test_photos_behind_a_bad_one_are_classified(copied, saved):
@@ -172,7 +181,7 @@ def test_photos_behind_a_bad_one_are_classified(copied, saved):
 
 def test_a_missing_decoder_and_a_closed_pipe_are_no_tracebacks(copied, saved, tmp_path):
     (tmp_path / "classify.py").write_bytes((copied / "classify.py").read_bytes())
-    assert_refused(run(tmp_path, "classify.py", "x", "y"), "No module named 'decode'")
+    assert_refused(run(tmp_path, "classify.py", "x.safetensors", "y"), "No module named 'decode'")
     argv = [sys.executable, "classify.py", saved.name, *["photo.png"] * 2]
     process = subprocess.Popen(
         argv, cwd=copied, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -209,7 +218,9 @@ def test_a_check_passes_for_its_own_network_alone(network, saved, copied, tmp_pa
     spoilt = replace(network.layers["classify"], bias=network.layers["classify"].bias + 1)
     other = replace(network, layers={**network.layers, "classify": spoilt})
     save_int8(other, tmp_path / "other.safetensors")
-    assert run(copied, "decode.py", tmp_path / "other.safetensors", "--check", path).returncode == 1
+    process = run(copied, "decode.py", tmp_path / "other.safetensors", "--check", path)
+    assert process.returncode == 1
+    assert process.stdout.endswith(": another network, or images prepared in another way\n")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

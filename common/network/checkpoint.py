@@ -179,7 +179,7 @@ def _fit_resnet(
     except ValueError as error:
         raise UserError(
             f"{path}: not a ResNet ({error}) but a network with {shorten([*tensors])}; --model "
-            "says which network it is"
+            "says which network it is, such as --model torchvision:mobilenet_v2"
         ) from None
     return tensors, model, {new: old for old, new in names.items()}
 
