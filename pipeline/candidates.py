@@ -6,6 +6,7 @@ it will run, on the images that choose.
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from common.command import cli
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
+from common.network.execution import Network
 from common.network.tracing import trace_network
 from common.search.budget import Budget
 from common.search.trials import Trial
 from pipeline.store import Store
 from pruning.channels.costs import MACS
 from pruning.channels.slimmer import Slimmer
-from quantization.coding.encoder import Original, encode
+from quantization.coding.encoder import encode
+from quantization.coding.targets import Original, Targets, record_targets
 from quantization.files.artifact import Int8Model
 from quantization.int8.conversion import convert, convert_coded, observe
 from quantization.int8.network import Int8Network
@@ -89,20 +92,33 @@ class CandidateBuilder:
         macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
         return self._judge(Candidate(1 / share, None, goal, coded_path, path, macs, trained), coded)
 
-    def try_coded(self, goal: str, price: float, base: Candidate) -> Candidate:
-        """Code the slim network of a candidate at a price of a bit."""
+    def coder(self, base: Candidate) -> Callable[[float], Int8Network]:
+        """Return what codes the slim network of a candidate at a price of a bit."""
 
-        def code() -> Int8Network:
+        @functools.cache  # the targets are the same at every price
+        def prepare() -> tuple[Network, Targets]:
             model = self.store.read_slim(base.slim_path)
             slim = trace_network(model, self.inputs.calibration.shape)
             channels = self.slimmer.channels_of(model)
             if base.trained:  # its channels are others by now
                 channels = dict.fromkeys(channels)
             original = Original(self.inputs.traced.network, channels)
-            layers = encode(slim, self.inputs.calibration, price, self.inputs.seed, original)
+            inputs = self.inputs
+            return slim, record_targets(slim, inputs.calibration, inputs.seed, original)
+
+        def code(price: float) -> Int8Network:
+            slim, targets = prepare()
+            layers = encode(slim, targets, price)
             return convert_coded(slim, layers, self._range_images, self.settings, self.batch_size)
 
-        coded, path = self.store.int8(f"{base.slim_path.stem}-coded-{price:.7f}", code)
+        return code
+
+    def try_coded(
+        self, goal: str, price: float, base: Candidate, code: Callable[[float], Int8Network]
+    ) -> Candidate:
+        """Judge the slim network of a candidate as its :meth:`coder` codes it at a price."""
+        key = f"{base.slim_path.stem}-coded-{price:.7f}"
+        coded, path = self.store.int8(key, lambda: code(price))
         return self._judge(replace(base, strength=price, goal=goal, path=path), coded)
 
     def _judge(self, candidate: Candidate, coded: Int8Network) -> Candidate:

@@ -183,6 +183,17 @@ def test_engines_answer_like_the_reference(observations, images, name, engine):
 
 
 @pytest.mark.skipif("onednn" not in TORCH_HERE, reason="no onednn engine on this CPU")
+def test_onnx_runtime_does_not_round_logits(residual, images):
+    own = residual.ranges[residual.graph.output]
+    exact, rounded = (
+        engines.runner(name, residual)(images) for name in ("onnxruntime", "reference")
+    )
+    levels = exact / own.scale
+    assert (levels - levels.round()).abs().max() > 0.1
+    low, high = own.limits
+    assert torch.allclose(exact.clamp(low, high), rounded, atol=1.01 * own.scale)
+
+
 def test_onednn_fuses_the_additions_of_one_shape(residual):
     names = [step.name for step in calls.CallBuilder(residual, "onednn")._steps if step.added]
     assert len(names) == 6

@@ -83,7 +83,10 @@ class FakeBuilder:
         self.made.append(made)
         return made
 
-    def try_coded(self, goal, price, base):
+    def coder(self, base):
+        return None
+
+    def try_coded(self, goal, price, base, code):
         made = candidate(goal, price, spare=0.025 - price, trained=base.trained)
         self.made.append(made)
         return made

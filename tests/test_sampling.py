@@ -56,7 +56,7 @@ def test_inputs_are_what_a_convolution_reads(generator, settings):
     groups = settings[-1]
     x = torch.randn(3, 4, 11, 9, generator=generator)
     y = run(operation, layer, x)
-    positions = draw_positions(y, 5, generator)
+    positions = draw_positions(y.shape, 5, generator)
     rows = inputs_at(operation, layer, x, positions)
     weight = layer.weight.flatten(1).unflatten(0, (groups, -1))
     found = torch.einsum("ngc,goc->ngo", rows, weight).flatten(1) + layer.bias
@@ -70,11 +70,11 @@ def test_inputs_are_what_a_convolution_reads(generator, settings):
 
 
 def test_positions_are_distinct_and_no_more_than_there_are(generator):
-    positions = draw_positions(torch.empty(4, 2, 3, 5), 8, generator)
+    positions = draw_positions((4, 2, 3, 5), 8, generator)
     assert positions.shape == (4, 8)
     assert all(len(set(row)) == 8 and max(row) < 15 for row in positions.tolist())
-    assert draw_positions(torch.empty(4, 2, 2, 2), 8, generator).shape == (4, 4)
-    assert draw_positions(torch.empty(4, 2), 8, generator) is None
+    assert draw_positions((4, 2, 2, 2), 8, generator).shape == (4, 4)
+    assert draw_positions((4, 2), 8, generator) is None
 
 
 def test_all_of_a_linear_layers_inputs_are_read(generator):

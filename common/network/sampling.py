@@ -1,6 +1,7 @@
 """What a layer reads and should give, at a few random positions of each image's outputs."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,17 +20,18 @@ ACTIVE_RANGES = {
 
 
 def draw_positions(
-    value: torch.Tensor, count: int, generator: torch.Generator
+    shape: Sequence[int], count: int, generator: torch.Generator
 ) -> torch.Tensor | None:
-    """Draw up to ``count`` positions of each image's outputs (N, O, H, W).
+    """Draw up to ``count`` positions of each image's outputs, of ``shape`` (N, O, H, W).
 
-    They are int64, (N, P), each ``row * W + column``; None for a linear layer's outputs (N, O).
+    They are int64, (N, P), on the CPU, each ``row * W + column``; None for a linear layer's outputs
+    (N, O).
     """
-    if value.ndim == 2:
+    if len(shape) == 2:
         return None
-    total = value.shape[2] * value.shape[3]
-    keys = torch.rand(len(value), total, generator=generator)
-    return keys.topk(min(count, total), dim=1).indices.to(value.device)
+    total = shape[2] * shape[3]
+    keys = torch.rand(shape[0], total, generator=generator)
+    return keys.topk(min(count, total), dim=1).indices
 
 
 def outputs_at(value: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:

@@ -115,7 +115,8 @@ class _Recorder:
                 if (same := self._same_as.get(name)) in places:
                     places[name] = places[same]
                 else:
-                    places[name] = sampling.draw_positions(value, self._count, self._generator)
+                    drawn = sampling.draw_positions(value.shape, self._count, self._generator)
+                    places[name] = None if drawn is None else drawn.to(value.device)
                 if places[name] is not None:
                     self.positions.setdefault(name, []).append(places[name])
                 if is_fitted and name in self.sums:

@@ -18,6 +18,7 @@ from common.inputs import Inputs
 from common.measure.evaluate import Paired, predict
 from common.network.size import saved_size_bytes
 from quantization.coding.encoder import encode
+from quantization.coding.targets import record_targets
 from quantization.files.artifact import load_int8
 from quantization.files.int8_file import save_int8
 from quantization.int8.conversion import convert_coded
@@ -54,8 +55,10 @@ def write_smallest(
     settings = replace(settings, fp32_layers=())
     weights = sum(dense.layers[name].weight.numel() for name in dense.graph.layers)
 
+    targets = record_targets(dense, images, inputs.seed)
+
     def code(price: float) -> Coding:
-        layers = encode(dense, images, price, inputs.seed)
+        layers = encode(dense, targets, price)
         network = convert_coded(dense, layers, inputs.calibration, settings, batch_size)
         return Coding(price, 8 * save_int8(network, path) / weights, network)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +17,7 @@ class OnnxRuntimeRunner(Runner):
 
     def __init__(self, network: Int8Network, engine: str = "onnxruntime"):
         super().__init__(network, engine)
-        self._session = load_onnx(to_onnx(network))
+        self._session = load_onnx(_to_onnx(network))
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         return self._session(images.contiguous())
@@ -27,7 +28,7 @@ class OpenVinoRunner(Runner):
 
     def __init__(self, network: Int8Network, engine: str = "openvino"):
         super().__init__(network, engine)
-        self._programs = openvino_programs(to_onnx(network), self._shape)
+        self._programs = openvino_programs(_to_onnx(network), self._shape)
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         return self._programs[len(images)](images)
@@ -64,6 +65,12 @@ def openvino_programs(source: object, image_shape: tuple[int, ...]) -> PreparedS
         return run
 
     return PreparedSizes(prepare)
+
+
+def _to_onnx(network: Int8Network) -> bytes:
+    """Return a network as ONNX, its logits not rounded to levels: that would be one more kernel."""
+    ranges = {name: own for name, own in network.ranges.items() if name != network.graph.output}
+    return to_onnx(replace(network, ranges=ranges))
 
 
 RUNNERS = {"onnxruntime": OnnxRuntimeRunner, "openvino": OpenVinoRunner}
