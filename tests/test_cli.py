@@ -244,8 +244,10 @@ def test_progress_fits_80_columns_of_a_log(capsys, monkeypatch):
     list(
         cli.progress(range(5), "evaluate a network of a rather long name, once more", unit="image")
     )
-    lines = capsys.readouterr().err.split("\r")
-    assert 70 < max(map(len, lines)) < 80
+    cli.log.warning("a risk")
+    written = capsys.readouterr().err
+    assert 70 < max(map(len, written.splitlines())) < 80
+    assert written.endswith("\nwarning: a risk\n")  # on a line of its own
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -69,10 +69,12 @@ def progress(
     items: Iterable[Item], description: str, total: int | None = None, unit: str = "batch"
 ) -> tqdm:
     """Wrap ``items`` in a progress bar: none when quiet, seldom refreshed and 80 wide in logs."""
-    is_terminal = sys.stderr.isatty()
-    how = {"dynamic_ncols": True} if is_terminal else {"ncols": PROGRESS_WIDTH, "mininterval": 15.0}
+    # In a log a bar that is wiped would leave its line open, and a message would stick to it.
+    how = {"ncols": PROGRESS_WIDTH, "mininterval": 15.0, "leave": True}
+    if sys.stderr.isatty():
+        how = {"dynamic_ncols": True, "leave": False}
     return tqdm(
-        items, desc=description, total=total, unit=unit, file=sys.stderr, leave=False, delay=1.0,
+        items, desc=description, total=total, unit=unit, file=sys.stderr, delay=1.0,
         disable=not log.isEnabledFor(logging.INFO), **how,
     )  # fmt: skip
 
