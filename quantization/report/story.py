@@ -94,8 +94,11 @@ def model_table(models: Sequence[dict]) -> Table:
     ]
     note = (
         "FP32 at its best: batch norms folded, weights packed once; as usually written: the plain "
-        f"module. Models took turns on the same images.{report.explain_doubt(models)}"
+        "module. Models took turns on the same images."
     )
+    if any(model["name"] == "int8-onnx" for model in models):
+        note += " The .onnx file is the first INT8 model, exported, in ONNX Runtime."
+    note += report.explain_doubt(models)
     return Table("", columns, models, note)
 
 
