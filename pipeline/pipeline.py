@@ -1,8 +1,8 @@
 """Find the smallest and the fastest network within a budget of accuracy, and write its files.
 
-    python pipeline.py                          # within one point of the dense network
-    python pipeline.py --max-drop 0.005 --for size
-    python pipeline.py --data-dir ~/cifar10 --finetune-epochs 2
+    python pipeline/pipeline.py  # within one point of the dense network
+    python pipeline/pipeline.py --max-drop 0.005 --for size
+    python pipeline/pipeline.py --data-dir ~/cifar10 --finetune-epochs 2
 
 Three answers. ``size`` is the smallest file: channels that hold many weights are removed, and INT8
 levels are chosen for their bits. ``speed`` is the fastest network: channels that take many

@@ -1,9 +1,9 @@
 """Find out which layers of an image classifier can lose their weights, and how many.
 
-    python pruning.py                           # bundled weights or your resnet18_cifar10.pth
-    python pruning.py --weights my.pth --data-dir ~/cifar10 --amounts 0.5,0.7,0.9
-    python pruning.py --scope all --recalibrate-bn     # how far can the whole network go?
-    python pruning.py --scope channels                 # how fast can it get?
+    python pruning/pruning.py                               # each layer alone; the linear layers
+    python pruning/pruning.py --weights my.pth --data-dir ~/cifar10 --amounts 0.5,0.7,0.9
+    python pruning/pruning.py --scope all --recalibrate-bn  # how far can the whole network go?
+    python pruning/pruning.py --scope channels              # how fast can it get?
 
 Describes the structure. Prunes each layer alone (L1, unstructured) and measures the accuracy on the
 same images. Searches how far the linear layers can be pruned within a tolerance, and checks the
@@ -32,8 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = arguments.make_parser(
         __doc__,
         epilog="examples:\n"
-        "  python pruning.py\n"
-        "  python pruning.py --amounts 0.5,0.7,0.9 --layers 'layer4.*,linear'\n\n"
+        "  python pruning/pruning.py\n"
+        "  python pruning/pruning.py --amounts 0.5,0.7,0.9 --layers 'layer4.*,linear'\n\n"
         f"A batch is {CPU_BATCH_SIZE} images on a CPU, where the activations of all variants then\n"
         f"stay in the cache, and {GPU_BATCH_SIZE} on a GPU, unless --batch-size says otherwise.",
     )

@@ -1,7 +1,7 @@
 """Quantize an image classifier to INT8 and measure what that gains and costs.
 
-    python quantization.py                      # bundled weights or your resnet18_cifar10.pth
-    python quantization.py --weights my.pth --data-dir ~/cifar10 --test-images all
+    python quantization/quantization.py  # bundled weights or your resnet18_cifar10.pth
+    python quantization/quantization.py --weights my.pth --data-dir ~/cifar10
 
 Loads the pretrained network, measures its size and accuracy, calibrates and converts it to INT8
 (post-training static quantization, fbgemm by default), measures again on the same images, and

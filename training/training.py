@@ -1,7 +1,7 @@
 """Train the ResNet18 for CIFAR-10 whose weights the other scripts compress.
 
-    python training.py --data-dir ~/cifar10                  # the recipe of the bundled weights
-    torchrun --nproc-per-node 4 training.py --data-dir ~/cifar10
+    python training/training.py --data-dir ~/cifar10  # the recipe of the bundled weights
+    torchrun --nproc-per-node 4 training/training.py --data-dir ~/cifar10
 
 Some training images are held out, for choices among runs; the test images are used once, at the
 end. Writes resnet18_cifar10.pth, results.json with all settings, and a CSV and a plot of the
