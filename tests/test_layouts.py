@@ -145,6 +145,23 @@ def test_objects_beside_the_weights(kind, legacy, tiny_state, tmp_path):
     assert same_weights(load_network(WeightsFile(path, "")).model, tiny_state)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("extra", [nn.CrossEntropyLoss(), argparse.Namespace(lr=0.1), None])
+def test_a_newer_pickle_and_modules_beside_the_weights(extra, legacy, tiny_state, tmp_path):
+    path = tmp_path / "weights.pth"
+    content, is_zip = {"state_dict": tiny_state, "extra": extra}, not legacy
+    for protocol in (2, 4):
+        torch.save(
+            content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip
+        )  # fmt: skip
+        assert same_weights(load_network(WeightsFile(path, "")).model, tiny_state)
+
+
+def test_a_checkpoint_that_is_an_attribute_dictionary(tiny_state, tmp_path):
+    content = AttributeDict(state_dict=tiny_state, epoch=3)
+    assert same_weights(load(content, tmp_path).model, tiny_state)
+
+
 def test_raw_and_averaged_weights(tiny_state, tmp_path, capsys):
     cli.set_up_messages(quiet=True)
     raw = {name: tensor + 1 for name, tensor in tiny_state.items()}
@@ -195,6 +212,15 @@ def test_pruning_masks_are_applied(tiny_model, tmp_path):
     for name, tensor in removed.state_dict().items():
         assert torch.equal(masked.state_dict()[name], tensor)
     assert (masked.linear.weight == 0).sum() == masked.linear.weight.numel() // 2
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_torch_file_named_safetensors(legacy, tiny_state, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    for extra in ({}, {"args": argparse.Namespace(lr=0.1)}):
+        content = {"state_dict": tiny_state, **extra}
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        assert same_weights(load_network(WeightsFile(path, "")).model, tiny_state)
 
 
 def test_safetensors_under_another_suffix(tiny_state, tmp_path):
