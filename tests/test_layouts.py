@@ -179,6 +179,17 @@ def test_raw_and_averaged_weights(tiny_state, tmp_path, capsys):
         load_network(find_weights(Path(f"{path}:no"), tmp_path))
 
 
+def test_raw_and_averaged_weights_of_one_module(tiny_state, tmp_path, capsys):
+    """The key that the warning names works."""
+    cli.set_up_messages(quiet=True)
+    averaged = {name: tensor + 1 for name, tensor in tiny_state.items()}
+    both = prefixed("model.", tiny_state) | prefixed("ema_model.module.", averaged)
+    content = {"state_dict": both, "epoch": 3}
+    assert same_weights(load(content, tmp_path).model, averaged)
+    assert f"--weights {tmp_path / 'weights.pth'}:model takes the other" in capsys.readouterr().err
+    assert same_weights(load(content, tmp_path, key="model").model, tiny_state)
+
+
 def torch_ema(state: State) -> dict:
     """What torch-ema's ``ExponentialMovingAverage.state_dict()`` returns."""
     parameters = [tensor for name, tensor in state.items() if "running" not in name]

@@ -63,13 +63,13 @@ def read_layout(
 
 
 def _choose_entry(path: Path, content: object, key: str | None) -> Mapping:
-    if isinstance(content, Inert) and not _is_state(content):
-        raise object_refused(path, content.name)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: not a state dict but a {type(content).__name__}")
     if not content:
         raise UserError(f"{path}: an empty state dict")
     found = _find_states(content)
+    if isinstance(content, Inert) and not found and not _is_state(content):
+        raise object_refused(path, content.name)
     if key in found:
         return found[key]
     unnamed = _find_unnamed(content)
@@ -81,8 +81,9 @@ def _choose_entry(path: Path, content: object, key: str | None) -> Mapping:
             path, unnamed[0], NAMED,
         )  # fmt: skip
     if key is not None:
-        if any(f".{key}." in f".{name}" for name in content):
-            return content  # the key is part of the names: see _choose_network
+        for state in found.values() if found else [content]:
+            if any(f".{key}." in f".{name}" for name in state):
+                return state  # the key is part of the names: see _choose_network
         has = f"has {', '.join(found)}" if found else "has none"
         raise UserError(f"{path}: no state dict under the key {key}; it {has}")
     if len(found) == 1:
