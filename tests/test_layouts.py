@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from common.command import cli
 from common.command.cli import UserError
 from common.network.checkpoint import WeightsFile, find_weights, load_network
+from common.network.models import build_model
 from common.network.resnet import BlockShape, ResNet, ResNetShape
 from pruning.alone.scan import choose_layers
 
@@ -52,6 +53,7 @@ def prefixed(prefix: str, state: State) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
+MEANS = {"mean": "mu", "std": "sigma"}
 STATISTICS = {"mu": torch.tensor([0.5, 0.4, 0.3]), "sigma": torch.tensor([0.2, 0.3, 0.25])}
 
 
@@ -91,11 +93,20 @@ LAYOUTS = {
         lambda s: {"n_averaged": torch.tensor(75), **prefixed("module.", s)},
         "n_averaged passed over",
     ),
+    "weights of a loss": (
+        lambda s: {"state_dict": prefixed("model.", s) | {"criterion.weight": torch.ones(10)}},
+        "criterion.weight passed over: all layers' names begin with model.",
+    ),
+    "a batch norm's counter": (
+        lambda s: s | {"linear.num_batches_tracked": torch.tensor(1)},
+        "linear.num_batches_tracked passed over",
+    ),
     "thop": (
         lambda s: s | {"total_ops": torch.zeros(1), "conv1.total_params": torch.zeros(1)},
         "total_ops, total_params passed over",
     ),
     "mu and sigma": (lambda s: STATISTICS | s, ""),
+    "pixel mean": (lambda s: {f"pixel_{n}": 255 * STATISTICS[m] for n, m in MEANS.items()} | s, ""),
     "twice": (twice_with_normalisers, "the same network is there 2 times"),
     "weiaicunzai": (as_weiaicunzai, "its names are mapped"),
 }
@@ -108,8 +119,23 @@ def test_layout(layout, tiny_state, tmp_path, capsys):
     loaded = load(change(tiny_state), tmp_path)
     assert same_weights(loaded.model, tiny_state)
     assert note in capsys.readouterr().err
-    has_statistics = layout in ("mu and sigma", "twice")
+    has_statistics = layout in ("mu and sigma", "pixel mean", "twice")
     assert loaded.statistics == (((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)) if has_statistics else None)
+
+
+def test_the_weights_of_a_loss_are_left_out_where_the_names_of_the_network_are_known(tmp_path):
+    """All layers' names begin with ``net.`` in the user's own class."""
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                        nn.Linear(4, 10))\n"
+        "    return nn.Sequential(net)\n"
+    )
+    model = f"{tmp_path / 'own.py'}:build"
+    state = build_model(model, {}).state_dict()
+    content = {"state_dict": prefixed("model.", state) | {"loss.weight": torch.ones(10)}}
+    assert same_weights(load(content, tmp_path, model=model).model, state)
 
 
 def test_layers_are_chosen_by_the_checkpoints_own_names(tiny_state, tmp_path):

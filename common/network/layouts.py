@@ -16,6 +16,7 @@ from common.network.entries import (
     apply_masks,
     check_entries,
     drop_counters,
+    shorten,
     take_statistics,
 )
 from common.network.renaming import shared_prefix
@@ -57,6 +58,9 @@ def read_layout(
     for some, found in ((whole, None), (tensors, statistics)):
         if (prefix := _prefix_before(some, expected)) is not None:
             return Layout(_strip(some, prefix, notes), found, tuple(notes), prefix)
+    tensors = _leave_out_others(tensors, notes)
+    if (prefix := _prefix_before(tensors, expected)) is not None:
+        return Layout(_strip(tensors, prefix, notes), statistics, tuple(notes), prefix)
     prefix = shared_prefix(tensors)
     tensors = _choose_network(path, _strip(tensors, prefix, notes), key, notes)
     return Layout(tensors, statistics, tuple(notes), prefix)
@@ -157,6 +161,14 @@ def _strip(tensors: StateDict, prefix: str, notes: list[str]) -> StateDict:
     if prefix:
         notes.append(f"the prefix {prefix} of all names is taken off")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _leave_out_others(tensors: StateDict, notes: list[str]) -> StateDict:
+    """Leave out what lies beside the prefix of all layers, such as the class weights of a loss."""
+    prefix = shared_prefix(name for name, tensor in tensors.items() if tensor.ndim >= 2)
+    if others := [name for name in tensors if not name.startswith(prefix)]:
+        notes.append(f"{shorten(others)} passed over: all layers' names begin with {prefix}")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _prefix_before(names: Collection[str], expected: Collection[str]) -> str | None:
