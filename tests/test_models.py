@@ -86,7 +86,7 @@ def test_a_network_with_views_runs_in_any_layout(tmp_path, random_images):
     assert batch.is_contiguous(memory_format=torch.channels_last)
     for each in (model, copy.deepcopy(model).to(memory_format=torch.channels_last)):
         logits = each(batch)
-        assert torch.allclose(logits, trace_network(model, images.shape)(batch), atol=1e-5)
+        assert torch.allclose(logits, trace_network(each, images.shape)(batch), atol=1e-5)
         logits.sum().backward()
     assert model.conv.weight.grad is not None
 

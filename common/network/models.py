@@ -1,17 +1,17 @@
 """Networks of the user's own choice: ``--model torchvision:NAME`` or ``FILE.py:FUNCTION``."""
 
 import difflib
-import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from common.command.cli import UserError
+from common.network.views import with_reshapes
 
 TORCHVISION = "torchvision:"
 
@@ -35,7 +35,7 @@ def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
         )
     # The user's code may draw random numbers; the run's own stay as they are.
     with torch.random.fork_rng(devices=[]):
-        return _with_reshapes(_run_function(Path(file), function)).eval().float()
+        return with_reshapes(_run_function(Path(file), function)).eval().float()
 
 
 def _classifiers() -> list[str]:
@@ -81,31 +81,6 @@ class _EmptyOnMeta(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         device = {"device": "meta"} if function is torch.empty else {}
         return function(*args, **(kwargs or {}) | device)
-
-
-def _with_reshapes(network: nn.Module) -> nn.Module:
-    """Let a network run on images in any layout, though it uses ``view``, as many do."""
-    kind = type(network)
-
-    @functools.wraps(kind.forward)
-    def forward(self, *args, **kwargs):
-        if any(isinstance(argument, fx.Proxy) for argument in args):  # traced
-            return kind.forward(self, *args, **kwargs)
-        with _ViewsAsReshapes():
-            return kind.forward(self, *args, **kwargs)
-
-    network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-    return network
-
-
-class _ViewsAsReshapes(TorchFunctionMode):
-    """``view`` copies where the layout in memory asks for it."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        takes_sizes = not kwargs and not any(isinstance(value, torch.dtype) for value in args)
-        if function is torch.Tensor.view and takes_sizes:
-            function = torch.Tensor.reshape
-        return function(*args, **(kwargs or {}))
 
 
 def _run_function(file: Path, function: str) -> nn.Module:

@@ -17,6 +17,7 @@ from common.files.untrusted import explained
 from common.network.execution import Network
 from common.network.graph import ADD, Graph, Operation
 from common.network.recording import Recorder
+from common.network.views import ViewsAsReshapes
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ def trace(model: nn.Module, image_shape: Sequence[int]) -> Traced:
         recorder = Recorder(fx.GraphModule(model, _Tracer().trace(model)), image_shape)
     first = next(model.parameters(), torch.empty(0))
     size = " × ".join(map(str, image_shape))
-    with explained(f"the network does not run on an image of {size}"), torch.no_grad():
+    with (
+        explained(f"the network does not run on an image of {size}"),
+        torch.no_grad(),
+        ViewsAsReshapes(),
+    ):
         recorder.record(torch.zeros(1, *image_shape, dtype=first.dtype, device=first.device))
     operations, layers = recorder.operations, recorder.layers
     counts = {n: layer.weight.numel() for n, layer in layers.items() if operations[n].is_layer}
