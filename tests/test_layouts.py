@@ -214,6 +214,8 @@ def test_raw_and_averaged_weights_of_one_module(tiny_state, tmp_path, capsys):
     assert same_weights(load(content, tmp_path).model, averaged)
     assert f"--weights {tmp_path / 'weights.pth'}:model takes the other" in capsys.readouterr().err
     assert same_weights(load(content, tmp_path, key="model").model, tiny_state)
+    counted = {"initted": torch.tensor(True), "step": torch.tensor(9)} | both  # by ema_pytorch
+    assert same_weights(load(counted, tmp_path).model, averaged)
 
 
 def torch_ema(state: State) -> dict:

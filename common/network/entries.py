@@ -36,7 +36,7 @@ def check_entries(path: Path, content: Mapping) -> StateDict:
     if packed := [name for name in content if "_packed_params" in name]:
         raise UserError(
             f"{path}: already quantized ({shorten(packed)}); save the state_dict() of the model "
-            "before quantize_dynamic()"
+            "before quantize_dynamic() or convert()"
         )
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):

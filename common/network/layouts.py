@@ -186,6 +186,7 @@ def _choose_network(path: Path, tensors: StateDict, key: str | None, notes: list
     groups: dict[str, StateDict] = {}
     for name, tensor in tensors.items():
         groups.setdefault(name.partition(".")[0], {})[name] = tensor
+    groups = {k: g for k, g in groups.items() if any(t.ndim >= 2 for t in g.values())}
     networks = {prefix: _strip(group, prefix, [])
                 for group in groups.values() for prefix in [shared_prefix(group)]}  # fmt: skip
     shapes = [{name: t.shape for name, t in network.items()} for network in networks.values()]
