@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 
+from common.command.cli import UserError
 from common.network.checkpoint import WeightsFile, load_network
 from common.network.models import build_model
 from common.network.tracing import trace_network
@@ -89,6 +90,15 @@ def test_a_network_with_views_runs_in_any_layout(tmp_path, random_images):
         assert torch.allclose(logits, trace_network(each, images.shape)(batch), atol=1e-5)
         logits.sum().backward()
     assert model.conv.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_network_is_refused_in_one_line(tmp_path):
+    (tmp_path / "scripted.py").write_text(
+        "import torch\ndef net(): return torch.jit.script(torch.nn.Conv2d(3, 4, 3))\n"
+    )
+    with pytest.raises(UserError, match="the network cannot be traced"):
+        trace_network(build_model(f"{tmp_path / 'scripted.py'}:net", {}), (3, 8, 8))
 
 
 @pytest.mark.parametrize("is_slim", [False, True])

@@ -23,6 +23,8 @@ class ViewsAsReshapes(TorchFunctionMode):
 def with_reshapes(network: nn.Module) -> nn.Module:
     """Let a network run on images in any layout, though it uses ``view``, as many do."""
     kind = type(network)
+    if isinstance(network, torch.jit.ScriptModule):  # cannot be traced, which is told later
+        return network
 
     @functools.wraps(kind.forward)
     def forward(self, *args, **kwargs):
