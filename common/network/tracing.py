@@ -5,6 +5,7 @@ The module runs once on a blank image. This turns what depends on sizes, such as
 """
 
 import functools
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ def trace(model: nn.Module, image_shape: Sequence[int]) -> Traced:
     if any(module.training for module in model.modules()):
         raise ValueError("the module is in training mode")
     with explained("the network cannot be traced", ": its forward must not depend on values"):
-        recorder = Recorder(fx.GraphModule(model, _Tracer().trace(model)), image_shape)
+        graph = _Tracer().trace(model, _options(model))
+        recorder = Recorder(fx.GraphModule(model, graph), image_shape)
     first = next(model.parameters(), torch.empty(0))
     size = " × ".join(map(str, image_shape))
     with (
@@ -102,6 +104,12 @@ def in_execution_order(
             ordered.setdefault(operation.name, operation)
             stack.pop()
     return Graph(tuple(ordered.values()))
+
+
+def _options(model: nn.Module) -> dict[str, bool | None]:
+    """Return the defaults of what ``forward`` may take beside the images, such as targets."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, bool | None)}
 
 
 class _Tracer(fx.Tracer):
