@@ -13,6 +13,7 @@ from torch import nn
 
 from common.command.argument_types import AtMost
 from common.command.cli import UserError, log
+from common.files.untrusted import explained
 from common.images import check
 from common.images.data import ImageSet, checksum
 from common.images.loading import check_disjoint, load_images
@@ -139,14 +140,15 @@ def _check_logits(path: Path, inputs: Inputs) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, inputs.test.shape, generator=generator, dtype=torch.uint8)
     images = torch.stack([torch.zeros_like(noise), torch.full_like(noise, 255), noise])
-    # Folding would hide an infinite product with a scale of zero.
-    logits = inputs.model(inputs.test.normalize(images))
-    class_count = len(inputs.test.classes)
-    if logits.shape[1] != class_count:
+    network = inputs.traced.network  # first: tracing says in one line what cannot be done
+    (count,), class_count = network.shapes[network.graph.output], len(inputs.test.classes)
+    if count != class_count:
         raise UserError(
-            f"{path}: a network of {logits.shape[1]} classes; {inputs.source.description} have "
-            f"{class_count}"
+            f"{path}: a network of {count} classes; {inputs.source.description} have {class_count}"
         )
+    # Folding would hide an infinite product with a scale of zero.
+    with explained(f"the network does not run on {len(images)} images at once"):
+        logits = inputs.model(inputs.test.normalize(images))
     if not torch.isfinite(logits).all():
         raise UserError(f"{path}: weights so large that the network's logits are NaN or infinite")
 

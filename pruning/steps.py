@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from common.command.argument_types import AtMost
 from common.command.cli import UserError
 from common.images.data import ImageSet
 from common.inputs import Inputs
@@ -27,15 +28,15 @@ from training.loop.distillation import Training
 def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> ImageSet | None:
     """Read the training images to re-estimate batch norms, or to repair a slim network, with.
 
-    They are on the network's device; None where neither is done. If there are too few, or no batch
-    norms, a UserError is raised.
+    They are on the network's device; None where neither is done. If there are fewer than wanted,
+    all are taken; without batch norms to re-estimate, a UserError is raised.
     """
     if not recalibrated and scope != channels.SCOPE:
         return None
     if recalibrated and not batch_norms(inputs.model):
         raise UserError("--recalibrate-bn: the network has no batch norms")
     count = RECALIBRATION_IMAGES if recalibrated else channels.CALIBRATION_IMAGES
-    return inputs.load_training(count).to(inputs.test.images.device)
+    return inputs.load_training(AtMost(count)).to(inputs.test.images.device)
 
 
 def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, path: Path) -> dict:

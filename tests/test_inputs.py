@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from common.images.loading import load_images
 from common.inputs import load_inputs
 from common.machine.workers import ALONE, Workers
 from common.network.checkpoint import WEIGHTS_NAME
+from common.network.models import build_model
 
 
 @pytest.fixture
@@ -105,6 +107,48 @@ def test_what_was_found_is_said(load, tmp_path, capsys):
 def test_the_checkpoint_is_read_before_images_are_looked_for(load):
     with pytest.raises(UserError, match=r"no\.pth: no such file"):
         load(weights=Path("no.pth"), data_dir=Path("nowhere"))
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, channels=3, size=30):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(channels, 1, 3), nn.Linear(size * size, 10)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).flatten(1))
+
+class Two(Net):
+    def forward(self, x):
+        return super().forward(x), x
+
+class Named(Net):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+def grey(): return Net(1)
+def larger(): return Net(size=62)
+def two(): return Two()
+def named(): return Named()
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("grey", "does not run on an image of 3 × 32 × 32 (Given groups=1"),
+     ("larger", "does not run on an image of 3 × 32 × 32 (mat1 and mat2"),
+     ("two", "gives something else than one tensor of logits"),
+     ("named", "gives something else than one tensor of logits")],
+)  # fmt: skip
+def test_what_a_network_of_ones_own_cannot_do_is_one_line(function, message, load, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    model = f"{tmp_path / 'own.py'}:{function}"
+    torch.save(build_model(model, {}).state_dict(), tmp_path / "own.pth")
+    with pytest.raises(UserError, match=re.escape(f"the network {message}")):
+        load(weights=tmp_path / "own.pth", model=model)
 
 
 def test_processes_must_find_the_same(load, monkeypatch):

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from common.command import cli
 from common.command.cli import UserError
 from common.network.checkpoint import WeightsFile, find_weights, load_network
+from common.network.models import build_model
 from common.network.resnet import BlockShape, ResNet, ResNetShape
 from pruning.alone.scan import choose_layers
 
@@ -52,6 +53,7 @@ def prefixed(prefix: str, state: State) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
+MEANS = {"mean": "mu", "std": "sigma"}
 STATISTICS = {"mu": torch.tensor([0.5, 0.4, 0.3]), "sigma": torch.tensor([0.2, 0.3, 0.25])}
 
 
@@ -91,11 +93,20 @@ LAYOUTS = {
         lambda s: {"n_averaged": torch.tensor(75), **prefixed("module.", s)},
         "n_averaged passed over",
     ),
+    "weights of a loss": (
+        lambda s: {"state_dict": prefixed("model.", s) | {"criterion.weight": torch.ones(10)}},
+        "criterion.weight passed over: all layers' names begin with model.",
+    ),
+    "a batch norm's counter": (
+        lambda s: s | {"linear.num_batches_tracked": torch.tensor(1)},
+        "linear.num_batches_tracked passed over",
+    ),
     "thop": (
         lambda s: s | {"total_ops": torch.zeros(1), "conv1.total_params": torch.zeros(1)},
         "total_ops, total_params passed over",
     ),
     "mu and sigma": (lambda s: STATISTICS | s, ""),
+    "pixel mean": (lambda s: {f"pixel_{n}": 255 * STATISTICS[m] for n, m in MEANS.items()} | s, ""),
     "twice": (twice_with_normalisers, "the same network is there 2 times"),
     "weiaicunzai": (as_weiaicunzai, "its names are mapped"),
 }
@@ -108,8 +119,23 @@ def test_layout(layout, tiny_state, tmp_path, capsys):
     loaded = load(change(tiny_state), tmp_path)
     assert same_weights(loaded.model, tiny_state)
     assert note in capsys.readouterr().err
-    has_statistics = layout in ("mu and sigma", "twice")
+    has_statistics = layout in ("mu and sigma", "pixel mean", "twice")
     assert loaded.statistics == (((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)) if has_statistics else None)
+
+
+def test_the_weights_of_a_loss_are_left_out_where_the_names_of_the_network_are_known(tmp_path):
+    """All layers' names begin with ``net.`` in the user's own class."""
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                        nn.Linear(4, 10))\n"
+        "    return nn.Sequential(net)\n"
+    )
+    model = f"{tmp_path / 'own.py'}:build"
+    state = build_model(model, {}).state_dict()
+    content = {"state_dict": prefixed("model.", state) | {"loss.weight": torch.ones(10)}}
+    assert same_weights(load(content, tmp_path, model=model).model, state)
 
 
 def test_layers_are_chosen_by_the_checkpoints_own_names(tiny_state, tmp_path):
@@ -145,6 +171,23 @@ def test_objects_beside_the_weights(kind, legacy, tiny_state, tmp_path):
     assert same_weights(load_network(WeightsFile(path, "")).model, tiny_state)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("extra", [nn.CrossEntropyLoss(), argparse.Namespace(lr=0.1), None])
+def test_a_newer_pickle_and_modules_beside_the_weights(extra, legacy, tiny_state, tmp_path):
+    path = tmp_path / "weights.pth"
+    content, is_zip = {"state_dict": tiny_state, "extra": extra}, not legacy
+    for protocol in (2, 4):
+        torch.save(
+            content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip
+        )  # fmt: skip
+        assert same_weights(load_network(WeightsFile(path, "")).model, tiny_state)
+
+
+def test_a_checkpoint_that_is_an_attribute_dictionary(tiny_state, tmp_path):
+    content = AttributeDict(state_dict=tiny_state, epoch=3)
+    assert same_weights(load(content, tmp_path).model, tiny_state)
+
+
 def test_raw_and_averaged_weights(tiny_state, tmp_path, capsys):
     cli.set_up_messages(quiet=True)
     raw = {name: tensor + 1 for name, tensor in tiny_state.items()}
@@ -160,6 +203,19 @@ def test_raw_and_averaged_weights(tiny_state, tmp_path, capsys):
     assert same_weights(load_network(chosen).model, raw)
     with pytest.raises(UserError, match="under the key no; it has state_dict, state_dict_ema"):
         load_network(find_weights(Path(f"{path}:no"), tmp_path))
+
+
+def test_raw_and_averaged_weights_of_one_module(tiny_state, tmp_path, capsys):
+    """The key that the warning names works."""
+    cli.set_up_messages(quiet=True)
+    averaged = {name: tensor + 1 for name, tensor in tiny_state.items()}
+    both = prefixed("model.", tiny_state) | prefixed("ema_model.module.", averaged)
+    content = {"state_dict": both, "epoch": 3}
+    assert same_weights(load(content, tmp_path).model, averaged)
+    assert f"--weights {tmp_path / 'weights.pth'}:model takes the other" in capsys.readouterr().err
+    assert same_weights(load(content, tmp_path, key="model").model, tiny_state)
+    counted = {"initted": torch.tensor(True), "step": torch.tensor(9)} | both  # by ema_pytorch
+    assert same_weights(load(counted, tmp_path).model, averaged)
 
 
 def torch_ema(state: State) -> dict:
@@ -195,6 +251,15 @@ def test_pruning_masks_are_applied(tiny_model, tmp_path):
     for name, tensor in removed.state_dict().items():
         assert torch.equal(masked.state_dict()[name], tensor)
     assert (masked.linear.weight == 0).sum() == masked.linear.weight.numel() // 2
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_torch_file_named_safetensors(legacy, tiny_state, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    for extra in ({}, {"args": argparse.Namespace(lr=0.1)}):
+        content = {"state_dict": tiny_state, **extra}
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        assert same_weights(load_network(WeightsFile(path, "")).model, tiny_state)
 
 
 def test_safetensors_under_another_suffix(tiny_state, tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torchvision
 
+from common.command.cli import UserError
 from common.network.checkpoint import WeightsFile, load_network
+from common.network.models import build_model
 from common.network.tracing import trace_network
 from quantization.files.int8_file import save_int8
 from quantization.int8.conversion import convert, observe
@@ -52,6 +56,49 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
     assert not loaded.model.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
+
+
+LE_NET = """
+from torch import nn
+from torch.nn import functional as F
+
+class LeNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 5)
+        self.fc = nn.Linear(4 * 7 * 7, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 4)
+        return self.fc(x.view(x.size(0), -1))
+
+def net():
+    return LeNet().half()
+"""
+
+
+def test_a_network_with_views_runs_in_any_layout(tmp_path, random_images):
+    (tmp_path / "lenet.py").write_text(LE_NET)
+    name = f"{tmp_path / 'lenet.py'}:net"
+    torch.save(build_model(name, {}).state_dict(), tmp_path / "weights.pth")
+    model = load_network(WeightsFile(tmp_path / "weights.pth", ""), name).model
+    images = random_images(4)
+    batch = images.normalize(images.images)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    for each in (model, copy.deepcopy(model).to(memory_format=torch.channels_last)):
+        logits = each(batch)
+        assert torch.allclose(logits, trace_network(each, images.shape)(batch), atol=1e-5)
+        logits.sum().backward()
+    assert model.conv.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_network_is_refused_in_one_line(tmp_path):
+    (tmp_path / "scripted.py").write_text(
+        "import torch\ndef net(): return torch.jit.script(torch.nn.Conv2d(3, 4, 3))\n"
+    )
+    with pytest.raises(UserError, match="the network cannot be traced"):
+        trace_network(build_model(f"{tmp_path / 'scripted.py'}:net", {}), (3, 8, 8))
 
 
 @pytest.mark.parametrize("is_slim", [False, True])

@@ -241,7 +241,7 @@ def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole,
          "error: --scope: to be within 2 points with one standard error to spare takes"),
         (["--scope", "all", "--tolerance", "0.49", "--finetune-epochs", "1", "--finetune-images",
           "2001"],
-         "error: 2,001 train images asked for: only 2,000 train images in the bundled JPEG images"),
+         "error: --finetune-images 2001: only 2,000 train images in the bundled JPEG images"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_the_scan(

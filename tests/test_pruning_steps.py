@@ -1,18 +1,21 @@
 """The steps of pruning.py on networks that are no ResNet: several linear layers, or none."""
 
+import argparse
+
 import pytest
 import torch
 from check_results import check_pruning
 from cifar import image_set
 from torch import nn
 
+from common.inputs import load_inputs
 from pruning.alone.brute_force import verify
 from pruning.alone.scan import Scan
 from pruning.alone.walk import run_scan
 from pruning.files import saved
 from pruning.report import plots, story
 from pruning.report.results import describe_scan
-from pruning.steps import prune_linear
+from pruning.steps import prune_linear, read_calibration
 
 
 def make_scan(*modules):
@@ -54,6 +57,18 @@ def no_timing(monkeypatch):
     monkeypatch.setattr(saved, "time_zeros", lambda models, images: [
         {"name": name, "batch_size": 16, "median_ms": 1.0, "noisy": False} for name in models
     ])  # fmt: skip
+
+
+def test_few_training_images_are_enough(image_folders, blank_state, tmp_path):
+    torch.save(blank_state, tmp_path / "weights.pth")
+    inputs = load_inputs(
+        argparse.Namespace(
+            weights=tmp_path / "weights.pth", data_dir=image_folders(tmp_path / "data", 4),
+            bundled=False, no_bundled=True, test_images=20, seed=0,
+        ), tmp_path
+    )  # fmt: skip
+    for scope, is_recalibrated in (("channels", False), ("all", True)):
+        assert len(read_calibration(inputs, scope, is_recalibrated)) == 40
 
 
 def test_several_linear_layers(tmp_path):

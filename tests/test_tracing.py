@@ -145,3 +145,20 @@ def test_layer_that_is_used_twice_is_refused():
     model = Net(nn.Sequential(convolution, nn.ReLU(), convolution), 256).eval()
     with pytest.raises(UserError, match=r"function\.0 is used twice"):
         trace(model, (3, 8, 8))
+
+
+class WithTargets(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, x, targets=None, with_features=False):
+        features = x.flatten(1)
+        logits = self.linear(features)
+        if targets is not None:
+            return nn.functional.cross_entropy(logits, targets)
+        return (logits, features) if with_features else logits
+
+
+def test_what_forward_may_take_beside_images_keeps_its_default():
+    assert_same(WithTargets().eval(), (3, 2, 2))

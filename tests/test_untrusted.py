@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -169,6 +170,22 @@ def test_a_legacy_file_may_not_claim_huge_storages(tmp_path):
     size = content.rindex((64).to_bytes(8, "little"))
     claimed = content[:size] + (1 << 50).to_bytes(8, "little") + content[size + 8 :]
     assert read_bytes(tmp_path, claimed) is None
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [pickle.LONG_BINPUT + (1 << 28).to_bytes(4, "little"),
+     pickle.BYTEARRAY8 + (1 << 32).to_bytes(8, "little")],
+    ids=["entry of the memo", "bytes"],
+)  # fmt: skip
+def test_a_pickle_may_not_claim_memory(claim, tmp_path):
+    """The reader of files with Python objects in them allocates nothing on their word."""
+    tracemalloc.start()
+    try:
+        assert read_bytes(tmp_path, b"\x80\x05cargparse\nNamespace\n" + claim + b".") is None
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_protocols_of_pickle(tmp_path):

@@ -36,6 +36,7 @@ class Inert(_Dictionary):
     """Stands for an object of a class that is not loaded; keeps the items it was given."""
 
     name = ""  # full name of the class or function
+    dump_patches = False  # torch's older format asks the class of a module for it
     __hash__ = object.__hash__  # may be a key
 
     def __init__(self, *arguments: object):
@@ -53,7 +54,9 @@ def read_inert(path: Path) -> object:
     What only a hostile file names is a UserError; a damaged file raises any exception.
     """
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(pickle._Unpickler):  # the one in C sizes its memo by what the file claims
+        dispatch = _LOADERS
+
         def find_class(self, module: str, name: str) -> Any:
             full, is_builtin = f"{module}.{name}", module in ("builtins", "__builtin__")
             is_hostile = is_builtin and name in HOSTILE_BUILTINS
@@ -66,9 +69,10 @@ def read_inert(path: Path) -> object:
         Unpickler=Unpickler,
         load=lambda file, **options: Unpickler(file, **options).load(),
     )
-    return torch.load(
-        path, map_location="cpu", pickle_module=reader, weights_only=False, encoding="latin1"
-    )
+    with path.open("rb") as file:
+        return torch.load(
+            file, map_location="cpu", pickle_module=reader, weights_only=False, encoding="latin1"
+        )
 
 
 def object_refused(path: Path, name: str) -> UserError:
@@ -84,6 +88,9 @@ def _rebuild_tensor(storage: Any, offset: int, size: tuple, stride: tuple, *rest
     return whole.as_strided(size, stride, offset)  # unlike `set_`, refuses to reach beyond
 
 
+# A bytearray is allocated before it is read, as large as the file claims.
+_LOADERS = {code: load for code, load in pickle._Unpickler.dispatch.items()
+            if code != pickle.BYTEARRAY8[0]}  # fmt: skip
 _KNOWN = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,

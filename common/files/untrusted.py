@@ -18,6 +18,7 @@ from common.command.cli import UserError
 from common.files.inert import Inert, object_refused, read_inert
 
 MAX_UNPACKED_BYTES = 1 << 32  # a VGG19 with the state of its optimizer is 1.7 GB
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # first bytes of what torch.save writes, now and earlier
 NO_CHECKPOINT = "truncated, damaged or no PyTorch checkpoint"
 
 
@@ -32,12 +33,13 @@ def read_untrusted(path: Path) -> object:
     head = check_file(path)
     header_bytes = int.from_bytes(head[:8], "little")  # of a safetensors file, if it is one
     fits = head[8:9] == b"{" and 2 <= header_bytes <= path.stat().st_size - 8
-    if path.suffix.lower() == ".safetensors" or fits:
+    is_torch = head.startswith((ZIP, PICKLE))
+    if fits or (path.suffix.lower() == ".safetensors" and not is_torch):
         try:
             return load_file(path)
         except SafetensorError:
             raise UserError(f"{path}: truncated, damaged or no safetensors file") from None
-    if head[:4] == b"PK\x03\x04":
+    if head.startswith(ZIP):
         _check_archive(path)
     return _unpickle(path)
 
@@ -83,18 +85,19 @@ def check_file(path: Path) -> bytes:
 
 
 def _unpickle(path: Path) -> object:
-    """Read with torch; read again without building objects if the file names Python objects."""
+    """Read with torch; where it refuses Python objects or a newer pickle, without building any."""
     try:
         with warnings.catch_warnings():  # torch's remarks on odd pickles
             warnings.simplefilter("ignore")
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                with path.open("rb") as file:  # of a path torch would believe the suffix
+                    return torch.load(file, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
-                if not (found := re.search(r"GLOBAL (\S+)", str(error))):
+                if not re.search(r"GLOBAL \S+|Unsupported operand", str(error)):
                     raise
                 content = read_inert(path)
         if isinstance(content, Inert) and not content:
-            raise object_refused(path, found[1])
+            raise object_refused(path, content.name)
         return content
     except UserError:
         raise

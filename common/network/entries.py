@@ -6,15 +6,17 @@ from pathlib import Path
 
 import torch
 
-from common.command.cli import UserError
+from common.command.cli import UserError, log
 from common.files.inert import Inert, object_refused
 from common.images.normalisation import Statistics
 
 StateDict = dict[str, torch.Tensor]
 
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+BATCH_COUNTER = "num_batches_tracked"
 COUNTERS = ("n_averaged", "total_ops", "total_params", "_extra_state")
-STDS = {"mean": "std", "mu": "sigma", "new_mean": "new_std"}  # names of tensors that go together
+STDS = {"mean": "std", "means": "stds", "mu": "sigma"}  # ends of names of tensors that go together
+MEAN = re.compile(rf"(?<![^._])({'|'.join(STDS)})$")  # as in new_mean
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FAKE_QUANTIZERS = re.compile(r"fake_quant|activation_post_process|activation_quantizer")
 
@@ -34,7 +36,7 @@ def check_entries(path: Path, content: Mapping) -> StateDict:
     if packed := [name for name in content if "_packed_params" in name]:
         raise UserError(
             f"{path}: already quantized ({shorten(packed)}); save the state_dict() of the model "
-            "before quantize_dynamic()"
+            "before quantize_dynamic() or convert()"
         )
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
@@ -90,9 +92,8 @@ def take_statistics(tensors: StateDict) -> tuple[StateDict, Statistics | None]:
     """Take out the mean and std of a normalising layer: three numbers each."""
     statistics, taken = None, set()
     for name, mean in tensors.items():
-        module, dot, entry = name.rpartition(".")
-        other = f"{module}{dot}{STDS.get(entry)}"
-        std = tensors.get(other)
+        other = MEAN.sub(lambda found: STDS[found[1]], name)
+        std = tensors.get(other) if other != name else None
         if std is None or mean.numel() != 3 or std.numel() != 3 or not std.is_floating_point():
             continue
         scale = 255.0 if mean.max() > 2 else 1.0
@@ -117,8 +118,12 @@ def fit_tensors(path: Path, tensors: StateDict, expected: StateDict, family: str
     """
     tensors = dict(tensors)
     for name, value in expected.items():  # old checkpoints lack this counter, which eval ignores
-        if name.endswith("num_batches_tracked"):
+        if name.endswith(BATCH_COUNTER):
             tensors.setdefault(name, torch.zeros(value.shape, dtype=value.dtype))
+    others = [name for name in tensors if name not in expected]
+    if others and all(name.endswith(BATCH_COUNTER) for name in others):
+        log.info("%s: %s passed over", path, shorten(others))
+        tensors = {name: tensors[name] for name in expected if name in tensors}
     _check_names_and_shapes(path, tensors, expected, family)
     _check_values(path, tensors, expected)
     return {name: tensors[name].to(value.dtype).contiguous() for name, value in expected.items()}

@@ -49,19 +49,22 @@ def read_layout(
     for some, found in ((whole, None), (tensors, statistics)):
         if (prefix := _prefix_before(some, expected)) is not None:
             return Layout(_strip(some, prefix, notes), found, tuple(notes), prefix)
+    tensors = _leave_out_others(tensors, notes)
+    if (prefix := _prefix_before(tensors, expected)) is not None:
+        return Layout(_strip(tensors, prefix, notes), statistics, tuple(notes), prefix)
     prefix = shared_prefix(tensors)
     tensors = _choose_network(path, _strip(tensors, prefix, notes), key, notes)
     return Layout(tensors, statistics, tuple(notes), prefix)
 
 
 def _choose_entry(path: Path, content: object, key: str | None) -> Mapping:
-    if isinstance(content, Inert) and not _is_state(content):
-        raise object_refused(path, content.name)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: not a state dict but a {type(content).__name__}")
     if not content:
         raise UserError(f"{path}: an empty state dict")
     found = _find_states(content)
+    if isinstance(content, Inert) and not found and not _is_state(content):
+        raise object_refused(path, content.name)
     if key in found:
         return found[key]
     unnamed = _find_unnamed(content)
@@ -73,8 +76,9 @@ def _choose_entry(path: Path, content: object, key: str | None) -> Mapping:
             path, unnamed[0], NAMED,
         )  # fmt: skip
     if key is not None:
-        if any(f".{key}." in f".{name}" for name in content):
-            return content  # the key is part of the names: see _choose_network
+        for state in found.values() if found else [content]:
+            if any(f".{key}." in f".{name}" for name in state):
+                return state  # the key is part of the names: see _choose_network
         has = f"has {', '.join(found)}" if found else "has none"
         raise UserError(f"{path}: no state dict under the key {key}; it {has}")
     if len(found) == 1:
@@ -150,6 +154,15 @@ def _strip(tensors: StateDict, prefix: str, notes: list[str]) -> StateDict:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
+def _leave_out_others(tensors: StateDict, notes: list[str]) -> StateDict:
+    """Leave out what lies beside the prefix of all layers, such as the class weights of a loss."""
+    prefix = shared_prefix(name for name, tensor in tensors.items() if tensor.ndim >= 2)
+    if others := [name for name in tensors if not name.startswith(prefix)]:
+        named = entries.shorten(others)
+        notes.append(f"{named} passed over: all layers' names begin with {prefix}")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _prefix_before(names: Collection[str], expected: Collection[str]) -> str | None:
     """Return the prefix without which names are the expected ones; None if there is none."""
     own, wanted = (
@@ -165,6 +178,7 @@ def _choose_network(path: Path, tensors: StateDict, key: str | None, notes: list
     groups: dict[str, StateDict] = {}
     for name, tensor in tensors.items():
         groups.setdefault(name.partition(".")[0], {})[name] = tensor
+    groups = {k: g for k, g in groups.items() if any(t.ndim >= 2 for t in g.values())}
     networks = {prefix: _strip(group, prefix, [])
                 for group in groups.values() for prefix in [shared_prefix(group)]}  # fmt: skip
     shapes = [{name: t.shape for name, t in network.items()} for network in networks.values()]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from common.command.cli import UserError
+from common.network.views import with_reshapes
 
 TORCHVISION = "torchvision:"
 
@@ -32,7 +33,7 @@ def build_model(model: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
         )
     # The user's code may draw random numbers; the run's own stay as they are.
     with torch.random.fork_rng(devices=[]):
-        return _run_function(Path(file), function).eval()
+        return with_reshapes(_run_function(Path(file), function)).eval().float()
 
 
 def _classifiers() -> list[str]:

@@ -47,7 +47,7 @@ class Recorder(fx.Interpreter):
             elif not node.args:  # else it has a default, and nobody gives it
                 raise UserError("the network takes more than one input")
         elif node.op == "output":
-            if node.args[0] not in self._names:
+            if not isinstance(node.args[0], fx.Node) or node.args[0] not in self._names:
                 raise UserError("the network gives something else than one tensor of logits")
             if value.ndim != 2:
                 raise UserError(f"the network gives {tuple(value.shape)} for an image, not logits")

@@ -5,6 +5,7 @@ The module runs once on a blank image. This turns what depends on sizes, such as
 """
 
 import functools
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from common.files.untrusted import explained
 from common.network.execution import Network
 from common.network.graph import ADD, Graph, Operation
 from common.network.recording import Recorder
+from common.network.views import ViewsAsReshapes
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,15 @@ def trace(model: nn.Module, image_shape: Sequence[int]) -> Traced:
     if any(module.training for module in model.modules()):
         raise ValueError("the module is in training mode")
     with explained("the network cannot be traced", ": its forward must not depend on values"):
-        recorder = Recorder(fx.GraphModule(model, _Tracer().trace(model)), image_shape)
+        graph = _Tracer().trace(model, _options(model))
+        recorder = Recorder(fx.GraphModule(model, graph), image_shape)
     first = next(model.parameters(), torch.empty(0))
     size = " × ".join(map(str, image_shape))
-    with explained(f"the network does not run on an image of {size}"), torch.no_grad():
+    with (
+        explained(f"the network does not run on an image of {size}"),
+        torch.no_grad(),
+        ViewsAsReshapes(),
+    ):
         recorder.record(torch.zeros(1, *image_shape, dtype=first.dtype, device=first.device))
     operations, layers = recorder.operations, recorder.layers
     counts = {n: layer.weight.numel() for n, layer in layers.items() if operations[n].is_layer}
@@ -94,6 +101,12 @@ def in_execution_order(
             ordered.setdefault(operation.name, operation)
             stack.pop()
     return Graph(tuple(ordered.values()))
+
+
+def _options(model: nn.Module) -> dict[str, bool | None]:
+    """Return the defaults of what ``forward`` may take beside the images, such as targets."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, bool | None)}
 
 
 class _Tracer(fx.Tracer):

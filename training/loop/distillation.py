@@ -48,7 +48,9 @@ class Training:
         cls, inputs: Inputs, epochs: int | None, count: int | None, device: torch.device
     ) -> "Training | None":
         """Read ``count`` images to ``device``, None for all; return None for no epochs."""
-        return cls(inputs.load_training(count).to(device), epochs) if epochs else None
+        if epochs is None:
+            return None
+        return cls(inputs.load_training(count, flag="--finetune-images").to(device), epochs)
 
 
 def distill(
