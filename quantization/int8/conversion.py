@@ -28,18 +28,13 @@ MAX_BIAS_LEVEL = 2**30  # leaves int32 room for the sum of products
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen of an FP32 network's values.
-
-    Attributes:
-        network: The network.
-        observers: Observer of each step's value, by the step's name; steps that only move or
-            average levels share their input's.
-        images: The calibration images.
-    """
+    """What was seen of an FP32 network's values."""
 
     network: Network
+    # By the name of the step whose value each saw; steps that only move or average levels share
+    # their input's.
     observers: Mapping[str, MinMaxObserver]
-    images: ImageSet
+    images: ImageSet  # calibration images
 
     def ranges(self, reduce_range: bool) -> dict[str, ValueRange]:
         """Return the range of each step's value."""
@@ -51,8 +46,7 @@ class Observation:
 def observe(network: Network, images: ImageSet, observer: str, batch_size: int) -> Observation:
     """Run an FP32 network on calibration images, without their labels, and observe its values.
 
-    Raises:
-        UserError: A value is not finite.
+    If one is not finite, a UserError is raised.
     """
     observers: dict[str, MinMaxObserver] = {}
     for step in fuse_activations(network.graph):
@@ -76,22 +70,17 @@ def observe(network: Network, images: ImageSet, observer: str, batch_size: int) 
 def convert(
     observation: Observation, settings: Settings, coded: Mapping[str, Int8Layer] | None = None
 ) -> Int8Network:
-    """Return the INT8 network of an observed one.
+    """Return the INT8 network of one that was observed with the observer of ``settings``.
 
-    Args:
-        observation: Network, observed with the observer of ``settings``.
-        settings: How to quantize.
-        coded: All layers in INT8, in place of those that rounding to the nearest level gives.
+    ``coded`` are all layers in INT8, in place of those that rounding to the nearest level gives.
     """
     network, images = observation.network, observation.images
     graph = network.graph
     if coded is None:
-        coded = {
-            name: _keep(network.layers[name])
-            if name in settings.fp32_layers
-            else quantize_layer(network.layers[name])
-            for name in graph.layers
-        }
+        coded = {name: quantize_layer(network.layers[name]) for name in graph.layers}
+        for name in settings.fp32_layers:
+            weight, bias = network.layers[name].weight.detach(), network.layers[name].bias.detach()
+            coded[name] = Int8Layer(weight, torch.ones_like(bias), bias)
     affine = {o.name: network.layers[o.name] for o in graph.operations if o.kind == AFFINE}
     int8 = Int8Network(
         graph, coded, affine, {}, images.classes, tuple(images.mean), tuple(images.std), settings,
@@ -106,16 +95,10 @@ def convert(
 
 
 def convert_coded(
-    network: Network,
-    coded: Mapping[str, Int8Layer],
-    calibration: ImageSet,
-    settings: Settings,
+    network: Network, coded: Mapping[str, Int8Layer], calibration: ImageSet, settings: Settings,
     batch_size: int,
-) -> Int8Network:
-    """Return a network with all of its layers coded, whose values are observed with these weights.
-
-    Labels of the calibration images are not used.
-    """
+) -> Int8Network:  # fmt: skip
+    """Return a network with all of its layers coded; its values are observed with these weights."""
     dense = {name: layer.dense() for name, layer in coded.items()}
     observed = observe(network.with_layers(dense), calibration, settings.observer, batch_size)
     return convert(observed, settings, coded)
@@ -129,12 +112,6 @@ def quantize_layer(layer: Layer) -> Int8Layer:
     levels = weight * (1 / scales).view(-1, *[1] * (weight.ndim - 1))
     levels = levels.round_().clamp_(LOWEST, HIGHEST).to(torch.int8)
     return Int8Layer(levels, scales, layer.bias.detach())
-
-
-def _keep(layer: Layer) -> Int8Layer:
-    """Return a layer that stays in FP32."""
-    weight, bias = layer.weight.detach(), layer.bias.detach()
-    return Int8Layer(weight, torch.ones_like(bias), bias)
 
 
 def _fit_bias(layer: Int8Layer, ranges: Mapping[str, ValueRange], source: str) -> Int8Layer:

@@ -43,7 +43,7 @@ def store(real: torch.Tensor, kept: ValueRange | None) -> torch.Tensor:
 
 def clipped(run: Function, step: FusedOperation, kept: ValueRange) -> Function:
     """Clip at 6 what a ReLU6 lets through, where uint8 does not end there anyway."""
-    if step.activation != "relu6" or kept.clip_levels("relu6")[1] == MAX_LEVEL:
+    if step.activation != "relu6" or kept.zero_point + round(6 / kept.scale) >= MAX_LEVEL:
         return run
 
     def run_and_clip(*values: torch.Tensor) -> torch.Tensor:

@@ -36,9 +36,7 @@ class OpenVinoRunner(Runner):
 def openvino_programs(source: object, image_shape: tuple[int, ...]) -> PreparedSizes:
     """Return OpenVINO's programs for batch sizes, at as many threads as torch has.
 
-    Args:
-        source: Content of an ONNX file, or an ``openvino.Model``.
-        image_shape: Shape of an image.
+    ``source`` is the content of an ONNX file, or an ``openvino.Model``.
     """
     import openvino
 

@@ -8,15 +8,12 @@ multiply sums by scales in float32, so a result next to a half may round the oth
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from common.network.execution import Layer
 from common.network.graph import GLOBAL_POOL, Graph, Operation, evaluate
 from quantization.int8.engines.base import Runner
 from quantization.int8.fusion import FusedOperation
-from quantization.int8.network import MAX_LEVEL, SAME_RANGE, Int8Network
-
-CLIPS = {None: lambda values: values, "relu": F.relu, "relu6": F.relu6}
+from quantization.int8.network import CLIPS, MAX_LEVEL, SAME_RANGE, Int8Network
 
 
 class ReferenceRunner(Runner):

@@ -17,9 +17,6 @@ class UsingEngine:
 
     Threads that use the same engine run at the same time; one that needs another waits for them.
     A thread may not enter the context of another engine within it.
-
-    Args:
-        engine: Name of the engine.
     """
 
     _lock = threading.Lock()  # faster than a condition's own
