@@ -15,8 +15,6 @@ A file is safetensors: the TENSORS below, of which an empty one is left out. Its
 mark, a version, and the SHA-256 of the file with zeros in its own place.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

@@ -126,7 +126,7 @@ def exact_values(network, steps, images):
                 total = total + reference._real(step.added, values[step.added])
                 values[step.name] = reference._store(step, CLIPS[step.activation](total))
             else:
-                values[step.name] = reference._compute(reference._graph[step.name], inputs)
+                values[step.name] = reference._compute(step, *inputs)
     return values
 
 

@@ -48,10 +48,9 @@ def is_int8_file(path: Path) -> bool:
 
 
 def read_int8(path: Path) -> Int8Network:
-    """Read what :func:`save_int8` wrote; memory is bounded by the file's size.
+    """Read what :func:`save_int8` wrote, or raise a UserError for any other file.
 
-    Raises:
-        UserError: The file is missing, damaged, or not one of ours.
+    Memory is bounded by the file's size.
     """
     check_file(path)
     with explained(f"{path}: damaged or no INT8 network"):

@@ -34,7 +34,7 @@ def export_onnx(network: Int8Network | Network, path: Path) -> None:
 
 
 def to_onnx(network: Int8Network | Network) -> bytes:
-    """Return a network as the content of an ONNX file; see :func:`export_onnx`."""
+    """Return the content of the file that :func:`export_onnx` writes."""
     if isinstance(network, Int8Network):
         plain = to_plain(network)
     else:

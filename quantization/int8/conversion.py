@@ -5,8 +5,6 @@ al., 2018, https://arxiv.org/abs/1712.05877). Observing takes long, converting d
 observation serves every choice of layers that stay in FP32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Operations fused into steps: an activation or an addition runs inside of the operation before."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 

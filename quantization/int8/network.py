@@ -7,8 +7,6 @@ behind it and rounds the result once into its output's range (Jacob et al., 2018
 https://arxiv.org/abs/1712.05877).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass

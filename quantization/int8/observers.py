@@ -3,8 +3,6 @@
 The range always contains 0, so that zeros, such as those of padding, are exact.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 

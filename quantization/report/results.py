@@ -26,10 +26,7 @@ def describe_models(
     inputs: Inputs, predictions: torch.Tensor, quantized: Sequence[Quantized],
     paths: dict[str, Path], onnx: OnnxModel | None, timings: dict[str, list[Timing]],
 ) -> dict:  # fmt: skip
-    """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.
-
-    Beside them come the first INT8 model's ``comparison`` and accuracy ``per_class``, and the
-    fastest engine for each batch size.
+    """Return results.json's ``models``, ``comparison``, ``fastest`` and ``per_class``.
 
     ``predictions`` are FP32's on the test images (int64, (N,)); ``quantized`` the INT8 models, the
     headline's first; ``paths`` their files by engine. ``timings`` come from

@@ -3,8 +3,6 @@
 Here: those that run on this CPU, what they can do, and the fastest of them.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import platform

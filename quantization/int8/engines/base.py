@@ -1,7 +1,5 @@
 """A runner: an INT8 network made ready on one engine."""
 
-from __future__ import annotations
-
 import math
 import threading
 from abc import ABC, abstractmethod

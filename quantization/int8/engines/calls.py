@@ -1,7 +1,5 @@
 """The steps of an INT8 network as calls of torch's quantized kernels."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

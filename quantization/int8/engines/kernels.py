@@ -1,7 +1,5 @@
 """torch's quantized kernels for operations without weights, as functions of their values alone."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

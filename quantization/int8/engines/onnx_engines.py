@@ -1,7 +1,5 @@
 """Runs INT8 networks in ONNX Runtime and OpenVINO, which both read ONNX."""
 
-from __future__ import annotations
-
 import threading
 
 import torch

@@ -1,7 +1,5 @@
 """Kernel calls in a row: what is left of a network once it is made ready to run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

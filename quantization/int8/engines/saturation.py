@@ -1,7 +1,5 @@
 """Whether an engine adds products of 8-bit numbers exactly on the CPU at hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

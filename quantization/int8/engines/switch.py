@@ -1,7 +1,5 @@
 """torch's quantized engine, which is one setting of the whole process, shared by threads."""
 
-from __future__ import annotations
-
 import threading
 
 import torch

@@ -4,8 +4,6 @@ Only this module and those that it calls, ``calls``, ``kernels`` and ``switch``,
 quantized tensors. TorchScript is known here alone.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import warnings
