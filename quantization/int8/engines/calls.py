@@ -43,9 +43,9 @@ class CallBuilder:
             return Call(step.name, functools.partial(store, kept=kept), (step.name,))
         if operation.is_layer and self._network.is_int8(operation):
             return self._layer(step)
-        make = kernel_of(step, self._engine)
-        if make is not None and self._network.is_int8(operation):
-            return Call(step.name, clipped(make(step, kept), step, kept), step.inputs)
+        kernel = kernel_of(step, kept, self._engine)
+        if kernel is not None and self._network.is_int8(operation):
+            return Call(step.name, clipped(kernel, step, kept), step.inputs)
         return self._in_fp32(step)
 
     def _layer(self, step: FusedOperation) -> Call:
