@@ -120,10 +120,7 @@ def save_models(
 def export_onnx(
     network: Int8Network, expected: torch.Tensor, path: Path, setup: CalibrationSetup
 ) -> OnnxModel:
-    """Write an INT8 network as ONNX and evaluate the file in ONNX Runtime, at equal threads.
-
-    ``expected`` are its predictions on an engine (int64, shape (N,)).
-    """
+    """Write an INT8 network as ONNX and run the file; an engine ``expected`` these predictions."""
     onnx_export.export_onnx(network, path)
     run = onnx_export.load_onnx(path)
     predictions = setup.predict(run, "evaluate ONNX")

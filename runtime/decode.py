@@ -557,10 +557,10 @@ def _reading(path: str | Path, problem: str = "damaged or no INT8 network") -> I
 
 
 def check(classify: Classifier, path: str | Path) -> tuple[int, int, float]:
-    """Compare logits with those in a file that ``--write-check`` wrote, or raise a FileError.
+    """Compare logits with those that ``--write-check`` wrote, or raise a FileError.
 
-    Return the number of images, the number of those whose class is the same, and the root mean
-    square of the logits' differences, in standard deviations of the logits.
+    Return the numbers of images and of those of the same class, and the root mean square of the
+    differences, in standard deviations of the logits.
     """
     with _reading(path, "not a check of this network") as content:
         tensors = read_tensors(content, CHECK_MARK)

@@ -41,10 +41,7 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
 def plot_sensitivity(
     rows: Sequence[dict], tolerance: float, amount: float, by_drop: bool, path: Path
 ) -> None:
-    """Draw what pruning each layer alone changes: one bar a layer, with paired whiskers.
-
-    Bars are in network order, or sorted ``by_drop``, largest first.
-    """
+    """Draw what pruning each layer alone changes, in network order or sorted ``by_drop``."""
     if by_drop:
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
     value, whiskers = search_plots.accuracies(0.0, rows)

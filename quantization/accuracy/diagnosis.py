@@ -2,12 +2,11 @@
 
 Noise is measured layer by layer on FP32 inputs, so that it is the layer's own: the signal-to-
 quantization-noise ratio (SQNR) of its output with weights rounded, with activations rounded, with
-both. It is the median over output channels: in a plain ratio a few strong channels would hide that
-the others drown.
+both. It is the median over channels: in a plain ratio a few strong ones would hide that the others
+drown.
 
 Accuracy is measured with each layer alone in INT8, as a variant that branches off the FP32 network,
-as in the pruning scan; and with it alone in FP32, where the rest of the network runs on its engine,
-as it would be deployed.
+as in the pruning scan; and with it alone in FP32, as it would be deployed.
 """
 
 import math

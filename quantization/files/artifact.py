@@ -107,10 +107,7 @@ def _run_saved(wanted: Sequence[tuple[Path, str]], images: np.ndarray) -> list[n
 def write_checks(
     models: Iterable[Path], images: ImageSet, file: Callable[[str], Path], engine: str
 ) -> None:
-    """Write for INT8 files what ``runtime/decode.py --check`` reads: images and their logits.
-
-    ``file`` returns the path for a name; ``engine`` computes the logits of the first few images.
-    """
+    """Write for INT8 files what ``decode.py --check`` reads: images and logits by an engine."""
     pixels = images.images[:CHECK_IMAGES].contiguous()
     for path in models:
         model = load_int8(path, engine)

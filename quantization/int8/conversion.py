@@ -42,10 +42,7 @@ class Observation:
 
 @torch.inference_mode()
 def observe(network: Network, images: ImageSet, observer: str, batch_size: int) -> Observation:
-    """Run an FP32 network on calibration images, without their labels, and observe its values.
-
-    If one is not finite, a UserError is raised.
-    """
+    """Observe the values of an FP32 network on images without labels; a UserError if not finite."""
     observers: dict[str, MinMaxObserver] = {}
     for step in fuse_activations(network.graph):
         shares = step.operation.kind in SAME_RANGE
@@ -68,10 +65,7 @@ def observe(network: Network, images: ImageSet, observer: str, batch_size: int) 
 def convert(
     observation: Observation, settings: Settings, coded: Mapping[str, Int8Layer] | None = None
 ) -> Int8Network:
-    """Return the INT8 network of one that was observed with the observer of ``settings``.
-
-    ``coded`` are all layers in INT8, in place of those that rounding to the nearest level gives.
-    """
+    """Return the INT8 network of an observed one, with ``coded`` layers or with rounded ones."""
     network, images = observation.network, observation.images
     graph = network.graph
     if coded is None:
@@ -113,10 +107,7 @@ def quantize_layer(layer: Layer) -> Int8Layer:
 
 
 def _fit_bias(layer: Int8Layer, ranges: Mapping[str, ValueRange], source: str) -> Int8Layer:
-    """Widen the scales of channels whose bias would take more steps than int32 holds.
-
-    Their weights are next to nothing.
-    """
+    """Widen the scales of channels whose bias would not fit int32; their weights hardly matter."""
     if not layer.is_int8:
         return layer
     least = layer.bias.abs() / (ranges[source].scale * MAX_BIAS_LEVEL)

@@ -74,10 +74,7 @@ def saturates(engine: str) -> bool:
 def choose_settings(
     engine: str, observer: str = "histogram", reduce_range: str = "auto"
 ) -> Settings:
-    """Return settings for this CPU; with ``auto`` the range is reduced where sums would saturate.
-
-    If the engine does not run here, a UserError is raised.
-    """
+    """Return settings for this CPU, or raise a UserError; ``auto``: 7 bits where sums saturate."""
     require_engine(engine)
     reduced = saturates(engine) if reduce_range == "auto" else reduce_range == "on"
     return Settings(engine, reduced, observer)

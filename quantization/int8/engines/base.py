@@ -32,11 +32,7 @@ class Runner(ABC):
         return type(self), (self.network, self.engine)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Run the network; an image with a NaN gets NaN logits.
-
-        If the images are no dense float32 tensor on the CPU, or have another shape, a UserError is
-        raised.
-        """
+        """Run the network, or raise a UserError for other inputs; an image with a NaN gets NaNs."""
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self(images)

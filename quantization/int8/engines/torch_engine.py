@@ -28,10 +28,7 @@ _preparing = threading.Lock()  # traces in two threads at once can crash
 
 
 class TorchRunner(Runner):
-    """Runs an INT8 network on one of torch's engines.
-
-    A call sets ``torch.backends.quantized.engine`` and restores it.
-    """
+    """Runs an INT8 network on one of torch's engines, which is set during a call alone."""
 
     def __init__(self, network: Int8Network, engine: str):
         super().__init__(network, engine)
