@@ -12,7 +12,6 @@ from pruning.channels.search import RECONSTRUCTED
 from pruning.report.together import fewer, method_name, sparsities, unit_of
 from pruning.together.allocation import SENSITIVITY
 
-SEARCH_PLOT, SLIM_PLOT = "model_search.png", "slim.png"
 COLORS = {SENSITIVITY: figures.GREEN, RECONSTRUCTED: figures.BLUE}
 
 
