@@ -70,7 +70,7 @@ def convert(
     graph = network.graph
     if coded is None:
         coded = {name: quantize_layer(network.layers[name]) for name in graph.layers}
-        for name in settings.fp32_layers:
+        for name in coded.keys() & settings.fp32_layers:
             weight, bias = network.layers[name].weight.detach(), network.layers[name].bias.detach()
             coded[name] = Int8Layer(weight, torch.ones_like(bias), bias)
     affine = {o.name: network.layers[o.name] for o in graph.operations if o.kind == AFFINE}
