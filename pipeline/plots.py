@@ -13,10 +13,7 @@ COLORS = {
 
 
 def plot_frontier(results: dict, path: Path) -> None:
-    """Plot every answer of results.json with its interval; by size, small, what was tried too.
-
-    Doubtful times have a question mark.
-    """
+    """Plot every answer of results.json with its interval; by size, small, what was tried too."""
     figure, (small, fast) = figures.new_figure(11, 4.6, columns=2, sharey=True)
     shown = [*results["models"], *results["answers"]]
     fp32_bytes, timing = shown[0]["size_bytes"], shown[0]["latency"][-1]

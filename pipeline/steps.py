@@ -49,10 +49,7 @@ def identify(
 
 
 def write_files(found: Found, folder: OutputFolder, stem: str) -> dict[str, Path]:
-    """Write every answer's file, and the slim network of the fastest one as a checkpoint.
-
-    Return the answers' files by goal; all names begin with ``stem``.
-    """
+    """Write each answer's file, and the fastest one's slim network; return the files by goal."""
     files = {}
     for goal, best in found.best.items():
         files[goal] = folder.file(f"{stem}_{goal}{SUFFIX}")
@@ -69,9 +66,8 @@ def measure_files(
 ) -> dict[str, dict]:  # fmt: skip
     """Read INT8 files; evaluate one after the other, then time all in turns.
 
-    Return ``accuracy``, ``comparison`` and ``latency`` of results.json by name, those of the dense
-    network ``fp32``, which the others are compared with, under ``FP32``. A file that is not what
-    was written is a UserError.
+    Return ``accuracy``, ``comparison`` with the dense network ``fp32``, and ``latency`` of
+    results.json by name, its own under ``FP32``.
     """
     readers = {FP32: partial(fp32_runner, fp32)}
     readers |= {name: partial(load_int8, path) for name, path in int8.items()}
@@ -96,8 +92,7 @@ def measure(
 ) -> dict[str, dict]:  # fmt: skip
     """Measure the dense models and the answers, read back, on images that chose nothing.
 
-    ``files`` are the answers' by goal. Return the result of :func:`measure_files`, with name,
-    engine and size in the dense models' entries.
+    Return what :func:`measure_files` does, with name, engine and size in the dense models' entries.
     """
     store, model = builder.store, builder.inputs.model
     fp32 = store.folder / "dense.pth"
@@ -117,10 +112,7 @@ def measure(
 def describe(
     builder: CandidateBuilder, found: Found, files: Mapping[str, Path], measured: Mapping[str, dict]
 ) -> dict:
-    """Return results.json's ``models``, ``answers`` and ``tried``.
-
-    What was tried is as the images that choose saw it.
-    """
+    """Return ``models``, ``answers`` and, on the images that choose, ``tried`` of results.json."""
     models, inputs = [measured[FP32], measured[INT8]], builder.inputs
     dense = {f"over_{model['name']}": model["latency"] for model in models}
     answers = []
@@ -161,10 +153,7 @@ def _describe(candidate: Candidate, fp32: dict, inputs: Inputs) -> dict:
 def export_answers_to_onnx(
     answers: Sequence[dict], files: Mapping[str, Path], setup: CalibrationSetup
 ) -> None:
-    """Write each answer as ONNX beside its file, and add how often both predict the same class.
-
-    ``answers`` are those of results.json, changed in place; ``files`` are theirs by goal.
-    """
+    """Write each answer as ONNX beside its file, and add to it how often both classify alike."""
     for answer in answers:
         model, path = load_int8(files[answer["name"]]), files[answer["name"]].with_suffix(".onnx")
         onnx = export_onnx(model.network, setup.predict(model, "evaluate INT8"), path, setup)

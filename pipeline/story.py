@@ -162,10 +162,7 @@ def advise(results: dict) -> list[str]:
 
 
 def choose_to_ship(within: Sequence[dict]) -> tuple[dict, str]:
-    """Return the answer to ship, and why: ``both``, unless another one is smaller and better.
-
-    ``within`` holds the answers within the budget, at least one.
-    """
+    """Return the answer to ship, and why: ``both``, unless another one is smaller and better."""
     both = next((answer for answer in within if answer["name"] == "both"), within[0])
     no_worse = [a for a in within if a["comparison"]["drop"] <= both["comparison"]["drop"]]
     smallest = min(no_worse, key=size_of)

@@ -1,10 +1,8 @@
 """Masks of L1 unstructured pruning, as ``torch.nn.utils.prune`` makes them.
 
-They differ in one case: in layers of more than ``MOST_SORTED`` weights, equal magnitudes go by
-position, where torch breaks ties in another way.
-
-L2 would give the same masks: the norm of a single weight is its magnitude in both, so both rank
-weights alike. They differ only where whole channels are ranked.
+In layers of more than ``MOST_SORTED`` weights, equal magnitudes go by position, the last ones
+first, where torch breaks ties in another way. L2 would give the same masks: both norms of a single
+weight are its magnitude.
 """
 
 import copy
@@ -26,14 +24,11 @@ def pruned_count(weights: int, amount: float) -> int:
 
 
 def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
-    """Choose the weights to keep when the ``count`` smallest in magnitude are pruned.
+    """Return the mask (bool) of the weights, on the CPU, that are not the ``count`` smallest.
 
     ``torch.nn.utils.prune`` sorts the weights, which takes a third of a second for 2.4 million. A
     partition finds the same threshold in a tenth of the time. Where several weights have the
-    magnitude of the threshold, torch chooses which of them are pruned; in layers of more than
-    ``MOST_SORTED`` weights, the last ones are.
-
-    The weight is on the CPU; the mask (bool, the same shape) is True where it is kept.
+    magnitude of the threshold, torch chooses which of them are pruned.
     """
     return next(l1_mask_series(weight, [count]))
 

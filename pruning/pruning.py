@@ -38,14 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
         f"stay in the cache, and {GPU_BATCH_SIZE} on a GPU, unless --batch-size says otherwise.",
     )
     scanning = parser.add_argument_group("sensitivity scan")
-    amounts = scanning.add_mutually_exclusive_group()
-    amounts.add_argument(
-        "--amount", type=types.fraction, metavar="A", default=0.9,
-        help="fraction of each layer's weights to prune",
-    )  # fmt: skip
-    amounts.add_argument(
-        "--amounts", type=types.list_of(types.fraction), metavar="A,...",
-        help="several fractions; adds a plot of all of them",
+    scanning.add_argument(
+        "--amounts", type=types.list_of(types.fraction), metavar="A,...", default=[0.9],
+        help="fractions of each layer's weights to prune; several add a plot of all of them",
     )  # fmt: skip
     scanning.add_argument(
         "--layers", type=types.list_of(types.name), metavar="NAME,...",
@@ -131,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.together.search import ModelSearch
     from training.loop.distillation import Training
 
-    amounts, channels = args.amounts or [args.amount], args.scope == "channels"
+    channels = args.scope == "channels"
     with start_run(args, shared=True) as (workers, folder):
         on_cpu = workers.device.type == "cpu"
         batch_size = args.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
@@ -147,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             raise cli.UserError(f"--scope: {reason}")
         calibration = steps.read_calibration(inputs, args.scope, args.recalibrate_bn)
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, workers.device)
-        scan = Scan(inputs.model, inputs.test, layers, amounts, batch_size, fast, workers)
+        scan = Scan(inputs.model, inputs.test, layers, args.amounts, batch_size, fast, workers)
         scanned, scan_seconds = run_scan(scan, folder, args.resume)
         verification = verify(scan, scanned, args.tolerance) if args.verify else None
         if not workers.is_first:  # the first one does the rest alone

@@ -28,8 +28,8 @@ from training.loop.distillation import Training
 def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> ImageSet | None:
     """Read the training images to re-estimate batch norms, or to repair a slim network, with.
 
-    They are on the network's device; None where neither is done. If there are fewer than wanted,
-    all are taken; without batch norms to re-estimate, a UserError is raised.
+    None where neither is done. If there are fewer than wanted, all are taken; without batch norms
+    to re-estimate, a UserError is raised.
     """
     if not recalibrated and scope != channels.SCOPE:
         return None
@@ -60,10 +60,7 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
 
 
 def prune_together(search: ModelSearch, training: Training | None, path: Path) -> dict:
-    """Search how far many layers can go together, write the sparsest model, and confirm the file.
-
-    A network without some channels is timed beside the dense one.
-    """
+    """Search how far many layers can go together; write the sparsest model, and confirm it."""
     started = time.perf_counter()
     found = search_all(search)
     best = best_of(search, found)

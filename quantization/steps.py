@@ -84,11 +84,7 @@ def warn_of_odd_accuracy(model: nn.Module, test: ImageSet, predictions: torch.Te
 def quantize(
     network: Network, setup: CalibrationSetup, settings: Sequence[Settings]
 ) -> list[Quantized]:
-    """Observe, convert and evaluate on the CPU.
-
-    Engines share an observation if the observer is the same, and the INT8 network if all settings
-    are.
-    """
+    """Observe, convert and evaluate on the CPU; what has the same settings is made once."""
     observations: dict[str, Observation] = {}
     networks: dict[Settings, Int8Network] = {}
     quantized = []
@@ -109,8 +105,7 @@ def save_models(
 ) -> dict[str, Path]:
     """Write every INT8 network once; return the path of each engine's.
 
-    There are several where engines differ in the bits of activations; the file of the first engine
-    has the plain name.
+    There are several where engines differ in the bits of activations; the first has the plain name.
     """
     paths: dict[int, Path] = {}
     for candidate in quantized:
@@ -125,10 +120,7 @@ def save_models(
 def export_onnx(
     network: Int8Network, expected: torch.Tensor, path: Path, setup: CalibrationSetup
 ) -> OnnxModel:
-    """Write an INT8 network as ONNX and evaluate the file in ONNX Runtime, at equal threads.
-
-    ``expected`` are its predictions on an engine (int64, shape (N,)).
-    """
+    """Write an INT8 network as ONNX and run the file; an engine ``expected`` these predictions."""
     onnx_export.export_onnx(network, path)
     run = onnx_export.load_onnx(path)
     predictions = setup.predict(run, "evaluate ONNX")
@@ -140,10 +132,9 @@ def time_models(
     model: nn.Module, network: Network, quantized: Sequence[Quantized], onnx: OnnxModel | None,
     test: ImageSet, batch_sizes: Sequence[int], seconds: float,
 ) -> dict[str, list[Timing]]:  # fmt: skip
-    """Time FP32 as usually written, FP32 at its best and each INT8 model, interleaved.
+    """Time in turns FP32 as usually written, ``model``, and at its best, ``network``, and INT8.
 
-    ``network`` is the trace of ``model``. Return timings by ``fp32-nchw``, ``fp32``, each engine's
-    name and ``int8-onnx``.
+    Return timings by ``fp32-nchw``, ``fp32``, each engine's name and ``int8-onnx``.
     """
     contenders = [
         Contender(FP32_NCHW, model, torch.contiguous_format),

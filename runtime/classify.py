@@ -21,8 +21,7 @@ SHOWN_CLASSES = 5
 def fit(image: Image.Image, height: int, width: int, short_side: int | None) -> Image.Image:
     """Return an image scaled and cut, as torchvision's Resize and CenterCrop do it.
 
-    The short side is scaled to ``short_side`` pixels before the middle is cut out; None makes it as
-    short as the result allows.
+    A ``short_side`` of None is as short as the result allows.
     """
     sides = image.size
     if short_side is None:
@@ -39,11 +38,7 @@ def fit(image: Image.Image, height: int, width: int, short_side: int | None) -> 
 
 
 def read_image(path: Path, height: int, width: int, short_side: int | None) -> np.ndarray:
-    """Return a photo as uint8 pixels (3, height, width), RGB.
-
-    Raises:
-        ValueError: The file is missing, or no image.
-    """
+    """Return a photo as uint8 RGB pixels (3, height, width); a ValueError if it is none."""
     try:
         with Image.open(path, formats=FORMATS) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")

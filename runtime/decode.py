@@ -15,8 +15,6 @@ A file is safetensors: the TENSORS below, of which an empty one is left out. Its
 mark, a version, and the SHA-256 of the file with zeros in its own place.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib
@@ -101,8 +99,7 @@ def read_tensors(content: bytes, mark: str) -> dict[str, np.ndarray]:
 def parse(content: bytes) -> Network:
     """Return the network of a file's content; raise any Exception if it is damaged or no network.
 
-    The content may come from anywhere: memory is bounded by its size. Whether the operations fit
-    together is left to who uses them.
+    Memory is bounded by the content's size. Whether the operations fit together is not checked.
     """
     tensors = read_tensors(content, MARK)
     unknown = tensors.keys() - TENSORS
@@ -116,25 +113,25 @@ def parse(content: bytes) -> Network:
     fields = _unpack(tensors["network"])
     graph, stored = fields.pop("graph"), fields.pop("weights")
     outputs = [shape[0] for _, shape in stored]
-    fp32_sizes = [math.prod(shape) if storage == "fp32" else 0 for storage, shape in stored]
-    scales, runs = tensors["scales"].astype(np.float32), tensors["scale_runs"]
-    counted = len(scales) == len(runs) and runs.sum(dtype=np.int64) == sum(outputs)
-    _require(counted, "scales are not as many as output channels")
+    runs = tensors["scale_runs"]
+    is_fit = len(tensors["scales"]) == len(runs) and runs.sum(dtype=np.int64) == sum(outputs)
+    _require(is_fit, "scales are not as many as output channels")
+    fp32_sizes = [math.prod(shape) for storage, shape in stored if storage == "fp32"]
+    fp32 = iter(_split(tensors["fp32"].copy(), fp32_sizes, "fp32"))
     coded = [layer for layer in stored if layer[0] != "fp32"]
     levels = iter(decode_levels(tensors["levels"], coded))
     weights = {}
-    for name, (storage, shape), bias, scale, values in zip(
+    for name, (storage, shape), bias, scales in zip(
         [o["name"] for o in graph if o["kind"] in ("convolution", "linear", "affine")],
         stored,
         _split(tensors["biases"].astype(np.float32), outputs, "biases"),
-        _split(np.repeat(scales, runs), outputs, "scales"),
-        _split(tensors["fp32"].copy(), fp32_sizes, "fp32"),
+        _split(np.repeat(tensors["scales"].astype(np.float32), runs), outputs, "scales"),
         strict=True,
     ):
         if storage == "fp32":
-            weights[name] = Weights(values.reshape(shape), bias)
+            weights[name] = Weights(next(fp32).reshape(shape), bias)
         else:
-            weights[name] = Weights(next(levels).reshape(shape), bias, scale)
+            weights[name] = Weights(next(levels).reshape(shape), bias, scales)
     pairs = zip(tensors["value_scales"], tensors["value_zero_points"], strict=True)
     pairs = [(float(scale), int(zero_point)) for scale, zero_point in pairs]
     indices = zip(graph, fields.pop("ranges"), strict=True)
@@ -164,11 +161,10 @@ def _unpack(packed: np.ndarray) -> dict:
         _check_sizes(shape)
         _require(storage in ("sparse", "dense", "fp32"), "weights stored in an unknown way")
     _check_sizes(fields["resize"] or 1)
-    for name in fields["classes"]:
-        _require(isinstance(name, str), "class names that are no text")
-    for value in (*mean, *std):
-        is_fit = isinstance(value, float) and math.isfinite(value)
-        _require(is_fit, "mean or std that is no number")
+    is_fit = all(isinstance(name, str) for name in fields["classes"])
+    _require(is_fit, "class names that are no text")
+    is_fit = all(isinstance(value, float) and math.isfinite(value) for value in (*mean, *std))
+    _require(is_fit, "mean or std that is no number")
     _require(min(std) > 0, "a std that is not positive")
     is_fit = len(mean) == len(std) == graph[0]["shape"][0]
     _require(is_fit, "another number of channels than mean and std have")
@@ -225,11 +221,10 @@ def decode_levels(
 ) -> list[np.ndarray]:
     """Return the levels of layers (int8), each (outputs, inputs per group, positions of a kernel).
 
-    Args:
-        stream: uint8. First the tables of all layers: the frequency of each level (uint16) for a
-            dense one; the weights of the evidence (int8) and the probability of each context
-            (uint8) for a sparse one. Then a range coder's words (uint32).
-        stored: ``dense`` or ``sparse``, and the shape, of each layer.
+    ``stored`` says of each layer ``dense`` or ``sparse``, and its shape. The stream (uint8) holds
+    the tables of all layers, then a range coder's words (uint32). A table is the frequency of each
+    level (uint16) of a dense layer; of a sparse one the weights of the evidence (int8) and the
+    probability of each context (uint8).
     """
     shapes = [(shape[0], shape[1], math.prod(shape[2:])) for _, shape in stored]
     sizes = [2 * LEVELS if storage == "dense" else EVIDENCE + CONTEXTS for storage, _ in stored]
@@ -272,13 +267,11 @@ def weigher(weights: np.ndarray) -> Context:
 
 
 def code_layer(levels: np.ndarray, context: Context, code: Code) -> None:
-    """Pass the levels of a sparse layer by a coder; a decoder fills them in.
+    """Pass the levels (int8, (outputs, inputs, positions)) by a coder; a decoder fills them in.
 
-    Args:
-        levels: int8, (outputs, inputs, positions of the kernel); changed in place.
-        context: Returns contexts of zeros (int64, flat) from the evidence, which broadcasts to
-            (outputs, inputs), and from which weights are not zero, as an encoder knows.
-        code: Returns flags (bool) from their contexts and, as an encoder knows, from these flags.
+    ``context`` returns contexts of zeros (int64, flat) from the evidence, which broadcasts to
+    (outputs, inputs), and from which weights are not zero, as an encoder knows. ``code`` returns
+    flags (bool) from their contexts and, as an encoder knows, from these flags.
     """
     outputs, inputs, positions = levels.shape
     order = (4, 1, 3, 5, 7, 0, 2, 6, 8) if positions == 9 else range(positions)  # centre first
@@ -355,6 +348,21 @@ def _code_batch(
 # runtimes merge each group into one INT8 kernel. Weights are stored in INT8, biases in INT32.
 
 
+OPERATORS = {  # kinds of operations that are one node in ONNX
+    "convolution": "Conv", "linear": "Gemm", "add": "Add", "multiply": "Mul",
+    "concatenate": "Concat", "max_pool": "MaxPool", "average_pool": "AveragePool",
+    "flatten": "Flatten", "permute": "Transpose", "relu": "Relu", "hardswish": "HardSwish",
+    "hardsigmoid": "HardSigmoid", "sigmoid": "Sigmoid",
+}  # fmt: skip
+FIXED = {  # attributes that these always have
+    "linear": {"transB": 1}, "concatenate": {"axis": 1}, "hardsigmoid": {"alpha": 1 / 6},
+}  # fmt: skip
+ATTRIBUTES = {  # ONNX's names for an operation's numbers
+    "stride": "strides", "dilation": "dilations", "groups": "group", "kernel": "kernel_shape",
+    "ceil": "ceil_mode", "count_padding": "count_include_pad", "order": "perm",
+}  # fmt: skip
+
+
 class _Builder:
     """Collects the nodes and constants of a graph; each method returns the name of a value."""
 
@@ -406,21 +414,6 @@ class _Builder:
         return value
 
 
-def _attributes(o: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a convolution or a pool under the names that ONNX has for them."""
-    names = {
-        "stride": "strides", "dilation": "dilations", "groups": "group", "kernel": "kernel_shape",
-        "ceil": "ceil_mode", "count_padding": "count_include_pad",
-    }  # fmt: skip
-    return {new: o[old] for old, new in names.items() if old in o} | {"pads": o["padding"] * 2}
-
-
-def _adaptive_pool(add: Callable, x: list, o: Mapping[str, Any]) -> str:
-    """Average windows of unequal size: a product with a matrix of means in each direction."""
-    rows, columns = map(window_means, o["source_size"], o["size"])
-    return add("MatMul", [rows, add("MatMul", [*x, columns.T])])
-
-
 def window_means(old: int, new: int) -> np.ndarray:
     """Return the matrix that averages ``old`` numbers in ``new`` windows, as torch lays them."""
     _require(old * new <= MAX_SIZE, "far too large windows")
@@ -429,51 +422,43 @@ def window_means(old: int, new: int) -> np.ndarray:
     return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _pads(padding: Sequence[int]) -> np.ndarray:
-    """Return ONNX's padding of an image; torch gives both ends of the last dimension first."""
-    pairs = np.reshape(padding, (-1, 2))[::-1]
-    return np.pad(pairs, ((4 - len(pairs), 0), (0, 0))).T.ravel()
-
-
-# How each kind of operation ``o`` adds nodes to its inputs ``x``, its weight and bias included.
-_FORMS: dict[str, Callable[[Callable, list, Mapping[str, Any]], str]] = {
-    "convolution": lambda add, x, o: add("Conv", x, **_attributes(o)),
-    "linear": lambda add, x, o: add("Gemm", x, transB=1),
-    "affine": lambda add, x, o: add(  # a batch norm of mean 0 and variance 1
-        "BatchNormalization", [*x, np.zeros_like(x[1]), np.ones_like(x[1])], epsilon=0.0
-    ),
-    "add": lambda add, x, o: add("Add", x),
-    "multiply": lambda add, x, o: add("Mul", x),
-    "concatenate": lambda add, x, o: add("Concat", x, axis=1),
-    "max_pool": lambda add, x, o: add("MaxPool", x, **_attributes(o)),
-    "average_pool": lambda add, x, o: add("AveragePool", x, **_attributes(o)),
-    "adaptive_average_pool": _adaptive_pool,
-    "global_average_pool": lambda add, x, o: (
-        add("GlobalAveragePool", x) if o["keep"] else add("Flatten", [add("GlobalAveragePool", x)])
-    ),
-    "flatten": lambda add, x, o: add("Flatten", x),
-    "reshape": lambda add, x, o: add("Reshape", [*x, np.array([-1, *o["shape"]])]),
-    "permute": lambda add, x, o: add("Transpose", x, perm=o["order"]),
-    "slice": lambda add, x, o: add(  # starts, ends, dimensions, steps
-        "Slice", [*x, *np.array(o["parts"]).T[[1, 2, 0, 3]]]
-    ),
-    "pad": lambda add, x, o: add("Pad", [*x, _pads(o["padding"])]),
-    "relu": lambda add, x, o: add("Relu", x),
-    "relu6": lambda add, x, o: add("Clip", [*x, np.float32(0), np.float32(6)]),
-    "hardswish": lambda add, x, o: add("HardSwish", x),
-    "hardsigmoid": lambda add, x, o: add("HardSigmoid", x, alpha=1 / 6, beta=0.5),
-    "sigmoid": lambda add, x, o: add("Sigmoid", x),
-    "silu": lambda add, x, o: add("Mul", [*x, add("Sigmoid", x)]),
-}
+def _add_operation(add: Callable, x: list[str | np.ndarray], o: Mapping[str, Any]) -> str:
+    """Add the nodes of an operation ``o`` on its inputs ``x``, its weight and bias included."""
+    if o["kind"] in OPERATORS:
+        attributes = {new: o[old] for old, new in ATTRIBUTES.items() if old in o}
+        if "padding" in o:
+            attributes["pads"] = o["padding"] * 2
+        return add(OPERATORS[o["kind"]], x, **attributes, **FIXED.get(o["kind"], {}))
+    match o["kind"]:
+        case "affine":  # a batch norm of mean 0 and variance 1
+            moments = [np.zeros_like(x[1]), np.ones_like(x[1])]
+            return add("BatchNormalization", [*x, *moments], epsilon=0.0)
+        case "adaptive_average_pool":  # a product with a matrix of means in each direction
+            rows, columns = map(window_means, o["source_size"], o["size"])
+            return add("MatMul", [rows, add("MatMul", [*x, columns.T])])
+        case "global_average_pool":
+            pooled = add("GlobalAveragePool", x)
+            return pooled if o["keep"] else add("Flatten", [pooled])
+        case "reshape":
+            return add("Reshape", [*x, np.array([-1, *o["shape"]])])
+        case "slice":
+            dimensions, starts, ends, steps = np.array(o["parts"]).T
+            return add("Slice", [*x, starts, ends, dimensions, steps])
+        case "pad":  # torch gives both ends of the last dimension first
+            ends = np.reshape(o["padding"], (-1, 2))[::-1]
+            return add("Pad", [*x, np.pad(ends, ((4 - len(ends), 0), (0, 0))).T.ravel()])
+        case "relu6":
+            return add("Clip", [*x, np.float32(0), np.float32(6)])
+        case "silu":
+            return add("Mul", [*x, add("Sigmoid", x)])
+    raise ValueError(f"{o['kind']} is not known here")
 
 
 def to_onnx(network: Network, pixels: bool = False) -> bytes:
-    """Return the content of an ONNX file, checked; the network's facts are its metadata, as JSON.
+    """Return the content of an ONNX file that takes ``pixels`` or ``images``; see ``MEANINGS``.
 
-    It takes uint8 ``pixels`` or normalised ``images``; see ``MEANINGS``.
-
-    Raises:
-        Exception: The operations do not fit together, or their values are far too large.
+    The network's facts are its metadata, as JSON. If the operations do not fit together, or their
+    values are far too large, some Exception is raised.
     """
     import onnx
     from onnx import TensorProto, helper
@@ -487,7 +472,7 @@ def to_onnx(network: Network, pixels: bool = False) -> bytes:
             inputs = [values[source] for source in o["inputs"]]
             if name in network.weights:
                 inputs += builder.weights(network, name, o["inputs"][0])
-            value = _FORMS[o["kind"]](builder.add, inputs, o)
+            value = _add_operation(builder.add, inputs, o)
         if name in network.ranges:
             value = builder.round(value, *network.ranges[name])
         values[name] = value
@@ -527,11 +512,7 @@ class Classifier(NamedTuple):
 
 
 def load(path: str | Path, threads: int = 0) -> Classifier:
-    """Return a file's network, ready to run; by default on all cores.
-
-    Raises:
-        FileError: The file is missing, damaged or something else.
-    """
+    """Return a file's network, by default on all cores; a FileError if it is damaged or none."""
     with _reading(path) as content:
         network = parse(content)
         session = start_session(to_onnx(network, pixels=True), threads)
@@ -561,10 +542,8 @@ def start_session(model: bytes | str, threads: int = 0) -> Any:
 def _reading(path: str | Path, problem: str = "damaged or no INT8 network") -> Iterator[bytes]:
     """Yield a file's content; raise FileError for whatever a damaged one causes meanwhile."""
     file = Path(path)
-    if not file.exists():
-        raise FileError(f"{path}: no such file")
     if not file.is_file():  # to open a named pipe would be to wait for its writer
-        raise FileError(f"{path}: not a regular file")
+        raise FileError(f"{path}: {'not a regular' if file.exists() else 'no such'} file")
     if file.stat().st_size > MAX_FILE_BYTES:
         raise FileError(f"{path}: too large")
     content = file.read_bytes()
@@ -578,14 +557,10 @@ def _reading(path: str | Path, problem: str = "damaged or no INT8 network") -> I
 
 
 def check(classify: Classifier, path: str | Path) -> tuple[int, int, float]:
-    """Compare logits with those in a file that ``--write-check`` wrote.
+    """Compare logits with those that ``--write-check`` wrote, or raise a FileError.
 
-    Returns:
-        Number of images, number of those whose class is the same, and the root mean square of the
-        logits' differences, in standard deviations of the logits.
-
-    Raises:
-        FileError: The file is damaged, or of another network.
+    Return the numbers of images and of those of the same class, and the root mean square of the
+    differences, in standard deviations of the logits.
     """
     with _reading(path, "not a check of this network") as content:
         tensors = read_tensors(content, CHECK_MARK)
@@ -624,11 +599,10 @@ def main(argv: list[str] | None = None) -> int:
                 f"(up to {MAX_DIFFERENCE} is rounding)"
                 + ("" if passed else ": another network, or images prepared in another way")
             )
-    except OSError as error:
-        print(f"error: {error.filename or args.file}: {error.strerror}", file=sys.stderr)
-        return 1
-    except (FileError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (FileError, ImportError, OSError) as error:
+        is_file = isinstance(error, OSError)
+        reason = f"{error.filename}: {error.strerror}" if is_file else error
+        print(f"error: {reason}", file=sys.stderr)
         return 1
     return 0 if passed else 1
 

@@ -143,7 +143,7 @@ def check_model_search(entry: dict) -> None:
     check_accuracy(entry["accuracy"], total)
     check_comparison(entry["comparison"], total)
     assert entry["scope"] in ("linear", "conv", "all", "channels")
-    assert entry["allocation"] in ("sensitivity", "random", "reconstructed", "norm")
+    assert entry["allocation"] in ("sensitivity", "reconstructed")
     assert isinstance(entry["recalibrated"], bool)
     assert 0 <= entry["max_sparsity"] < 1
     assert [entry["max_sparsity"], entry["accuracy"]["value"]] in entry["curve"]

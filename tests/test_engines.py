@@ -22,13 +22,13 @@ from common.network.execution import Layer
 from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
-from quantization.int8.engines import base, calls, choice, switch
+from quantization.int8.engines import base, calls, switch
 from quantization.int8.engines.reference import CLIPS, ReferenceRunner
 from quantization.int8.network import SAME_RANGE
 from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
 TORCH_HERE = switch.torch_engines()
-HERE = choice.available_engines()
+HERE = engines.available_engines()
 
 
 class Residual(nn.Module):
@@ -126,7 +126,7 @@ def exact_values(network, steps, images):
                 total = total + reference._real(step.added, values[step.added])
                 values[step.name] = reference._store(step, CLIPS[step.activation](total))
             else:
-                values[step.name] = reference._compute(reference._graph[step.name], inputs)
+                values[step.name] = reference._compute(step, *inputs)
     return values
 
 
@@ -317,14 +317,14 @@ def only(monkeypatch, engines_of_torch):
 def test_an_engine_that_is_not_here_is_named_with_those_that_are(monkeypatch):
     with pytest.raises(UserError, match=rf"no abacus engine .* it has: .*{TORCH_HERE[0]}"):
         engines.choose_settings("abacus")
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="openvino needs more packages: pip install onnx openvino"):
         engines.require_engine("openvino")
 
 
 @pytest.mark.parametrize("saturates", [False, True])
 def test_activations_have_seven_bits_where_sums_saturate(monkeypatch, saturates):
-    monkeypatch.setattr(choice, "saturates", lambda engine: saturates)
+    monkeypatch.setattr(engines, "saturates", lambda engine: saturates)
     engine = TORCH_HERE[0]
     assert engines.choose_settings(engine).reduce_range == saturates
     assert engines.choose_settings(engine, reduce_range="on").reduce_range
@@ -384,4 +384,4 @@ def test_the_fastest_engine_of_each_batch_size():
         return Timing(size, median, 0.0, 1.0, 3)
 
     times = {"a": [timing(1, 2.0), timing(4, 1.0)], "b": [timing(1, 1.0), timing(4, 2.0)]}
-    assert choice.fastest_by_batch_size(times) == {1: "b", 4: "a"}
+    assert engines.fastest_by_batch_size(times) == {1: "b", 4: "a"}

@@ -43,17 +43,6 @@ def test_global_keeps_what_torch_keeps(seed, sparsity, with_ties):
         assert torch.equal(mask, module.weight_mask.bool())
 
 
-def test_random_takes_more_of_the_same_whatever_the_weights():
-    weights = make_weights(0)
-    less, more = (allocation.random_masks(weights, sparsity, 3) for sparsity in (0.3, 0.8))
-    other = allocation.random_masks(make_weights(1), 0.3, 3)
-    for name, weight in weights.items():
-        assert int((~less[name]).sum()) == round(0.3 * weight.numel())
-        assert not (more[name] & ~less[name]).any()
-        assert torch.equal(less[name], other[name])
-    assert not torch.equal(allocation.random_masks(weights, 0.3, 4)["a"], less["a"])
-
-
 def test_scopes_divide_the_layers():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 8), nn.Linear(8, 2))
     network = trace_network(model.eval(), (3, 8, 8))

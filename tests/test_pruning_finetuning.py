@@ -5,8 +5,8 @@ from resnet18 import weight_modules
 from common.measure.evaluate import Accuracy
 from common.search.budget import Verdict
 from pruning.alone.scan import Scan
-from pruning.masks import copy_without
-from pruning.together.allocation import SENSITIVITY, random_masks
+from pruning.masks import copy_without, l1_masks
+from pruning.together.allocation import SENSITIVITY
 from pruning.together.found import finetune, search_finetuned, search_with
 from pruning.together.search import Method, ModelSearch
 from training.loop.distillation import Training
@@ -14,7 +14,7 @@ from training.loop.distillation import Training
 
 def test_zeros_stay_zeros_and_the_rest_learns(tiny_model, random_images):
     weights = {name: layer.weight.detach() for name, layer in weight_modules(tiny_model).items()}
-    pruned = copy_without(tiny_model, random_masks(weights, 0.8, seed=0))
+    pruned = copy_without(tiny_model, l1_masks(weights, 0.8))
     before = {n: layer.weight.detach().clone() for n, layer in weight_modules(pruned).items()}
     finetune(pruned, tiny_model, Training(random_images(40), epochs=2), 0, {})
     assert not pruned.training

@@ -21,7 +21,7 @@ from pruning.report import results as results_module
 from pruning.report.results import describe_found
 from pruning.report.search_plots import plot_model_search, search_title
 from pruning.together import found as found_module
-from pruning.together.allocation import GLOBAL, RANDOM, SENSITIVITY, global_masks
+from pruning.together.allocation import GLOBAL, SENSITIVITY, global_masks
 from pruning.together.found import Found, best_of, search_all, search_with
 from pruning.together.search import Method, ModelSearch
 
@@ -87,7 +87,7 @@ def test_all_of_a_curve_is_on_the_same_images(search, monkeypatch):
     """Two points of it were on all held-out images, the others on the first 2,000."""
     monkeypatch.setattr(found_module, "CURVE_IMAGES", 12)
     monkeypatch.setattr(results_module, "CURVE_IMAGES", 12)
-    found = search_with(search, Method(RANDOM, False))
+    found = search_with(search, Method(GLOBAL, False))
     entry = describe_found(search, found)
     first = search.held_out.images.rows(slice(12))
     for sparsity, accuracy in entry["curve"]:
@@ -102,7 +102,7 @@ def test_equals_are_told_apart_by_the_half_that_chooses(search):
     """The held-out half had the say, and so was none."""
     chosen = search.budget.choosing.images
     better = search.model
-    worse = search.prune(Method(RANDOM, False), 0.99)
+    worse = search.prune(Method(GLOBAL, False), 0.99)
 
     def made(model, right_on_held_out):
         correct = torch.arange(20) < right_on_held_out
@@ -118,11 +118,11 @@ def test_every_method_gets_its_row(search, tmp_path):
     found = search_all(search)
     entries = [describe_found(search, one) for one in found]
     rows = [(entry["allocation"], entry["recalibrated"]) for entry in entries]
-    assert rows == [(SENSITIVITY, False), (SENSITIVITY, True), (RANDOM, False)]
+    assert rows == [(SENSITIVITY, False), (SENSITIVITY, True)]
     for entry in entries:
         check_model_search(json.loads(json.dumps(entry)))
     best = best_of(search, found)
-    assert best.sparsity == max(one.sparsity for one in found if one.method.allocation != RANDOM)
+    assert best.sparsity == max(one.sparsity for one in found)
     plot_model_search(entries, 0.1, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -154,7 +154,7 @@ def test_run_keeps_the_contract_and_saves_the_best(finished):
     assert process.returncode == 0, process.stderr
     results = json.loads((folder / "results.json").read_text())
     check_results(results, folder)
-    assert [entry["allocation"] for entry in results["model_search"]] == ["sensitivity", "random"]
+    assert [entry["allocation"] for entry in results["model_search"]] == ["sensitivity"]
     *lines, _ = process.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     saved = results["model_saved"]

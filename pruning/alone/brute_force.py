@@ -44,9 +44,8 @@ def pruned_copy(model: nn.Module, amounts: Mapping[str, float | int]) -> nn.Modu
 def verify(scan: Scan, scanned: ScanResult, tolerance: float) -> dict:
     """Scan and search the usual way, each worker a share of the images; compare image by image.
 
-    Return the ``verification`` of results.json without the time that the fast way took, and without
-    ``pruned_weights`` where there are no linear layers to search over. If more than 1 prediction in
-    1,000 differs, raise a UserError.
+    Return the ``verification`` of results.json without the time that the fast way took. If more
+    than 1 prediction in 1,000 differs, raise a UserError.
     """
     started = time.perf_counter()
     model, workers, total = scan.model, scan.workers, len(scan.images)

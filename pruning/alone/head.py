@@ -34,11 +34,7 @@ class Head:
 
     @classmethod
     def of(cls, network: Network, weights: Mapping[str, torch.Tensor]) -> "Head | None":
-        """Find the linear layers that the logits depend on through one vector an image.
-
-        ``weights`` are those of every layer, without batch norms. The result is None where the
-        network ends in a convolution.
-        """
+        """Find the linear layers that the logits depend on through one vector an image, if any."""
         graph, found = network.graph, None
         linear = [name for name in graph.layers if graph[name].kind == LINEAR]
         for first in reversed(range(len(linear))):

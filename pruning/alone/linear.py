@@ -34,11 +34,10 @@ def required_correct(dense_correct: int, total: int, tolerance: float) -> int:
 def binary_search(
     correct_at: Callable[[int], int], largest: int, required: int
 ) -> tuple[int, list[SearchStep]]:
-    """Search the largest level, up to ``largest``, that keeps ``required`` images correct.
+    """Return the largest level that keeps ``required`` images correct, and the steps to it.
 
-    The answer is right where correctness falls steadily. Where it does not, the answer still holds,
-    but a larger one may exist: the sweep finds it. Level 0, nothing pruned, is not tried. Return
-    the level, and the steps that led to it.
+    Where correctness does not fall steadily, the answer still holds, but a larger one may exist:
+    the sweep finds it. Level 0, nothing pruned, is not tried.
     """
     low, high, steps = 0, largest, []
     while low < high:
@@ -59,10 +58,7 @@ class Splits(NamedTuple):
 
 
 def repeat_on_halves(correct: np.ndarray, tolerance: float, seed: int) -> Splits | None:
-    """Repeat the binary search on random halves; None for fewer than two images.
-
-    ``correct`` is the result of :meth:`pruning.alone.head.Head.sweep`.
-    """
+    """Repeat the binary search on a sweep's images, in random halves; None for fewer than two."""
     largest, total = correct.shape[0] - 1, correct.shape[1]
     half = total // 2
     if not half:
@@ -163,8 +159,7 @@ def search_linear(
 ) -> LinearSearch:
     """Find how far the linear layers can be pruned together, and check that at every level.
 
-    ``features`` are the layers' input for every image, FP32, (N, features), ``labels`` the classes,
-    int64, (N,), both on the CPU. ``seed`` draws the random halves.
+    ``features`` are the layers' input for every image, FP32, (N, features), on the CPU.
     """
     sweep = head.sweep(features, labels)
     correct = sweep.sum(axis=1)

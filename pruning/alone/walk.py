@@ -30,11 +30,8 @@ def run_scan(
     """Scan, and check that the model is unchanged afterwards.
 
     The first worker's ``folder`` keeps partial results, from which ``resume`` continues. Return the
-    result, and the scan's seconds, None where an earlier run did part of it.
-
-    Raises:
-        UserError: The workers differ in model, images or settings, or the partial results belong
-            to another scan.
+    result, and the scan's seconds, None where an earlier run did part of it. Workers that differ,
+    or partial results of another scan, are a UserError.
     """
     identity = scan.identity()
     scan.workers.require_same(identity)
@@ -53,10 +50,7 @@ def run_scan(
 
 @torch.inference_mode()
 def scan_images(scan: Scan, finished: MutableMapping[str, dict]) -> ScanResult:
-    """Run all images, but variants only on chunks that are not ``finished``.
-
-    Memory holds the weights of all variants and one batch. Every worker returns the whole result.
-    """
+    """Run all images, but variants only on chunks not ``finished``; every worker returns all."""
     cascade = Cascade.of(scan.network, scan.fast)
     variants, achieved = _prune_each_layer(scan, cascade)
     if scan.fast:
@@ -106,10 +100,7 @@ def _with_bounds(
     scan: Scan, cascade: Cascade, variants: Mapping[float, Variants],
     finished: MutableMapping[str, dict],
 ) -> dict[float, Variants]:  # fmt: skip
-    """Give each amount's variants bounds for bf16, from the partial results if they are there.
-
-    All workers measure on the same images and use the first worker's bounds.
-    """
+    """Give each amount's variants bounds for bf16: the first worker's, or those kept before."""
     if "bounds" not in finished:
         bounds = {
             str(amount): cascade.measure_bounds(scan.images, of_amount, scan.batch_size).tolist()

@@ -89,8 +89,7 @@ def measure_curves(
 def as_curve(lost: Mapping[int, torch.Tensor]) -> dict[int, float]:
     """Return the mean over images, and a standard error, of what widths lose over the largest.
 
-    A width counts as losing no less than any larger one. ``lost`` holds for each width the
-    divergence on each image, (N,).
+    A width counts as losing no less than any larger one. ``lost`` is by width, for each image (N,).
     """
     curve, least = {}, 0.0
     for width in sorted(lost, reverse=True):

@@ -65,10 +65,7 @@ class ChannelCosts:
 
     @functools.cached_property
     def _touching(self) -> Mapping[str, list[str]]:
-        """For each layer the groups that its number of weights is proportional to.
-
-        A group whose channels the layer both reads and gives is there twice.
-        """
+        """For each layer the groups that it grows with; twice one that it both reads and gives."""
         return {
             layer: [
                 name

@@ -1,10 +1,9 @@
 """Channels that can go together: from the layers that give them to the layers that read them.
 
-Operations that work on each channel alone pass channels on: activations, pooling, channel-wise
-scaling, depthwise convolutions and flattening. Additions and multiplications tie the channels of
-their operands together, so the layers of a residual stream, or a layer and its gate, lose the same
-channels. Where all that reads the channels are such operations or layers, a channel is removed on
-all sides, and nothing else in the network changes.
+Operations that work on each channel alone pass channels on. Additions and multiplications tie the
+channels of their operands together, so the layers of a residual stream, or a layer and its gate,
+lose the same channels. Where all that reads the channels are such operations or layers, a channel
+is removed on all sides, and nothing else in the network changes.
 """
 
 from collections.abc import Collection, Mapping

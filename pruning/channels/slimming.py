@@ -34,10 +34,7 @@ def channels_given(
 def slim_network(
     network: Network, groups: Mapping[str, ChannelGroup], choices: Mapping[str, ChannelChoice]
 ) -> Network:
-    """Return the network without the channels that were not chosen, in its own precision.
-
-    ``choices`` holds the kept channels of some of the groups, and the layers that read them.
-    """
+    """Return the network, in its own precision, with only the channels chosen of some groups."""
     layers = dict(network.layers)
     for choice in choices.values():
         for name, layer in choice.layers.items():
@@ -69,10 +66,8 @@ def slim_module(
 
     Batch norms get the statistics of the new weights, so that training can go on: a layer's weights
     are scaled to the size of the dense ones, and its batch norm takes the scale back.
-
-    ``traced`` is the trace of the dense module, ``network`` the slim one in FP32; ``channels`` are
-    those kept of operations with fewer of them. ``statistics`` are for each layer with new weights
-    the mean and the variance of its outputs without its bias, each (O,).
+    ``statistics`` are for each layer with new weights the mean and the variance of its outputs
+    without its bias, each (O,).
     """
     state = model.state_dict()
     for name, kept in channels.items():
@@ -96,9 +91,6 @@ def slim_module(
 
 
 def _relative_size(weight: torch.Tensor, folded: torch.Tensor) -> float:
-    """Return how much larger a layer's own weights are than the folded ones; 1 for zeros.
-
-    The ratio stays within what FP32 can square.
-    """
+    """Return the size of a layer's own weights over that of folded ones, within FP32's range."""
     sizes = float(weight.norm()), float(folded.norm())
     return min(max(sizes[0] / sizes[1], 1 / LARGEST_SCALE), LARGEST_SCALE) if all(sizes) else 1.0

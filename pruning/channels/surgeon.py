@@ -65,10 +65,7 @@ class Reader:
 def remove_channels(
     readers: Mapping[str, Reader], widths: Iterable[int]
 ) -> dict[int, ChannelChoice]:
-    """Return for each width the channels to keep, and the layers that make the best of them.
-
-    The ``readers``, layers that read the channels, are changed. The widths go from 1 to all.
-    """
+    """Return for each width what to keep, and the best layers for it; the readers are changed."""
     wanted, found = set(widths), {}
     first = next(iter(readers.values()))
     channels = torch.arange(len(first.inverse) // first.window, device=first.inverse.device)

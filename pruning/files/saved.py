@@ -1,7 +1,7 @@
 """The pruned model's file: written, read back, and measured; how fast a slim network is.
 
-It is a plain checkpoint with the original names, so every script takes it for ``--weights``. Its
-zeros still take four bytes each; their worth shows once the file is compressed.
+It is a plain checkpoint with the original names. Its zeros still take four bytes each; their worth
+shows once the file is compressed.
 """
 
 import copy
@@ -44,8 +44,7 @@ def save_pruned(
 ) -> tuple[nn.Module, dict[str, int]]:
     """Write the pruned model and read it back: the same tensors, bit for bit.
 
-    Return the model that was read, on the CPU, and the sizes in bytes of its file and of the dense
-    model's, plain and compressed by zlib.
+    Return the model that was read, on the CPU, and sizes in bytes, plain and compressed by zlib.
     """
     plain, content = (
         serialize({name: t.cpu().contiguous() for name, t in model.state_dict().items()})
@@ -69,10 +68,9 @@ def save_pruned(
 
 
 def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.Tensor) -> dict:
-    """Compare the reloaded model's per-image correctness with what the search ``expected``.
+    """Compare the reloaded model's correct images with those that the search ``expected``.
 
-    Return its accuracy as in results.json, and the number of images on which the two differ; if
-    that is more than 1 in 1,000, raise a UserError.
+    Return its part of results.json; if more than 1 image in 1,000 differs, raise a UserError.
     """
     unlike = int((correct != expected).sum())
     if unlike > max(1, MAX_FLIPS * len(correct)):
@@ -96,8 +94,7 @@ def measure_models(
 ) -> list[dict]:
     """Quantize both networks, and evaluate and time all four, on the CPU with the best engine.
 
-    None of the ``images`` to evaluate on has chosen the slim network. Return entries of
-    results.json: ``dense fp32``, ``dense int8``, ``slim fp32`` and ``slim int8``.
+    Return results.json's entries ``dense fp32``, ``dense int8``, ``slim fp32`` and ``slim int8``.
     """
     calibration, images = (dataset.to(torch.device("cpu")) for dataset in (calibration, images))
     settings = engines.choose_settings(engines.fastest_engine())

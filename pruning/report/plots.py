@@ -32,20 +32,16 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
     if "linear_search" in results:
         plot_search(results["linear_search"], file("linear_search.png"))
     if "model_search" in results:
-        search_plots.plot_model_search(
-            results["model_search"], tolerance, file(search_plots.SEARCH_PLOT)
-        )
+        path = file("model_search.png")
+        search_plots.plot_model_search(results["model_search"], tolerance, path)
     if "slim" in results:
-        search_plots.plot_slim(results["slim"]["models"], file(search_plots.SLIM_PLOT))
+        search_plots.plot_slim(results["slim"]["models"], file("slim.png"))
 
 
 def plot_sensitivity(
     rows: Sequence[dict], dense: float, tolerance: float, amount: float, by_drop: bool, path: Path
 ) -> None:
-    """Draw what pruning each layer alone changes: one bar a layer, with paired whiskers.
-
-    Bars are in network order, or sorted ``by_drop``, largest first.
-    """
+    """Draw what pruning each layer alone changes, in network order or sorted ``by_drop``."""
     if by_drop:
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
     value, whiskers = search_plots.accuracies(0.0, rows)

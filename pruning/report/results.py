@@ -57,11 +57,7 @@ def describe_structure(model: nn.Module, layers: Sequence[dict]) -> dict:
 
 
 def rank(scanned: ScanResult, amount: float) -> list[dict]:
-    """Rank the layers by drop, largest first, each tested against the next one on the same images.
-
-    ``p_against_next`` is McNemar's p-value; ``tied_with_next`` says that chance explains the
-    difference.
-    """
+    """Rank the layers by drop, largest first, each tested against the next one by McNemar."""
     correct = {layer: c for (a, layer), c in scanned.correct.items() if a == amount}
     order = sorted(correct, key=lambda layer: int(correct[layer].sum()))
     entries = [{"layer": layer, "p_against_next": None, "tied_with_next": False} for layer in order]
@@ -109,10 +105,7 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
 
 
 def describe_slim(dense: nn.Module, slim: nn.Module, models: Sequence[dict]) -> dict:
-    """Return which layers are narrower in the slim network, and how fast it is.
-
-    ``models`` are the entries of both networks in FP32 and INT8.
-    """
+    """Return the narrower layers of the slim network, the entries of both, and how fast it is."""
     before, after = (
         {name: len(weight) for name, weight in model.state_dict().items() if weight.ndim > 1}
         for model in (dense, slim)

@@ -10,11 +10,9 @@ from common.report import figures
 from common.report import results as report
 from pruning.channels.search import RECONSTRUCTED
 from pruning.report.together import fewer, method_name, sparsities, unit_of
-from pruning.together.allocation import RANDOM, SENSITIVITY
-from pruning.together.search import CONTROLS
+from pruning.together.allocation import SENSITIVITY
 
-SEARCH_PLOT, SLIM_PLOT = "model_search.png", "slim.png"
-COLORS = {SENSITIVITY: figures.GREEN, RANDOM: figures.GREY, RECONSTRUCTED: figures.BLUE}
+COLORS = {SENSITIVITY: figures.GREEN, RECONSTRUCTED: figures.BLUE}
 
 
 def accuracies(dense: float, entries: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +35,7 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
         line = ([1.0, *times], [100 * dense, *value])
         axes.plot(*line, style, color=color, lw=1.6, label=method_name(entry))
         axes.errorbar(times, value, whiskers, fmt=".", ms=4, color=color, capsize=2, lw=1)
-        if entry["max_sparsity"] > 0 and entry["allocation"] not in CONTROLS:
+        if entry["max_sparsity"] > 0:
             found = 1 / (1 - entry["max_sparsity"])
             y = 100 * (dense - entry["comparison"]["drop"])
             face = "white" if entry["recalibrated"] else color
@@ -63,17 +61,13 @@ def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> 
 
 def search_title(entries: Sequence[dict], tolerance: float) -> str:
     """Name the largest sparsity that is within the tolerance on the held-out images too."""
-    searched = (entry for entry in entries if entry["allocation"] not in CONTROLS)
-    held = (entry["max_sparsity"] for entry in searched if entry["within_tolerance"])
+    held = (entry["max_sparsity"] for entry in entries if entry["within_tolerance"])
     most = report.floor_percent(max(held, default=0.0), 1)
     return f"{most} of the {unit_of(entries)} can go within {counted(100 * tolerance, 'point')}"
 
 
 def plot_slim(models: list[dict], path: Path) -> None:
-    """Draw accuracy against images a second, an arrow from dense to slim.
-
-    ``models`` is ``slim.models`` of results.json; each is drawn at its smallest and largest batch.
-    """
+    """Draw accuracy against images a second, an arrow from dense to slim, at two batch sizes."""
     figure, axes = figures.new_figure(8, 4.5)
     named = {model["name"]: model for model in models}
     for precision, color in (("fp32", figures.BLUE), ("int8", figures.GREEN)):

@@ -18,8 +18,8 @@ CAPTIONS = {
     "network needs that layer's small weights.",
     "linear_search.png": "Accuracy at every amount of the linear layers, and the steps of the "
     "binary search.",
-    "model_search.png": "How far the layers can go together: a line for each way to share the "
-    "pruning out among them, with a control.",
+    "model_search.png": "How far the layers can go together: a line for each method, and a star "
+    "where its search ended.",
     "slim.png": "What removing channels gained: from dense to slim, at the smallest and the "
     "largest batch.",
 }

@@ -1,12 +1,10 @@
 """How many weights of each layer are pruned when the whole network loses a given fraction.
 
-The smallest weights of a layer go first. What they cost decides how many go in each layer, see
-:func:`sensitivity_masks`. A higher total prunes at least as many weights of each layer.
-
-A layer's sensitivity in the dense network says little about a network that is pruned everywhere,
-for the errors of many layers add up. So its cost is measured in the network that global pruning
-left: each layer in turn goes from all its weights to few, while the others stay pruned. The
-branching walk does this for all layers at once.
+The smallest weights of a layer go first; what they cost decides how many. A layer's cost in the
+dense network says little about a network that is pruned everywhere, for the errors of many layers
+add up. So it is measured in the network that global pruning left: each layer in turn goes from all
+its weights to few, while the others stay pruned. The branching walk does this for all layers at
+once.
 """
 
 import copy
@@ -28,7 +26,6 @@ from common.network.tracing import trace_network
 from pruning.masks import l1_mask, l1_masks, masked_layers, pruned_count
 
 SENSITIVITY, GLOBAL = "sensitivity", "global"
-RANDOM = "random"  # the control: the same fraction of every layer, chosen at random
 # From all of a layer's weights to one in 64; each step halves what is left.
 AMOUNTS = (0.0, *(1 - 0.5**halvings for halvings in range(1, 7)))
 BATCH_SIZE = 20
@@ -53,13 +50,6 @@ def global_masks(weights: Mapping[str, torch.Tensor], sparsity: float) -> Masks:
     kept = l1_mask(together, pruned_count(together.numel(), sparsity))
     parts = kept.split([weight.numel() for weight in weights.values()])
     return {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
-
-
-def random_masks(weights: Mapping[str, torch.Tensor], sparsity: float, seed: int) -> Masks:
-    """Prune the same fraction of every layer, at random; with one seed, choices are nested."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
-    return {n: l1_mask(s, pruned_count(s.numel(), sparsity)) for n, s in scores.items()}
 
 
 # --- by sensitivity ------------------------------------------------------------------------------
@@ -128,11 +118,10 @@ def measure_damage(
 ) -> dict[str, DamageCurve]:  # fmt: skip
     """Measure how many predictions change as each layer alone is pruned by each of ``AMOUNTS``.
 
-    A change is counted against the dense network's prediction, right or wrong. That needs no
-    labels and has less noise than the difference of two accuracies.
-
-    ``context`` is the dense ``model`` with all layers pruned, ``weights`` are the dense weights of
-    the layers to measure. If ``fast``, it runs in bf16. The damage is a fraction of the images.
+    A change is counted against the dense network's prediction, right or wrong. That needs no labels
+    and has less noise than the difference of two accuracies. ``context`` is the dense ``model``
+    with all layers pruned, ``weights`` are dense ones. If ``fast``, it runs in bf16. The damage is
+    a fraction of the images.
     """
     regrown = copy.deepcopy(context)  # dense weights, but with the batch norms of the context
     for name, weight in weights.items():
@@ -171,9 +160,9 @@ def _count_changed(
 def _curve(weights: int, damage: np.ndarray, images: int) -> DamageCurve:
     """Make a curve from the damage at ``AMOUNTS``; gains by chance count as no damage.
 
-    Each step costs one image more than was seen, for a change may be too rare to be seen in a few
-    hundred images. If such steps were free, those of small layers would come first, although they
-    save next to nothing and together cost a point.
+    Each step costs one image more than was seen: a change may be too rare to be seen in a few
+    hundred images, and if they were free, steps of small layers would come first and save next to
+    nothing.
     """
     counts = [pruned_count(weights, amount) for amount in AMOUNTS]
     distinct = np.unique(counts, return_index=True)[1]  # tiny layers round to the same count

@@ -12,7 +12,7 @@ from common.measure.evaluate import Paired, compare
 from common.report.results import format_change
 from common.search.trials import Trial
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
-from pruning.together.search import CONTROLS, Method, ModelSearch
+from pruning.together.search import Method, ModelSearch
 from training.loop.distillation import Channels, Training, distill
 
 # Losses on the curve are large or none, so fewer images are enough.
@@ -40,7 +40,7 @@ class Found:
 
 
 def search_all(search: ModelSearch) -> list[Found]:
-    """Search with every method, controls last."""
+    """Search with every method."""
     found = []
     for method in search.methods():
         found.append(search_with(search, method))
@@ -68,13 +68,9 @@ def _measure_point(search: ModelSearch, model: nn.Module) -> Paired:
 
 
 def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
-    """Return the sparsest network, no control; of several, the most accurate on choosing images.
-
-    Held-out images play no part, or they would no longer be held out.
-    """
-    candidates = [one for one in found if one.method.allocation not in CONTROLS]
-    largest = max(one.sparsity for one in candidates)
-    equals = [one for one in candidates if one.sparsity == largest]
+    """Return the sparsest network; of several, the most accurate on the images that choose."""
+    largest = max(one.sparsity for one in found)
+    equals = [one for one in found if one.sparsity == largest]
     if len(equals) == 1:
         return equals[0]
     images = search.budget.choosing.images
@@ -86,8 +82,8 @@ def finetune(
 ) -> None:
     """Train a pruned model in place to imitate the dense one; its zeros stay zeros.
 
-    Training keeps the statistics of batch norms, so they are re-estimated first, unless
-    ``channels`` were removed: then the repair has done so.
+    Training keeps the statistics of batch norms, so they are re-estimated, as the repair of removed
+    ``channels`` has done.
     """
     if channels:
         distill(model, dense, training, seed, channels=channels)

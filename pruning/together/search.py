@@ -22,7 +22,6 @@ COMPRESSIONS = (2, 4, 8, 16, 32)
 WHERE = Range(start=8, least=1.03, most=64, trials=8, stride=2)
 DAMAGE_IMAGES = 500
 BATCH_SIZE = 50
-CONTROLS = (allocation.RANDOM,)  # allocations that only serve as a comparison
 
 
 def make_classifier(
@@ -30,8 +29,7 @@ def make_classifier(
 ) -> Callable[[ImageSet], torch.Tensor]:
     """Return what finds per-image correctness (bool, (N,), on the CPU), as FP32 gives it.
 
-    The FP32 network is on the images' device. With ``fast`` it runs in bf16 first: the rounding
-    error is measured on the ``sample``, and counts are added to the ``record``.
+    With ``fast`` the network runs in bf16 first: its error is measured on the ``sample``.
     """
     if fast:
         bf16, images = network.to(torch.bfloat16), sample.rows(slice(SAMPLE_IMAGES))
@@ -78,7 +76,7 @@ class ModelSearch:
     scope: str  # layers that may be pruned: ``linear``, ``conv`` or ``all``
     budget: Budget  # accuracy that may be lost, and the images to choose on
     held_out: EvaluationSplit  # images to measure results on
-    seed: int  # seed of random pruning
+    seed: int  # seed of the choice of channels and of training
     fast: bool  # whether to classify in bf16 first
     calibration: ImageSet | None = None  # training images for batch-norm statistics, if to measure
     record: Fp32Recheck = field(default_factory=Fp32Recheck)  # counts of what FP32 checked
@@ -101,17 +99,14 @@ class ModelSearch:
         return cls(scan.model, scope, budget, held_out, seed, scan.fast, calibration, **options)
 
     def methods(self) -> list[Method]:
-        """Return the methods to search with, the control last."""
-        kept = [False] if self.calibration is None else [False, True]
-        sensitivity = [Method(allocation.SENSITIVITY, recalibrated) for recalibrated in kept]
-        return [*sensitivity, Method(allocation.RANDOM, False)]
+        """Return the methods to search with."""
+        recalibrated = [False] if self.calibration is None else [False, True]
+        return [Method(allocation.SENSITIVITY, is_done) for is_done in recalibrated]
 
     def masks(self, method: Method, sparsity: float) -> allocation.Masks:
         """Return the masks of the weights that ``method`` keeps at a sparsity."""
         if method.allocation == allocation.GLOBAL:
             return allocation.global_masks(self.weights, sparsity)
-        if method.allocation == allocation.RANDOM:
-            return allocation.random_masks(self.weights, sparsity, self.seed)
         curves = self._curves(method.recalibrated)
         return allocation.sensitivity_masks(self.weights, curves, sparsity)
 

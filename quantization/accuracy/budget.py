@@ -1,10 +1,9 @@
 """Keep the accuracy that INT8 costs within a budget.
 
 What costs nothing at run time comes first: another observer, equalised channels, corrected biases,
-each kept only if it helps. Then layers go back to FP32, worst first, until the budget holds; and of
-these, each that turns out not to be needed goes back to INT8. All of this is decided on training
-images that were not used for calibration; the test images are for the report alone. A plan holds
-the budget if it leaves a standard error to spare: the rule of :mod:`common.search.budget`.
+each kept only if it helps. Then layers go back to FP32, worst first, until the budget holds; those
+that turn out not to be needed go back to INT8. All of this is decided on training images that were
+not used for calibration, by the rule of :mod:`common.search.budget`.
 """
 
 from dataclasses import dataclass, replace

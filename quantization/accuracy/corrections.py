@@ -34,8 +34,7 @@ def equalize_cross_layer(network: Network) -> Network:
         largest = 0.0
         for first, second in pairs:
             groups = network.graph[second].attributes.get("groups", 1)
-            scale = _equalizing_scale(layers[first], layers[second], groups)
-            layers[first], layers[second] = _rescale(layers[first], layers[second], groups, scale)
+            layers[first], layers[second], scale = _equalize(layers[first], layers[second], groups)
             largest = max(largest, float(scale.log().abs().max()))
         if largest < EQUAL:
             break
@@ -43,10 +42,7 @@ def equalize_cross_layer(network: Network) -> Network:
 
 
 def equalizable_pairs(network: Network) -> list[tuple[str, str]]:
-    """Return the pairs of layers between which channels can be scaled, in execution order.
-
-    Nothing else reads what is between them, and all of it is positively homogeneous.
-    """
+    """Return in order the pairs of layers with nothing but homogeneous operations between them."""
     graph, pairs = network.graph, []
     for name in graph.layers:
         reader = graph.sole_user(name)
@@ -91,27 +87,18 @@ def correct_biases(network: Network, calibration: ImageSet, batch_size: int) -> 
     )
 
 
-def _equalizing_scale(first: Layer, second: Layer, groups: int) -> torch.Tensor:
-    """Return the factor of each channel between two layers; 1 for a channel without weights."""
+def _equalize(first: Layer, second: Layer, groups: int) -> tuple[Layer, Layer, torch.Tensor]:
+    """Return both layers rescaled, and the factor of each channel; 1 for one without weights."""
     ranges1 = first.weight.abs().flatten(1).amax(dim=1)
-    ranges2 = _by_input(second.weight, len(ranges1), groups).abs().amax(dim=(1, 3)).flatten()
-    scale = (ranges2 / ranges1).sqrt()
-    return torch.where((ranges1 > 0) & (ranges2 > 0), scale, 1.0)
-
-
-def _rescale(first: Layer, second: Layer, groups: int, scale: torch.Tensor) -> tuple[Layer, Layer]:
-    """Multiply the outputs of the first layer, and divide the inputs of the second one."""
+    # As (groups, outputs and channels of a group, positions of each channel).
+    shape = (groups, len(second.weight) // groups, len(ranges1) // groups, -1)
+    by_input = second.weight.reshape(shape)
+    ranges2 = by_input.abs().amax(dim=(1, 3)).flatten()
+    scale = torch.where((ranges1 > 0) & (ranges2 > 0), (ranges2 / ranges1).sqrt(), 1.0)
     outputs = scale.view(-1, *[1] * (first.weight.ndim - 1))
-    by_input = _by_input(second.weight, len(scale), groups) / scale.view(groups, 1, -1, 1)
+    by_input = by_input / scale.view(groups, 1, -1, 1)
     return (
         Layer(first.weight * outputs, first.bias * scale),
         Layer(by_input.reshape(second.weight.shape), second.bias),
+        scale,
     )
-
-
-def _by_input(weight: torch.Tensor, channels: int, groups: int) -> torch.Tensor:
-    """Return a weight as (groups, outputs of a group, channels of a group, positions).
-
-    A linear layer may read several positions of each channel.
-    """
-    return weight.reshape(groups, len(weight) // groups, channels // groups, -1)

@@ -2,12 +2,11 @@
 
 Noise is measured layer by layer on FP32 inputs, so that it is the layer's own: the signal-to-
 quantization-noise ratio (SQNR) of its output with weights rounded, with activations rounded, with
-both. It is the median over output channels: in a plain ratio a few strong channels would hide that
-the others drown.
+both. It is the median over channels: in a plain ratio a few strong ones would hide that the others
+drown.
 
 Accuracy is measured with each layer alone in INT8, as a variant that branches off the FP32 network,
-as in the pruning scan; and with it alone in FP32, where the rest of the network runs on its engine,
-as it would be deployed.
+as in the pruning scan; and with it alone in FP32, as it would be deployed.
 """
 
 import math
@@ -16,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 import torch
-import torch.nn.functional as F
 
 from common.command import cli
 from common.images.data import ImageSet
@@ -29,24 +27,20 @@ from common.network.graph import evaluate as evaluate_graph
 from quantization.int8 import engines
 from quantization.int8.conversion import Observation, convert, quantize_layer
 from quantization.int8.fusion import FusedOperation, fuse_activations
-from quantization.int8.network import ValueRange
+from quantization.int8.network import CLIPS, ValueRange
 from quantization.settings import Settings
 
 NOISE_IMAGES = 128
 BRANCH_BATCH = 16  # images; the branches of more no longer fit a CPU's L3 cache
 # A ratio beyond this is only rounding of FP32 itself.
 MAX_SQNR_DB = 120.0
-CLIPS = {None: lambda values: values, "relu": F.relu_, "relu6": lambda x: x.clamp_(0, 6)}
 
 
 def diagnose(observation: Observation, settings: Settings, test: ImageSet, batch_size: int) -> dict:
     """Return results.json's ``diagnosis``: each layer's noise and accuracy cost, in network order.
 
-    Beside it comes ``bf16``, if that ran: how many predictions FP32 decided again. Noise is
-    measured on calibration images, accuracy on the test images. ``drop_only_quantized`` is the
-    accuracy lost with only this layer in INT8, ``drop_only_fp32`` with all layers but this one in
-    INT8; negative if INT8 happens to gain. Layers that ``settings`` keep in FP32 are measured as if
-    they were in INT8.
+    Beside it comes ``bf16``, if that ran: how many predictions FP32 decided again. Layers that
+    ``settings`` keep in FP32 are measured as if they were in INT8.
     """
     settings, record = replace(settings, fp32_layers=()), Fp32Recheck()
     ranges = observation.ranges(settings.reduce_range)
@@ -68,10 +62,7 @@ def rank_layers(observation: Observation, reduce_range: bool) -> list[str]:
 
 @torch.inference_mode()
 def measure_noise(observation: Observation, reduce_range: bool) -> list[dict]:
-    """Return signal-to-noise ratios in dB as results.json has them: the higher the better.
-
-    Each layer has a row, in network order, measured on ``NOISE_IMAGES`` calibration images.
-    """
+    """Return each layer's signal-to-noise ratios in dB as results.json has them."""
     network, ranges = observation.network, observation.ranges(reduce_range)
     steps = {step.operation.name: step for step in fuse_activations(network.graph)}
     noise: list[dict] = []
@@ -126,8 +117,7 @@ def scan_only_quantized(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return per-image correctness (bool, (N,)): FP32's, and that with each layer alone in INT8.
 
-    Branches run in bf16 first, where the CPU is made for it; what FP32 then decides again is added
-    to ``record``.
+    Where the CPU is made for bf16, branches run in it first; ``record`` counts FP32's corrections.
     """
     cascade = Cascade.of(network, fast=bf16_pays())
     exact = _variants(network, network, ranges)
@@ -159,11 +149,7 @@ def scan_only_fp32(
 def _variants(
     network: Network, running: Network, ranges: Mapping[str, ValueRange]
 ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return each layer as it is alone in INT8: it rounds its input and output in FP32.
-
-    An output's range includes the activation behind it. ``running`` is the network in the precision
-    to run in.
-    """
+    """Return each layer alone in INT8, for ``running``, the network in the precision to run in."""
 
     def alone(step: FusedOperation) -> Callable[[torch.Tensor], torch.Tensor]:
         name = step.operation.name

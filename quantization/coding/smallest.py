@@ -48,8 +48,8 @@ def write_smallest(
 ) -> dict:  # fmt: skip
     """Write a file of about ``bits_wanted`` for each weight; return results.json's ``coding``.
 
-    It is coded on training ``images``, whose labels are not used; no layer stays in FP32. ``fp32``
-    are FP32's predictions on the test images (int64, (N,)).
+    It is coded on training ``images`` without labels; ``fp32`` are FP32's predictions (int64, (N,))
+    on the test images.
     """
     dense, test = inputs.traced.network, inputs.test
     settings = replace(settings, fp32_layers=())
@@ -80,10 +80,7 @@ def write_smallest(
 
 
 def code_to_bits(code: Callable[[float], Coding], wanted: float) -> Coding:
-    """Code a network until its file takes ``wanted`` bits a weight; return the nearest coding.
-
-    ``code`` codes it at a price. A target missed by more than ``TOLERANCE`` is warned of.
-    """
+    """Return the coding whose file is nearest to ``wanted`` bits a weight; warn where it misses."""
     codings: list[Coding] = []
     price: float | None = PRICE * (wanted / BITS) ** (1 / EXPONENT)
     while price is not None and len(codings) < MAX_CODINGS:

@@ -56,19 +56,15 @@ class Int8Model(nn.Module):
         return self._run.fp32_operations
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return logits; NaN for an image with a NaN in it.
-
-        Raises:
-            UserError: The images have another type or shape.
-        """
+        """Return logits; NaN for an image with a NaN. Of another type or shape: a UserError."""
         return self._run(images)
 
 
 def load_int8(path: str | Path, engine: str | None = None) -> Int8Model:
     """Load an INT8 network as a module that runs on the CPU, by default on its fastest engine.
 
-    Raises:
-        UserError: No such file, damaged, of another format, or the engine is not here.
+    A file that is missing, damaged or of another format, or an engine that is not here, is a
+    UserError.
     """
     network = read_int8(Path(path))
     engine = engine or engines.fastest_engine()
@@ -85,11 +81,8 @@ def load_int8(path: str | Path, engine: str | None = None) -> Int8Model:
 def verifying_reloaded(models: Sequence[tuple[Path, Int8Model]], test: ImageSet) -> Iterator[None]:
     """Load saved INT8 models in a fresh process and demand the logits of those in memory.
 
-    This proves that the files alone are enough: nothing of this process's state is there. They are
-    loaded while the block runs, and compared at its end, on the first test images.
-
-    Raises:
-        UserError: A reloaded model computes something else.
+    This proves that the files alone are enough. They are loaded while the block runs, and compared
+    at its end; a model that computes something else is a UserError.
     """
     images = test.normalize(test.images[:RELOAD_IMAGES])
     wanted = [(path, model.engine) for path, model in models]
@@ -114,10 +107,7 @@ def _run_saved(wanted: Sequence[tuple[Path, str]], images: np.ndarray) -> list[n
 def write_checks(
     models: Iterable[Path], images: ImageSet, file: Callable[[str], Path], engine: str
 ) -> None:
-    """Write for INT8 files what ``runtime/decode.py --check`` reads: images and their logits.
-
-    ``file`` returns the path for a name; ``engine`` computes the logits of the first few images.
-    """
+    """Write for INT8 files what ``decode.py --check`` reads: images and logits by an engine."""
     pixels = images.images[:CHECK_IMAGES].contiguous()
     for path in models:
         model = load_int8(path, engine)

@@ -48,11 +48,7 @@ def is_int8_file(path: Path) -> bool:
 
 
 def read_int8(path: Path) -> Int8Network:
-    """Read what :func:`save_int8` wrote; memory is bounded by the file's size.
-
-    Raises:
-        UserError: The file is missing, damaged, or not one of ours.
-    """
+    """Read what :func:`save_int8` wrote, in bounded memory; any other file is a UserError."""
     check_file(path)
     with explained(f"{path}: damaged or no INT8 network"):
         network = _from_plain(decode.parse(path.read_bytes()))

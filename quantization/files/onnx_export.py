@@ -34,7 +34,7 @@ def export_onnx(network: Int8Network | Network, path: Path) -> None:
 
 
 def to_onnx(network: Int8Network | Network) -> bytes:
-    """Return a network as the content of an ONNX file; see :func:`export_onnx`."""
+    """Return the content of the file that :func:`export_onnx` writes."""
     if isinstance(network, Int8Network):
         plain = to_plain(network)
     else:
@@ -44,10 +44,7 @@ def to_onnx(network: Int8Network | Network) -> bytes:
 
 
 def load_onnx(source: Path | bytes) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Load an ONNX file, or its content, into ONNX Runtime, at as many threads as torch has.
-
-    The function maps normalised images (float32, (N, C, H, W)) to logits (float32, (N, classes)).
-    """
+    """Load ONNX into ONNX Runtime, at as many threads as torch has; both ends are float32."""
     model = source if isinstance(source, bytes) else str(source)
     session = decode.start_session(model, torch.get_num_threads())
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -5,8 +5,6 @@ al., 2018, https://arxiv.org/abs/1712.05877). Observing takes long, converting d
 observation serves every choice of layers that stay in FP32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,18 +26,13 @@ MAX_BIAS_LEVEL = 2**30  # leaves int32 room for the sum of products
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen of an FP32 network's values.
-
-    Attributes:
-        network: The network.
-        observers: Observer of each step's value, by the step's name; steps that only move or
-            average levels share their input's.
-        images: The calibration images.
-    """
+    """What was seen of an FP32 network's values."""
 
     network: Network
+    # By the name of the step whose value each saw; steps that only move or average levels share
+    # their input's.
     observers: Mapping[str, MinMaxObserver]
-    images: ImageSet
+    images: ImageSet  # calibration images
 
     def ranges(self, reduce_range: bool) -> dict[str, ValueRange]:
         """Return the range of each step's value."""
@@ -49,11 +42,7 @@ class Observation:
 
 @torch.inference_mode()
 def observe(network: Network, images: ImageSet, observer: str, batch_size: int) -> Observation:
-    """Run an FP32 network on calibration images, without their labels, and observe its values.
-
-    Raises:
-        UserError: A value is not finite.
-    """
+    """Observe the values of an FP32 network on images without labels; a UserError if not finite."""
     observers: dict[str, MinMaxObserver] = {}
     for step in fuse_activations(network.graph):
         shares = step.operation.kind in SAME_RANGE
@@ -76,22 +65,14 @@ def observe(network: Network, images: ImageSet, observer: str, batch_size: int) 
 def convert(
     observation: Observation, settings: Settings, coded: Mapping[str, Int8Layer] | None = None
 ) -> Int8Network:
-    """Return the INT8 network of an observed one.
-
-    Args:
-        observation: Network, observed with the observer of ``settings``.
-        settings: How to quantize.
-        coded: All layers in INT8, in place of those that rounding to the nearest level gives.
-    """
+    """Return the INT8 network of an observed one, with ``coded`` layers or with rounded ones."""
     network, images = observation.network, observation.images
     graph = network.graph
     if coded is None:
-        coded = {
-            name: _keep(network.layers[name])
-            if name in settings.fp32_layers
-            else quantize_layer(network.layers[name])
-            for name in graph.layers
-        }
+        coded = {name: quantize_layer(network.layers[name]) for name in graph.layers}
+        for name in coded.keys() & settings.fp32_layers:
+            weight, bias = network.layers[name].weight.detach(), network.layers[name].bias.detach()
+            coded[name] = Int8Layer(weight, torch.ones_like(bias), bias)
     affine = {o.name: network.layers[o.name] for o in graph.operations if o.kind == AFFINE}
     int8 = Int8Network(
         graph, coded, affine, {}, images.classes, tuple(images.mean), tuple(images.std), settings,
@@ -106,16 +87,10 @@ def convert(
 
 
 def convert_coded(
-    network: Network,
-    coded: Mapping[str, Int8Layer],
-    calibration: ImageSet,
-    settings: Settings,
+    network: Network, coded: Mapping[str, Int8Layer], calibration: ImageSet, settings: Settings,
     batch_size: int,
-) -> Int8Network:
-    """Return a network with all of its layers coded, whose values are observed with these weights.
-
-    Labels of the calibration images are not used.
-    """
+) -> Int8Network:  # fmt: skip
+    """Return a network with all of its layers coded; its values are observed with these weights."""
     dense = {name: layer.dense() for name, layer in coded.items()}
     observed = observe(network.with_layers(dense), calibration, settings.observer, batch_size)
     return convert(observed, settings, coded)
@@ -131,17 +106,8 @@ def quantize_layer(layer: Layer) -> Int8Layer:
     return Int8Layer(levels, scales, layer.bias.detach())
 
 
-def _keep(layer: Layer) -> Int8Layer:
-    """Return a layer that stays in FP32."""
-    weight, bias = layer.weight.detach(), layer.bias.detach()
-    return Int8Layer(weight, torch.ones_like(bias), bias)
-
-
 def _fit_bias(layer: Int8Layer, ranges: Mapping[str, ValueRange], source: str) -> Int8Layer:
-    """Widen the scales of channels whose bias would take more steps than int32 holds.
-
-    Their weights are next to nothing.
-    """
+    """Widen the scales of channels whose bias would not fit int32; their weights hardly matter."""
     if not layer.is_int8:
         return layer
     least = layer.bias.abs() / (ranges[source].scale * MAX_BIAS_LEVEL)

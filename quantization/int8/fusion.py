@@ -1,7 +1,5 @@
 """Operations fused into steps: an activation or an addition runs inside of the operation before."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,20 +12,12 @@ ACTIVATED = (*kinds.WEIGHTED, kinds.ADD, kinds.AFFINE)  # can run such an activa
 
 @dataclass(frozen=True)
 class FusedOperation:
-    """One operation of an INT8 network with what is fused into it.
+    """One operation of an INT8 network with what is fused into it."""
 
-    Attributes:
-        name: Name of its value: the graph's name of the last operation in it.
-        operation: The first operation in it.
-        activation: The activation that it clips with, ``relu`` or ``relu6``.
-        added: Name of the value that a convolution adds to its result before the activation; only
-            where additions are fused.
-    """
-
-    name: str
-    operation: Operation
-    activation: str | None = None
-    added: str | None = None
+    name: str  # of its value: the graph's name of the last operation in it
+    operation: Operation  # the first operation in it
+    activation: str | None = None  # what it clips with, ``relu`` or ``relu6``
+    added: str | None = None  # name of the value that a convolution adds before the activation
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -55,14 +45,10 @@ def fuse_activations(
 def fuse_additions(
     steps: Sequence[FusedOperation], graph: Graph, can_add: Callable[[FusedOperation, str], bool]
 ) -> tuple[FusedOperation, ...]:
-    """Return the steps with additions inside of the last convolution that they read.
+    """Return the graph's steps with additions inside of the last convolution that they read.
 
-    The result of such a convolution is not rounded before it is added.
-
-    Args:
-        steps: Steps of the graph.
-        graph: The graph.
-        can_add: Returns whether a convolution's step can add the value of a name to its result.
+    The result of such a convolution is not rounded before it is added. ``can_add`` returns whether
+    a convolution's step can add the value of a name.
     """
     positions = {step.name: index for index, step in enumerate(steps)}
     found: list[FusedOperation | None] = list(steps)

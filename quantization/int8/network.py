@@ -7,13 +7,12 @@ behind it and rounds the result once into its output's range (Jacob et al., 2018
 https://arxiv.org/abs/1712.05877).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from common.network import graph as kinds
 from common.network.execution import Layer, Network
@@ -25,6 +24,8 @@ from quantization.settings import Settings
 MAX_LEVEL = 255
 # Operations whose output has the range of their input, since they only move or average levels.
 SAME_RANGE = (*kinds.POOLS, kinds.PAD, *kinds.VIEWS)
+# What a fused activation does to real values.
+CLIPS = {None: lambda values: values, "relu": F.relu, "relu6": F.relu6}
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,10 @@ class ValueRange:
 
     Levels go from 0 to 255. Where ``reduce_range`` was chosen the observed range takes 0 to 127,
     and values beyond it take the levels above.
-
-    Attributes:
-        scale: Real value of one level; positive, a float32 number.
-        zero_point: Level of the real value 0.
     """
 
-    scale: float
-    zero_point: int
+    scale: float  # real value of one level; positive, a float32 number
+    zero_point: int  # level of the real value 0
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -53,30 +50,16 @@ class ValueRange:
         levels = (values * (1 / self.scale)).round_()
         return levels.clamp_(-self.zero_point, MAX_LEVEL - self.zero_point).mul_(self.scale)
 
-    def clip_levels(self, activation: str | None) -> tuple[int, int]:
-        """Return the least and the greatest level behind a fused activation."""
-        if activation is None:
-            return 0, MAX_LEVEL
-        if activation == "relu":
-            return self.zero_point, MAX_LEVEL
-        return self.zero_point, min(MAX_LEVEL, self.zero_point + round(6 / self.scale))
-
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """A convolution or linear layer, its batch norm folded.
+    """A convolution or linear layer, its batch norm folded."""
 
-    Attributes:
-        weight: Shape (O, I / groups, height, width) or (O, I): int8 levels, or float32 weights
-            where the layer is kept in FP32.
-        scales: Real value of one level in each output channel; float32, (O,), ones in FP32.
-        bias: Real bias; float32, (O,). In INT8 it is rounded to a multiple of the input's
-            scale times the channel's scale.
-    """
-
+    # int8 levels, or float32 weights where the layer is kept in FP32: (O, I / groups, height,
+    # width) or (O, I).
     weight: torch.Tensor
-    scales: torch.Tensor
-    bias: torch.Tensor
+    scales: torch.Tensor  # real value of a level in each output channel: float32, (O,); FP32: ones
+    bias: torch.Tensor  # real bias, float32, (O,); INT8 rounds it to a multiple of both scales
 
     @property
     def is_int8(self) -> bool:
@@ -95,31 +78,19 @@ class Int8Layer:
 
 @dataclass(frozen=True)
 class Int8Network:
-    """A network ready to run in INT8 on any engine.
+    """A network ready to run in INT8 on any engine."""
 
-    Attributes:
-        graph: The operations; the input's attribute ``shape`` is that of an image.
-        layers: Weights of the convolutions and linear layers.
-        affine: FP32 weights of the affine operations.
-        ranges: Range of each value that is kept in uint8. Other values are FP32, or are results
-            within a fused operation, which are never stored.
-        classes: Names of the classes.
-        mean: Mean of each channel that is subtracted from images whose values go from 0 to 1.
-        std: Standard deviation of each channel that they are then divided by.
-        settings: How it was made.
-        channel_order: ``rgb``, or ``bgr`` if the network expects blue first.
-        resize: Length that the short side of an image is scaled to before its middle is cut out;
-            None if images have the network's size.
-    """
-
-    graph: Graph
-    layers: Mapping[str, Int8Layer]
-    affine: Mapping[str, Layer]
+    graph: Graph  # the operations; the input's attribute ``shape`` is that of an image
+    layers: Mapping[str, Int8Layer]  # convolutions and linear layers
+    affine: Mapping[str, Layer]  # FP32 weights of the affine operations
+    # Range of each value that is kept in uint8. Others are FP32, or are results within a fused
+    # operation, which are never stored.
     ranges: Mapping[str, ValueRange]
+    # What belongs to images, as :class:`common.images.data.ImageSet` has it.
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    settings: Settings
+    settings: Settings  # how it was made
     channel_order: str = "rgb"
     resize: int | None = None
 

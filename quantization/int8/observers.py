@@ -3,8 +3,6 @@
 The range always contains 0, so that zeros, such as those of padding, are exact.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 
@@ -31,11 +29,7 @@ class MinMaxObserver:
         self.low, self.high = math.inf, -math.inf
 
     def observe(self, values: torch.Tensor) -> None:
-        """See the values of a batch: float32, any shape.
-
-        Raises:
-            UserError: Some are not finite.
-        """
+        """See the values of a batch: float32, any shape; a UserError if some are not finite."""
         low, high = (float(limit) for limit in torch.aminmax(values))
         if not math.isfinite(low) or not math.isfinite(high):
             raise UserError("the network gives NaN or infinite values on calibration images")
@@ -157,10 +151,7 @@ def _search_bins(counts: torch.Tensor, width: float) -> tuple[int, int]:
 
 
 def _squared_error(counts: torch.Tensor, width: float, start: int, end: int) -> float:
-    """Return the squared error of storing a histogram's values in the range of some of its bins.
-
-    Values are taken to be spread evenly over their bin.
-    """
+    """Return the squared error of storing values, spread evenly over bins, in a range of bins."""
     step = width * (end - start + 1) / LEVELS
     if step == 0:
         return 0.0

@@ -92,10 +92,9 @@ def plot_diagnosis(rows: Sequence[dict], path: Path) -> None:
 
 
 def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: Path) -> int:
-    """Draw a contact sheet of images that the two models answer differently; return their number.
+    """Draw images that the two models answer differently: losses, gains, others; return how many.
 
-    Losses come first, then gains, then images that both get wrong in different ways. Where no
-    answer changes there is nothing to see, and no file is written.
+    Where no answer changes there is nothing to see, and no file is written.
     """
     flipped, labels = (fp32 != int8).nonzero().flatten(), dataset.labels
     if not len(flipped):
@@ -130,10 +129,7 @@ def plot_flips(dataset: ImageSet, fp32: torch.Tensor, int8: torch.Tensor, path: 
 def activation_ranges(
     observation: Observation, reduce_range: bool
 ) -> dict[str, tuple[float, float, float, float]]:
-    """Return the range of every value that calibration observed, in network order.
-
-    By name the least and the greatest value that was seen, and those that INT8 keeps.
-    """
+    """Return by operation what was seen and what INT8 keeps: least and greatest value of each."""
     chosen, ranges = observation.ranges(reduce_range), {}
     for step in fuse_activations(observation.network.graph):
         if step.operation.kind not in SAME_RANGE:
@@ -144,10 +140,7 @@ def activation_ranges(
 
 
 def weight_ranges(network: Network) -> dict[str, tuple[float, float, float]]:
-    """Return the spread over output channels of their largest weight magnitudes, by layer.
-
-    The least, the median and the greatest.
-    """
+    """Return each layer's least, median and greatest over channels of their largest magnitudes."""
     ranges = {}
     for name in network.graph.layers:
         largest = network.layers[name].weight.detach().abs().flatten(1).amax(dim=1)

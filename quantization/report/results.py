@@ -26,14 +26,10 @@ def describe_models(
     inputs: Inputs, predictions: torch.Tensor, quantized: Sequence[Quantized],
     paths: dict[str, Path], onnx: OnnxModel | None, timings: dict[str, list[Timing]],
 ) -> dict:  # fmt: skip
-    """Return results.json's ``models``: FP32 in both layouts, each INT8 model, the ONNX file.
+    """Return results.json's ``models``, ``comparison``, ``fastest`` and ``per_class``.
 
-    Beside them come the first INT8 model's ``comparison`` and accuracy ``per_class``, and the
-    fastest engine for each batch size.
-
-    ``predictions`` are FP32's on the test images (int64, (N,)); ``quantized`` the INT8 models, the
-    headline's first; ``paths`` their files by engine. ``timings`` come from
-    :func:`quantization.steps.time_models`.
+    ``predictions`` are FP32's on the test images (int64, (N,)); the first of ``quantized`` is the
+    headline; ``paths`` and ``timings`` are by engine.
     """
     test, dense = inputs.test, predictions == inputs.test.labels
     size_bytes = saved_size_bytes(inputs.model.state_dict())
@@ -116,8 +112,7 @@ def describe_budget(plan: Plan, max_drop: float, results: dict) -> dict:
     """Return results.json's ``budget``: met only if the test images agree with the plan.
 
     The held-out images chose the plan, so on these it leaves a standard error to spare; on the test
-    images, which chose nothing, the drop itself counts. The plan is made with the first engine; the
-    headline may be of another, the fastest.
+    images the drop itself counts. The headline may be of another engine than the plan's, the first.
     """
     headline = int8_entries(results)[0]
     test_drop = headline["comparison"]["accuracy"]["drop"]
@@ -138,8 +133,7 @@ def describe_budget(plan: Plan, max_drop: float, results: dict) -> dict:
 def describe_sparsity(network: Network, int8: Int8Network) -> dict:
     """Return results.json's ``sparsity`` if the network was pruned; check that no zero was lost.
 
-    Weights are quantized symmetrically (zero point 0), so 0 is exactly representable, and folding
-    batch norms or equalising channels only scales it. Rounding makes more zeros of small weights.
+    The zero point of weights is 0, and folding or equalising only scales them.
     """
     weights = before = after = 0
     for name in network.graph.layers:

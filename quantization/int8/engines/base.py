@@ -1,7 +1,5 @@
 """A runner: an INT8 network made ready on one engine."""
 
-from __future__ import annotations
-
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -24,10 +22,6 @@ class Runner(ABC):
 
     It may be called from several threads, with any number of images in any memory layout. It can
     be copied and pickled: the copy prepares itself anew.
-
-    Args:
-        network: The network to run.
-        engine: Name of the engine.
     """
 
     def __init__(self, network: Int8Network, engine: str):
@@ -38,11 +32,7 @@ class Runner(ABC):
         return type(self), (self.network, self.engine)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Run the network; an image with a NaN gets NaN logits.
-
-        Raises:
-            UserError: The images are no dense float32 tensor on the CPU, or have another shape.
-        """
+        """Run the network, or raise a UserError for other inputs; an image with a NaN gets NaNs."""
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self(images)
@@ -85,8 +75,7 @@ class Runner(ABC):
 class PreparedSizes:
     """Programs for the first few batch sizes that are met, made when they are; safe in threads.
 
-    Args:
-        prepare: Returns a program for a batch size, or for any if it is None.
+    ``prepare`` returns a program for a batch size, or for any if it is None.
     """
 
     def __init__(self, prepare: Callable[[int | None], Run]):
@@ -96,12 +85,11 @@ class PreparedSizes:
 
     def __getitem__(self, size: int | None) -> Run:
         """Return the program for a batch size; with None the one that takes any."""
-        program = self._programs.get(size)
-        if program is None:
-            with self._lock:
-                if size not in self._programs and len(self._programs) >= MAX_PREPARED_SIZES:
-                    size = None
-                if size not in self._programs:
-                    self._programs[size] = self._prepare(size)
-                program = self._programs[size]
-        return program
+        if (program := self._programs.get(size)) is not None:
+            return program
+        with self._lock:
+            if size not in self._programs and len(self._programs) >= MAX_PREPARED_SIZES:
+                size = None
+            if size not in self._programs:
+                self._programs[size] = self._prepare(size)
+            return self._programs[size]

@@ -1,33 +1,24 @@
 """The steps of an INT8 network as calls of torch's quantized kernels."""
 
-from __future__ import annotations
-
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from common.network.graph import INPUT, LINEAR
 from quantization.int8.engines.kernels import QUANTIZED, Function, clipped, kernel_of, store
 from quantization.int8.engines.program import Call, may_overwrite
 from quantization.int8.engines.switch import UsingEngine, torch_engines
 from quantization.int8.fusion import FusedOperation, fuse_additions
-from quantization.int8.network import Int8Network
+from quantization.int8.network import CLIPS, Int8Network
 
 FUSES_ADDITIONS = "onednn"  # the engine whose convolutions can add
 # Engines that run depthwise convolutions in fbgemm, whose kernel for them adds products in 16 bits,
 # even on CPUs with VNNI: large sums saturate. oneDNN's are exact.
 SATURATES_DEPTHWISE = ("fbgemm", "x86")
-FLOAT_CLIPS = {None: lambda value: value, "relu": F.relu, "relu6": F.relu6}
 
 
 class CallBuilder:
-    """Lists the kernel calls of a network.
-
-    Args:
-        network: Network to run.
-        engine: One of torch's engines, which must be set while the calls run.
-    """
+    """Lists the kernel calls of a network; the engine, torch's, must be set while they run."""
 
     def __init__(self, network: Int8Network, engine: str):
         self._network, self._engine, self._ranges = network, engine, network.ranges
@@ -37,11 +28,8 @@ class CallBuilder:
         self._fp32 = network.fp32_part()
 
     def build(self) -> list[Call]:
-        """Return the calls in execution order; the first takes the images.
-
-        Each time weights are packed anew: a packed weight keeps the oneDNN kernel of the first
-        shape that it meets.
-        """
+        """Return the calls in execution order; the first takes the images."""
+        # Weights are packed anew: a packed one keeps the oneDNN kernel of the first shape it meets.
         return [self._call(step) for step in self._steps]
 
     def _can_add(self, step: FusedOperation, added: str) -> bool:
@@ -55,9 +43,9 @@ class CallBuilder:
             return Call(step.name, functools.partial(store, kept=kept), (step.name,))
         if operation.is_layer and self._network.is_int8(operation):
             return self._layer(step)
-        make = kernel_of(step, self._engine)
-        if make is not None and self._network.is_int8(operation):
-            return Call(step.name, clipped(make(step, kept), step, kept), step.inputs)
+        kernel = kernel_of(step, kept, self._engine)
+        if kernel is not None and self._network.is_int8(operation):
+            return Call(step.name, clipped(kernel, step, kept), step.inputs)
         return self._in_fp32(step)
 
     def _layer(self, step: FusedOperation) -> Call:
@@ -98,7 +86,7 @@ class CallBuilder:
         """Return a call that computes a step from real values."""
         operation, kept = step.operation, self._ranges.get(step.name)
         layer = self._fp32.layers.get(operation.name)
-        clip = FLOAT_CLIPS[step.activation]
+        clip = CLIPS[step.activation]
 
         def run(*values: torch.Tensor) -> torch.Tensor:
             real = [value.dequantize() if value.is_quantized else value for value in values]

@@ -7,8 +7,6 @@ of images: in one made for eight, a 1×1 convolution of MobileNetV2 takes one im
 long.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import platform
@@ -24,13 +22,13 @@ from quantization.int8.fusion import FusedOperation, fuse_activations, fuse_addi
 
 # Activations that a oneDNN convolution can run: its name for them, and their parameters.
 FUSED = {
+    None: ("none", []),
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
     "hardswish": ("hardswish", []),
     "sigmoid": ("sigmoid", []),
     "silu": ("swish", []),
 }
-PLAIN = ("none", [])
 Run = Callable[..., torch.Tensor]
 # From so many images on, oneDNN's convolutions with outputs of at most so many positions take 0.6
 # of the time in its blocked layout: AVX-512, 512 channels, 4 × 4 positions, batch 32 and 128.
@@ -50,11 +48,7 @@ def can_pack() -> bool:
 @torch.inference_mode(False)
 @torch.no_grad()
 def fp32_runner(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the fastest FP32 form of a network: it maps images (N, C, H, W) to logits.
-
-    Args:
-        network: FP32 network on the CPU, which is not changed.
-    """
+    """Return the fastest form of an FP32 network on the CPU: maps images (N, C, H, W) to logits."""
     shapes, steps = network.shapes, fuse_activations(network.graph, FUSED)
     packs = can_pack()
     if packs:
@@ -79,17 +73,22 @@ def fp32_runner(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _plain_call(step: FusedOperation, network: Network) -> Call:
     """Return the call of what runs in torch's usual kernels."""
-    operation, graph = step.operation, network.graph
+    operation = step.operation
     if operation.kind == INPUT:
         return Call(step.name, lambda images: images, (step.name,))
-    in_place = operation.name in network.overwriting
-    activation = None if step.activation is None else graph[step.name]
+    in_place, activate = operation.name in network.overwriting, _activation(step, network)
 
     def run(*values: torch.Tensor) -> torch.Tensor:
-        value = network.compute(operation, values, in_place)
-        return value if activation is None else network.compute(activation, [value], in_place=True)
+        return activate(network.compute(operation, values, in_place))
 
     return Call(step.name, run, step.inputs)
+
+
+def _activation(step: FusedOperation, network: Network) -> Run:
+    """Return what runs the activation that is fused into a step, if there is one."""
+    if step.activation is None:
+        return lambda value: value
+    return lambda value: network.compute(network.graph[step.name], [value], in_place=True)
 
 
 def _packed_convolution(
@@ -100,12 +99,8 @@ def _packed_convolution(
     geometry = (padding, stride, dilation, settings["groups"])
     pack = _packing(layer.weight, geometry, network.shapes[step.inputs[0]])
     bias = layer.bias.detach()
-    activation, parameters = FUSED.get(step.activation, PLAIN)
-
-    def activate(value: torch.Tensor) -> torch.Tensor:
-        if step.activation is None:
-            return value
-        return network.compute(network.graph[step.name], [value], in_place=True)
+    activation, parameters = FUSED[step.activation]
+    activate = _activation(step, network)
 
     if step.added is None:
         kernel = torch.ops.mkldnn._convolution_pointwise.default

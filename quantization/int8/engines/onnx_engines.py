@@ -1,7 +1,5 @@
 """Runs INT8 networks in ONNX Runtime and OpenVINO, which both read ONNX."""
 
-from __future__ import annotations
-
 import threading
 from dataclasses import replace
 
@@ -37,9 +35,7 @@ class OpenVinoRunner(Runner):
 def openvino_programs(source: object, image_shape: tuple[int, ...]) -> PreparedSizes:
     """Return OpenVINO's programs for batch sizes, at as many threads as torch has.
 
-    Args:
-        source: Content of an ONNX file, or an ``openvino.Model``.
-        image_shape: Shape of an image.
+    ``source`` is the content of an ONNX file, or an ``openvino.Model``.
     """
     import openvino
 

@@ -1,7 +1,5 @@
 """Kernel calls in a row: what is left of a network once it is made ready to run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,27 +12,16 @@ from quantization.int8.fusion import FusedOperation
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a kernel.
+    """A call of a kernel."""
 
-    Attributes:
-        name: Name of the value that it returns.
-        function: The kernel, with all but the values bound to it.
-        inputs: Names of the values that it takes.
-        constants: Packed weights and tensors that the function holds.
-    """
-
-    name: str
-    function: Callable[..., torch.Tensor]
-    inputs: tuple[str, ...]
-    constants: tuple[object, ...] = ()
+    name: str  # name of the value that it returns
+    function: Callable[..., torch.Tensor]  # the kernel, with all but the values bound to it
+    inputs: tuple[str, ...]  # names of the values that it takes
+    constants: tuple[object, ...] = ()  # packed weights and tensors that the function holds
 
 
 class Program(nn.Module):
-    """Runs calls in a row; each value is freed after its last use.
-
-    Args:
-        calls: Calls in execution order. The first takes the images, the last gives the logits.
-    """
+    """Runs calls, from that which takes the images; each value is freed after its last use."""
 
     def __init__(self, calls: Sequence[Call]):
         super().__init__()
@@ -64,13 +51,9 @@ class Program(nn.Module):
 
 
 def may_overwrite(step: FusedOperation, steps: Sequence[FusedOperation]) -> bool:
-    """Return whether a step may write its result over the value that it adds.
+    """Return whether a convolution may write its result over the value that it adds.
 
     It may if no later step reads that value, nor another value that shares its memory.
-
-    Args:
-        step: A convolution with an addition in it.
-        steps: All steps in execution order, the first of which is the input.
     """
     positions = {other.name: index for index, other in enumerate(steps)}
     readers = [other for other in steps if step.added in other.inputs]

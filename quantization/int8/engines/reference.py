@@ -5,18 +5,16 @@ numbers in float64, which holds every sum of products exactly; each result is ro
 multiply sums by scales in float32, so a result next to a half may round the other way there.
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from common.network.execution import Layer
-from common.network.graph import GLOBAL_POOL, Graph, Operation, evaluate
+from common.network.graph import GLOBAL_POOL, Operation
 from quantization.int8.engines.base import Runner
+from quantization.int8.engines.program import Call, Program
 from quantization.int8.fusion import FusedOperation
-from quantization.int8.network import MAX_LEVEL, SAME_RANGE, Int8Network
-
-CLIPS = {None: lambda values: values, "relu": F.relu, "relu6": F.relu6}
+from quantization.int8.network import CLIPS, MAX_LEVEL, SAME_RANGE, Int8Network
 
 
 class ReferenceRunner(Runner):
@@ -27,32 +25,26 @@ class ReferenceRunner(Runner):
 
     def __init__(self, network: Int8Network, engine: str = "reference"):
         super().__init__(network, engine)
-        self._steps = {step.name: step for step in network.steps()}
-        self._graph = Graph(
-            tuple(
-                Operation(s.name, s.operation.kind, s.inputs, s.operation.attributes)
-                for s in self._steps.values()
-            )
-        )
         self._fp32 = network.fp32_part()
+        first, *steps = network.steps()
+        calls = [Call(step.name, partial(self._compute, step), step.inputs) for step in steps]
+        store_images = Call(first.name, partial(self._store, first), (first.name,))
+        self._program = Program([store_images, *calls])
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
-        first, output = self._steps[self._graph.input], self._graph.output
-        given = {first.name: self._store(first, images)}
-        values = evaluate(self._graph, self._compute, given, [output])
-        return self._real(output, values[output]).float()
+        return self._real(self.network.graph.output, self._program(images)).float()
 
-    def _compute(self, operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
+    def _compute(self, step: FusedOperation, *inputs: torch.Tensor) -> torch.Tensor:
         """Return a step's value as it is kept."""
-        step = self._steps[operation.name]
+        operation = step.operation
         if operation.kind in SAME_RANGE:
-            return self._move(step.operation, inputs[0])
-        if step.operation.is_layer and self.network.is_int8(step.operation):
-            return self._store(step, self._multiply(step, inputs[0]))
+            return self._move(operation, *inputs)
+        if operation.is_layer and self.network.is_int8(operation):
+            return self._store(step, self._multiply(step, *inputs))
         real = [self._real(*pair) for pair in zip(step.inputs, inputs, strict=True)]
-        if not self.network.is_int8(step.operation):
+        if not self.network.is_int8(operation):
             real = [value.float() for value in real]
-        return self._store(step, self._fp32.compute(step.operation, real))
+        return self._store(step, self._fp32.compute(operation, real))
 
     def _move(self, operation: Operation, levels: torch.Tensor) -> torch.Tensor:
         """Run what only moves or averages levels; padding is 0, the zero point."""

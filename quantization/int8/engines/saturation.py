@@ -1,7 +1,5 @@
 """Whether an engine adds products of 8-bit numbers exactly on the CPU at hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -18,13 +16,10 @@ EXPECTED_LEVEL = 200
 
 
 def adds_exactly(make_runner: Callable[[Int8Network], Callable]) -> bool:
-    """Return whether an engine's layers add the largest products exactly.
+    """Return whether the layers of a network made ready on an engine add large products exactly.
 
     Without VNNI, x86 kernels add pairs of products in 16 bits, where large ones saturate. The CPU's
     flags do not tell which kernels run: ``ONEDNN_MAX_CPU_ISA`` may rule out those with VNNI.
-
-    Args:
-        make_runner: Makes a network ready on the engine.
     """
     run = make_runner(_largest_products())
     with torch.inference_mode():

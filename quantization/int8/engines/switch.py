@@ -1,7 +1,5 @@
 """torch's quantized engine, which is one setting of the whole process, shared by threads."""
 
-from __future__ import annotations
-
 import threading
 
 import torch
@@ -17,9 +15,6 @@ class UsingEngine:
 
     Threads that use the same engine run at the same time; one that needs another waits for them.
     A thread may not enter the context of another engine within it.
-
-    Args:
-        engine: Name of the engine.
     """
 
     _lock = threading.Lock()  # faster than a condition's own

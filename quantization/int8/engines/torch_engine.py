@@ -4,8 +4,6 @@ Only this module and those that it calls, ``calls``, ``kernels`` and ``switch``,
 quantized tensors. TorchScript is known here alone.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import warnings
@@ -30,10 +28,7 @@ _preparing = threading.Lock()  # traces in two threads at once can crash
 
 
 class TorchRunner(Runner):
-    """Runs an INT8 network on one of torch's engines.
-
-    A call sets ``torch.backends.quantized.engine`` and restores it.
-    """
+    """Runs an INT8 network on one of torch's engines, which is set during a call alone."""
 
     def __init__(self, network: Int8Network, engine: str):
         super().__init__(network, engine)
