@@ -313,8 +313,7 @@ def test_every_number_of_the_search_is_that_of_results_json(finished):
             "saved model": [100 * confirmed["accuracy"]["value"], confirmed["accuracy"]["total"],
                             -100 * confirmed["comparison"]["drop"], 95, -100 * high, -100 * low],
             "all amounts": [*([] if found == largest else [largest]), len(linear["curve"])],
-            "new images": [100 * linear["tolerance"],
-                           splits["splits"] - splits["within_tolerance"], splits["splits"],
+            "new images": [100 * linear["tolerance"], splits["within_tolerance"], splits["splits"],
                            -100 * splits["drop"]["mean"]],
         },
         "What that saves": {
@@ -334,7 +333,10 @@ def test_every_number_of_the_search_is_that_of_results_json(finished):
         "Largest amount found": [found, linear["pruned_weights"],
                                  linear["pruned_weights"] + linear["kept_weights"],
                                  100 * linear["tolerance"]],
-        "The given file": [results["weights"]["size_bytes"] / 1e6],
+        "The given file": [
+            results["weights"]["size_bytes"] / 1e6,
+            results["weights"]["size_bytes"] / results["network"]["parameters"], 32, 4, 16, 2,
+        ],
         "Verified": [verification["different"], verification["predictions"],
                      verification["pruned_weights"], linear["pruned_weights"],
                      verification["speedup"]],
