@@ -124,8 +124,7 @@ def _search_slim(builder: CandidateBuilder, goal: str, unit: str, where: Range) 
 def _search_coded(builder: CandidateBuilder, goal: str, base: Candidate) -> list[Candidate]:
     """Look for the dearest bits that leave the network within the budget."""
     where = Range(FIRST_PRICE[goal], LEAST_PRICE, MOST_PRICE, resolution=1.06, trials=4)
-    code = builder.coder(base)
-    return _try_all(goal, lambda price: builder.try_coded(goal, price, base, code), where)
+    return _try_all(goal, builder.coder(goal, base), where)
 
 
 def _try_all(goal: str, attempt: Callable[[float], Candidate], where: Range) -> list[Candidate]:

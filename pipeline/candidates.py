@@ -19,7 +19,7 @@ from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.execution import Network
 from common.network.tracing import trace_network
-from common.search.budget import Budget
+from common.search.budget import Budget, standard_error
 from common.search.trials import Trial
 from pipeline.store import Store
 from pruning.channels.costs import MACS
@@ -92,18 +92,17 @@ class CandidateBuilder:
         macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
         return self._judge(Candidate(1 / share, None, goal, coded_path, path, macs, trained), coded)
 
-    def coder(self, base: Candidate) -> Callable[[float], Int8Network]:
-        """Return what codes the slim network of a candidate at a price of a bit."""
+    def coder(self, goal: str, base: Candidate) -> Callable[[float], Candidate]:
+        """Return what codes the slim network of a candidate at a price of a bit, and judges it."""
 
         @functools.cache  # the targets are the same at every price
         def prepare() -> tuple[Network, Targets]:
-            model = self.store.read_slim(base.slim_path)
-            slim = trace_network(model, self.inputs.calibration.shape)
+            inputs, model = self.inputs, self.store.read_slim(base.slim_path)
+            slim = trace_network(model, inputs.calibration.shape)
             channels = self.slimmer.channels_of(model)
             if base.trained:  # its channels are others by now
                 channels = dict.fromkeys(channels)
-            original = Original(self.inputs.traced.network, channels)
-            inputs = self.inputs
+            original = Original(inputs.traced.network, channels)
             return slim, record_targets(slim, inputs.calibration, inputs.seed, original)
 
         def code(price: float) -> Int8Network:
@@ -111,15 +110,12 @@ class CandidateBuilder:
             layers = encode(slim, targets, price)
             return convert_coded(slim, layers, self._range_images, self.settings, self.batch_size)
 
-        return code
+        def attempt(price: float) -> Candidate:
+            key = f"{base.slim_path.stem}-coded-{price:.7f}"
+            coded, path = self.store.int8(key, lambda: code(price))
+            return self._judge(replace(base, strength=price, goal=goal, path=path), coded)
 
-    def try_coded(
-        self, goal: str, price: float, base: Candidate, code: Callable[[float], Int8Network]
-    ) -> Candidate:
-        """Judge the slim network of a candidate as its :meth:`coder` codes it at a price."""
-        key = f"{base.slim_path.stem}-coded-{price:.7f}"
-        coded, path = self.store.int8(key, lambda: code(price))
-        return self._judge(replace(base, strength=price, goal=goal, path=path), coded)
+        return attempt
 
     def _judge(self, candidate: Candidate, coded: Int8Network) -> Candidate:
         """Return a candidate with the verdict on its INT8 network."""
@@ -133,7 +129,7 @@ class CandidateBuilder:
         if not verdict.passes:
             is_over = verdict.comparison.drop > self.budget.max_drop
             outcome = "over the budget" if is_over else "too uncertain"
-        error = self.budget.max_drop - verdict.comparison.drop - verdict.spare
+        error = standard_error(verdict.comparison, verdict.accuracy.total)
         cli.log.info(  # 0 - x: the negative of 0 is shown as -0.00
             "%s%s: %.2f MB, %.0f million multiply-adds, %+.2f ± %.2f points on %s images that "
             "choose: %s",

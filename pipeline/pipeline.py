@@ -88,11 +88,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.export_onnx:
             require_packages()
         inputs = load_inputs(args, Path(__file__).parent)
+        choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         if reason := why_too_strict(len(inputs.test), args.max_drop):
             cli.log.warning("--max-drop: %s: only a network better than FP32 can pass", reason)
-        elif reason := why_too_few(len(inputs.test) // 2, args.max_drop):
+        elif reason := why_too_few(len(confirming), args.max_drop):
             cli.log.warning("--max-drop: %s", reason)
-        choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         if "both" in args.goals and "speed" not in args.goals:
             cli.log.info("both starts from a fast network, so the search for speed is made too")
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, workers.device)

@@ -83,13 +83,13 @@ class FakeBuilder:
         self.made.append(made)
         return made
 
-    def coder(self, base):
-        return None
+    def coder(self, goal, base):
+        def attempt(price):
+            made = candidate(goal, price, spare=0.025 - price, trained=base.trained)
+            self.made.append(made)
+            return made
 
-    def try_coded(self, goal, price, base, code):
-        made = candidate(goal, price, spare=0.025 - price, trained=base.trained)
-        self.made.append(made)
-        return made
+        return attempt
 
 
 @pytest.mark.parametrize("training", [None, "epochs"])
