@@ -87,15 +87,13 @@ def plot(results: dict, path: Path) -> None:
             line = "o" if method in (OURS, ONNX_RUNTIME) else "o-"
             axis.plot(*zip(*points, strict=True) if points else ([], []), line, color=color,
                       label=method)  # fmt: skip
-            if method == OURS:
-                for row in shown:
-                    goal, place = (
-                        row["setting"].partition(",")[0],
-                        (position(row), heights[id(row)]),
-                    )
-                    below = goal == "size"  # it lies close to both
-                    axis.annotate(goal, place, xytext=(0, -15 if below else 7), ha="center",
-                                  textcoords="offset points")  # fmt: skip
+            for row in shown if method == OURS else ():
+                goal = row["setting"].partition(",")[0]
+                axis.annotate(
+                    goal, (position(row), heights[id(row)]), ha="center",
+                    xytext=(0, -15 if goal == "size" else 7),  # it lies close to both
+                    textcoords="offset points",
+                )  # fmt: skip
     for axis in axes:
         axis.axhline(-100 * WITHIN, color=figures.GREY, lw=1, ls="--", label="one point lost")
     ticks = [2**power for power in range(2, 8)]
