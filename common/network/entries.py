@@ -9,11 +9,11 @@ import torch
 from common.command.cli import UserError, log
 from common.files.inert import Inert, object_refused
 from common.images.normalisation import Statistics
+from common.network.renaming import BATCH_COUNTER
 
 StateDict = dict[str, torch.Tensor]
 
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-BATCH_COUNTER = "num_batches_tracked"
 COUNTERS = ("n_averaged", "total_ops", "total_params", "_extra_state")
 STDS = {"mean": "std", "means": "stds", "mu": "sigma"}  # ends of names of tensors that go together
 MEAN = re.compile(rf"(?<![^._])({'|'.join(STDS)})$")  # as in new_mean

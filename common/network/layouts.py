@@ -13,7 +13,7 @@ from common.files.inert import Inert, object_refused
 from common.images.normalisation import Statistics
 from common.network import entries
 from common.network.entries import StateDict
-from common.network.renaming import shared_prefix
+from common.network.renaming import BATCH_COUNTER, shared_prefix
 
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
 AVERAGED = re.compile(r"ema|swa|averag|shadow", re.IGNORECASE)
@@ -166,8 +166,7 @@ def _leave_out_others(tensors: StateDict, notes: list[str]) -> StateDict:
 def _prefix_before(names: Collection[str], expected: Collection[str]) -> str | None:
     """Return the prefix without which names are the expected ones; None if there is none."""
     own, wanted = (
-        {name for name in some if not name.endswith("num_batches_tracked")}
-        for some in (names, expected)
+        {name for name in some if not name.endswith(BATCH_COUNTER)} for some in (names, expected)
     )
     parts = itertools.accumulate(re.findall(r"[^.]*\.", shared_prefix(own)), initial="")
     return next((p for p in parts if {name.removeprefix(p) for name in own} == wanted), None)

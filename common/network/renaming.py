@@ -8,6 +8,7 @@ import torch
 
 from common.network.resnet import shape_of
 
+BATCH_COUNTER = "num_batches_tracked"  # a batch norm's, which nothing here needs
 Pair = tuple[str, str]  # the names of a convolution and of its batch norm
 
 
@@ -43,7 +44,7 @@ def canonical_names(state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
 
 def _in_order(names: Iterable[str]) -> list[str]:
     """Return the names in their order, or by number if it is alphabetical, as in safetensors."""
-    names = [name for name in names if not name.endswith("num_batches_tracked")]
+    names = [name for name in names if not name.endswith(BATCH_COUNTER)]
     if names != sorted(names):
         return names
     return sorted(
