@@ -3,9 +3,9 @@
     python tests/record_pins.py                # compare with tests/fixtures/pins.json
     python tests/record_pins.py --write        # after a change that is meant, and explained
 
-All of it comes from the scripts' own output on the bundled weights and images. Counts can differ by
-a few on another processor, whose kernels add in another order; on the one that the file names they
-are exact. `make test-all` compares (tests/test_pins.py).
+All of it is of the bundled weights and images. Counts can differ by a few on another processor,
+whose kernels add in another order; on the one that the file names they are exact. `make test-all`
+compares (tests/test_pins.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ from pathlib import Path
 import torch
 from check_results import check_results
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.inputs import load_inputs
+from common.machine.device import set_up_cpu
+from pruning.channels.slimmer import Slimmer
+from pruning.pruning import build_parser
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PINS = Path(__file__).with_name("fixtures") / "pins.json"
-BUNDLED = ("--bundled", "--weights", "common/assets/resnet18_cifar10_fp16.pth", "--threads", "2")
+WEIGHTS = REPOSITORY / "common" / "assets" / "resnet18_cifar10_fp16.pth"
+BUNDLED = ("--bundled", "--weights", str(WEIGHTS), "--threads", "2")
 
 
 def run(script: str, *arguments: str) -> tuple[dict, Path]:
@@ -72,11 +79,12 @@ def pin_int8() -> dict:
 
 def pin_channels() -> dict:
     """Return how many outputs each layer has where half of the multiply-adds are removed."""
-    results, folder = run(  # one layer is enough of the scan, which comes first
-        "pruning", "--scope", "channels", "--remove-macs", "0.5", "--test-images", "200",
-        "--precision", "fp32", "--layers", "linear",
-    )  # fmt: skip
-    state = torch.load(folder / results["artifacts"]["model"], weights_only=True)
+    args = build_parser().parse_args([*BUNDLED, "--test-images", "200"])
+    set_up_cpu(args.threads)
+    inputs = load_inputs(args, REPOSITORY)
+    images = inputs.load_training(1000)
+    slimmer = Slimmer(inputs.model, inputs.traced, images, inputs.seed, torch.float32)
+    state = slimmer.slim(0.5).state_dict()
     return {name: len(value) for name, value in state.items() if value.ndim > 1}
 
 
