@@ -19,7 +19,6 @@ from common.network.checkpoint import save_checkpoint
 from common.network.execution import Network
 from pipeline.answers import Found
 from pipeline.candidates import Candidate, CandidateBuilder
-from pruning.files.saved import SLIM_ENDING
 from quantization.calibration import CalibrationSetup
 from quantization.files.artifact import load_int8
 from quantization.files.int8_file import SUFFIX
@@ -56,7 +55,7 @@ def write_files(found: Found, folder: OutputFolder, stem: str) -> dict[str, Path
         shutil.copyfile(best.path, files[goal])
     slim = found.best.get("speed") or found.best.get("both")
     if slim is not None:
-        shutil.copyfile(slim.slim_path, folder.file(f"{stem}{SLIM_ENDING}"))
+        shutil.copyfile(slim.slim_path, folder.file(f"{stem}_slim.pth"))
     return files
 
 

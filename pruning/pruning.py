@@ -3,7 +3,6 @@
     python pruning/pruning.py                               # each layer alone; the linear layers
     python pruning/pruning.py --weights my.pth --data-dir ~/cifar10 --amounts 0.5,0.7,0.9
     python pruning/pruning.py --scope all --recalibrate-bn  # how far can the whole network go?
-    python pruning/pruning.py --scope channels              # how fast can it get?
 
 Describes the structure. Prunes each layer alone (L1, unstructured) and measures the accuracy on the
 same images. Searches how far the linear layers can be pruned within a tolerance, and checks the
@@ -72,14 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--scope", choices=("linear", "conv", "all", "channels"),
+        "--scope", choices=("linear", "conv", "all"),
         help="search how far these layers can be pruned together within --tolerance, and save the "
-        "sparsest network found. channels: search how many multiply-adds can go by removing whole "
-        "channels, which makes the network faster",
-    )  # fmt: skip
-    group.add_argument(
-        "--remove-macs", type=types.fraction, metavar="F",
-        help="with --scope channels: remove this fraction of the multiply-adds, without a search",
+        "sparsest network found",
     )  # fmt: skip
     group.add_argument(
         "--recalibrate-bn", action="store_true",
@@ -92,22 +86,10 @@ def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line; a flag that its scope does not use is wrong usage."""
-    parser = build_parser()
-    args = arguments.parse_arguments(parser, argv, NEEDED_FLAGS)
-    channels = args.scope == "channels"
-    if args.remove_macs is not None and not channels:
-        parser.error("argument --remove-macs: does nothing without --scope channels")
-    if channels and args.recalibrate_bn:
-        parser.error("argument --recalibrate-bn: does nothing with --scope channels")
-    return args
-
-
 @cli.exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Load, scan, search, write, confirm, report."""
-    args = read_arguments(argv)
+    args = arguments.parse_arguments(build_parser(), argv, NEEDED_FLAGS)
     started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     from common.inputs import load_inputs
     from common.machine.device import bf16_pays
@@ -118,15 +100,13 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.alone.brute_force import verify
     from pruning.alone.scan import Scan, choose_layers
     from pruning.alone.walk import run_scan
-    from pruning.channels.search import ChannelSearch, require_possible
-    from pruning.files.saved import LINEAR_ENDING, PRUNED_ENDING, SLIM_ENDING
+    from pruning.files.saved import LINEAR_ENDING, PRUNED_ENDING
     from pruning.report import plots, story
     from pruning.report.results import describe_scan
     from pruning.together.recalibration import adopt_statistics
     from pruning.together.search import ModelSearch
     from training.loop.distillation import Training
 
-    channels = args.scope == "channels"
     with start_run(args, shared=True) as (workers, folder):
         on_cpu = workers.device.type == "cpu"
         batch_size = args.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
@@ -135,12 +115,9 @@ def main(argv: list[str] | None = None) -> int:
         fast = workers.broadcast(fast and on_cpu)  # timings differ: the first worker decides
         names = list(weight_layers(inputs.model, inputs.traced.network))
         layers = choose_layers(names, args.layers, inputs.own_names)
-        if channels:
-            require_possible(inputs.traced.network, args.remove_macs)
-        searches = args.scope and args.remove_macs is None
-        if searches and (reason := why_too_strict(len(inputs.test), args.tolerance)):
+        if args.scope and (reason := why_too_strict(len(inputs.test), args.tolerance)):
             raise cli.UserError(f"--scope: {reason}")
-        calibration = steps.read_calibration(inputs, args.scope, args.recalibrate_bn)
+        calibration = steps.read_calibration(inputs) if args.recalibrate_bn else None
         training = Training.read(inputs, args.finetune_epochs, args.finetune_images, workers.device)
         scan = Scan(inputs.model, inputs.test, layers, args.amounts, batch_size, fast, workers)
         scanned, scan_seconds = run_scan(scan, folder, args.resume)
@@ -150,8 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
         results = common_results("pruning", args, workers, inputs.describe())
         results |= describe_scan(scan, scanned)
-        model_ending = SLIM_ENDING if channels else PRUNED_ENDING
-        model_path = folder.file(inputs.file_stem + model_ending)
+        model_path = folder.file(inputs.file_stem + PRUNED_ENDING)
         linear_path = folder.file(inputs.file_stem + LINEAR_ENDING) if args.scope else model_path
         if scan.head is not None:
             results |= steps.prune_linear(scan, scanned, args.tolerance, args.seed, linear_path)
@@ -163,10 +139,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.scope:
             if learned_from := calibration or (training and training.images):
                 adopt_statistics(inputs.model, learned_from)
-            search = (ChannelSearch if channels else ModelSearch).prepare(
-                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration,
-                **{"macs_removed": args.remove_macs} if channels else {},
-            )  # fmt: skip
+            search = ModelSearch.prepare(
+                scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration
+            )
             results |= steps.prune_together(search, training, model_path)
         story.write_csv_files(results, folder.file)
         plots.draw_all(results, folder.file)

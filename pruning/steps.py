@@ -15,28 +15,23 @@ from common.measure.evaluate import predict
 from common.network.tracing import trace_network
 from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
-from pruning.channels import search as channels
 from pruning.files import saved
 from pruning.masks import copy_without, l1_masks
-from pruning.report.results import describe_found, describe_slim
+from pruning.report.results import describe_found
 from pruning.together.found import best_of, search_all, search_finetuned
 from pruning.together.recalibration import RECALIBRATION_IMAGES, batch_norms
 from pruning.together.search import ModelSearch
 from training.loop.distillation import Training
 
 
-def read_calibration(inputs: Inputs, scope: str | None, recalibrated: bool) -> ImageSet | None:
-    """Read the training images to re-estimate batch norms, or to repair a slim network, with.
+def read_calibration(inputs: Inputs) -> ImageSet:
+    """Read the training images to re-estimate batch norms with; all if there are fewer than wanted.
 
-    None where neither is done. If there are fewer than wanted, all are taken; without batch norms
-    to re-estimate, a UserError is raised.
+    Without batch norms in the network, a UserError is raised.
     """
-    if not recalibrated and scope != channels.SCOPE:
-        return None
-    if recalibrated and not batch_norms(inputs.model):
+    if not batch_norms(inputs.model):
         raise UserError("--recalibrate-bn: the network has no batch norms")
-    count = RECALIBRATION_IMAGES if recalibrated else channels.CALIBRATION_IMAGES
-    return inputs.load_training(AtMost(count)).to(inputs.test.images.device)
+    return inputs.load_training(AtMost(RECALIBRATION_IMAGES)).to(inputs.test.images.device)
 
 
 def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, path: Path) -> dict:
@@ -85,9 +80,6 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
             "latency": saved.time_zeros({"dense": search.model, "pruned": reloaded}, images),
         },
     }
-    if search.scope == channels.SCOPE:
-        models = saved.measure_models(search.model, reloaded, search.calibration, images)
-        told["slim"] = describe_slim(search.model, reloaded, models)
     if search.fast:
         search.record.warn_if_near()
         told["model_search_bf16"] = asdict(search.record)

@@ -142,8 +142,8 @@ def check_model_search(entry: dict) -> None:
     total = entry["accuracy"]["total"]
     check_accuracy(entry["accuracy"], total)
     check_comparison(entry["comparison"], total)
-    assert entry["scope"] in ("linear", "conv", "all", "channels")
-    assert entry["allocation"] in ("sensitivity", "reconstructed")
+    assert entry["scope"] in ("linear", "conv", "all")
+    assert entry["allocation"] == "sensitivity"
     assert isinstance(entry["recalibrated"], bool)
     assert 0 <= entry["max_sparsity"] < 1
     assert [entry["max_sparsity"], entry["accuracy"]["value"]] in entry["curve"]

@@ -40,7 +40,7 @@ NOBODY = 65534
 LONGEST = (
     "test_headline.py", "test_pins.py", "test_published.py",  # these under `make test-all` alone
     "test_pruning.py", "test_pipeline.py", "test_quantization.py", "test_interruptions.py",
-    "test_pruning_together.py", "test_channel_search.py", "test_training.py",
+    "test_pruning_together.py", "test_training.py",
 )  # fmt: skip
 
 # How long an example takes says what else the machine does.

@@ -16,7 +16,7 @@ def test_zeros_stay_zeros_and_the_rest_learns(tiny_model, random_images):
     weights = {name: layer.weight.detach() for name, layer in weight_modules(tiny_model).items()}
     pruned = copy_without(tiny_model, l1_masks(weights, 0.8))
     before = {n: layer.weight.detach().clone() for n, layer in weight_modules(pruned).items()}
-    finetune(pruned, tiny_model, Training(random_images(40), epochs=2), 0, {})
+    finetune(pruned, tiny_model, Training(random_images(40), epochs=2), 0)
     assert not pruned.training
     for name, layer in weight_modules(pruned).items():
         assert torch.equal(layer.weight == 0, before[name] == 0), name

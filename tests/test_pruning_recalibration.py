@@ -97,4 +97,4 @@ def test_dropout_stays_off(random_images):
 
 def test_network_without_batch_norms_is_told():
     with pytest.raises(UserError, match="--recalibrate-bn: the network has no batch norms"):
-        read_calibration(SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2))), "all", True)
+        read_calibration(SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2))))

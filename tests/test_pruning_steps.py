@@ -67,8 +67,7 @@ def test_few_training_images_are_enough(image_folders, blank_state, tmp_path):
             bundled=False, no_bundled=True, test_images=20, seed=0,
         ), tmp_path
     )  # fmt: skip
-    for scope, is_recalibrated in (("channels", False), ("all", True)):
-        assert len(read_calibration(inputs, scope, is_recalibrated)) == 40
+    assert len(read_calibration(inputs)) == 40
 
 
 def test_several_linear_layers(tmp_path):

@@ -138,6 +138,13 @@ def test_a_network_without_free_channels_stays_as_it_is(random_images):
     assert [*slimmer.slim(1.0).state_dict()] == ["0.weight", "0.bias"]
 
 
+def test_a_network_as_narrow_as_can_be_keeps_its_channels(random_images):
+    narrow = Widths((1,) * 4)
+    slimmer = slimmer_of(ResNet18(narrow).eval(), random_images(4))
+    assert slimmer.costs.least_share() == 1
+    assert Widths.of(slimmer.slim(1.0).state_dict()) == narrow
+
+
 @pytest.mark.parametrize("unit", [MACS, WEIGHTS])
 def test_a_search_begins_where_the_curves_add_up_to_the_budget(tiny_model, random_images, unit):
     slimmer = slimmer_of(tiny_model, random_images(40))

@@ -1,11 +1,10 @@
-"""The pruned model's file: written, read back, and measured; how fast a slim network is.
+"""The pruned model's file: written, read back, and measured.
 
 It is a plain checkpoint with the original names. Its zeros still take four bytes each; their worth
 shows once the file is compressed.
 """
 
 import copy
-import tempfile
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,23 +19,13 @@ from common.files.untrusted import read_untrusted, serialize
 from common.images.data import ImageSet
 from common.measure.evaluate import Paired
 from common.measure.latency import Contender, time_interleaved
-from common.network.size import saved_size_bytes
-from common.network.tracing import trace_network
-from quantization.calibration import CalibrationSetup
-from quantization.files.int8_file import save_int8
-from quantization.int8 import engines
-from quantization.steps import quantize
 
 # Endings of file names. With a search over many layers, its model has the first; the model of the
-# search over the linear layers then has the third.
-PRUNED_ENDING, SLIM_ENDING = "_pruned.pth", "_slim.pth"
-LINEAR_ENDING = "_pruned_linear.pth"
+# search over the linear layers then has the second.
+PRUNED_ENDING, LINEAR_ENDING = "_pruned.pth", "_pruned_linear.pth"
 # At most this many predictions of the reloaded model may differ from the search's.
 MAX_FLIPS = 1e-3
-TIMED_BATCH_SIZE = 16  # of networks with zeros
-TIMED_AMOUNT = 0.9
-TIMED_BATCH_SIZES, SECONDS_PER_BATCH_SIZE = (1, 32, 128), 8.0  # of slim networks
-BATCH_SIZE = 128
+TIMED_BATCH_SIZE, TIMED_AMOUNT = 16, 0.9
 
 
 def save_pruned(
@@ -87,39 +76,3 @@ def time_zeros(models: Mapping[str, nn.Module], images: ImageSet) -> list[dict]:
     batch = images.normalize(images.images[:TIMED_BATCH_SIZE].cpu())
     timings = time_interleaved(contenders, batch, (TIMED_BATCH_SIZE,), seconds_per_batch_size=1.5)
     return [{"name": name} | timing.as_dict() for name, (timing,) in timings.items()]
-
-
-def measure_models(
-    dense: nn.Module, slim: nn.Module, calibration: ImageSet, images: ImageSet
-) -> list[dict]:
-    """Quantize both networks, and evaluate and time all four, on the CPU with the best engine.
-
-    Return results.json's entries ``dense fp32``, ``dense int8``, ``slim fp32`` and ``slim int8``.
-    """
-    calibration, images = (dataset.to(torch.device("cpu")) for dataset in (calibration, images))
-    settings = engines.choose_settings(engines.fastest_engine())
-    setup = CalibrationSetup(calibration, images, BATCH_SIZE)
-    contenders, entries, dense_correct = [], [], None
-    for name, model in (("dense", dense), ("slim", slim)):
-        model = copy.deepcopy(model).cpu()
-        network = trace_network(model, images.shape)
-        best = engines.fp32_runner(network)
-        fp32 = setup.predict(best, f"evaluate {name}")
-        (int8,) = quantize(network, setup, [settings])
-        with tempfile.TemporaryDirectory() as folder:
-            int8_bytes = save_int8(int8.model.network, Path(folder, "model.safetensors"))
-        for precision, run, predictions, engine, size_bytes in (
-            ("fp32", best, fp32, None, saved_size_bytes(model.state_dict())),
-            ("int8", int8.model, int8.predictions, settings.engine, int8_bytes),
-        ):
-            correct = predictions == images.labels
-            dense_correct = correct if dense_correct is None else dense_correct
-            contenders.append(Contender(f"{name} {precision}", run))
-            facts = {"engine": engine, "macs": sum(network.macs.values()), "size_bytes": size_bytes}
-            paired = Paired.of(dense_correct, correct).as_dict()
-            entries.append({"name": contenders[-1].name, **facts, **paired})
-    pixels = images.normalize(images.images[: max(TIMED_BATCH_SIZES)])
-    timings = time_interleaved(contenders, pixels, TIMED_BATCH_SIZES, SECONDS_PER_BATCH_SIZE)
-    for entry in entries:
-        entry["latency"] = [timing.as_dict() for timing in timings[entry["name"]]]
-    return entries

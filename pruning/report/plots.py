@@ -34,8 +34,6 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
     if "model_search" in results:
         path = file("model_search.png")
         search_plots.plot_model_search(results["model_search"], tolerance, path)
-    if "slim" in results:
-        search_plots.plot_slim(results["slim"]["models"], file("slim.png"))
 
 
 def plot_sensitivity(

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from torch import nn
 
 from common.measure.evaluate import Paired, compare, measure_accuracy
-from common.measure.latency import speedups
 from common.network.size import describe_layers
 from common.network.tracing import trace_network, weight_layers
 from pruning.alone.scan import Scan, ScanResult
@@ -101,22 +100,4 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
         ],
         "layers": [{"layer": name, "sparsity": 1 - density} for name, density in kept.items()],
         "macs_kept": sum(network.macs[n] * kept[n] for n in kept) / sum(network.macs.values()),
-    }
-
-
-def describe_slim(dense: nn.Module, slim: nn.Module, models: Sequence[dict]) -> dict:
-    """Return the narrower layers of the slim network, the entries of both, and how fast it is."""
-    before, after = (
-        {name: len(weight) for name, weight in model.state_dict().items() if weight.ndim > 1}
-        for model in (dense, slim)
-    )
-    latency = {one["name"]: one["latency"] for one in models}
-    return {
-        "widths": [
-            {"layer": name.removesuffix(".weight"), "dense": width, "slim": after[name]}
-            for name, width in before.items()
-            if after[name] < width
-        ],
-        "models": list(models),
-        "speedup": speedups(latency["slim int8"], over_dense=latency["dense int8"]),
     }

@@ -8,7 +8,7 @@ from common.report import results as report
 from common.report.story import Column, Story, Table, how_to_load
 from pruning.report.linear import linear_layers, tell_linear
 from pruning.report.results import TIE_P
-from pruning.report.together import SCOPES, tell_search, tell_slim, unit_of
+from pruning.report.together import SCOPES, tell_search
 
 CAPTIONS = {
     "sensitivity.png": "The change of accuracy with each layer alone pruned, in network order; "
@@ -20,8 +20,6 @@ CAPTIONS = {
     "binary search.",
     "model_search.png": "How far the layers can go together: a line for each method, and a star "
     "where its search ended.",
-    "slim.png": "What removing channels gained: from dense to slim, at the smallest and the "
-    "largest batch.",
 }
 
 
@@ -39,8 +37,6 @@ def tell(results: dict) -> Story:
     ]
     if "model_search" in results:
         parts += tell_search(results)
-    if "slim" in results:
-        parts += tell_slim(results["slim"])
     if "verification" in results:
         parts.append(describe_verification(results))
     return Story(
@@ -87,7 +83,7 @@ def _headlines(results: dict) -> list[tuple[str, str]]:
         amount = report.floor_percent(linear["max_amount"])
         found.append((amount, f"of {linear_layers(linear)} can go"))
     if saved := results.get("model_saved"):
-        meaning = f"of the {unit_of([saved])} can go ({SCOPES[saved['scope']]}): "
+        meaning = f"of the weights can go ({SCOPES[saved['scope']]}): "
         meaning += report.describe_change(saved["comparison"])
         found.append((report.floor_percent(saved["sparsity"], 1), meaning))
     return found

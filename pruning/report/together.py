@@ -6,15 +6,9 @@ from functools import partial
 from common.command.cli import counted
 from common.report import results as report
 from common.report.story import Column, Facts, Table
-from pruning.channels.search import SCOPE as CHANNELS
 from pruning.report.linear import compare_zeros
 
-SCOPES = {
-    "linear": "all linear layers",
-    "conv": "all convolutions",
-    "all": "the whole network",
-    CHANNELS: "whole channels",
-}
+SCOPES = {"linear": "all linear layers", "conv": "all convolutions", "all": "the whole network"}
 
 
 def method_name(entry: dict) -> str:
@@ -24,13 +18,8 @@ def method_name(entry: dict) -> str:
     return f"{entry['allocation']} + BN" if entry["recalibrated"] else entry["allocation"]
 
 
-def unit_of(entries: Sequence[dict]) -> str:
-    """Return the name of what sparsity counts."""
-    return "multiply-adds" if entries[0]["scope"] == CHANNELS else "weights"
-
-
 def fewer(sparsity: float) -> str:
-    """Return how many times fewer weights, or multiply-adds, there are."""
+    """Return how many times fewer weights there are."""
     return f"{1 / (1 - sparsity):.2g}×"
 
 
@@ -68,9 +57,6 @@ def explain_names(entries: Sequence[dict]) -> str:
     explanation = "MACs: multiply-adds that are left."
     if any(entry["recalibrated"] for entry in entries):
         explanation += " BN: batch-norm statistics re-estimated on training images after pruning."
-    if entries[0]["scope"] == CHANNELS:
-        explanation += " Pruned: of the multiply-adds. Reconstructed: channels chosen and made up "
-        explanation += "for on training images, layers as wide as they need."
     if epochs := max(entry["finetune_epochs"] for entry in entries):
         explanation += f" Tuned: trained after pruning, zeros held ({counted(epochs, 'epoch')})."
     return explanation
@@ -89,7 +75,7 @@ def curve_table(entries: Sequence[dict]) -> Table:
     columns = [Column("points at", method_name)]
     columns += [Column(fewer(at), partial(change_at, at)) for at in sparsities(entries)]
     title = (
-        f"Points against dense at each compression of the {unit_of(entries)}, on "
+        "Points against dense at each compression of the weights, on "
         f"{entries[0]['points'][0]['accuracy']['total']:,} of the held-out images"
     )
     return Table(title, columns, entries)
@@ -99,12 +85,7 @@ def describe_saved(results: dict) -> Facts:
     """Say what the saved model is, and what it saves."""
     saved = results["model_saved"]
     dense, sparse = saved["latency"]
-    compressed, theory = saved["pruned_compressed_bytes"], ""
-    before, after = (f"{report.show_median(timing, 0)} ms" for timing in (dense, sparse))
-    speed = f"{after} for {counted(dense['batch_size'], 'image')}, dense {before}"
-    if saved["scope"] != CHANNELS:
-        theory = "; dense kernels do them all"
-        speed = compare_zeros(dense, sparse, "the pruned network")
+    compressed = saved["pruned_compressed_bytes"]
     return Facts(
         f"Saved: {method_name(saved)} at {report.floor_percent(saved['sparsity'], 1)}; reloaded "
         "and measured again",
@@ -117,28 +98,7 @@ def describe_saved(results: dict) -> Facts:
             + report.against_given(results["weights"]["size_bytes"] / compressed),
             "written as": results["artifacts"]["model"],
             "in theory": f"{report.percent(1 - saved['macs_kept'], 0)} of the multiply-adds are "
-            f"saved{theory}",
-            "speed": speed,
+            "saved; dense kernels do them all",
+            "speed": compare_zeros(dense, sparse, "the pruned network"),
         },
     )
-
-
-def tell_slim(slim: dict) -> list[Table | Facts]:
-    """Return how fast the slim network is beside the dense one, in FP32 and INT8."""
-    models = slim["models"]
-    columns = [
-        Column("images/s at", lambda m: m["name"].replace("fp32", "FP32").replace("int8", "INT8")),
-        Column("size", "size_bytes", report.megabytes),
-        *report.change_columns(),
-        Column("MACs", lambda m: report.percent(m["macs"] / models[0]["macs"], 0)),
-        *report.rate_columns(models[0]["latency"]),
-    ]
-    title = f"Slim and dense in turns, {models[0]['accuracy']['total']:,} held-out images"
-    note = f"Points are against dense FP32 on the same images.{report.explain_doubt(models)}"
-    left = (f"{row['layer']} {row['slim']} of {row['dense']}" for row in slim["widths"])
-    speedup = report.at_batch_sizes(slim["speedup"], "over_dense")
-    gained = {"INT8, slim against dense": speedup, "channels left": ", ".join(left)}
-    return [
-        Table(title, columns, [models[0] | {"comparison": None}, *models[1:]], note),
-        Facts("What removing channels gained", gained),
-    ]

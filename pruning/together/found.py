@@ -12,14 +12,14 @@ from common.measure.evaluate import Paired, compare
 from common.report.results import format_change
 from common.search.trials import Trial
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
-from pruning.together.search import Method, ModelSearch
-from training.loop.distillation import Channels, Training, distill
+from pruning.together.search import CURVE, Method, ModelSearch
+from training.loop.distillation import Training, distill
 
 # Losses on the curve are large or none, so fewer images are enough.
 CURVE_IMAGES = 2000
-# Learning rate after pruning single weights, which does more harm than removing channels and
-# repairing. At 1/16 of the weights, 9,600 images reduced a loss of 15.0 points (on 4,000 test
-# images) to 4.9 at a rate of 0.00005, and to 3.9 at this one.
+# Learning rate after pruning, which does more harm than removing channels and repairing does. At
+# 1/16 of the weights, 9,600 images reduced a loss of 15.0 points (on 4,000 test images) to 4.9 at a
+# rate of 0.00005, and to 3.9 at this one.
 SPARSE_RATE = 0.0003
 
 
@@ -29,8 +29,7 @@ class Found:
 
     method: Method  # method of the search
     finetune_epochs: int  # epochs of training after pruning; 0 for none
-    # Sparsity that was given, or the largest within the tolerance; 0 if there is none.
-    sparsity: float
+    sparsity: float  # largest within the tolerance; 0 if there is none
     model: nn.Module  # network of that sparsity
     # Correctness of the network on all held-out images: bool, shape (N,), on the CPU.
     correct: torch.Tensor
@@ -46,9 +45,9 @@ def search_all(search: ModelSearch) -> list[Found]:
         found.append(search_with(search, method))
         comparison = compare(search.held_out.dense_correct, found[-1].correct)
         cli.log.info(
-            "%s%s: %.1f %% of the %s can go, %s on held-out images", method.allocation,
+            "%s%s: %.1f %% of the weights can go, %s on held-out images", method.allocation,
             ", batch norms re-estimated" * method.recalibrated, 100 * found[-1].sparsity,
-            search.unit, format_change(comparison.as_dict())[0],
+            format_change(comparison.as_dict())[0],
         )  # fmt: skip
     return found
 
@@ -56,7 +55,7 @@ def search_all(search: ModelSearch) -> list[Found]:
 def search_with(search: ModelSearch, method: Method) -> Found:
     """Search with one method and measure it on the held-out half."""
     sparsity, trials = search.find_largest(method)
-    points = {at: _measure_point(search, search.prune(method, at)) for at in search.curve}
+    points = {at: _measure_point(search, search.prune(method, at)) for at in CURVE}
     model = search.prune(method, sparsity)
     correct = search.classifier(model)(search.held_out.images)
     return Found(method, 0, sparsity, model, correct, points, trials)
@@ -77,36 +76,29 @@ def best_of(search: ModelSearch, found: Sequence[Found]) -> Found:
     return max(equals, key=lambda one: int(search.classifier(one.model)(images).sum()))
 
 
-def finetune(
-    model: nn.Module, dense: nn.Module, training: Training, seed: int, channels: Channels
-) -> None:
+def finetune(model: nn.Module, dense: nn.Module, training: Training, seed: int) -> None:
     """Train a pruned model in place to imitate the dense one; its zeros stay zeros.
 
-    Training keeps the statistics of batch norms, so they are re-estimated, as the repair of removed
-    ``channels`` has done.
+    Training keeps the statistics of batch norms, so they are re-estimated first.
     """
-    if channels:
-        distill(model, dense, training, seed, channels=channels)
-    else:
-        recalibrate_batch_norm(model, training.images.rows(slice(RECALIBRATION_IMAGES)))
-        distill(model, dense, training, seed, SPARSE_RATE)
+    recalibrate_batch_norm(model, training.images.rows(slice(RECALIBRATION_IMAGES)))
+    distill(model, dense, training, seed, SPARSE_RATE)
 
 
 def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Found:
     """Train at ``best``'s sparsity, then at higher ones until one exceeds the tolerance.
 
     Each network starts from the dense weights, pruned in one step, and learns from the dense
-    network. If not even the first is within the tolerance, nothing can be pruned, unless the
-    sparsity is given.
+    network. If not even the first is within the tolerance, nothing can be pruned.
     """
     largest, sparsest, points, trials = 0.0, search.model, {}, []
-    wanted = {s for s in (best.sparsity, *search.curve) if s >= best.sparsity}
+    wanted = {s for s in (best.sparsity, *CURVE) if s >= best.sparsity}
     for sparsity in sorted(wanted - {0.0} or wanted):
         model = copy.deepcopy(search.prune(best.method, sparsity))
-        finetune(model, search.model, training, search.seed, search.kept_channels(model))
+        finetune(model, search.model, training, search.seed)
         trials.append(Trial(1 / (1 - sparsity), search.judge(model)))
         points[sparsity] = _measure_point(search, model)
-        if not (trials[-1].verdict.passes or search.is_given):
+        if not trials[-1].verdict.passes:
             break
         largest, sparsest = sparsity, model
     correct = search.classifier(sparsest)(search.held_out.images)

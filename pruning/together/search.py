@@ -1,6 +1,6 @@
 """How far many layers can be pruned together: the largest sparsity within the tolerance."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,9 +17,9 @@ from pruning.masks import copy_without
 from pruning.together import allocation
 from pruning.together.recalibration import recalibrate_batch_norm
 
-# Every method is measured at these compressions, and its limit is searched for near them.
-COMPRESSIONS = (2, 4, 8, 16, 32)
-WHERE = Range(start=8, least=1.03, most=64, trials=8, stride=2)
+# Every method is measured at these sparsities, and its limit is searched for near them.
+CURVE = tuple(1 - 1 / times for times in (2, 4, 8, 16, 32))
+COMPRESSIONS = Range(start=8, least=1.03, most=64, trials=8, stride=2)
 DAMAGE_IMAGES = 500
 BATCH_SIZE = 50
 
@@ -68,15 +68,11 @@ class Method:
 class ModelSearch:
     """The search over one checkpoint."""
 
-    unit, where = "weights", WHERE  # what sparsity counts, in words; the compressions to search
-    is_given = False  # whether the sparsity is given and not searched
-    curve = tuple(1 - 1 / times for times in COMPRESSIONS)  # where every method is measured
-
     model: nn.Module  # dense network, on the images' device; not changed
     scope: str  # layers that may be pruned: ``linear``, ``conv`` or ``all``
     budget: Budget  # accuracy that may be lost, and the images to choose on
     held_out: EvaluationSplit  # images to measure results on
-    seed: int  # seed of the choice of channels and of training
+    seed: int  # seed of training
     fast: bool  # whether to classify in bf16 first
     calibration: ImageSet | None = None  # training images for batch-norm statistics, if to measure
     record: Fp32Recheck = field(default_factory=Fp32Recheck)  # counts of what FP32 checked
@@ -91,12 +87,12 @@ class ModelSearch:
     @classmethod
     def prepare(
         cls, scan: Scan, dense_correct: torch.Tensor, scope: str, tolerance: float, seed: int,
-        calibration: ImageSet | None = None, **options: object,
+        calibration: ImageSet | None = None,
     ) -> "ModelSearch":  # fmt: skip
         """Split the scan's images; ``dense_correct`` is the correctness of its model on them."""
         choosing, held_out = split_test(scan.images, dense_correct, seed)
         budget = Budget(tolerance, choosing)
-        return cls(scan.model, scope, budget, held_out, seed, scan.fast, calibration, **options)
+        return cls(scan.model, scope, budget, held_out, seed, scan.fast, calibration)
 
     def methods(self) -> list[Method]:
         """Return the methods to search with."""
@@ -118,17 +114,13 @@ class ModelSearch:
             recalibrate_batch_norm(pruned, self.calibration)
         return pruned
 
-    def kept_channels(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
-        """Return which output channels are left of layers that channels were removed of."""
-        return {}
-
     def find_largest(self, method: Method) -> tuple[float, list[Trial]]:
         """Return the largest sparsity within the budget, and all trials, by compression."""
 
         def attempt(times: float) -> Trial:
             return Trial(times, self.judge(self.prune(method, 1 - 1 / times)))
 
-        trials = run_trials(attempt, self.where)
+        trials = run_trials(attempt, COMPRESSIONS)
         best = strongest(trials)
         return 1 - 1 / best.strength if best else 0.0, trials
 
