@@ -100,7 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     from pruning.alone.brute_force import verify
     from pruning.alone.scan import Scan, choose_layers
     from pruning.alone.walk import run_scan
-    from pruning.files.saved import LINEAR_ENDING, PRUNED_ENDING
     from pruning.report import plots, story
     from pruning.report.results import describe_scan
     from pruning.together.recalibration import adopt_statistics
@@ -127,8 +126,9 @@ def main(argv: list[str] | None = None) -> int:
 
         results = common_results("pruning", args, workers, inputs.describe())
         results |= describe_scan(scan, scanned)
-        model_path = folder.file(inputs.file_stem + PRUNED_ENDING)
-        linear_path = folder.file(inputs.file_stem + LINEAR_ENDING) if args.scope else model_path
+        model_path = linear_path = folder.file(f"{inputs.file_stem}_pruned.pth")
+        if args.scope:  # the file of that name then holds what all layers together lose
+            linear_path = folder.file(f"{inputs.file_stem}_pruned_linear.pth")
         if scan.head is not None:
             results |= steps.prune_linear(scan, scanned, args.tolerance, args.seed, linear_path)
         if verification is not None:

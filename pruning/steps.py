@@ -1,27 +1,42 @@
 """The steps of pruning.py after the scan: each prunes, writes a file, reads it back, measures it.
 
 They return their part of results.json, or raise a UserError if the file is not what was measured.
+A file is a plain checkpoint with the original names. Its zeros still take four bytes each; their
+worth shows once the file is compressed.
 """
 
+import copy
 import time
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from common.command.argument_types import AtMost
 from common.command.cli import UserError
+from common.files.atomic import replace_file
+from common.files.untrusted import read_untrusted, serialize
 from common.images.data import ImageSet
 from common.inputs import Inputs
-from common.measure.evaluate import predict
+from common.measure.evaluate import Paired, predict
+from common.measure.latency import Contender, time_interleaved
 from common.network.tracing import trace_network
 from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
-from pruning.files import saved
 from pruning.masks import copy_without, l1_masks
 from pruning.report.results import describe_found
 from pruning.together.found import best_of, search_all, search_finetuned
 from pruning.together.recalibration import RECALIBRATION_IMAGES, batch_norms
 from pruning.together.search import ModelSearch
 from training.loop.distillation import Training
+
+# At most this many predictions of the reloaded model may differ from the search's.
+MAX_FLIPS = 1e-3
+TIMED_BATCH_SIZE, TIMED_AMOUNT = 16, 0.9
 
 
 def read_calibration(inputs: Inputs) -> ImageSet:
@@ -41,16 +56,16 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
     search = search_linear(head, scanned.features, labels, tolerance, seed)
     seconds = time.perf_counter() - started
     pruned = copy_without(model, head.masks_at(search.found))
-    reloaded, sizes = saved.save_pruned(model, pruned, path)
+    reloaded, sizes = save_pruned(model, pruned, path)
     expected = head.classify(trace_network(reloaded, images.shape), scanned.features)
     predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
-    confirmed = saved.confirm(scanned.dense_correct, expected == labels, predictions == labels)
-    sparse = copy_without(model, l1_masks(scan.weights, saved.TIMED_AMOUNT))
-    models = {"dense": model, f"{100 * saved.TIMED_AMOUNT:g} % zeros in every layer": sparse}
+    confirmed = confirm(scanned.dense_correct, expected == labels, predictions == labels)
+    sparse = copy_without(model, l1_masks(scan.weights, TIMED_AMOUNT))
+    models = {"dense": model, f"{100 * TIMED_AMOUNT:g} % zeros in every layer": sparse}
     share = head.total / sum(weight.numel() for weight in scan.weights.values())
     return {
         "linear_search": search.as_dict() | {"seconds": seconds, "confirmed": confirmed},
-        "savings": {**sizes, "linear_share": share, "latency": saved.time_zeros(models, images)},
+        "savings": {**sizes, "linear_share": share, "latency": time_zeros(models, images)},
     }
 
 
@@ -65,7 +80,7 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
     seconds = time.perf_counter() - started
     rows = [describe_found(search, one) for one in found]
     images, dense_correct = search.held_out.images, search.held_out.dense_correct
-    reloaded, sizes = saved.save_pruned(search.model, best.model, path)
+    reloaded, sizes = save_pruned(search.model, best.model, path)
     predictions = predict(reloaded.to(images.images.device), images, description="confirm")
     row = rows[found.index(best)]
     same = ("scope", "allocation", "recalibrated", "finetune_epochs", "macs_kept")
@@ -75,12 +90,62 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
         "model_saved": {
             **{name: row[name] for name in same},
             "sparsity": row["max_sparsity"],
-            **saved.confirm(dense_correct, best.correct, predictions == images.labels.cpu()),
+            **confirm(dense_correct, best.correct, predictions == images.labels.cpu()),
             **sizes,
-            "latency": saved.time_zeros({"dense": search.model, "pruned": reloaded}, images),
+            "latency": time_zeros({"dense": search.model, "pruned": reloaded}, images),
         },
     }
     if search.fast:
         search.record.warn_if_near()
         told["model_search_bf16"] = asdict(search.record)
     return told
+
+
+def save_pruned(
+    dense: nn.Module, pruned: nn.Module, path: Path
+) -> tuple[nn.Module, dict[str, int]]:
+    """Write the pruned model and read it back: the same tensors, bit for bit.
+
+    Return the model that was read, on the CPU, and sizes in bytes, plain and compressed by zlib.
+    """
+    plain, content = (
+        serialize({name: t.cpu().contiguous() for name, t in model.state_dict().items()})
+        for model in (dense, pruned)
+    )
+    replace_file(path, lambda file: file.write(content))
+    state, read = pruned.state_dict(), read_untrusted(path)
+    if any(not torch.equal(tensor.cpu(), read[name]) for name, tensor in state.items()):
+        raise AssertionError(f"{path.name} gives back other tensors than were saved")
+    reloaded = copy.deepcopy(pruned).cpu()
+    reloaded.load_state_dict(read)
+    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter while it works
+        # Level 1, as random mantissas gain nothing from more.
+        small = list(pool.map(lambda data: len(zlib.compress(data, 1)), (plain, content)))
+    return reloaded, {
+        "dense_bytes": len(plain),
+        "dense_compressed_bytes": small[0],
+        "pruned_bytes": path.stat().st_size,
+        "pruned_compressed_bytes": small[1],
+    }
+
+
+def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.Tensor) -> dict:
+    """Compare the reloaded model's correct images with those that the search ``expected``.
+
+    Return its part of results.json; if more than 1 image in 1,000 differs, raise a UserError.
+    """
+    unlike = int((correct != expected).sum())
+    if unlike > max(1, MAX_FLIPS * len(correct)):
+        raise UserError(f"the reloaded model differs from the search on {unlike} images")
+    return Paired.of(dense_correct, correct).as_dict() | {"images_unlike_search": unlike}
+
+
+def time_zeros(models: Mapping[str, nn.Module], images: ImageSet) -> list[dict]:
+    """Time models in turns on the CPU, on some of the images; return entries of results.json."""
+    contenders = []
+    for name, model in models.items():
+        laid_out = copy.deepcopy(model).cpu().to(memory_format=torch.channels_last)
+        contenders.append(Contender(name, torch.inference_mode()(laid_out)))
+    batch = images.normalize(images.images[:TIMED_BATCH_SIZE].cpu())
+    timings = time_interleaved(contenders, batch, (TIMED_BATCH_SIZE,), seconds_per_batch_size=1.5)
+    return [{"name": name} | timing.as_dict() for name, (timing,) in timings.items()]

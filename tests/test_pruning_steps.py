@@ -9,10 +9,10 @@ from cifar import image_set
 from torch import nn
 
 from common.inputs import load_inputs
+from pruning import steps
 from pruning.alone.brute_force import verify
 from pruning.alone.scan import Scan
 from pruning.alone.walk import run_scan
-from pruning.files import saved
 from pruning.report import plots, story
 from pruning.report.results import describe_scan
 from pruning.steps import prune_linear, read_calibration
@@ -54,7 +54,7 @@ def run(scan, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
-    monkeypatch.setattr(saved, "time_zeros", lambda models, images: [
+    monkeypatch.setattr(steps, "time_zeros", lambda models, images: [
         {"name": name, "batch_size": 16, "median_ms": 1.0, "noisy": False} for name in models
     ])  # fmt: skip
 
