@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.scope:
             if learned_from := calibration or (training and training.images):
                 adopt_statistics(inputs.model, learned_from)
-            search = ModelSearch.prepare(
+            search = ModelSearch(
                 scan, scanned.dense_correct, args.scope, args.tolerance, args.seed, calibration
             )
             results |= steps.prune_together(search, training, model_path)

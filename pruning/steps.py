@@ -95,7 +95,7 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
             "latency": time_zeros({"dense": search.model, "pruned": reloaded}, images),
         },
     }
-    if search.fast:
+    if search.scan.fast:
         search.record.warn_if_near()
         told["model_search_bf16"] = asdict(search.record)
     return told

@@ -26,7 +26,7 @@ def test_zeros_stay_zeros_and_the_rest_learns(tiny_model, random_images):
 @pytest.fixture
 def search(tiny_model, random_images):
     scan = Scan(tiny_model, random_images(40), [], [], 4, False)
-    return ModelSearch.prepare(scan, torch.arange(40) % 10 < 2, "all", 0.5, 0)
+    return ModelSearch(scan, torch.arange(40) % 10 < 2, "all", 0.5, 0)
 
 
 def test_the_sparsest_model_that_was_kept_is_found(search, random_images):

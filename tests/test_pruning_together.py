@@ -43,7 +43,7 @@ def search(tiny_model, random_images):
     with torch.inference_mode():
         correct = tiny_model(normalize(test.images)).argmax(1) == test.labels
     scan = Scan(tiny_model, test, [], [], 4, False)
-    return ModelSearch.prepare(scan, correct, "conv", 0.1, 0, random_images(16, seed=5))
+    return ModelSearch(scan, correct, "conv", 0.1, 0, random_images(16, seed=5))
 
 
 def test_prunes_a_copy_within_the_scope(search):

@@ -7,7 +7,6 @@ from torch import nn
 
 from common.measure.evaluate import Paired, compare, measure_accuracy
 from common.network.size import describe_layers
-from common.network.tracing import trace_network, weight_layers
 from pruning.alone.scan import Scan, ScanResult
 from pruning.together.found import CURVE_IMAGES, Found
 from pruning.together.search import ModelSearch
@@ -68,15 +67,14 @@ def rank(scanned: ScanResult, amount: float) -> list[dict]:
 
 def describe_found(search: ModelSearch, found: Found) -> dict:
     """Return a method's row; the points of its curve, from dense on, share the same images."""
-    network = trace_network(search.model, search.held_out.images.shape)
-    dense_correct = search.held_out.dense_correct
+    dense_correct, macs = search.held_out.dense_correct, search.scan.network.macs
     measured = Paired.of(dense_correct, found.correct)
     curve = {(sparsity, point.accuracy.value) for sparsity, point in found.points.items()}
     for sparsity, correct in ((0.0, dense_correct), (found.sparsity, found.correct)):
         curve.add((sparsity, measure_accuracy(correct[:CURVE_IMAGES]).value))
-    kept = {  # shares of the weights that are neither zero nor missing
-        name: int(found.model.get_submodule(name).weight.count_nonzero()) / layer.weight.numel()
-        for name, layer in weight_layers(search.model, network).items()
+    kept = {  # shares of the weights that are not zero
+        name: int(found.model.get_submodule(name).weight.count_nonzero()) / weight.numel()
+        for name, weight in search.scan.weights.items()
     }
     return {
         "scope": search.scope,
@@ -99,5 +97,5 @@ def describe_found(search: ModelSearch, found: Found) -> dict:
             for trial in found.trials
         ],
         "layers": [{"layer": name, "sparsity": 1 - density} for name, density in kept.items()],
-        "macs_kept": sum(network.macs[n] * kept[n] for n in kept) / sum(network.macs.values()),
+        "macs_kept": sum(macs[name] * kept[name] for name in kept) / sum(macs.values()),
     }

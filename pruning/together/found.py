@@ -1,6 +1,5 @@
 """Results of the search over many layers: for each method, its sparsest network, measured."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from common.command import cli
 from common.measure.evaluate import Paired, compare
 from common.report.results import format_change
 from common.search.trials import Trial
+from pruning.together.allocation import SENSITIVITY
 from pruning.together.recalibration import RECALIBRATION_IMAGES, recalibrate_batch_norm
 from pruning.together.search import CURVE, Method, ModelSearch
 from training.loop.distillation import Training, distill
@@ -39,14 +39,15 @@ class Found:
 
 
 def search_all(search: ModelSearch) -> list[Found]:
-    """Search with every method."""
+    """Search without and, if there are images for it, with batch norms re-estimated."""
     found = []
-    for method in search.methods():
+    for recalibrated in (False,) if search.calibration is None else (False, True):
+        method = Method(SENSITIVITY, recalibrated)
         found.append(search_with(search, method))
         comparison = compare(search.held_out.dense_correct, found[-1].correct)
         cli.log.info(
             "%s%s: %.1f %% of the weights can go, %s on held-out images", method.allocation,
-            ", batch norms re-estimated" * method.recalibrated, 100 * found[-1].sparsity,
+            ", batch norms re-estimated" * recalibrated, 100 * found[-1].sparsity,
             format_change(comparison.as_dict())[0],
         )  # fmt: skip
     return found
@@ -94,7 +95,7 @@ def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Fo
     largest, sparsest, points, trials = 0.0, search.model, {}, []
     wanted = {s for s in (best.sparsity, *CURVE) if s >= best.sparsity}
     for sparsity in sorted(wanted - {0.0} or wanted):
-        model = copy.deepcopy(search.prune(best.method, sparsity))
+        model = search.prune(best.method, sparsity)
         finetune(model, search.model, training, search.seed)
         trials.append(Trial(1 / (1 - sparsity), search.judge(model)))
         points[sparsity] = _measure_point(search, model)

@@ -1,7 +1,7 @@
 """How far many layers can be pruned together: the largest sparsity within the tolerance."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -9,8 +9,8 @@ from torch import nn
 from common.images.data import ImageSet
 from common.network.cascade import SAMPLE_IMAGES, Fp32Recheck, bounds_of, decide
 from common.network.execution import Network
-from common.network.tracing import trace_network, weight_layers
-from common.search.budget import Budget, EvaluationSplit, Verdict, split_test
+from common.network.tracing import trace_network
+from common.search.budget import Budget, Verdict, split_test
 from common.search.trials import Range, Trial, run_trials, strongest
 from pruning.alone.scan import Scan
 from pruning.masks import copy_without
@@ -64,40 +64,25 @@ class Method:
     recalibrated: bool
 
 
-@dataclass
 class ModelSearch:
-    """The search over one checkpoint."""
+    """The search over the checkpoint of a scan, on the images of the scan.
 
-    model: nn.Module  # dense network, on the images' device; not changed
-    scope: str  # layers that may be pruned: ``linear``, ``conv`` or ``all``
-    budget: Budget  # accuracy that may be lost, and the images to choose on
-    held_out: EvaluationSplit  # images to measure results on
-    seed: int  # seed of training
-    fast: bool  # whether to classify in bf16 first
-    calibration: ImageSet | None = None  # training images for batch-norm statistics, if to measure
-    record: Fp32Recheck = field(default_factory=Fp32Recheck)  # counts of what FP32 checked
-    _damage: dict[bool, dict[str, allocation.DamageCurve]] = field(default_factory=dict)
+    ``dense_correct`` is the correctness of the scan's model on them. The layers in ``scope``,
+    ``linear``, ``conv`` or ``all``, may be pruned, and an accuracy of ``tolerance`` be lost.
+    ``calibration`` are training images for batch-norm statistics, None not to measure these.
+    """
 
-    def __post_init__(self):
-        network = trace_network(self.model, self.budget.choosing.images.shape)
-        layers = weight_layers(self.model, network)
-        weights = {name: module.weight.detach() for name, module in layers.items()}
-        self.weights = allocation.weights_in_scope(network, weights, self.scope)
-
-    @classmethod
-    def prepare(
-        cls, scan: Scan, dense_correct: torch.Tensor, scope: str, tolerance: float, seed: int,
+    def __init__(
+        self, scan: Scan, dense_correct: torch.Tensor, scope: str, tolerance: float, seed: int,
         calibration: ImageSet | None = None,
-    ) -> "ModelSearch":  # fmt: skip
-        """Split the scan's images; ``dense_correct`` is the correctness of its model on them."""
-        choosing, held_out = split_test(scan.images, dense_correct, seed)
-        budget = Budget(tolerance, choosing)
-        return cls(scan.model, scope, budget, held_out, seed, scan.fast, calibration)
-
-    def methods(self) -> list[Method]:
-        """Return the methods to search with."""
-        recalibrated = [False] if self.calibration is None else [False, True]
-        return [Method(allocation.SENSITIVITY, is_done) for is_done in recalibrated]
+    ):  # fmt: skip
+        self.scan, self.scope, self.seed, self.calibration = scan, scope, seed, calibration
+        self.model = scan.model  # dense network, on the images' device; not changed
+        choosing, self.held_out = split_test(scan.images, dense_correct, seed)
+        self.budget = Budget(tolerance, choosing)
+        self.weights = allocation.weights_in_scope(scan.network, scan.weights, scope)
+        self.record = Fp32Recheck()  # counts of what FP32 checked
+        self._damage: dict[bool, dict[str, allocation.DamageCurve]] = {}
 
     def masks(self, method: Method, sparsity: float) -> allocation.Masks:
         """Return the masks of the weights that ``method`` keeps at a sparsity."""
@@ -131,7 +116,8 @@ class ModelSearch:
     def classifier(self, model: nn.Module) -> Callable[[ImageSet], torch.Tensor]:
         """Return what finds the images that a pruned model classifies correctly."""
         images = self.budget.choosing.images
-        return make_classifier(trace_network(model, images.shape), images, self.fast, self.record)
+        network = trace_network(model, images.shape)
+        return make_classifier(network, images, self.scan.fast, self.record)
 
     def _curves(self, recalibrated: bool) -> dict[str, allocation.DamageCurve]:
         """Measure the layers' damage in the network that global pruning leaves at its limit."""
@@ -140,6 +126,6 @@ class ModelSearch:
             context = self.prune(around, self.find_largest(around)[0])
             images = self.budget.choosing.first(DAMAGE_IMAGES).images
             self._damage[recalibrated] = allocation.measure_damage(
-                self.model, context, self.weights, images, self.fast
+                self.model, context, self.weights, images, self.scan.fast
             )
         return self._damage[recalibrated]
