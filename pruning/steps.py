@@ -53,9 +53,9 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
     """Search how far the linear layers can go, write that model, and confirm the file."""
     model, images, labels, head = scan.model, scan.images, scan.images.labels.cpu(), scan.head
     started = time.perf_counter()
-    search = search_linear(head, scanned.features, labels, tolerance, seed)
+    level, searched = search_linear(head, scanned.features, labels, tolerance, seed)
     seconds = time.perf_counter() - started
-    pruned = copy_without(model, head.masks_at(search.found))
+    pruned = copy_without(model, head.masks_at(level))
     reloaded, sizes = save_pruned(model, pruned, path)
     expected = head.classify(trace_network(reloaded, images.shape), scanned.features)
     predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
@@ -64,7 +64,7 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
     models = {"dense": model, f"{100 * TIMED_AMOUNT:g} % zeros in every layer": sparse}
     share = head.total / sum(weight.numel() for weight in scan.weights.values())
     return {
-        "linear_search": search.as_dict() | {"seconds": seconds, "confirmed": confirmed},
+        "linear_search": searched | {"seconds": seconds, "confirmed": confirmed},
         "savings": {**sizes, "linear_share": share, "latency": time_zeros(models, images)},
     }
 

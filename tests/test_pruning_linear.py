@@ -12,8 +12,8 @@ from common.network.tracing import trace_network, weight_layers
 from pruning.alone.head import AMOUNTS_OF_SEVERAL, Head, sweep_single
 from pruning.alone.linear import (
     SPLITS,
-    LinearSearch,
     binary_search,
+    compare_with_sweep,
     repeat_on_halves,
     required_correct,
     search_linear,
@@ -65,27 +65,28 @@ def test_binary_search_is_right_on_falling_curves(values, required):
 def test_answer_holds_on_any_curve_and_sweep_finds_the_maximum(values, required):
     curve = np.array([100, *values])
     found, _ = binary_search(lambda k: int(curve[k]), len(curve) - 1, required)
-    search = searched(curve, required, found)
+    largest, _, explanation = compared(found, curve, required)
     assert curve[found] >= required
-    assert found <= search.largest
-    assert (curve[search.largest + 1 :] < required).all()
-    assert ("confirms" in search.explain()) == (found == search.largest)
+    assert found <= largest
+    assert (curve[largest + 1 :] < required).all()
+    assert ("confirms" in explanation) == (found == largest)
 
 
-def searched(curve, required, found):
-    counts = np.arange(len(curve))
-    return LinearSearch(("fc",), counts, 0.1, found, [], required, 100, curve, None)
+def compared(found, curve, required):
+    """The largest level that is within the tolerance, and the other entries."""
+    told = compare_with_sweep(found, curve, required, np.arange(len(curve)))
+    largest = round(told["exhaustive_max_amount"] * (len(curve) - 1))
+    return largest, told["monotone"], told["explanation"]
 
 
 def test_non_monotone_curve_is_told():
     curve = np.array([10, 10, 4, 10, 3])
     found, _ = binary_search(lambda k: int(curve[k]), 4, 9)
-    result = searched(curve, 9, found)
-    assert (found, result.largest) == (1, 3)
-    assert not result.is_monotone
-    assert "at 2 pruned" in result.explain()
-    assert "up to 3" in result.explain()
-    assert searched(np.array([5, 5, 4, 0]), 0, 3).is_monotone
+    largest, is_monotone, explanation = compared(found, curve, 9)
+    assert (found, largest, is_monotone) == (1, 3, False)
+    assert "at 2 pruned" in explanation
+    assert "up to 3" in explanation
+    assert compared(3, np.array([5, 5, 4, 0]), 0)[1]
 
 
 @pytest.mark.parametrize(
@@ -115,15 +116,18 @@ def search(head, model, before, tolerance, images=200):
 def test_search_reports_all_that_it_did():
     torch.manual_seed(0)
     head, model = head_of(nn.Conv2d(3, 2, 5, 2), nn.Flatten(), nn.Linear(8, 10))
-    found, _, _ = search(head, model, 2, 0.05)
+    (level, found), _, _ = search(head, model, 2, 0.05)
     assert (head.features, list(head.weights)) == ("1", ["2"])
-    assert (found.counts[-1], found.images, found.required) == (80, 200, 190)
-    assert found.counts.tolist() == list(range(81))
-    assert found.correct[0] == 200
-    assert found.correct[found.found] >= 190
-    assert found.largest >= found.found
-    assert all(step.correct == found.correct[step.level] for step in found.steps)
-    assert len(found.splits.drops) == SPLITS
+    assert (found["images"], found["dense"]["correct"]) == (200, 200)
+    assert (found["pruned_weights"], found["kept_weights"]) == (level, 80 - level)
+    amounts, accuracies = zip(*found["curve"], strict=True)
+    assert amounts == tuple(level / 80 for level in range(81))
+    assert accuracies[level] >= 0.95
+    assert found["exhaustive_max_amount"] >= found["max_amount"] == level / 80
+    for step in found["steps"]:
+        assert step["accuracy"]["value"] == accuracies[step["pruned_weights"]]
+        assert step["kept"] == (step["accuracy"]["correct"] >= 190)
+    assert found["splits"]["splits"] == SPLITS
 
 
 def test_several_linear_layers_are_pruned_together_by_the_same_amount():
@@ -131,19 +135,22 @@ def test_several_linear_layers_are_pruned_together_by_the_same_amount():
     torch.manual_seed(1)
     modules = [nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 20), nn.ReLU(), nn.Linear(20, 5)]
     head, model = head_of(*modules)
-    found, x, labels = search(head, model, 2, 0.1)
-    assert tuple(head.weights) == found.layers == ("2", "4")
-    assert (head.levels, found.counts[-1]) == (AMOUNTS_OF_SEVERAL, 72 * 20 + 20 * 5)
+    (answer, found), x, labels = search(head, model, 2, 0.1)
+    assert list(head.weights) == found["layers"] == ["2", "4"]
+    assert head.levels == AMOUNTS_OF_SEVERAL
+    total = found["pruned_weights"] + found["kept_weights"]
+    assert total == 72 * 20 + 20 * 5
     for level in (1, 37, 90, 100):
         pruned = copy.deepcopy(model)
         for name in ("2", "4"):
             prune.l1_unstructured(pruned[int(name)], "weight", level / 100)
         with torch.inference_mode():
             correct = int((pruned(x).argmax(1) == labels).sum())
-        assert abs(found.correct[level] - correct) <= 1
+        amount, accuracy = found["curve"][level]
+        assert accuracy * len(x) == pytest.approx(correct, abs=1.001)
         zeros = sum(int((pruned[i].weight == 0).sum()) for i in (2, 4))
-        assert found.counts[level] == zeros
-    assert found.correct[found.found] >= found.required
+        assert amount == zeros / total
+    assert found["curve"][answer][1] >= 0.9
 
 
 def test_head_ends_where_more_than_a_vector_is_read():
@@ -176,16 +183,18 @@ def test_network_that_ends_in_a_convolution_has_no_head():
 def test_each_split_is_judged_by_the_images_that_did_not_choose():
     """Row k loses images 0 to k, so a half's answer depends on which of them it has."""
     correct = np.array([np.arange(10) >= count for count in range(11)])
-    splits = repeat_on_halves(correct, tolerance=0.2, seed=3)
-    rng = np.random.default_rng(3)
-    for level, drop in zip(splits.levels, splits.drops, strict=True):
+    splits = repeat_on_halves(correct, np.arange(11) / 10, tolerance=0.2, seed=3)
+    rng, levels, lost = np.random.default_rng(3), [], []
+    for _ in range(SPLITS):
         order = rng.permutation(10)
         chooses, judges = order[:5], order[5:]
-        allowed = [n for n in range(11) if (chooses < n).sum() <= 1]  # 0.2 of 5 images
-        assert level == max(allowed)
-        assert drop == pytest.approx((judges < level).sum() / 5)
-    assert splits.within == sum(drop <= 0.2 + 1e-9 for drop in splits.drops)
-    assert 0 < splits.within < SPLITS
+        levels.append(max(n for n in range(11) if (chooses < n).sum() <= 1))  # 0.2 of 5 images
+        lost.append(int((judges < levels[-1]).sum()))
+    low, median, high = np.quantile(levels, [0.05, 0.5, 0.95]) / 10
+    assert splits["amount"]["median"] == pytest.approx(median)
+    assert splits["amount"]["middle90"] == pytest.approx([low, high])
+    assert splits["drop"]["mean"] == pytest.approx(sum(lost) / SPLITS / 5)
+    assert 0 < splits["within_tolerance"] == sum(images <= 1 for images in lost) < SPLITS
 
 
 def test_what_is_chosen_on_noise_does_worse_elsewhere():
@@ -195,10 +204,10 @@ def test_what_is_chosen_on_noise_does_worse_elsewhere():
     """
     bears = np.random.default_rng(0).integers(0, 1000, 400)
     correct = np.array([bears >= count for count in range(1001)])
-    splits = repeat_on_halves(correct, tolerance=0.1, seed=0)
-    assert 0.2 < splits.within / SPLITS < 0.8
-    assert splits.drops.mean() == pytest.approx(0.1, abs=0.02)
+    splits = repeat_on_halves(correct, np.arange(1001) / 1000, tolerance=0.1, seed=0)
+    assert 0.2 < splits["within_tolerance"] / SPLITS < 0.8
+    assert splits["drop"]["mean"] == pytest.approx(0.1, abs=0.02)
 
 
 def test_one_image_has_no_halves():
-    assert repeat_on_halves(np.ones((4, 1), dtype=bool), 0.1, 0) is None
+    assert repeat_on_halves(np.ones((4, 1), dtype=bool), np.arange(4) / 3, 0.1, 0) is None

@@ -6,7 +6,6 @@ So the choice is repeated on random halves of the images, each judged on the oth
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -49,16 +48,15 @@ def binary_search(
     return low, steps
 
 
-class Splits(NamedTuple):
-    """Results of ``SPLITS`` random splits: one half chooses a level, the other half judges it."""
+def repeat_on_halves(
+    correct: np.ndarray, amounts: np.ndarray, tolerance: float, seed: int
+) -> dict | None:
+    """Repeat the binary search on a sweep's images, in ``SPLITS`` random halves.
 
-    levels: np.ndarray  # chosen levels, int64, (SPLITS,)
-    drops: np.ndarray  # fraction of accuracy that each lost on its other half, (SPLITS,)
-    within: int  # number of losses that are within the tolerance
-
-
-def repeat_on_halves(correct: np.ndarray, tolerance: float, seed: int) -> Splits | None:
-    """Repeat the binary search on a sweep's images, in random halves; None for fewer than two."""
+    One half chooses a level, the other half judges it. ``correct`` is a sweep, bool, (levels, N);
+    ``amounts`` are the levels as fractions. Return results.json's ``splits``: the chosen amounts,
+    and the accuracy that each lost on its other half; None for fewer than two images.
+    """
     largest, total = correct.shape[0] - 1, correct.shape[1]
     half = total // 2
     if not half:
@@ -75,77 +73,12 @@ def repeat_on_halves(correct: np.ndarray, tolerance: float, seed: int) -> Splits
         levels[split], _ = binary_search(correct_at, largest, required)
         lost = correct_at(0, judges) - correct_at(levels[split], judges)
         drops[split] = lost / len(judges)
-    return Splits(levels, drops, int((drops <= tolerance + 1e-9).sum()))
-
-
-@dataclass(frozen=True)
-class LinearSearch:
-    """Result of the search."""
-
-    layers: tuple[str, ...]  # names of the layers that were pruned together, by the same amount
-    counts: np.ndarray  # number of pruned weights at each level; int64, shape (levels + 1,)
-    tolerance: float  # accuracy that may be lost, as a fraction
-    found: int  # level that the binary search found
-    steps: list[SearchStep]  # steps of the binary search
-    required: int  # number of images that must stay correct, of ``images``
-    images: int
-    correct: np.ndarray  # number of correct images at each level; int64, shape (levels + 1,)
-    splits: Splits | None  # results on random halves; None where there is only one image
-
-    @property
-    def largest(self) -> int:
-        """The largest level within the tolerance, of all levels."""
-        return int(np.flatnonzero(self.correct >= self.required)[-1])
-
-    @property
-    def is_monotone(self) -> bool:
-        """Whether correctness never rises as more weights are pruned."""
-        return bool((np.diff(self.correct) <= 0).all())
-
-    def explain(self) -> str:
-        """Say in one sentence how the binary search's answer and the true maximum relate."""
-        if self.found == self.largest:
-            return "the sweep over every possible amount confirms the binary search"
-        first_failure = int(np.flatnonzero(self.correct < self.required)[0])
-        return (
-            f"accuracy is not monotone: it leaves the tolerance at {self.counts[first_failure]:,} "
-            f"pruned weights and is within it again up to {self.counts[self.largest]:,}; a step of "
-            "the binary search fell into the gap"
-        )
-
-    def as_dict(self) -> dict:
-        """Return the ``linear_search`` object of results.json."""
-        counts, amounts = self.counts.tolist(), (self.counts / self.counts[-1]).tolist()
-        found = {
-            "layers": list(self.layers),
-            "tolerance": self.tolerance,
-            "images": self.images,
-            "dense": Accuracy(int(self.correct[0]), self.images).as_dict(),
-            "max_amount": amounts[self.found],
-            "pruned_weights": counts[self.found],
-            "kept_weights": counts[-1] - counts[self.found],
-            "steps": [
-                {
-                    "amount": amounts[step.level],
-                    "pruned_weights": counts[step.level],
-                    "accuracy": Accuracy(step.correct, self.images).as_dict(),
-                    "kept": step.kept,
-                }
-                for step in self.steps
-            ],
-            "curve": np.stack([amounts, self.correct / self.images], axis=1).tolist(),
-            "exhaustive_max_amount": amounts[self.largest],
-            "monotone": self.is_monotone,
-            "explanation": self.explain(),
-        }
-        if self.splits is not None:
-            found["splits"] = {
-                "splits": len(self.splits.drops),
-                "within_tolerance": self.splits.within,
-                "amount": _spread(self.counts[self.splits.levels] / self.counts[-1]),
-                "drop": {**_spread(self.splits.drops), "mean": float(self.splits.drops.mean())},
-            }
-        return found
+    return {
+        "splits": SPLITS,
+        "within_tolerance": int((drops <= tolerance + 1e-9).sum()),
+        "amount": _spread(amounts[levels]),
+        "drop": {**_spread(drops), "mean": float(drops.mean())},
+    }
 
 
 def _spread(values: np.ndarray) -> dict:
@@ -154,19 +87,64 @@ def _spread(values: np.ndarray) -> dict:
     return {"median": median, "middle90": [low, high]}
 
 
+def compare_with_sweep(
+    found: int, correct: np.ndarray, required: int, counts: np.ndarray
+) -> dict[str, object]:
+    """Return how the binary search's answer and the true maximum relate, for results.json.
+
+    ``correct`` and ``counts`` hold for each level the number of correct images and of pruned
+    weights, int64; ``found`` is the level of the answer, ``required`` what it keeps correct.
+    """
+    largest = int(np.flatnonzero(correct >= required)[-1])
+    explanation = "the sweep over every possible amount confirms the binary search"
+    if found != largest:
+        first_failure = int(np.flatnonzero(correct < required)[0])
+        explanation = (
+            f"accuracy is not monotone: it leaves the tolerance at {counts[first_failure]:,} "
+            f"pruned weights and is within it again up to {counts[largest]:,}; a step of the "
+            "binary search fell into the gap"
+        )
+    return {
+        "exhaustive_max_amount": float(counts[largest] / counts[-1]),
+        "monotone": bool((np.diff(correct) <= 0).all()),
+        "explanation": explanation,
+    }
+
+
 def search_linear(
     head: Head, features: torch.Tensor, labels: torch.Tensor, tolerance: float, seed: int
-) -> LinearSearch:
+) -> tuple[int, dict]:
     """Find how far the linear layers can be pruned together, and check that at every level.
 
-    ``features`` are the layers' input for every image, FP32, (N, features), on the CPU.
+    ``features`` are the layers' input for every image, FP32, (N, features), on the CPU. Return the
+    level that the binary search found, and the ``linear_search`` object of results.json.
     """
-    sweep = head.sweep(features, labels)
+    sweep, images = head.sweep(features, labels), len(labels)
     correct = sweep.sum(axis=1)
-    required = required_correct(int(correct[0]), len(labels), tolerance)
+    required = required_correct(int(correct[0]), images, tolerance)
     found, steps = binary_search(lambda level: int(correct[level]), head.levels, required)
     counts = np.array([sum(head.counts_at(level).values()) for level in range(head.levels + 1)])
-    splits = repeat_on_halves(sweep, tolerance, seed)
-    return LinearSearch(
-        tuple(head.weights), counts, tolerance, found, steps, required, len(labels), correct, splits
-    )
+    amounts = counts / counts[-1]
+    described = {
+        "layers": list(head.weights),
+        "tolerance": tolerance,
+        "images": images,
+        "dense": Accuracy(int(correct[0]), images).as_dict(),
+        "max_amount": float(amounts[found]),
+        "pruned_weights": int(counts[found]),
+        "kept_weights": int(counts[-1] - counts[found]),
+        "steps": [
+            {
+                "amount": float(amounts[step.level]),
+                "pruned_weights": int(counts[step.level]),
+                "accuracy": Accuracy(step.correct, images).as_dict(),
+                "kept": step.kept,
+            }
+            for step in steps
+        ],
+        "curve": np.stack([amounts, correct / images], axis=1).tolist(),
+        **compare_with_sweep(found, correct, required, counts),
+    }
+    if splits := repeat_on_halves(sweep, amounts, tolerance, seed):
+        described["splits"] = splits
+    return found, described
