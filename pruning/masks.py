@@ -23,6 +23,12 @@ def pruned_count(weights: int, amount: float) -> int:
     return round(amount * weights)
 
 
+def zeros_at(weight: torch.Tensor, amount: float) -> float:
+    """Return the share of a layer's weights that are zero once ``amount`` of them is pruned."""
+    own = weight.numel() - int(weight.count_nonzero())  # the first that are pruned
+    return max(own, pruned_count(weight.numel(), amount)) / weight.numel()
+
+
 def l1_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
     """Return the mask (bool) of the weights, on the CPU, that are not the ``count`` smallest.
 

@@ -98,8 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.search.budget import why_too_strict
     from pruning import steps
     from pruning.alone.brute_force import verify
-    from pruning.alone.scan import Scan, choose_layers
-    from pruning.alone.walk import run_scan
+    from pruning.alone.scan import Scan, choose_layers, run_scan
     from pruning.report import plots, story
     from pruning.report.results import describe_scan
     from pruning.together.recalibration import adopt_statistics

@@ -21,7 +21,7 @@ from common.files.output import OUR_ENTRIES, STAGING_PREFIX, UNFINISHED_NAME
 from common.network.cascade import Cascade
 from common.network.checkpoint import load_model
 from common.report.results import floor_percent
-from pruning.alone import walk as walk_module
+from pruning.alone import scan as scan_module
 from pruning.pruning import main
 
 SCRIPT = REPOSITORY / "pruning" / "pruning.py"
@@ -247,7 +247,7 @@ def test_two_threads_repeat_themselves_and_agree_with_one_but_at_the_edge(whole,
 def test_bad_input_is_one_line_before_the_scan(
     arguments, message, tiny_weights, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(walk_module, "run_scan", None)
+    monkeypatch.setattr(scan_module, "run_scan", None)
     weights = ["--weights", str(tiny_weights)]  # another in the arguments takes its place
     arguments = ["--bundled", "--test-images", "20", *weights, *arguments]
     assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 1

@@ -17,8 +17,7 @@ from common.network.branching import branch_logits, start_values
 from common.network.execution import Layer
 from common.network.tracing import trace_network
 from pruning.alone.brute_force import pruned_copy
-from pruning.alone.scan import Scan
-from pruning.alone.walk import run_scan, scan_images
+from pruning.alone.scan import Scan, run_scan, scan_images
 
 
 @pytest.fixture(autouse=True)

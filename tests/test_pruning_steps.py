@@ -11,8 +11,7 @@ from torch import nn
 from common.inputs import load_inputs
 from pruning import steps
 from pruning.alone.brute_force import verify
-from pruning.alone.scan import Scan
-from pruning.alone.walk import run_scan
+from pruning.alone.scan import Scan, run_scan
 from pruning.report import plots, story
 from pruning.report.results import describe_scan
 from pruning.steps import prune_linear, read_calibration

@@ -17,8 +17,7 @@ from common.images.normalisation import NORMALISATIONS
 from common.inputs import Inputs, load_inputs
 from common.measure.evaluate import predict
 from pruning.alone.brute_force import classify_all, pruned_copy
-from pruning.alone.scan import Scan
-from pruning.alone.walk import run_scan
+from pruning.alone.scan import Scan, run_scan
 from quantization.files.artifact import Int8Model
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe

@@ -8,6 +8,7 @@ from torch import nn
 from common.measure.evaluate import Paired, compare, measure_accuracy
 from common.network.size import describe_layers
 from pruning.alone.scan import Scan, ScanResult
+from pruning.masks import zeros_at
 from pruning.together.found import CURVE_IMAGES, Found
 from pruning.together.search import ModelSearch
 
@@ -23,7 +24,7 @@ def describe_scan(scan: Scan, scanned: ScanResult) -> dict:
         "structure": describe_structure(scan.model, layers),
         "layers": layers,
         "sensitivity": [
-            {"layer": layer, "amount": amount, "achieved": scanned.achieved[amount, layer]}
+            {"layer": layer, "amount": amount, "achieved": zeros_at(scan.weights[layer], amount)}
             | Paired.of(scanned.dense_correct, correct).as_dict()
             for (amount, layer), correct in scanned.correct.items()
         ],
