@@ -18,8 +18,8 @@ from common.search.budget import split_test
 from pruning.alone.scan import Scan
 from pruning.pruning import main
 from pruning.report import results as results_module
+from pruning.report.plots import plot_model_search, search_title
 from pruning.report.results import describe_found
-from pruning.report.search_plots import plot_model_search, search_title
 from pruning.together import found as found_module
 from pruning.together.allocation import GLOBAL, SENSITIVITY, global_masks
 from pruning.together.found import Found, best_of, search_all, search_with

@@ -1,4 +1,4 @@
-"""Plots of a run: which layers are sensitive, and how far the linear layers can go."""
+"""Plots of a run: which layers are sensitive, and how far layers can go together."""
 
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -9,8 +9,7 @@ import numpy as np
 from common.command.cli import counted
 from common.report import figures
 from common.report import results as report
-from pruning.report import search_plots
-from pruning.report.linear import linear_layers
+from pruning.report.searches import fewer, linear_layers, method_name, sparsities
 
 MAX_CURVE_POINTS = 1500
 LABEL_GAP = 0.03  # of the axis, between the numbers of two steps, and the line of the answer
@@ -33,7 +32,15 @@ def draw_all(results: dict, file: Callable[[str], Path]) -> None:
         plot_search(results["linear_search"], file("linear_search.png"))
     if "model_search" in results:
         path = file("model_search.png")
-        search_plots.plot_model_search(results["model_search"], tolerance, path)
+        plot_model_search(results["model_search"], tolerance, path)
+
+
+def accuracies(dense: float, entries: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Return accuracies in percent, and the lengths of their whiskers (2, entries)."""
+    comparisons = [entry["comparison"] for entry in entries]
+    losses = np.array([[c["drop"], *reversed(c["ci95"])] for c in comparisons])
+    value, low, high = 100 * (dense - losses.T)
+    return value, np.clip([value - low, high - value], 0, None)
 
 
 def plot_sensitivity(
@@ -42,7 +49,7 @@ def plot_sensitivity(
     """Draw what pruning each layer alone changes, in network order or sorted ``by_drop``."""
     if by_drop:
         rows = sorted(rows, key=lambda row: -row["comparison"]["drop"])
-    value, whiskers = search_plots.accuracies(0.0, rows)
+    value, whiskers = accuracies(0.0, rows)
     limit = -100 * tolerance
     figure, axes = figures.new_figure(max(9.5, 0.3 * len(rows)), 4.6)
     positions = np.arange(len(rows))
@@ -155,3 +162,45 @@ def _number_steps(axes: object, points: Sequence[tuple[float, float]], found: fl
             taken.append(x)
             place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
             axes.annotate(str(number), (x, y), fontsize=8, **place)
+
+
+def plot_model_search(entries: Sequence[dict], tolerance: float, path: Path) -> None:
+    """Draw accuracy against compression: a line a method, a star where its search ended."""
+    figure, axes = figures.new_figure(9.5, 4.8)
+    dense = entries[0]["curve"][0][1]
+    for entry in entries:
+        color = figures.RED if entry["finetune_epochs"] else figures.GREEN
+        style = "--" if entry["recalibrated"] else "-"
+        times = [1 / (1 - point["sparsity"]) for point in entry["points"]]
+        value, whiskers = accuracies(dense, entry["points"])
+        line = ([1.0, *times], [100 * dense, *value])
+        axes.plot(*line, style, color=color, lw=1.6, label=method_name(entry))
+        axes.errorbar(times, value, whiskers, fmt=".", ms=4, color=color, capsize=2, lw=1)
+        if entry["max_sparsity"] > 0:
+            found = 1 / (1 - entry["max_sparsity"])
+            y = 100 * (dense - entry["comparison"]["drop"])
+            face = "white" if entry["recalibrated"] else color
+            axes.plot(found, y, "*", ms=12, color=color, mfc=face, zorder=4)
+    axes.plot([], [], "*", ms=12, color="black", label="where a search ended")
+    if any(entry["recalibrated"] for entry in entries):
+        told = "the same, batch norms re-estimated (+ BN)"
+        axes.plot([], [], "*", ms=12, color="black", mfc="white", label=told)
+    axes.axhline(100 * dense, color="black", lw=1, label="dense")
+    limit = f"dense − {counted(100 * tolerance, 'point')}"
+    axes.axhline(100 * (dense - tolerance), color="black", ls=":", lw=1.2, label=limit)
+    axes.set_xscale("log", base=2)
+    marks = sparsities(entries)
+    ticks = [1, *(1 / (1 - sparsity) for sparsity in marks)]
+    axes.set_xticks(ticks, ["dense", *map(fewer, marks)])
+    axes.minorticks_off()
+    axes.set(title=search_title(entries, tolerance), ylabel="top-1 accuracy (%), held-out images",
+             xlabel="compression: weights before / weights after")  # fmt: skip
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
+    figures.save_figure(figure, path)
+
+
+def search_title(entries: Sequence[dict], tolerance: float) -> str:
+    """Name the largest sparsity that is within the tolerance on the held-out images too."""
+    held = (entry["max_sparsity"] for entry in entries if entry["within_tolerance"])
+    most = report.floor_percent(max(held, default=0.0), 1)
+    return f"{most} of the weights can go within {counted(100 * tolerance, 'point')}"

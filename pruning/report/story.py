@@ -6,9 +6,8 @@ from pathlib import Path
 
 from common.report import results as report
 from common.report.story import Column, Story, Table, how_to_load
-from pruning.report.linear import linear_layers, tell_linear
 from pruning.report.results import TIE_P
-from pruning.report.together import SCOPES, tell_search
+from pruning.report.searches import SCOPES, linear_layers, tell_linear, tell_search
 
 CAPTIONS = {
     "sensitivity.png": "The change of accuracy with each layer alone pruned, in network order; "
