@@ -63,27 +63,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--tolerance", type=types.accuracy_loss, metavar="T", default=0.02,
         help="accuracy that may be lost, as a fraction: 0.01 is one point",
     )  # fmt: skip
-    _add_model_search_arguments(parser.add_argument_group("search over many layers together"))
-    arguments.add_shared_arguments(parser, "pruning")
-    parser.set_defaults(batch_size=None)
-    return parser
-
-
-def _add_model_search_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    together = parser.add_argument_group("search over many layers together")
+    together.add_argument(
         "--scope", choices=("linear", "conv", "all"),
         help="search how far these layers can be pruned together within --tolerance, and save the "
         "sparsest network found",
     )  # fmt: skip
-    group.add_argument(
+    together.add_argument(
         "--recalibrate-bn", action="store_true",
         help="add a row: batch-norm statistics re-estimated on training images after pruning",
     )  # fmt: skip
     arguments.add_finetuning_arguments(
-        group,
+        together,
         "add a row: the best network found, trained for N epochs with its zeros kept, then at "
         "higher sparsities for as long as it stays within --tolerance",
     )
+    arguments.add_shared_arguments(parser, "pruning")
+    parser.set_defaults(batch_size=None)
+    return parser
 
 
 @cli.exit_codes
@@ -126,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         results = common_results("pruning", args, workers, inputs.describe())
         results |= describe_scan(scan, scanned)
         model_path = linear_path = folder.file(f"{inputs.file_stem}_pruned.pth")
-        if args.scope:  # the file of that name then holds what all layers together lose
+        if args.scope:  # the search over many layers then writes the first file
             linear_path = folder.file(f"{inputs.file_stem}_pruned_linear.pth")
         if scan.head is not None:
             results |= steps.prune_linear(scan, scanned, args.tolerance, args.seed, linear_path)

@@ -66,28 +66,25 @@ def remove_channels(
     readers: Mapping[str, Reader], widths: Iterable[int]
 ) -> dict[int, ChannelChoice]:
     """Return for each width what to keep, and the best layers for it; the readers are changed."""
-    wanted, found = set(widths), {}
-    first = next(iter(readers.values()))
+    found, first = {}, next(iter(readers.values()))
     channels = torch.arange(len(first.inverse) // first.window, device=first.inverse.device)
-    while wanted:
-        if len(channels) in wanted:
-            layers = {name: reader.best_without(channels) for name, reader in readers.items()}
-            found[len(channels)] = ChannelChoice(channels, layers)
-            wanted.remove(len(channels))
-            continue
-        count = min(max(1, len(channels) // GROUP), len(channels) - max(wanted))
-        costs = sum(
-            reader.scale * removal_costs(reader.weight, reader.inverse, reader.window)
-            for reader in readers.values()
-        )
-        removed = costs.topk(count, largest=False).indices
-        for reader in readers.values():
-            reader.weight, reader.inverse = without(
-                reader.weight, reader.inverse, columns_of(removed, reader.window)
+    for width in sorted(widths, reverse=True):
+        while len(channels) > width:
+            count = min(max(1, len(channels) // GROUP), len(channels) - width)
+            costs = sum(
+                reader.scale * removal_costs(reader.weight, reader.inverse, reader.window)
+                for reader in readers.values()
             )
-        stays = torch.ones(len(channels), dtype=torch.bool, device=channels.device)
-        stays[removed] = False
-        channels = channels[stays]
+            removed = costs.topk(count, largest=False).indices
+            for reader in readers.values():
+                reader.weight, reader.inverse = without(
+                    reader.weight, reader.inverse, columns_of(removed, reader.window)
+                )
+            stays = torch.ones(len(channels), dtype=torch.bool, device=channels.device)
+            stays[removed] = False
+            channels = channels[stays]
+        layers = {name: reader.best_without(channels) for name, reader in readers.items()}
+        found[width] = ChannelChoice(channels, layers)
     return found
 
 

@@ -125,8 +125,7 @@ def tell_search(results: dict) -> list[Table | Facts]:
         f"Chosen on {counted(entries[0]['chosen_on_images'], 'image')} with one standard error to "
         f"spare, measured on {entries[0]['accuracy']['total']:,} others. {explain_names(entries)}",
     )
-    curves = [curve_table(entries)] if sparsities(entries) else []
-    return [largest, *curves, describe_saved(results)]
+    return [largest, curve_table(entries), describe_saved(results)]
 
 
 def explain_names(entries: Sequence[dict]) -> str:
