@@ -1,7 +1,7 @@
 """Accuracy in training, which a checkpoint keeps epoch by epoch; files and report of a run."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -28,13 +28,6 @@ PREDICT_BATCH = 500
 EPOCHS_NAME, EPOCHS_PLOT = "epochs.csv", "curves.png"
 
 
-@dataclass(frozen=True)
-class EpochRow(EpochSummary):
-    """Summary of an epoch, with the accuracy on held-out images after it."""
-
-    held_out_accuracy: float
-
-
 def identify(recipe: Recipe, seed: int, processes: int, train: ImageSet) -> dict[str, object]:
     """Return what decides the weights, by name; images by their SHA-256."""
     return {
@@ -51,12 +44,12 @@ class EpochRecorder:
 
     def __init__(self, held_out: ImageSet, epochs: int, checkpoint: Path):
         self.held_out, self.epochs, self.checkpoint = held_out, epochs, checkpoint
-        self.rows: list[EpochRow] = []
+        self.rows: list[EpochSummary] = []
 
     def __call__(self, state: TrainingState, summary: EpochSummary) -> None:
         """Measure after an epoch, and save all epochs so far."""
         accuracy = measure_accuracy(find_correct(state.model.eval(), self.held_out)).value
-        row = EpochRow(**asdict(summary), held_out_accuracy=accuracy)
+        row = replace(summary, held_out_accuracy=accuracy)
         self.rows.append(row)
         log.info(
             "epoch %*d/%d  loss %.3f  held-out %s  %.1f s",
@@ -71,7 +64,7 @@ class EpochRecorder:
             return
         try:
             saved = read_untrusted(self.checkpoint)
-            rows = [EpochRow(**row) for row in saved["rows"]]
+            rows = [EpochSummary(**row) for row in saved["rows"]]
             if [row.epoch for row in rows] != [*range(1, len(rows) + 1)]:
                 raise ValueError("its epochs are out of order")
             state.load(saved["tensors"], len(rows))
@@ -120,15 +113,10 @@ def save_weights(model: nn.Module, folder: OutputFolder) -> dict:
     return file.describe()
 
 
-def save_epochs(rows: Sequence[EpochRow], folder: OutputFolder) -> None:
-    """Write the table and the plot of the epochs."""
-    columns = [Column(f.name, attrgetter(f.name)) for f in fields(EpochRow)]
+def save_epochs(rows: Sequence[EpochSummary], folder: OutputFolder) -> None:
+    """Write the epochs as a table, and draw loss, accuracies and learning rate."""
+    columns = [Column(f.name, attrgetter(f.name)) for f in fields(EpochSummary)]
     Table("", columns, rows).write_csv(folder.file(EPOCHS_NAME))
-    plot_epochs(folder.file(EPOCHS_PLOT), rows)
-
-
-def plot_epochs(path: Path, rows: Sequence[EpochRow]) -> None:
-    """Draw loss, accuracies and learning rate by epoch as PNG."""
     figure, (loss_axes, accuracy_axes, rate_axes) = figures.new_figure(11, 3.6, columns=3)
     epochs = [row.epoch for row in rows]
     marker = "o" if len(rows) < 2 else None  # a line through one point shows nothing
@@ -144,7 +132,7 @@ def plot_epochs(path: Path, rows: Sequence[EpochRow]) -> None:
     accuracy_axes.legend(loc="lower right", fontsize=8)
     rate_axes.plot(epochs, [row.learning_rate for row in rows], color=figures.RED, marker=marker)
     rate_axes.set(title="Learning rate", xlabel="epoch", ylim=(0, None))
-    figures.save_figure(figure, path)
+    figures.save_figure(figure, folder.file(EPOCHS_PLOT))
 
 
 def tell(results: dict) -> Story:

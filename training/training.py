@@ -33,19 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--held-out-images", type=positive_int, metavar="N", default=2500,
         help="training images that are not trained on, for choices; the same for every seed",
     )  # fmt: skip
-    _add_recipe_arguments(
-        parser.add_argument_group("recipe (by default that of the bundled weights)")
-    )
-    running = parser.add_argument_group("running")
-    running.add_argument(
-        "--resume", action="store_true", help="continue the unfinished run in --output-dir"
-    )
-    arguments.add_machine_arguments(running)
-    arguments.add_output_arguments(parser, "training")
-    return parser
-
-
-def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
+    recipe = parser.add_argument_group("recipe (by default that of the bundled weights)")
     for field, parse, text in (
         ("epochs", positive_int, "passes over the training images"),
         ("batch_size", positive_int, "images a step, over all processes together"),
@@ -55,7 +43,14 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
     ):
         flag, default = "--" + field.replace("_", "-"), getattr(BUNDLED_RECIPE, field)
         metavar = "N" if parse is positive_int else "X"
-        group.add_argument(flag, type=parse, metavar=metavar, default=default, help=text)
+        recipe.add_argument(flag, type=parse, metavar=metavar, default=default, help=text)
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--resume", action="store_true", help="continue the unfinished run in --output-dir"
+    )
+    arguments.add_machine_arguments(running)
+    arguments.add_output_arguments(parser, "training")
+    return parser
 
 
 @cli.exit_codes

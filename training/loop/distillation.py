@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +55,7 @@ class Training:
 def distill(
     student: nn.Module, teacher: nn.Module, training: Training, seed: int,
     learning_rate: float = RECIPE.learning_rate, precision: str | None = None,
-    channels: Channels = MappingProxyType({}),
+    channels: Channels | None = None,
 ) -> None:  # fmt: skip
     """Train a student in place to imitate its teacher; weights that are zero stay zero.
 
@@ -73,7 +72,7 @@ def distill(
     traced = trace(teacher, train.shape)
     state = TrainingState.start(student, recipe, device)
     keep_zeros = hold_zeros(weight_layers(student, traced.network))
-    blocks = _block_channels(traced, channels)
+    blocks = _block_channels(traced, channels or {})
     with imitation_loss(student, teacher, blocks) as loss:
         fit(state, train, recipe, seed, Workers(device), loss, keep_zeros)
     student.eval()

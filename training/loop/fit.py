@@ -73,13 +73,14 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """Results of one epoch; the accuracy is that on augmented images, during training."""
+    """Results of one epoch."""
 
     epoch: int
     learning_rate: float
     loss: float
-    train_accuracy: float
+    train_accuracy: float  # on augmented images, during training
     seconds: float
+    held_out_accuracy: float | None = None  # after the epoch, where it is measured
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
