@@ -11,7 +11,6 @@ from common.report import figures
 from common.report import results as report
 from pruning.report.searches import fewer, linear_layers, method_name, sparsities
 
-MAX_CURVE_POINTS = 1500
 LABEL_GAP = 0.03  # of the axis, between the numbers of two steps, and the line of the answer
 
 
@@ -116,34 +115,31 @@ def plot_amounts(rows: Sequence[dict], dense: float, tolerance: float, path: Pat
 def plot_search(linear: dict, path: Path) -> None:
     """Draw accuracy against the amount of the linear layers, the limit and the search's steps."""
     amounts, values = 100 * np.array(linear["curve"]).T
-    levels, steps = len(values) - 1, linear["steps"]
     found, largest = linear["max_amount"], linear["exhaustive_max_amount"]
     shown = report.floor_percent(found)
     label = f"found {shown}" + ", the largest of all amounts" * (largest == found)
     limit = 100 * (linear["dense"]["value"] - linear["tolerance"])
     figure, (whole, near) = figures.new_figure(10, 4.2, 1, 2, width_ratios=(3, 2))
-    points = [(100 * step["amount"], 100 * step["accuracy"]["value"]) for step in steps]
-    for axes, stride, lw in ((whole, max(1, levels // MAX_CURVE_POINTS), 1.4), (near, 1, 1.2)):
+    kept = np.array([step["kept"] for step in linear["steps"]])
+    tried = 100 * np.array([[s["amount"], s["accuracy"]["value"]] for s in linear["steps"]])
+    for axes in (whole, near):
         axes.axhline(limit, color=figures.ORANGE, ls="--", lw=1.2, label=f"limit {limit:.2f} %")
         axes.axvline(100 * found, color=figures.GREEN, lw=1.2, label=label)
-        axes.plot(
-            amounts[::stride], values[::stride], color=figures.BLUE, lw=lw, label="every amount"
-        )
-        for kept, color in ((True, figures.GREEN), (False, figures.RED)):
-            chosen = [p for p, step in zip(points, steps, strict=True) if step["kept"] is kept]
-            x, y = np.reshape(chosen, (-1, 2)).T
-            verdict = "step kept" if kept else "step rejected"
-            axes.scatter(x, y, color=color, s=24, zorder=3, label=verdict)
+        axes.plot(amounts, values, color=figures.BLUE, lw=1.2, label="every amount")
+        for points, color, verdict in (
+            (tried[kept], figures.GREEN, "step kept"), (tried[~kept], figures.RED, "step rejected")
+        ):  # fmt: skip
+            axes.scatter(*points.T, color=color, s=24, zorder=3, label=verdict)
         axes.set_xlabel(f"weights of {linear_layers(linear)} pruned (%)")
     if largest > found:
         label = f"largest of all amounts {report.floor_percent(largest)}"
         near.axvline(100 * largest, color=figures.GREY, ls=":", lw=2, label=label)
     left = max(0.0, 100 * found - 4)
     near.set_xlim(left, min(100.0, 100 * max(largest, found) + 0.5))
-    near.set_ylim(limit - 3, values[int(levels * left / 100) :].max() + 0.5)
+    near.set_ylim(limit - 3, values[amounts >= left].max() + 0.5)
     near.set_title("Near the answer")
     for axes in (whole, near):
-        _number_steps(axes, points, 100 * found)
+        _number_steps(axes, tried, 100 * found)
     tolerated = counted(100 * linear["tolerance"], "point")
     whole.set_title(f"{shown} of {linear_layers(linear)} can go within {tolerated}")
     whole.set_ylabel("top-1 accuracy (%)")
@@ -152,7 +148,7 @@ def plot_search(linear: dict, path: Path) -> None:
     figures.save_figure(figure, path)
 
 
-def _number_steps(axes: object, points: Sequence[tuple[float, float]], found: float) -> None:
+def _number_steps(axes: object, points: np.ndarray, found: float) -> None:
     """Number the search's steps that an axis shows, where numbers would not overlap."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     gap, taken = LABEL_GAP * (right - left), [found]
