@@ -93,8 +93,7 @@ def search_finetuned(search: ModelSearch, best: Found, training: Training) -> Fo
     network. If not even the first is within the tolerance, nothing can be pruned.
     """
     largest, sparsest, points, trials = 0.0, search.model, {}, []
-    wanted = {s for s in (best.sparsity, *CURVE) if s >= best.sparsity}
-    for sparsity in sorted(wanted - {0.0} or wanted):
+    for sparsity in sorted(s for s in {best.sparsity, *CURVE} if s > 0 and s >= best.sparsity):
         model = search.prune(best.method, sparsity)
         finetune(model, search.model, training, search.seed)
         trials.append(Trial(1 / (1 - sparsity), search.judge(model)))
