@@ -6,7 +6,6 @@ So the choice is repeated on random halves of the images, each judged on the oth
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +16,6 @@ from pruning.alone.head import Head
 SPLITS = 200
 
 
-class SearchStep(NamedTuple):
-    """A level that the binary search tried, its correct images, and whether those are enough."""
-
-    level: int
-    correct: int
-    kept: bool
-
-
 def required_correct(dense_correct: int, total: int, tolerance: float) -> int:
     """Return how many images must stay correct for accuracy to be within ``tolerance`` of dense."""
     return max(0, math.ceil(dense_correct - tolerance * total - 1e-9))
@@ -32,20 +23,17 @@ def required_correct(dense_correct: int, total: int, tolerance: float) -> int:
 
 def binary_search(
     correct_at: Callable[[int], int], largest: int, required: int
-) -> tuple[int, list[SearchStep]]:
-    """Return the largest level that keeps ``required`` images correct, and the steps to it.
+) -> tuple[int, list[int]]:
+    """Return the largest level that keeps ``required`` images correct, and the levels tried.
 
     Where correctness does not fall steadily, the answer still holds, but a larger one may exist:
     the sweep finds it. Level 0, nothing pruned, is not tried.
     """
-    low, high, steps = 0, largest, []
+    low, high, tried = 0, largest, []
     while low < high:
-        level = (low + high + 1) // 2
-        correct = correct_at(level)
-        kept = correct >= required
-        steps.append(SearchStep(level, correct, kept))
-        low, high = (level, high) if kept else (low, level - 1)
-    return low, steps
+        tried.append(level := (low + high + 1) // 2)
+        low, high = (level, high) if correct_at(level) >= required else (low, level - 1)
+    return low, tried
 
 
 def repeat_on_halves(
@@ -122,7 +110,7 @@ def search_linear(
     sweep, images = head.sweep(features, labels), len(labels)
     correct = sweep.sum(axis=1)
     required = required_correct(int(correct[0]), images, tolerance)
-    found, steps = binary_search(lambda level: int(correct[level]), head.levels, required)
+    found, tried = binary_search(lambda level: int(correct[level]), head.levels, required)
     counts = np.array([sum(head.counts_at(level).values()) for level in range(head.levels + 1)])
     amounts = counts / counts[-1]
     described = {
@@ -135,12 +123,12 @@ def search_linear(
         "kept_weights": int(counts[-1] - counts[found]),
         "steps": [
             {
-                "amount": float(amounts[step.level]),
-                "pruned_weights": int(counts[step.level]),
-                "accuracy": Accuracy(step.correct, images).as_dict(),
-                "kept": step.kept,
+                "amount": float(amounts[level]),
+                "pruned_weights": int(counts[level]),
+                "accuracy": Accuracy(int(correct[level]), images).as_dict(),
+                "kept": bool(correct[level] >= required),
             }
-            for step in steps
+            for level in tried
         ],
         "curve": np.stack([amounts, correct / images], axis=1).tolist(),
         **compare_with_sweep(found, correct, required, counts),
