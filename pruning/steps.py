@@ -25,6 +25,7 @@ from common.inputs import Inputs
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, time_interleaved
 from common.network.tracing import trace_network
+from common.search.budget import EvaluationSplit
 from pruning.alone.linear import search_linear
 from pruning.alone.scan import Scan, ScanResult
 from pruning.masks import copy_without, l1_masks
@@ -56,10 +57,9 @@ def prune_linear(scan: Scan, scanned: ScanResult, tolerance: float, seed: int, p
     level, searched = search_linear(head, scanned.features, labels, tolerance, seed)
     seconds = time.perf_counter() - started
     pruned = copy_without(model, head.masks_at(level))
-    reloaded, sizes = save_pruned(model, pruned, path)
-    expected = head.classify(trace_network(reloaded, images.shape), scanned.features)
-    predictions = predict(reloaded.to(images.images.device), images, scan.batch_size, "confirm")
-    confirmed = confirm(scanned.dense_correct, expected == labels, predictions == labels)
+    expected = head.classify(trace_network(pruned, images.shape), scanned.features) == labels
+    split = EvaluationSplit(images, scanned.dense_correct)
+    confirmed, sizes = write_model(scan, pruned, path, split, expected)
     sparse = copy_without(model, l1_masks(scan.weights, TIMED_AMOUNT))
     models = {"dense": model, f"{100 * TIMED_AMOUNT:g} % zeros in every layer": sparse}
     share = head.total / sum(weight.numel() for weight in scan.weights.values())
@@ -79,9 +79,8 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
         best = best_of(search, found)
     seconds = time.perf_counter() - started
     rows = [describe_found(search, one) for one in found]
-    images, dense_correct = search.held_out.images, search.held_out.dense_correct
-    reloaded, sizes = save_pruned(search.model, best.model, path)
-    predictions = predict(reloaded.to(images.images.device), images, description="confirm")
+    confirmed, sizes = write_model(search.scan, best.model, path, search.held_out, best.correct)
+    models = {"dense": search.model, "pruned": best.model}
     row = rows[found.index(best)]
     same = ("scope", "allocation", "recalibrated", "finetune_epochs", "macs_kept")
     told = {
@@ -90,9 +89,9 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
         "model_saved": {
             **{name: row[name] for name in same},
             "sparsity": row["max_sparsity"],
-            **confirm(dense_correct, best.correct, predictions == images.labels.cpu()),
+            **confirmed,
             **sizes,
-            "latency": time_zeros({"dense": search.model, "pruned": reloaded}, images),
+            "latency": time_zeros(models, search.held_out.images),
         },
     }
     if search.scan.fast:
@@ -101,43 +100,38 @@ def prune_together(search: ModelSearch, training: Training | None, path: Path) -
     return told
 
 
-def save_pruned(
-    dense: nn.Module, pruned: nn.Module, path: Path
-) -> tuple[nn.Module, dict[str, int]]:
-    """Write the pruned model and read it back: the same tensors, bit for bit.
+def write_model(
+    scan: Scan, pruned: nn.Module, path: Path, split: EvaluationSplit, expected: torch.Tensor
+) -> tuple[dict, dict[str, int]]:
+    """Write a pruned model, read it back, and hold its correct images against those ``expected``.
 
-    Return the model that was read, on the CPU, and sizes in bytes, plain and compressed by zlib.
+    Return its accuracy and comparison on the split, and bytes of its file and of the scan's model,
+    plain and compressed by zlib. If more than 1 image in 1,000 differs, raise a UserError.
     """
     plain, content = (
         serialize({name: t.cpu().contiguous() for name, t in model.state_dict().items()})
-        for model in (dense, pruned)
+        for model in (scan.model, pruned)
     )
     replace_file(path, lambda file: file.write(content))
-    state, read = pruned.state_dict(), read_untrusted(path)
-    if any(not torch.equal(tensor.cpu(), read[name]) for name, tensor in state.items()):
+    read, images = read_untrusted(path), split.images
+    if any(not torch.equal(t.cpu(), read[name]) for name, t in pruned.state_dict().items()):
         raise AssertionError(f"{path.name} gives back other tensors than were saved")
-    reloaded = copy.deepcopy(pruned).cpu()
+    reloaded = copy.deepcopy(pruned).to(images.images.device)
     reloaded.load_state_dict(read)
-    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter while it works
-        # Level 1, as random mantissas gain nothing from more.
-        small = list(pool.map(lambda data: len(zlib.compress(data, 1)), (plain, content)))
-    return reloaded, {
-        "dense_bytes": len(plain),
-        "dense_compressed_bytes": small[0],
-        "pruned_bytes": path.stat().st_size,
-        "pruned_compressed_bytes": small[1],
-    }
-
-
-def confirm(dense_correct: torch.Tensor, expected: torch.Tensor, correct: torch.Tensor) -> dict:
-    """Compare the reloaded model's correct images with those that the search ``expected``.
-
-    Return its part of results.json; if more than 1 image in 1,000 differs, raise a UserError.
-    """
+    correct = predict(reloaded, images, scan.batch_size, "confirm") == images.labels.cpu()
     unlike = int((correct != expected).sum())
     if unlike > max(1, MAX_FLIPS * len(correct)):
         raise UserError(f"the reloaded model differs from the search on {unlike} images")
-    return Paired.of(dense_correct, correct).as_dict() | {"images_unlike_search": unlike}
+    confirmed = Paired.of(split.dense_correct, correct).as_dict()
+    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter while it works
+        # Level 1, as random mantissas gain nothing from more.
+        small = list(pool.map(lambda data: len(zlib.compress(data, 1)), (plain, content)))
+    return confirmed | {"images_unlike_search": unlike}, {
+        "dense_bytes": len(plain),
+        "dense_compressed_bytes": small[0],
+        "pruned_bytes": len(content),
+        "pruned_compressed_bytes": small[1],
+    }
 
 
 def time_zeros(models: Mapping[str, nn.Module], images: ImageSet) -> list[dict]:
