@@ -84,17 +84,14 @@ class ModelSearch:
         self.record = Fp32Recheck()  # counts of what FP32 checked
         self._damage: dict[bool, dict[str, allocation.DamageCurve]] = {}
 
-    def masks(self, method: Method, sparsity: float) -> allocation.Masks:
-        """Return the masks of the weights that ``method`` keeps at a sparsity."""
-        if method.allocation == allocation.GLOBAL:
-            return allocation.global_masks(self.weights, sparsity)
-        curves = self._curves(method.recalibrated)
-        return allocation.sensitivity_masks(self.weights, curves, sparsity)
-
     def prune(self, method: Method, sparsity: float) -> nn.Module:
         """Return a pruned copy, its batch norms re-estimated if the method says so."""
-        device = self.budget.choosing.images.images.device
-        pruned = copy_without(self.model, self.masks(method, sparsity)).to(device)
+        if method.allocation == allocation.GLOBAL:
+            masks = allocation.global_masks(self.weights, sparsity)
+        else:
+            curves = self._curves(method.recalibrated)
+            masks = allocation.sensitivity_masks(self.weights, curves, sparsity)
+        pruned = copy_without(self.model, masks).to(self.scan.images.images.device)
         if method.recalibrated and sparsity > 0:  # at 0 it is the dense network
             recalibrate_batch_norm(pruned, self.calibration)
         return pruned
