@@ -30,8 +30,6 @@ SENSITIVITY, GLOBAL = "sensitivity", "global"
 AMOUNTS = (0.0, *(1 - 0.5**halvings for halvings in range(1, 7)))
 BATCH_SIZE = 20
 
-Masks = dict[str, torch.Tensor]
-
 
 def weights_in_scope(
     network: Network, weights: Mapping[str, torch.Tensor], scope: str
@@ -44,7 +42,7 @@ def weights_in_scope(
     return found
 
 
-def global_masks(weights: Mapping[str, torch.Tensor], sparsity: float) -> Masks:
+def global_masks(weights: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
     """Prune the smallest weights of all layers together, as ``global_unstructured`` would."""
     together = torch.cat([weight.flatten() for weight in weights.values()])
     kept = l1_mask(together, pruned_count(together.numel(), sparsity))
@@ -103,7 +101,7 @@ def greedy_counts(curves: Mapping[str, DamageCurve], total: int) -> dict[str, in
 
 def sensitivity_masks(
     weights: Mapping[str, torch.Tensor], curves: Mapping[str, DamageCurve], sparsity: float
-) -> Masks:
+) -> dict[str, torch.Tensor]:
     """Prune the weights that cost least according to the layers' damage curves."""
     total = sum(weight.numel() for weight in weights.values())
     ends = sum(int(curve.counts[-1]) for curve in curves.values())
