@@ -17,7 +17,6 @@ from torch import nn
 from common.command import cli
 from common.command.cli import UserError
 from common.machine import device
-from common.measure.latency import Timing
 from common.network.execution import Layer
 from common.network.tracing import trace_network
 from quantization.int8 import engines
@@ -377,11 +376,3 @@ def test_where_there_is_no_fbgemm_one_line_says_what_is_used(
     only(monkeypatch, supported)
     assert engines.default_engines() == [expected]
     assert capsys.readouterr().err.count("\n") == (expected != "fbgemm")
-
-
-def test_the_fastest_engine_of_each_batch_size():
-    def timing(size, median):
-        return Timing(size, median, 0.0, 1.0, 3)
-
-    times = {"a": [timing(1, 2.0), timing(4, 1.0)], "b": [timing(1, 1.0), timing(4, 2.0)]}
-    assert engines.fastest_by_batch_size(times) == {1: "b", 4: "a"}

@@ -22,6 +22,7 @@ from quantization.report.results import (
     describe_budget,
     describe_models,
     describe_sparsity,
+    fastest_engines,
 )
 from quantization.settings import Settings
 from quantization.steps import OnnxModel, Quantized
@@ -70,6 +71,14 @@ def test_models_are_compared_on_the_same_images(tiny_model, convert, random_imag
     assert exported["comparison"]["accuracy"]["drop"] == pytest.approx(0.2)
     assert len(ours["int8_operations"]) == 31
     assert ours["fp32_operations"] == []
+
+
+def test_the_fastest_engine_of_each_batch_size():
+    timings = {"a": [timing(1, 2.0), timing(4, 1.0)], "b": [timing(1, 1.0), timing(4, 2.0)]}
+    assert fastest_engines(timings) == [
+        {"batch_size": 1, "engine": "b", "noisy": False},
+        {"batch_size": 4, "engine": "a", "noisy": False},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,9 @@ Here: those that run on this CPU, what they can do, and the fastest of them.
 import functools
 import importlib.util
 import platform
-from collections.abc import Mapping, Sequence
 
 from common.command import cli
 from common.command.cli import UserError
-from common.measure.latency import Timing
 from quantization.int8.engines.base import Runner
 from quantization.int8.engines.fp32 import fp32_runner
 from quantization.int8.engines.reference import ReferenceRunner
@@ -101,12 +99,3 @@ def default_engines() -> list[str]:
     engine = "qnnpack" if "qnnpack" in torch_engines() else fastest_engine()
     cli.log.info("torch has no fbgemm on this %s CPU: using %s", platform.machine(), engine)
     return [engine]
-
-
-def fastest_by_batch_size(timings: Mapping[str, Sequence[Timing]]) -> dict[int, str]:
-    """Return the engine with the least median latency for each batch size."""
-    fastest = {}
-    for entries in zip(*timings.values(), strict=True):
-        medians_ms = dict(zip(timings, (timing.median_ms for timing in entries), strict=True))
-        fastest[entries[0].batch_size] = min(medians_ms, key=medians_ms.get)
-    return fastest
