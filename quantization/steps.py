@@ -17,10 +17,10 @@ from common.network.execution import Network
 from common.network.tracing import trace_network
 from quantization.calibration import CalibrationSetup
 from quantization.files import onnx_export
-from quantization.files.artifact import Int8Model
 from quantization.files.int8_file import SUFFIX, save_int8
 from quantization.int8 import engines
 from quantization.int8.conversion import Observation, convert
+from quantization.int8.engines.base import Int8Model
 from quantization.int8.network import Int8Network
 from quantization.settings import Settings
 
@@ -94,7 +94,7 @@ def quantize(
         observation, shared = observations[choice.observer], replace(choice, engine="")
         if shared not in networks:
             networks[shared] = convert(observation, choice)
-        model = Int8Model(networks[shared], choice.engine)
+        model = engines.runner(choice.engine, networks[shared])
         predictions = setup.predict(model, f"evaluate INT8 {choice.engine}")
         quantized.append(Quantized(observation, model, predictions, choice))
     return quantized

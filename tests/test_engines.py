@@ -21,12 +21,12 @@ from common.network.execution import Layer
 from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
-from quantization.int8.engines import base, calls, switch
+from quantization.int8.engines import base, torch_engine
 from quantization.int8.engines.reference import CLIPS, ReferenceRunner
 from quantization.int8.network import SAME_RANGE
 from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
-TORCH_HERE = switch.torch_engines()
+TORCH_HERE = torch_engine.torch_engines()
 HERE = engines.available_engines()
 
 
@@ -146,11 +146,11 @@ def stored(network, name, value):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_kernel_gives_the_references_levels(observations, images, name, engine, reduce_range):
     network = convert(observations[name], Settings(reduce_range=reduce_range))
-    builder = calls.CallBuilder(network, engine)
+    builder = torch_engine.CallBuilder(network, engine)
     steps = builder._steps
     values = exact_values(network, steps, images)
     for call, step in zip(builder.build()[1:], steps[1:], strict=True):
-        with switch.UsingEngine(engine), torch.no_grad():
+        with torch_engine.UsingEngine(engine), torch.no_grad():
             got = call.function(*[stored(network, n, values[n]) for n in call.inputs])
         kept = network.ranges.get(call.name)
         if kept is None:
@@ -194,9 +194,11 @@ def test_onnx_runtime_does_not_round_logits(residual, images):
 
 
 def test_onednn_fuses_the_additions_of_one_shape(residual):
-    names = [step.name for step in calls.CallBuilder(residual, "onednn")._steps if step.added]
-    assert len(names) == 6
-    assert not any(s.added for s in calls.CallBuilder(residual, "fbgemm")._steps)
+    fused, plain = (
+        torch_engine.CallBuilder(residual, name)._steps for name in ("onednn", "fbgemm")
+    )
+    assert sum(step.added is not None for step in fused) == 6
+    assert not any(step.added for step in plain)
 
 
 @pytest.mark.parametrize("engine", HERE)
@@ -279,7 +281,7 @@ def test_threads_share_models_of_different_engines(residual, images):
 
 def test_the_engine_is_restored_even_after_a_failure():
     before = torch.backends.quantized.engine
-    with contextlib.suppress(KeyError), switch.UsingEngine(TORCH_HERE[-1]):
+    with contextlib.suppress(KeyError), torch_engine.UsingEngine(TORCH_HERE[-1]):
         assert torch.backends.quantized.engine == TORCH_HERE[-1]
         raise KeyError
     assert torch.backends.quantized.engine == before
@@ -293,7 +295,7 @@ def test_making_and_running_models_warns_of_nothing(residual, images):
 
 def test_without_torchscript_the_calls_run_from_python(residual, images, monkeypatch):
     expected = engines.runner(TORCH_HERE[0], residual)(images)
-    monkeypatch.setattr(engines.torch_engine, "CAN_TRACE", False)
+    monkeypatch.setattr(torch_engine, "CAN_TRACE", False)
     assert torch.equal(engines.runner(TORCH_HERE[0], residual)(images), expected)
 
 

@@ -13,7 +13,6 @@ from common.network.tracing import trace_network
 from common.search.budget import Verdict
 from quantization.accuracy import corrections
 from quantization.accuracy.budget import Attempt, Plan
-from quantization.files.artifact import Int8Model
 from quantization.int8 import engines
 from quantization.int8.conversion import convert as convert_network
 from quantization.int8.conversion import observe as observe_network
@@ -40,7 +39,7 @@ def test_models_are_compared_on_the_same_images(tiny_model, convert, random_imag
     int8 = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 8, 0])  # 7 right: loses 6 and 7, gains 8
     onnx = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 0, 0])  # 6 right
     network = convert(Settings(ENGINE))
-    candidate = Quantized(None, Int8Model(network, ENGINE), int8, Settings(ENGINE))
+    candidate = Quantized(None, engines.runner(ENGINE, network), int8, Settings(ENGINE))
     paths = [tmp_path / name for name in ("a.safetensors", "a.onnx")]
     for size, path in zip((100, 50), paths, strict=True):
         path.write_bytes(bytes(size))

@@ -9,12 +9,11 @@ import platform
 
 from common.command import cli
 from common.command.cli import UserError
-from quantization.int8.engines.base import Runner
+from quantization.int8.engines.base import Int8Model
 from quantization.int8.engines.fp32 import fp32_runner
 from quantization.int8.engines.reference import ReferenceRunner
 from quantization.int8.engines.saturation import adds_exactly
-from quantization.int8.engines.switch import torch_engines
-from quantization.int8.engines.torch_engine import TorchRunner
+from quantization.int8.engines.torch_engine import TorchRunner, torch_engines
 from quantization.int8.network import Int8Network
 from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
@@ -51,7 +50,7 @@ def _missing(engine: str) -> str:
     return "" if engine in torch_engines() else engine
 
 
-def runner(engine: str, network: Int8Network) -> Runner:
+def runner(engine: str, network: Int8Network) -> Int8Model:
     """Make a network ready on an engine, or raise a UserError if that does not run here."""
     require_engine(engine)
     if engine == "reference":

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from common.network.execution import Network
 from common.network.graph import CONVOLUTION, INPUT
-from quantization.int8.engines.program import Call, Program, may_overwrite
-from quantization.int8.fusion import FusedOperation, fuse_activations, fuse_additions
+from quantization.int8 import fusion
+from quantization.int8.engines.base import Call, Program
+from quantization.int8.fusion import FusedOperation
 
 # Activations that a oneDNN convolution can run: its name for them, and their parameters.
 FUSED = {
@@ -49,20 +50,19 @@ def can_pack() -> bool:
 @torch.no_grad()
 def fp32_runner(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the fastest form of an FP32 network on the CPU: maps images (N, C, H, W) to logits."""
-    shapes, steps = network.shapes, fuse_activations(network.graph, FUSED)
+    shapes, steps = network.shapes, fusion.fuse_activations(network.graph, FUSED)
     packs = can_pack()
     if packs:
-        steps = fuse_additions(
+        steps = fusion.fuse_additions(
             steps, network.graph, lambda step, added: shapes[step.name] == shapes[added]
         )
-    program = Program(
-        [
-            _packed_convolution(step, steps, network)
-            if packs and step.operation.kind == CONVOLUTION
-            else _plain_call(step, network)
-            for step in steps
-        ]
-    )
+    calls = [
+        _packed_convolution(step, steps, network)
+        if packs and step.operation.kind == CONVOLUTION
+        else _plain_call(step, network)
+        for step in steps
+    ]
+    program = Program(calls)
 
     def run(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -94,9 +94,9 @@ def _activation(step: FusedOperation, network: Network) -> Run:
 def _packed_convolution(
     step: FusedOperation, steps: tuple[FusedOperation, ...], network: Network
 ) -> Call:
-    settings, layer = step.operation.attributes, network.layers[step.operation.name]
-    padding, stride, dilation = (list(settings[k]) for k in ("padding", "stride", "dilation"))
-    geometry = (padding, stride, dilation, settings["groups"])
+    operation, layer = step.operation, network.layers[step.operation.name]
+    stride, padding, dilation, groups = operation.arguments
+    geometry = (padding, stride, dilation, groups)  # in oneDNN's order
     pack = _packing(layer.weight, geometry, network.shapes[step.inputs[0]])
     bias = layer.bias.detach()
     activation, parameters = FUSED[step.activation]
@@ -109,7 +109,7 @@ def _packed_convolution(
             return kernel(value, pack(len(value)), bias, *geometry, activation, parameters, "")
     else:
         kernel = torch.ops.mkldnn._convolution_pointwise_.binary
-        is_free = may_overwrite(step, steps)
+        is_free = fusion.may_overwrite(step, steps)
         # A fused addition runs no activation but ReLU.
         fused = activation if activation == "relu" else None
 
@@ -120,9 +120,9 @@ def _packed_convolution(
             total = kernel(added, value, packed, bias, *geometry, "add", 1.0, fused, [], "")
             return activate(total) if fused is None else total
 
-    has_window = layer.weight[0, 0].numel() > 1 and settings["groups"] == 1
-    if has_window and math.prod(network.shapes[step.operation.name][1:]) <= SMALL_MAP:
-        run = _blocked_for_many(run, pack, bias, geometry, activate)
+    has_window = layer.weight[0, 0].numel() > 1 and groups == 1
+    if has_window and math.prod(network.shapes[operation.name][1:]) <= SMALL_MAP:
+        run = _blocked_for_many(run, pack, bias, operation.arguments, activate)
     return Call(step.name, run, step.inputs)
 
 
@@ -142,18 +142,16 @@ def _packing(
 
 
 def _blocked_for_many(
-    run: Run, pack: Callable[[int], torch.Tensor], bias: torch.Tensor, geometry: tuple,
+    run: Run, pack: Callable[[int], torch.Tensor], bias: torch.Tensor, arguments: list,
     activate: Run,
 ) -> Run:  # fmt: skip
     """Return what runs many images in oneDNN's blocked layout, where nothing is fused."""
-    padding, stride, *others = geometry
     blocked_bias = bias.to_mkldnn()
 
     def run_any(value: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:
         if len(value) < MANY_IMAGES:
             return run(value, *added)
-        packed = pack(len(value))
-        sums = F.conv2d(value.to_mkldnn(), packed, blocked_bias, stride, padding, *others)
+        sums = F.conv2d(value.to_mkldnn(), pack(len(value)), blocked_bias, *arguments)
         sums = sums.to_dense().contiguous(memory_format=torch.channels_last)
         return activate(sums.add_(*added) if added else sums)
 

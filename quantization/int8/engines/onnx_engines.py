@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 
 from quantization.files.onnx_export import load_onnx, to_onnx
-from quantization.int8.engines.base import PreparedSizes, Run, Runner
+from quantization.int8.engines.base import Int8Model, PreparedSizes, Run
 from quantization.int8.network import Int8Network
 
 
-class OnnxRuntimeRunner(Runner):
+class OnnxRuntimeRunner(Int8Model):
     """Runs an INT8 network in ONNX Runtime."""
 
     def __init__(self, network: Int8Network, engine: str = "onnxruntime"):
@@ -21,7 +21,7 @@ class OnnxRuntimeRunner(Runner):
         return self._session(images.contiguous())
 
 
-class OpenVinoRunner(Runner):
+class OpenVinoRunner(Int8Model):
     """Runs an INT8 network in OpenVINO."""
 
     def __init__(self, network: Int8Network, engine: str = "openvino"):
