@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     from common.measure.latency import Contender, time_interleaved
     from common.network.size import saved_size_bytes
     from common.run import common_results, finish_run, start_run
-    from quantization.calibration import CalibrationSetup
     from quantization.int8 import engines
+    from quantization.steps import CalibrationSetup
 
     with start_run(args) as (workers, folder), tempfile.TemporaryDirectory() as files:
         settings = engines.choose_settings(engines.fastest_engine())

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.measure.evaluate import measure_accuracy
     from common.measure.latency import Contender, time_interleaved
     from common.run import common_results, finish_run, start_run
-    from quantization.calibration import CalibrationSetup
+    from quantization.steps import CalibrationSetup
 
     with start_run(args) as (workers, folder):
         inputs = load_inputs(args, Path(__file__).parent)

@@ -14,13 +14,13 @@ import torch
 from common.command.cli import log
 from common.images.data import ImageSet
 from common.network.execution import Network
-from quantization.calibration import CalibrationSetup
 from quantization.files.int8_file import save_int8
 from quantization.files.onnx_export import export_onnx, load_onnx
 from quantization.int8 import engines
 from quantization.int8.conversion import convert
 from quantization.int8.engines.onnx_engines import openvino_programs
 from quantization.int8.network import Int8Network
+from quantization.steps import CalibrationSetup
 
 OURS = "int8-"  # begins the names of our rows
 ONNXRUNTIME_FILE = "onnxruntime_int8.onnx"

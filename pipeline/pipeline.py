@@ -76,11 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.answers import find_answers
     from pipeline.candidates import CandidateBuilder
     from pipeline.store import Store
-    from quantization.calibration import CalibrationSetup
     from quantization.files.artifact import write_checks
     from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
-    from quantization.steps import predict_fp32
+    from quantization.steps import CalibrationSetup, predict_fp32
     from training.loop.distillation import Training
 
     with start_run(args) as (workers, folder):

@@ -20,12 +20,11 @@ from common.network.execution import Network
 from pipeline.answers import Found
 from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.files.saved import SLIM_ENDING
-from quantization.calibration import CalibrationSetup
 from quantization.files.artifact import load_int8
 from quantization.files.int8_file import SUFFIX
 from quantization.int8.engines import fp32_runner
 from quantization.settings import Settings
-from quantization.steps import export_onnx
+from quantization.steps import CalibrationSetup, export_onnx
 from training.loop.distillation import Training
 
 FP32, INT8 = "fp32", "int8"

@@ -95,7 +95,6 @@ def main(argv: list[str] | None = None) -> int:
     from quantization import steps
     from quantization.accuracy.budget import HeldOutEvaluator, meet_budget
     from quantization.accuracy.diagnosis import diagnose
-    from quantization.calibration import CalibrationSetup
     from quantization.coding import smallest
     from quantization.files import artifact, onnx_export
     from quantization.int8 import engines
@@ -114,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs = load_inputs(args, Path(__file__).parent)
         model, dense, test = inputs.model, inputs.traced.network, inputs.test
         batch_size = inputs.fit_batch_size(args.batch_size)
-        setup = CalibrationSetup(inputs.calibration, test, batch_size)
+        setup = steps.CalibrationSetup(inputs.calibration, test, batch_size)
         source, plan = dense, None
         if args.max_drop is not None:
             held_out = inputs.load_training(

@@ -22,10 +22,9 @@ from common.measure.evaluate import Paired
 from common.measure.latency import Contender, time_interleaved
 from common.network.size import saved_size_bytes
 from common.network.tracing import trace_network
-from quantization.calibration import CalibrationSetup
 from quantization.files.int8_file import save_int8
 from quantization.int8 import engines
-from quantization.steps import quantize
+from quantization.steps import CalibrationSetup, quantize
 
 # Endings of file names. With a search over many layers, its model has the first; the model of the
 # search over the linear layers then has the third.

@@ -17,10 +17,10 @@ from common.network.execution import Network
 from common.search.budget import Budget, EvaluationSplit, Verdict
 from quantization.accuracy import corrections
 from quantization.accuracy.diagnosis import rank_layers
-from quantization.calibration import CalibrationSetup
 from quantization.int8 import engines
 from quantization.int8.conversion import Observation, convert
 from quantization.settings import OBSERVERS, Settings
+from quantization.steps import CalibrationSetup
 
 
 @dataclass(frozen=True)
