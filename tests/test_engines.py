@@ -318,9 +318,20 @@ def only(monkeypatch, engines_of_torch):
 def test_an_engine_that_is_not_here_is_named_with_those_that_are(monkeypatch):
     with pytest.raises(UserError, match=rf"no abacus engine .* it has: .*{TORCH_HERE[0]}"):
         engines.choose_settings("abacus")
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="openvino needs more packages: pip install onnx openvino"):
-        engines.require_engine("openvino")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_missing_packages_are_named_with_the_command_that_installs_them(engine, monkeypatch):
+    packages = engines.PACKAGES[engine]
+    for missing in (packages[:1], packages[1:], packages):
+        monkeypatch.setattr(
+            engines.importlib.util, "find_spec", lambda name, missing=missing: name not in missing
+        )
+        command = f"pip install {' '.join(missing)}$"
+        with pytest.raises(UserError, match=f"{engine} needs more packages: {command}"):
+            engines.require_engine(engine)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name in packages)
+    engines.require_engine(engine)
 
 
 @pytest.mark.parametrize("saturates", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from dataclasses import asdict
@@ -14,7 +13,6 @@ import torch
 from onnx import numpy_helper
 from test_engines import NETWORKS, make_images
 
-from common.command.cli import UserError
 from common.network.tracing import trace_network
 from quantization.files import onnx_export
 from quantization.int8 import engines
@@ -145,18 +143,3 @@ def test_adaptive_pooling_averages_torchs_windows(old, new):
     values = torch.rand(2, old)
     expected = torch.nn.functional.adaptive_avg_pool1d(values, new)
     assert np.allclose(values.numpy() @ window_means(old, new).T, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("missing", [{"onnx"}, {"onnxruntime"}, {"onnx", "onnxruntime"}])
-def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch, missing):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in missing else find(name)
-    )
-    with pytest.raises(UserError, match="pip install onnx onnxruntime") as caught:
-        onnx_export.require_packages()
-    assert all(name in str(caught.value) for name in missing)
-
-
-def test_nothing_is_missing_here():
-    onnx_export.require_packages()

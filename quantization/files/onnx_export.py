@@ -1,26 +1,15 @@
 """Networks as ONNX files: INT8 with the scales and zero points that every engine runs, or FP32."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from common.command.cli import UserError
 from common.files.atomic import replace_file
 from common.network.execution import Network
 from quantization.files.int8_file import plain_weights, to_plain
 from quantization.int8.network import Int8Network
 from runtime import decode
-
-
-def require_packages() -> None:
-    """Raise a UserError, before any long work, if onnx or onnxruntime is missing."""
-    missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
-    if missing:
-        raise UserError(
-            f"--export-onnx needs {' and '.join(missing)}: pip install onnx onnxruntime"
-        )
 
 
 def export_onnx(network: Int8Network | Network, path: Path) -> None:

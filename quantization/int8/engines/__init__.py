@@ -33,7 +33,7 @@ def require_engine(engine: str) -> None:
     """Raise a UserError unless an engine runs here; say which do, or which packages to install."""
     missing = _missing(engine)
     if engine in PACKAGES and missing:
-        raise UserError(f"the engine {engine} needs more packages: pip install {missing}")
+        raise UserError(f"{engine} needs more packages: pip install {missing}")
     if missing:
         available = ", ".join(available_engines())
         raise UserError(
