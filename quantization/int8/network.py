@@ -118,11 +118,6 @@ class Int8Network:
                 kept.update((step.name, *step.inputs))
         return kept
 
-    def dense(self) -> Network:
-        """Return the network in FP32, with dequantized weights."""
-        layers = {name: layer.dense() for name, layer in self.layers.items()}
-        return Network(self.graph, {**layers, **self.affine})
-
     def fp32_part(self) -> Network:
         """Return the graph, with weights only for the operations that run in FP32."""
         layers = {name: Layer(x.weight, x.bias) for name, x in self.layers.items() if not x.is_int8}
