@@ -15,10 +15,9 @@ from common.command.cli import log
 from common.images.data import ImageSet
 from common.network.execution import Network
 from quantization.files.int8_file import save_int8
-from quantization.files.onnx_export import export_onnx, load_onnx
 from quantization.int8 import engines
 from quantization.int8.conversion import convert
-from quantization.int8.engines.onnx_engines import openvino_programs
+from quantization.int8.engines.onnx_engines import export_onnx, load_onnx, openvino_programs
 from quantization.int8.network import Int8Network
 from quantization.steps import CalibrationSetup
 
@@ -123,8 +122,7 @@ def openvino_own(network: Network, calibration: ImageSet, folder: Path) -> Runti
 
 
 def _onnx_file(path: Path) -> Runtime:
-    run = load_onnx(path)
-    return Runtime(lambda x: run(x.contiguous()), path.stat().st_size, torch.contiguous_format)
+    return Runtime(load_onnx(path), path.stat().st_size, torch.contiguous_format)
 
 
 @contextlib.contextmanager

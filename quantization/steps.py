@@ -15,10 +15,10 @@ from common.measure import evaluate
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.execution import Network
 from common.network.tracing import trace_network
-from quantization.files import onnx_export
 from quantization.files.int8_file import SUFFIX, save_int8
 from quantization.int8 import conversion, engines
 from quantization.int8.conversion import Observation
+from quantization.int8.engines import onnx_engines
 from quantization.int8.engines.base import Int8Model
 from quantization.int8.network import Int8Network
 from quantization.settings import Settings
@@ -139,8 +139,8 @@ def export_onnx(
     network: Int8Network, expected: torch.Tensor, path: Path, setup: CalibrationSetup
 ) -> OnnxModel:
     """Write an INT8 network as ONNX and run the file; an engine ``expected`` these predictions."""
-    onnx_export.export_onnx(network, path)
-    run = onnx_export.load_onnx(path)
+    onnx_engines.export_onnx(network, path)
+    run = onnx_engines.load_onnx(path)
     predictions = setup.predict(run, "evaluate ONNX")
     agreement = float((predictions == expected).double().mean())
     return OnnxModel(path, run, predictions, agreement)

@@ -14,9 +14,9 @@ from onnx import numpy_helper
 from test_engines import NETWORKS, make_images
 
 from common.network.tracing import trace_network
-from quantization.files import onnx_export
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
+from quantization.int8.engines import onnx_engines
 from quantization.int8.network import Int8Layer
 from quantization.settings import Settings
 from runtime.decode import MEANINGS, window_means
@@ -36,7 +36,7 @@ def network():
 
 @pytest.fixture
 def exported(network, tmp_path):
-    onnx_export.export_onnx(network, tmp_path / "model.onnx")
+    onnx_engines.export_onnx(network, tmp_path / "model.onnx")
     return onnx.load(tmp_path / "model.onnx")
 
 
@@ -57,10 +57,10 @@ def constants_of(proto, kind):
 def test_onnx_runtime_answers_like_the_reference(name, fp32_layers, tmp_path):
     traced, settings = trace(name), Settings(fp32_layers=fp32_layers)
     network = convert(observe(traced, make_images(32), "minmax", 16), settings)
-    onnx_export.export_onnx(network, tmp_path / "model.onnx")
+    onnx_engines.export_onnx(network, tmp_path / "model.onnx")
     pixels = make_images(64, seed=1)
     images = pixels.normalize(pixels.images).contiguous()
-    got = onnx_export.load_onnx(tmp_path / "model.onnx")(images)
+    got = onnx_engines.load_onnx(tmp_path / "model.onnx")(images)
     expected = engines.runner("reference", network)(images)
     assert (got - expected).square().mean() < 1e-3 * expected.var()
     assert (got.argmax(1) == expected.argmax(1)).double().mean() > 0.98
@@ -71,7 +71,7 @@ def test_an_fp32_network_can_be_exported_too(name):
     network = trace(name)
     pixels = make_images(4)
     images = pixels.normalize(pixels.images).contiguous()
-    got = onnx_export.load_onnx(onnx_export.to_onnx(network))(images)
+    got = onnx_engines.load_onnx(onnx_engines.to_onnx(network))(images)
     assert torch.allclose(got, network(images), atol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_every_kernel_reads_dequantized_values_and_is_quantized_after(exported):
 
 
 def test_the_batch_size_is_free(network):
-    run = onnx_export.load_onnx(onnx_export.to_onnx(network))
+    run = onnx_engines.load_onnx(onnx_engines.to_onnx(network))
     pixels = make_images(7)
     images = pixels.normalize(pixels.images).contiguous()
     assert run(images).shape == (7, 5)
@@ -132,7 +132,7 @@ def test_a_bias_beyond_int32_stays_fp32(network):
     bias[0] = 1e12
     layers = {**network.layers, "stem": Int8Layer(layer.weight, layer.scales, bias)}
     spoilt = type(network)(**{**vars(network), "layers": layers})
-    exported = onnx.load_from_string(onnx_export.to_onnx(spoilt))
+    exported = onnx.load_from_string(onnx_engines.to_onnx(spoilt))
     ((bias,),) = constants_of(exported, "Conv")["stem"]
     assert bias.dtype == np.float32
     assert bias[0] == np.float32(1e12)

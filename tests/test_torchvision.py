@@ -22,7 +22,7 @@ from common.network.graph import FLATTEN, INPUT, Graph, Operation
 from pruning import pruning
 from quantization import quantization
 from quantization.files.int8_file import read_int8
-from quantization.files.onnx_export import load_onnx, to_onnx
+from quantization.int8.engines.onnx_engines import load_onnx, to_onnx
 from quantization.int8.engines.reference import ReferenceRunner
 from quantization.int8.network import Int8Network
 from quantization.steps import ONNX

@@ -11,6 +11,7 @@ from common.command import cli
 from common.command.cli import UserError
 from quantization.int8.engines.base import Int8Model
 from quantization.int8.engines.fp32 import fp32_runner
+from quantization.int8.engines.onnx_engines import OnnxRuntimeRunner, OpenVinoRunner
 from quantization.int8.engines.reference import ReferenceRunner
 from quantization.int8.engines.saturation import adds_exactly
 from quantization.int8.engines.torch_engine import TorchRunner, torch_engines
@@ -19,6 +20,12 @@ from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
 __all__ = ["fp32_runner"]  # handed on
 
+RUNNERS = {
+    **dict.fromkeys(TORCH_ENGINES, TorchRunner),
+    "onnxruntime": OnnxRuntimeRunner,
+    "openvino": OpenVinoRunner,
+    "reference": ReferenceRunner,
+}
 PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 # The fastest of torch's engines on every x86 CPU that was tried, and the one that is made for Arm.
 USUALLY_FASTEST = ("onednn", "x86", "fbgemm", "qnnpack")
@@ -53,13 +60,7 @@ def _missing(engine: str) -> str:
 def runner(engine: str, network: Int8Network) -> Int8Model:
     """Make a network ready on an engine, or raise a UserError if that does not run here."""
     require_engine(engine)
-    if engine == "reference":
-        return ReferenceRunner(network)
-    if engine in TORCH_ENGINES:
-        return TorchRunner(network, engine)
-    from quantization.int8.engines import onnx_engines  # it needs packages that may be missing
-
-    return onnx_engines.RUNNERS[engine](network, engine)
+    return RUNNERS[engine](network, engine)
 
 
 @functools.cache

@@ -1,30 +1,68 @@
-"""Runs INT8 networks in ONNX Runtime and OpenVINO, which both read ONNX."""
+"""Networks as ONNX: written to files, and run in ONNX Runtime and OpenVINO, which both read it."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from quantization.files.onnx_export import load_onnx, to_onnx
+from common.files.atomic import replace_file
+from common.network.execution import Network
+from quantization.files.int8_file import plain_weights, to_plain
 from quantization.int8.engines.base import Int8Model, PreparedSizes, Run
 from quantization.int8.network import Int8Network
+from runtime import decode
+
+
+def export_onnx(network: Int8Network | Network, path: Path) -> None:
+    """Write a network, INT8 or FP32, to a file that onnx has checked.
+
+    INT8 keeps the scales and zero points that every engine runs. The input is ``images``
+    (normalised, float32; the batch size is free), the output ``logits``. The metadata of an INT8
+    network are JSON: ``classes``, ``mean``, ``std`` and more.
+    """
+    content = to_onnx(network)
+    replace_file(path, lambda file: file.write(content))
+
+
+def to_onnx(network: Int8Network | Network) -> bytes:
+    """Return the content of the file that :func:`export_onnx` writes."""
+    if isinstance(network, Int8Network):
+        plain = to_plain(network)
+    else:
+        weights = {name: plain_weights(layer) for name, layer in network.layers.items()}
+        plain = decode.Network(network.graph.to_json(), weights)
+    return decode.to_onnx(plain)
+
+
+def load_onnx(source: Path | bytes) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Load ONNX into ONNX Runtime, at as many threads as torch has; both ends are float32."""
+    model = source if isinstance(source, bytes) else str(source)
+    session = decode.start_session(model, torch.get_num_threads())
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        (logits,) = session.run(None, {"images": images.contiguous().numpy()})
+        return torch.from_numpy(logits)
+
+    return run
 
 
 class OnnxRuntimeRunner(Int8Model):
     """Runs an INT8 network in ONNX Runtime."""
 
-    def __init__(self, network: Int8Network, engine: str = "onnxruntime"):
+    def __init__(self, network: Int8Network, engine: str):
         super().__init__(network, engine)
         self._session = load_onnx(_to_onnx(network))
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
-        return self._session(images.contiguous())
+        return self._session(images)
 
 
 class OpenVinoRunner(Int8Model):
     """Runs an INT8 network in OpenVINO."""
 
-    def __init__(self, network: Int8Network, engine: str = "openvino"):
+    def __init__(self, network: Int8Network, engine: str):
         super().__init__(network, engine)
         self._programs = openvino_programs(_to_onnx(network), self._shape)
 
@@ -67,6 +105,3 @@ def _to_onnx(network: Int8Network) -> bytes:
     """Return a network as ONNX, its logits not rounded to levels: that would be one more kernel."""
     ranges = {name: own for name, own in network.ranges.items() if name != network.graph.output}
     return to_onnx(replace(network, ranges=ranges))
-
-
-RUNNERS = {"onnxruntime": OnnxRuntimeRunner, "openvino": OpenVinoRunner}
