@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import ENGINE_PREFIX
 from common.command.cli import log
 from common.images.data import ImageSet
 from common.network.execution import Network
@@ -21,7 +22,6 @@ from quantization.int8.engines.onnx_engines import export_onnx, load_onnx, openv
 from quantization.int8.network import Int8Network
 from quantization.steps import CalibrationSetup
 
-OURS = "int8-"  # begins the names of our rows
 ONNXRUNTIME_FILE = "onnxruntime_int8.onnx"
 CALIBRATION_BATCH = 64
 
@@ -57,7 +57,7 @@ def make_rows(network: Network, setup: CalibrationSetup, folder: Path) -> dict[s
     settings = [engines.choose_settings(engine) for engine in engines.candidate_engines()]
     observation = setup.observe(network, settings[0])
     for one in settings:
-        rows[f"{OURS}{one.engine}"] = ours(one.engine, convert(observation, one), folder)
+        rows[f"{ENGINE_PREFIX}{one.engine}"] = ours(one.engine, convert(observation, one), folder)
     return rows
 
 
