@@ -125,5 +125,4 @@ def build(make, images: ImageSet) -> nn.Module:
 
 def dequantized(int8: Int8Network) -> Network:
     """Return an INT8 network in FP32, with its levels' weights."""
-    layers = {name: layer.dense() for name, layer in int8.layers.items()}
-    return Network(int8.graph, {**layers, **int8.affine})
+    return Network(int8.graph, {name: layer.dense() for name, layer in int8.layers.items()})

@@ -77,7 +77,8 @@ def test_an_fp32_network_can_be_exported_too(name):
 
 def test_the_file_holds_the_scales_weights_and_zero_points(network, exported):
     dequantized = constants_of(exported, "DequantizeLinear")
-    for name, layer in network.layers.items():
+    for name in network.graph.layers:
+        layer = network.layers[name]
         (bias, _, _), (levels, scales, zero_points) = dequantized[name][:2]
         assert np.array_equal(levels, layer.weight.numpy())
         assert np.array_equal(scales, layer.scales.numpy())

@@ -84,7 +84,7 @@ def assert_same_operations(network: Int8Network, images: ImageSet) -> None:
             ranges["flat"] = ranges[step.name]
         layers = {n: layer for n, layer in network.layers.items() if n == step.operation.name}
         part = replace(
-            network, graph=Graph(tuple(operations)), layers=layers, affine={}, ranges=ranges,
+            network, graph=Graph(tuple(operations)), layers=layers, ranges=ranges,
             classes=("",) * values[step.name][0].numel(),
         )  # fmt: skip
         given = ranges[source].round(values[source])

@@ -21,7 +21,7 @@ from common.files import entropy
 from common.files.atomic import replace_file
 from common.files.untrusted import check_file, explained
 from common.network.execution import Layer
-from common.network.graph import Graph
+from common.network.graph import AFFINE, Graph
 from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network, ValueRange
 from quantization.settings import parse_settings
 from runtime import decode
@@ -59,11 +59,11 @@ def read_int8(path: Path) -> Int8Network:
 def to_plain(network: Int8Network) -> decode.Network:
     """Return a network in plain numbers."""
     weights = {
-        name: decode.Weights(
-            x.weight.numpy(), x.bias.numpy(), x.scales.numpy() if x.is_int8 else None
-        )
+        name: decode.Weights(x.weight.numpy(), x.bias.numpy(), x.scales.numpy())
+        if x.is_int8
+        else plain_weights(x.dense())
         for name, x in network.layers.items()
-    } | {name: plain_weights(x) for name, x in network.affine.items()}
+    }
     facts = {
         "classes": list(network.classes),
         "mean": list(network.mean),
@@ -139,20 +139,15 @@ def _short(values: torch.Tensor) -> np.ndarray:
 
 def _from_plain(plain: decode.Network) -> Int8Network:
     """Return the network of a file; a ValueError, TypeError or KeyError if it is none."""
-    graph, settings = Graph.from_json(plain.operations), parse_settings(plain.facts["settings"])
-    facts, layers, affine = plain.facts, {}, {}
-    for name, found in plain.weights.items():
-        weight, bias = torch.from_numpy(found.levels), torch.from_numpy(found.bias)
-        if graph[name].is_layer:
-            is_fp32 = found.scales is None
-            scales = torch.ones_like(bias) if is_fp32 else torch.from_numpy(found.scales)
-            layers[name] = Int8Layer(weight, scales, bias)
-        else:
-            affine[name] = Layer(weight, bias)
+    graph, facts = Graph.from_json(plain.operations), plain.facts
+    layers = {}
+    for name, (levels, bias, scales) in plain.weights.items():
+        scales = None if scales is None else torch.from_numpy(scales)
+        layers[name] = Int8Layer(torch.from_numpy(levels), scales, torch.from_numpy(bias))
     return Int8Network(
-        graph, layers, affine, {name: ValueRange(*x) for name, x in plain.ranges.items()},
-        tuple(facts["classes"]), tuple(facts["mean"]), tuple(facts["std"]), settings,
-        facts["channel_order"], facts["resize"],
+        graph, layers, {name: ValueRange(*x) for name, x in plain.ranges.items()},
+        tuple(facts["classes"]), tuple(facts["mean"]), tuple(facts["std"]),
+        parse_settings(facts["settings"]), facts["channel_order"], facts["resize"],
     )  # fmt: skip
 
 
@@ -163,10 +158,9 @@ def _check_that_it_runs(network: Int8Network) -> None:
     if network.shapes[network.graph.output] != (len(network.classes),):
         raise ValueError("another number of logits than of classes")
     fp32 = {name for name, layer in network.layers.items() if not layer.is_int8}
-    if fp32 != set(network.settings.fp32_layers):
+    affine = {operation.name for operation in network.graph.operations if operation.kind == AFFINE}
+    if fp32 != affine | set(network.settings.fp32_layers):
         raise ValueError("other FP32 layers than its settings name")
-    if any(x.weight.dtype != torch.float32 for x in network.affine.values()):
-        raise ValueError("an affine operation in INT8")
     if network.ranges.keys() != network.values_in_uint8():
         raise ValueError("ranges of other values than those in uint8")
     for step in network.steps():

@@ -140,7 +140,7 @@ def _largest_products() -> Int8Network:
         "linear": _layer((CHANNELS, CHANNELS), EXPECTED_LEVEL / MAX_LEVEL),
     }
     ranges = dict.fromkeys((o.name for o in graph.operations), ValueRange(1.0, 0))
-    return Int8Network(graph, layers, {}, ranges, (), (), (), Settings())
+    return Int8Network(graph, layers, ranges, (), (), (), Settings())
 
 
 def _layer(shape: tuple[int, ...], factor: float) -> Int8Layer:
