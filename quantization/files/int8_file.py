@@ -64,14 +64,9 @@ def to_plain(network: Int8Network) -> decode.Network:
         else plain_weights(x.dense())
         for name, x in network.layers.items()
     }
-    facts = {
-        "classes": list(network.classes),
-        "mean": list(network.mean),
-        "std": list(network.std),
-        "channel_order": network.channel_order,
-        "resize": network.resize,
-        "settings": asdict(network.settings),
-    }
+    names = ("classes", "mean", "std", "channel_order", "resize")
+    facts = {name: getattr(network, name) for name in names}
+    facts["settings"] = asdict(network.settings)
     ranges = {name: (found.scale, found.zero_point) for name, found in network.ranges.items()}
     return decode.Network(network.graph.to_json(), weights, ranges, facts)
 

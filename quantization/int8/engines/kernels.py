@@ -7,7 +7,7 @@ import torch
 from common.network import graph as kinds
 from common.network.operations import compute
 from quantization.int8.fusion import FusedOperation
-from quantization.int8.network import MAX_LEVEL, Int8Network, ValueRange
+from quantization.int8.network import MAX_LEVEL, ValueRange
 
 QUANTIZED, ATEN = torch.ops.quantized, torch.ops.aten
 
@@ -60,15 +60,6 @@ def _multiply(x: torch.Tensor, y: torch.Tensor, kept: ValueRange) -> torch.Tenso
 def _global_pool(x: torch.Tensor, keeps_dimensions: bool) -> torch.Tensor:
     pooled = ATEN.adaptive_avg_pool2d.default(x, [1, 1])
     return pooled if keeps_dimensions else ATEN.flatten.using_ints(pooled, 1)
-
-
-def fp32_activations(network: Int8Network, engine: str) -> dict[str, str]:
-    """Return the activations that an engine has no integer kernel for."""
-    return {
-        step.name: "no integer kernel in torch: computed between a dequantize and a quantize"
-        for step in network.steps()
-        if step.operation.kind in kinds.ACTIVATIONS and kernel_of(step, None, engine) is None
-    }
 
 
 def store(real: torch.Tensor, kept: ValueRange | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from common.network.graph import INPUT, LINEAR
+from common.network.graph import ACTIVATIONS, INPUT, LINEAR
 from quantization.int8.engines import kernels
 from quantization.int8.engines.base import Call, Int8Model, PreparedSizes, Program, Run
 from quantization.int8.engines.kernels import QUANTIZED, Function
@@ -27,6 +27,7 @@ PREPARES_SIZES = ("x86", "onednn")
 # A packed weight that goes from Python to a kernel costs 8 µs, since torch finds out its class at
 # each call. At batch 1 that is a tenth of the time, which a TorchScript trace saves.
 CAN_TRACE = sys.version_info < (3, 14) and hasattr(torch, "jit")
+NO_KERNEL = "no integer kernel in torch: computed between a dequantize and a quantize"
 DEPRECATIONS = "torch.quantize_per_tensor|`torch.jit"
 _preparing = threading.Lock()  # traces in two threads at once can crash
 
@@ -41,7 +42,12 @@ class TorchRunner(Int8Model):
     @property
     def fp32_operations(self) -> dict[str, str]:
         """The operations that do not run on integers, each with the reason."""
-        return self.network.fp32_operations() | kernels.fp32_activations(self.network, self.engine)
+        found = self.network.fp32_operations()
+        for step in self.network.steps():
+            is_activation = step.operation.kind in ACTIVATIONS
+            if is_activation and kernels.kernel_of(step, None, self.engine) is None:
+                found[step.name] = NO_KERNEL
+        return found
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         program = self._programs[len(images) if self.engine in PREPARES_SIZES else None]
