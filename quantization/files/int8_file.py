@@ -20,7 +20,6 @@ from safetensors.numpy import save
 from common.files import entropy
 from common.files.atomic import replace_file
 from common.files.untrusted import check_file, explained
-from common.network.execution import Layer
 from common.network.graph import AFFINE, Graph
 from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network, ValueRange
 from quantization.settings import parse_settings
@@ -58,12 +57,7 @@ def read_int8(path: Path) -> Int8Network:
 
 def to_plain(network: Int8Network) -> decode.Network:
     """Return a network in plain numbers."""
-    weights = {
-        name: decode.Weights(x.weight.numpy(), x.bias.numpy(), x.scales.numpy())
-        if x.is_int8
-        else plain_weights(x.dense())
-        for name, x in network.layers.items()
-    }
+    weights = {n: plain_weights(x.weight, x.bias, x.scales) for n, x in network.layers.items()}
     names = ("classes", "mean", "std", "channel_order", "resize")
     facts = {name: getattr(network, name) for name in names}
     facts["settings"] = asdict(network.settings)
@@ -71,9 +65,9 @@ def to_plain(network: Int8Network) -> decode.Network:
     return decode.Network(network.graph.to_json(), weights, ranges, facts)
 
 
-def plain_weights(layer: Layer) -> decode.Weights:
-    """Return an FP32 layer in plain numbers."""
-    arrays = (np.ascontiguousarray(x.detach().numpy()) for x in (layer.weight, layer.bias))
+def plain_weights(*tensors: torch.Tensor | None) -> decode.Weights:
+    """Return a layer's weight, bias and, in INT8, scales in plain numbers."""
+    arrays = (x if x is None else np.ascontiguousarray(x.detach().numpy()) for x in tensors)
     return decode.Weights(*arrays)
 
 

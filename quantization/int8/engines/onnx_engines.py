@@ -31,7 +31,7 @@ def to_onnx(network: Int8Network | Network) -> bytes:
     if isinstance(network, Int8Network):
         plain = to_plain(network)
     else:
-        weights = {name: plain_weights(layer) for name, layer in network.layers.items()}
+        weights = {name: plain_weights(x.weight, x.bias) for name, x in network.layers.items()}
         plain = decode.Network(network.graph.to_json(), weights)
     return decode.to_onnx(plain)
 
