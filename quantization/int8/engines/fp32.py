@@ -30,7 +30,6 @@ FUSED = {
     "sigmoid": ("sigmoid", []),
     "silu": ("swish", []),
 }
-Run = Callable[..., torch.Tensor]
 # From so many images on, oneDNN's convolutions with outputs of at most so many positions take 0.6
 # of the time in its blocked layout: AVX-512, 512 channels, 4 × 4 positions, batch 32 and 128.
 MANY_IMAGES, SMALL_MAP = 16, 16
@@ -76,19 +75,19 @@ def _plain_call(step: FusedOperation, network: Network) -> Call:
     operation = step.operation
     if operation.kind == INPUT:
         return Call(step.name, lambda images: images, (step.name,))
-    in_place, activate = operation.name in network.overwriting, _activation(step, network)
+    in_place = operation.name in network.overwriting
 
     def run(*values: torch.Tensor) -> torch.Tensor:
-        return activate(network.compute(operation, values, in_place))
+        return _activate(network.compute(operation, values, in_place), step, network)
 
     return Call(step.name, run, step.inputs)
 
 
-def _activation(step: FusedOperation, network: Network) -> Run:
-    """Return what runs the activation that is fused into a step, if there is one."""
+def _activate(value: torch.Tensor, step: FusedOperation, network: Network) -> torch.Tensor:
+    """Run the activation that is fused into a step, if there is one."""
     if step.activation is None:
-        return lambda value: value
-    return lambda value: network.compute(network.graph[step.name], [value], in_place=True)
+        return value
+    return network.compute(network.graph[step.name], [value], in_place=True)
 
 
 def _packed_convolution(
@@ -99,30 +98,28 @@ def _packed_convolution(
     geometry = (padding, stride, dilation, groups)  # in oneDNN's order
     pack = _packing(layer.weight, geometry, network.shapes[step.inputs[0]])
     bias = layer.bias.detach()
+    blocked_bias = bias.to_mkldnn()
+    convolve = torch.ops.mkldnn._convolution_pointwise.default
+    convolve_and_add = torch.ops.mkldnn._convolution_pointwise_.binary
     activation, parameters = FUSED[step.activation]
-    activate = _activation(step, network)
-
-    if step.added is None:
-        kernel = torch.ops.mkldnn._convolution_pointwise.default
-
-        def run(value: torch.Tensor) -> torch.Tensor:
-            return kernel(value, pack(len(value)), bias, *geometry, activation, parameters, "")
-    else:
-        kernel = torch.ops.mkldnn._convolution_pointwise_.binary
-        is_free = fusion.may_overwrite(step, steps)
-        # A fused addition runs no activation but ReLU.
-        fused = activation if activation == "relu" else None
-
-        def run(value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-            if not is_free:
-                added = added.clone(memory_format=torch.channels_last)
-            packed = pack(len(value))
-            total = kernel(added, value, packed, bias, *geometry, "add", 1.0, fused, [], "")
-            return activate(total) if fused is None else total
-
+    # A fused addition runs no activation but ReLU.
+    fused = activation if activation == "relu" else None
+    is_free = step.added is not None and fusion.may_overwrite(step, steps)
     has_window = layer.weight[0, 0].numel() > 1 and groups == 1
-    if has_window and math.prod(network.shapes[operation.name][1:]) <= SMALL_MAP:
-        run = _blocked_for_many(run, pack, bias, operation.arguments, activate)
+    is_small = has_window and math.prod(network.shapes[operation.name][1:]) <= SMALL_MAP
+
+    def run(value: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:
+        weight = pack(len(value))
+        if is_small and len(value) >= MANY_IMAGES:  # in the blocked layout nothing is fused
+            sums = F.conv2d(value.to_mkldnn(), weight, blocked_bias, *operation.arguments)
+            sums = sums.to_dense().contiguous(memory_format=torch.channels_last)
+            return _activate(sums.add_(*added) if added else sums, step, network)
+        if not added:
+            return convolve(value, weight, bias, *geometry, activation, parameters, "")
+        total = added[0] if is_free else added[0].clone(memory_format=torch.channels_last)
+        convolve_and_add(total, value, weight, bias, *geometry, "add", 1.0, fused, [], "")
+        return total if fused else _activate(total, step, network)
+
     return Call(step.name, run, step.inputs)
 
 
@@ -139,20 +136,3 @@ def _packing(
         return torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *geometry, [count, *shape])
 
     return pack
-
-
-def _blocked_for_many(
-    run: Run, pack: Callable[[int], torch.Tensor], bias: torch.Tensor, arguments: list,
-    activate: Run,
-) -> Run:  # fmt: skip
-    """Return what runs many images in oneDNN's blocked layout, where nothing is fused."""
-    blocked_bias = bias.to_mkldnn()
-
-    def run_any(value: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:
-        if len(value) < MANY_IMAGES:
-            return run(value, *added)
-        sums = F.conv2d(value.to_mkldnn(), pack(len(value)), blocked_bias, *arguments)
-        sums = sums.to_dense().contiguous(memory_format=torch.channels_last)
-        return activate(sums.add_(*added) if added else sums)
-
-    return run_any
