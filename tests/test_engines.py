@@ -146,10 +146,10 @@ def stored(network, name, value):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_kernel_gives_the_references_levels(observations, images, name, engine, reduce_range):
     network = convert(observations[name], Settings(reduce_range=reduce_range))
-    builder = torch_engine.CallBuilder(network, engine)
-    steps = builder._steps
+    model = torch_engine.TorchRunner(network, engine)
+    steps = model._steps
     values = exact_values(network, steps, images)
-    for call, step in zip(builder.build()[1:], steps[1:], strict=True):
+    for call, step in zip(model._calls()[1:], steps[1:], strict=True):
         with torch_engine.UsingEngine(engine), torch.no_grad():
             got = call.function(*[stored(network, n, values[n]) for n in call.inputs])
         kept = network.ranges.get(call.name)
@@ -195,7 +195,7 @@ def test_onnx_runtime_does_not_round_logits(residual, images):
 
 def test_onednn_fuses_the_additions_of_one_shape(residual):
     fused, plain = (
-        torch_engine.CallBuilder(residual, name)._steps for name in ("onednn", "fbgemm")
+        torch_engine.TorchRunner(residual, name)._steps for name in ("onednn", "fbgemm")
     )
     assert sum(step.added is not None for step in fused) == 6
     assert not any(step.added for step in plain)

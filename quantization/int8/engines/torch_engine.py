@@ -38,6 +38,9 @@ class TorchRunner(Int8Model):
     def __init__(self, network: Int8Network, engine: str):
         super().__init__(network, engine)
         self._programs, self._using = PreparedSizes(self._prepare), UsingEngine(engine)
+        self._steps, self._fp32 = network.steps(), network.fp32_part()
+        if engine == FUSES_ADDITIONS:
+            self._steps = fuse_additions(self._steps, network.graph, self._can_add)
 
     @property
     def fp32_operations(self) -> dict[str, str]:
@@ -59,7 +62,7 @@ class TorchRunner(Int8Model):
             warnings.filterwarnings("ignore", DEPRECATIONS)
             # Tensors made in inference mode could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                program = Program(CallBuilder(self.network, self.engine).build()).eval()
+                program = Program(self._calls()).eval()
                 shape = (size or 1, *self._shape)
                 example = torch.zeros(shape, dtype=torch.float32, device="cpu")
                 example = example.contiguous(memory_format=torch.channels_last)
@@ -69,41 +72,30 @@ class TorchRunner(Int8Model):
                     program(example)
                     return program
 
-
-class CallBuilder:
-    """Lists the kernel calls of a network; the engine, torch's, must be set while they run."""
-
-    def __init__(self, network: Int8Network, engine: str):
-        self._network, self._engine, self._ranges = network, engine, network.ranges
-        self._steps = network.steps()
-        if engine == FUSES_ADDITIONS:
-            self._steps = fuse_additions(self._steps, network.graph, self._can_add)
-        self._fp32 = network.fp32_part()
-
-    def build(self) -> list[Call]:
-        """Return the calls in execution order; the first takes the images."""
+    def _calls(self) -> list[Call]:
+        """Return the kernel calls in execution order; the first takes the images."""
         # Weights are packed anew: a packed one keeps the oneDNN kernel of the first shape it meets.
         return [self._call(step) for step in self._steps]
 
     def _can_add(self, step: FusedOperation, added: str) -> bool:
         """Return whether a convolution can add a value: both in INT8, of one shape."""
-        is_int8 = self._network.is_int8(step.operation) and added in self._ranges
-        return is_int8 and self._network.shapes[step.name] == self._network.shapes[added]
+        is_int8 = self.network.is_int8(step.operation) and added in self.network.ranges
+        return is_int8 and self.network.shapes[step.name] == self.network.shapes[added]
 
     def _call(self, step: FusedOperation) -> Call:
-        operation, kept = step.operation, self._ranges.get(step.name)
+        operation, kept = step.operation, self.network.ranges.get(step.name)
         if operation.kind == INPUT:
             return Call(step.name, functools.partial(kernels.store, kept=kept), (step.name,))
-        if operation.is_layer and self._network.is_int8(operation):
+        if operation.is_layer and self.network.is_int8(operation):
             return self._layer(step)
-        kernel = kernels.kernel_of(step, kept, self._engine)
-        if kernel is not None and self._network.is_int8(operation):
+        kernel = kernels.kernel_of(step, kept, self.engine)
+        if kernel is not None and self.network.is_int8(operation):
             return Call(step.name, kernels.clipped(kernel, step, kept), step.inputs)
         return self._in_fp32(step)
 
     def _layer(self, step: FusedOperation) -> Call:
         """Return the call of an INT8 convolution or linear layer."""
-        kept, packed, kernel = self._ranges[step.name], self._pack(step), _layer_kernel(step)
+        kept, packed, kernel = self.network.ranges[step.name], self._pack(step), _layer_kernel(step)
         copies = step.added is not None and not may_overwrite(step, self._steps)
 
         def run(value: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:
@@ -115,8 +107,9 @@ class CallBuilder:
 
     def _pack(self, step: FusedOperation) -> object:
         """Pack a layer's weights for the engine that runs it."""
-        operation, engine = step.operation, self._engine
-        layer, scale = self._network.layers[operation.name], self._ranges[step.inputs[0]].scale
+        operation, engine = step.operation, self.engine
+        layer = self.network.layers[operation.name]
+        scale = self.network.ranges[step.inputs[0]].scale
         bias = (layer.bias_levels(scale) * scale * layer.scales.double()).float()
         zeros = torch.zeros_like(layer.scales, dtype=torch.int64)
         weight = torch._make_per_channel_quantized_tensor(
@@ -134,7 +127,7 @@ class CallBuilder:
 
     def _in_fp32(self, step: FusedOperation) -> Call:
         """Return a call that computes a step from real values."""
-        operation, kept = step.operation, self._ranges.get(step.name)
+        operation, kept = step.operation, self.network.ranges.get(step.name)
         layer, clip = self._fp32.layers.get(operation.name), CLIPS[step.activation]
 
         def run(*values: torch.Tensor) -> torch.Tensor:
