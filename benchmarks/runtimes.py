@@ -18,7 +18,7 @@ from common.network.execution import Network
 from quantization.files.int8_file import save_int8
 from quantization.int8 import engines
 from quantization.int8.conversion import convert
-from quantization.int8.engines.onnx_engines import export_onnx, load_onnx, openvino_programs
+from quantization.int8.engines.onnx_engines import export_onnx, load_onnx, load_openvino
 from quantization.int8.network import Int8Network
 from quantization.steps import CalibrationSetup
 
@@ -117,8 +117,8 @@ def openvino_own(network: Network, calibration: ImageSet, folder: Path) -> Runti
         quantized = nncf.quantize(model, dataset, subset_size=len(images))
         openvino.save_model(quantized, path, compress_to_fp16=False)
     size_bytes = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    programs = openvino_programs(quantized, calibration.shape)
-    return Runtime(lambda x: programs[len(x)](x), size_bytes, torch.contiguous_format)
+    run = load_openvino(quantized, calibration.shape)
+    return Runtime(run, size_bytes, torch.contiguous_format)
 
 
 def _onnx_file(path: Path) -> Runtime:

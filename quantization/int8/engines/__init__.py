@@ -15,7 +15,7 @@ from common.network import graph as kinds
 from common.network.graph import Graph, Operation
 from quantization.int8.engines.base import Int8Model
 from quantization.int8.engines.fp32 import fp32_runner
-from quantization.int8.engines.onnx_engines import OnnxRuntimeRunner, OpenVinoRunner
+from quantization.int8.engines.onnx_engines import OnnxRunner
 from quantization.int8.engines.reference import ReferenceRunner
 from quantization.int8.engines.torch_engine import TorchRunner, torch_engines
 from quantization.int8.network import MAX_LEVEL, Int8Layer, Int8Network, ValueRange
@@ -23,13 +23,12 @@ from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
 __all__ = ["fp32_runner"]  # handed on
 
+PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 RUNNERS = {
     **dict.fromkeys(TORCH_ENGINES, TorchRunner),
-    "onnxruntime": OnnxRuntimeRunner,
-    "openvino": OpenVinoRunner,
+    **dict.fromkeys(PACKAGES, OnnxRunner),
     "reference": ReferenceRunner,
 }
-PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 # The fastest of torch's engines on every x86 CPU that was tried, and the one that is made for Arm.
 USUALLY_FASTEST = ("onednn", "x86", "fbgemm", "qnnpack")
 # Of the network that probes for saturation.

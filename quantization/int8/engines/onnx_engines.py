@@ -1,7 +1,6 @@
 """Networks as ONNX: written to files, and run in ONNX Runtime and OpenVINO, which both read it."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def to_onnx(network: Int8Network | Network) -> bytes:
     return decode.to_onnx(plain)
 
 
-def load_onnx(source: Path | bytes) -> Callable[[torch.Tensor], torch.Tensor]:
+def load_onnx(source: Path | bytes) -> Run:
     """Load ONNX into ONNX Runtime, at as many threads as torch has; both ends are float32."""
     model = source if isinstance(source, bytes) else str(source)
     session = decode.start_session(model, torch.get_num_threads())
@@ -48,33 +47,23 @@ def load_onnx(source: Path | bytes) -> Callable[[torch.Tensor], torch.Tensor]:
     return run
 
 
-class OnnxRuntimeRunner(Int8Model):
-    """Runs an INT8 network in ONNX Runtime."""
+class OnnxRunner(Int8Model):
+    """Runs an INT8 network in ONNX Runtime or OpenVINO."""
 
     def __init__(self, network: Int8Network, engine: str):
         super().__init__(network, engine)
-        self._session = load_onnx(_to_onnx(network))
+        # The logits are not rounded to levels: that would be one more kernel.
+        ranges = {name: own for name, own in network.ranges.items() if name != network.graph.output}
+        model = to_onnx(replace(network, ranges=ranges))
+        is_openvino = engine == "openvino"
+        self._model = load_openvino(model, self._shape) if is_openvino else load_onnx(model)
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
-        return self._session(images)
+        return self._model(images)
 
 
-class OpenVinoRunner(Int8Model):
-    """Runs an INT8 network in OpenVINO."""
-
-    def __init__(self, network: Int8Network, engine: str):
-        super().__init__(network, engine)
-        self._programs = openvino_programs(_to_onnx(network), self._shape)
-
-    def _run(self, images: torch.Tensor) -> torch.Tensor:
-        return self._programs[len(images)](images)
-
-
-def openvino_programs(source: object, image_shape: tuple[int, ...]) -> PreparedSizes:
-    """Return OpenVINO's programs for batch sizes, at as many threads as torch has.
-
-    ``source`` is the content of an ONNX file, or an ``openvino.Model``.
-    """
+def load_openvino(source: object, image_shape: tuple[int, ...]) -> Run:
+    """Load ONNX or an ``openvino.Model`` into OpenVINO, at as many threads as torch has."""
     import openvino
 
     core = openvino.Core()
@@ -98,10 +87,5 @@ def openvino_programs(source: object, image_shape: tuple[int, ...]) -> PreparedS
 
         return run
 
-    return PreparedSizes(prepare)
-
-
-def _to_onnx(network: Int8Network) -> bytes:
-    """Return a network as ONNX, its logits not rounded to levels: that would be one more kernel."""
-    ranges = {name: own for name, own in network.ranges.items() if name != network.graph.output}
-    return to_onnx(replace(network, ranges=ranges))
+    programs = PreparedSizes(prepare)
+    return lambda images: programs[len(images)](images)
