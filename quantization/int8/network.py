@@ -119,13 +119,3 @@ class Int8Network:
         """Return the graph, with weights only for the operations that run in FP32."""
         in_fp32 = {name: x.dense() for name, x in self.layers.items() if not x.is_int8}
         return Network(self.graph, in_fp32)
-
-    def fp32_operations(self) -> dict[str, str]:
-        """Return for each operation that runs in FP32 the reason."""
-        return {
-            operation.name: "kept in FP32 to hold the accuracy budget"
-            if operation.is_layer
-            else "a batch norm that no layer precedes"
-            for operation in self.graph.operations
-            if not self.is_int8(operation)
-        }

@@ -78,7 +78,13 @@ class Int8Model(nn.Module, ABC):
     @property
     def fp32_operations(self) -> dict[str, str]:
         """The operations that do not run on integers, each with the reason."""
-        return self.network.fp32_operations()
+        return {
+            operation.name: "kept in FP32 to hold the accuracy budget"
+            if operation.is_layer
+            else "a batch norm that no layer precedes"
+            for operation in self.network.graph.operations
+            if not self.network.is_int8(operation)
+        }
 
     @abstractmethod
     def _run(self, images: torch.Tensor) -> torch.Tensor:

@@ -45,8 +45,8 @@ class TorchRunner(Int8Model):
     @property
     def fp32_operations(self) -> dict[str, str]:
         """The operations that do not run on integers, each with the reason."""
-        found = self.network.fp32_operations()
-        for step in self.network.steps():
+        found = super().fp32_operations
+        for step in self._steps:
             is_activation = step.operation.kind in ACTIVATIONS
             if is_activation and kernels.kernel_of(step, None, self.engine) is None:
                 found[step.name] = NO_KERNEL
