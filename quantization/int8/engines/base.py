@@ -44,11 +44,9 @@ class Int8Model(nn.Module, ABC):
         """Turn uint8 images (N, 3, H, W) into the model's input."""
         return normalize(pixels, self.network.mean, self.network.std, self.network.channel_order)
 
+    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Run the network, or raise a UserError for other inputs; an image with a NaN gets NaNs."""
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return self.forward(images)
         self._check(images)
         if not len(images):
             return images.new_empty(0, *self.network.shapes[self.network.graph.output])
