@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks import runtimes
+from benchmarks import NNCODEC, ONNX_RUNTIME, OURS, TORCH_PRUNING, runtimes
 from benchmarks.runtimes import ONNXRUNTIME_FILE, Run, has_packages, onnxruntime_own
 from common.command.cli import UserError
 from common.images.data import ImageSet
@@ -26,8 +26,6 @@ from quantization.files.artifact import load_int8
 from quantization.int8 import conversion, engines
 from quantization.settings import Settings
 
-OURS, NNCODEC, TORCH_PRUNING = "ours", "NNCodec", "Torch-Pruning"
-ONNX_RUNTIME = "ONNX Runtime + zstd"
 QUANTIZER_STEPS = (-38, -34, *range(-32, 0, 2))  # values of NNCodec's qp; higher is coarser
 CHANNEL_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 # A tool goes no further once fewer calibration images than this get the dense network's class: by

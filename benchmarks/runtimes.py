@@ -11,18 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import ENGINE_PREFIX
 from common.command.cli import log
 from common.images.data import ImageSet
 from common.network.execution import Network
-from quantization.calibration import CalibrationSetup
 from quantization.files.int8_file import save_int8
-from quantization.files.onnx_export import export_onnx, load_onnx
 from quantization.int8 import engines
 from quantization.int8.conversion import convert
-from quantization.int8.engines.onnx_engines import openvino_programs
+from quantization.int8.engines.onnx_engines import export_onnx, load_onnx, load_openvino
 from quantization.int8.network import Int8Network
+from quantization.steps import CalibrationSetup
 
-OURS = "int8-"  # begins the names of our rows
 ONNXRUNTIME_FILE = "onnxruntime_int8.onnx"
 CALIBRATION_BATCH = 64
 
@@ -58,7 +57,7 @@ def make_rows(network: Network, setup: CalibrationSetup, folder: Path) -> dict[s
     settings = [engines.choose_settings(engine) for engine in engines.candidate_engines()]
     observation = setup.observe(network, settings[0])
     for one in settings:
-        rows[f"{OURS}{one.engine}"] = ours(one.engine, convert(observation, one), folder)
+        rows[f"{ENGINE_PREFIX}{one.engine}"] = ours(one.engine, convert(observation, one), folder)
     return rows
 
 
@@ -118,13 +117,12 @@ def openvino_own(network: Network, calibration: ImageSet, folder: Path) -> Runti
         quantized = nncf.quantize(model, dataset, subset_size=len(images))
         openvino.save_model(quantized, path, compress_to_fp16=False)
     size_bytes = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    programs = openvino_programs(quantized, calibration.shape)
-    return Runtime(lambda x: programs[len(x)](x), size_bytes, torch.contiguous_format)
+    run = load_openvino(quantized, calibration.shape)
+    return Runtime(run, size_bytes, torch.contiguous_format)
 
 
 def _onnx_file(path: Path) -> Runtime:
-    run = load_onnx(path)
-    return Runtime(lambda x: run(x.contiguous()), path.stat().st_size, torch.contiguous_format)
+    return Runtime(load_onnx(path), path.stat().st_size, torch.contiguous_format)
 
 
 @contextlib.contextmanager

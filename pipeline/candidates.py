@@ -26,7 +26,7 @@ from pruning.channels.costs import MACS
 from pruning.channels.slimmer import Slimmer
 from quantization.coding.encoder import encode
 from quantization.coding.targets import Original, Targets, record_targets
-from quantization.files.artifact import Int8Model
+from quantization.int8 import engines
 from quantization.int8.conversion import convert, convert_coded, observe
 from quantization.int8.network import Int8Network
 from quantization.settings import Settings
@@ -119,7 +119,7 @@ class CandidateBuilder:
 
     def _judge(self, candidate: Candidate, coded: Int8Network) -> Candidate:
         """Return a candidate with the verdict on its INT8 network."""
-        model = Int8Model(coded, self.settings.engine)
+        model = engines.runner(self.settings.engine, coded)
 
         def find_correct(images: ImageSet) -> torch.Tensor:
             return predict(model, images, self.batch_size, "judge") == images.labels

@@ -76,17 +76,15 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.answers import find_answers
     from pipeline.candidates import CandidateBuilder
     from pipeline.store import Store
-    from quantization.calibration import CalibrationSetup
     from quantization.files.artifact import write_checks
-    from quantization.files.onnx_export import require_packages
     from quantization.int8 import engines
-    from quantization.steps import predict_fp32
+    from quantization.steps import CalibrationSetup, predict_fp32
     from training.loop.distillation import Training
 
     with start_run(args) as (workers, folder):
         settings = engines.choose_settings(args.engine or engines.fastest_engine())
         if args.export_onnx:
-            require_packages()
+            engines.require_engine("onnxruntime")
         inputs = load_inputs(args, Path(__file__).parent)
         choosing, confirming = map(inputs.test.rows, inputs.test.halves(args.seed))
         if reason := why_too_strict(len(inputs.test), args.max_drop):

@@ -59,15 +59,14 @@ def _plot_tried(axis: object, results: dict, position: Callable[[dict], float]) 
 
 def _plot_answers(axis: object, results: dict, position: Callable[[dict], float]) -> None:
     fp32, int8 = results["models"]
-    coded = results["weights"]["coded"]
     axis.axhline(-100 * results["budget"]["max_drop"], color=figures.RED, lw=1, ls="--",
                  label="the budget")  # fmt: skip
-    axis.plot(position(fp32), 0, "D", color="black", ms=7, label=label("fp32", coded))
+    axis.plot(position(fp32), 0, "D", color="black", ms=7, label=label(fp32, results))
     for entry in [int8, *results["answers"]]:
         comparison = entry["comparison"]
         change, (low, high) = -100 * comparison["drop"], comparison["ci95"]
         axis.errorbar(
             position(entry), change,
             yerr=[[100 * high + change], [-100 * low - change]], fmt="o", ms=8, capsize=4, lw=1.6,
-            color=COLORS[entry["name"]], label=f"{label(entry['name'], coded)}, 95 % interval",
+            color=COLORS[entry["name"]], label=f"{label(entry, results)}, 95 % interval",
         )  # fmt: skip

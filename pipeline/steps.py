@@ -15,16 +15,15 @@ from common.inputs import Inputs
 from common.machine.fresh_process import start_fresh
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, speedups, time_interleaved
-from common.network.checkpoint import save_checkpoint
 from common.network.execution import Network
+from common.network.size import saved_size_bytes
 from pipeline.answers import Found
 from pipeline.candidates import Candidate, CandidateBuilder
-from quantization.calibration import CalibrationSetup
 from quantization.files.artifact import load_int8
 from quantization.files.int8_file import SUFFIX
 from quantization.int8.engines import fp32_runner
 from quantization.settings import Settings
-from quantization.steps import export_onnx
+from quantization.steps import CalibrationSetup, export_onnx
 from training.loop.distillation import Training
 
 FP32, INT8 = "fp32", "int8"
@@ -71,18 +70,17 @@ def measure_files(
     readers = {FP32: partial(fp32_runner, fp32)}
     readers |= {name: partial(load_int8, path) for name, path in int8.items()}
     correct = {  # a network at a time: none is held while another is evaluated
-        name: predict(readers[name](), images, batch_size, f"read back {name}") == images.labels
-        for name in (FP32, *int8)
+        name: predict(read(), images, batch_size, f"read back {name}") == images.labels
+        for name, read in readers.items()
     }
     contenders = [Contender(name, read()) for name, read in readers.items()]
     pixels = images.normalize(images.images[: max(timed)])
     timings = time_interleaved(contenders, pixels, timed, seconds)
-    measured = {
-        name: {"latency": [timing.as_dict() for timing in own]} for name, own in timings.items()
+    return {
+        name: {"latency": [timing.as_dict() for timing in timings[name]]}
+        | Paired.of(correct[FP32], own).as_dict()
+        for name, own in correct.items()
     }
-    for name, own in correct.items():
-        measured[name] |= Paired.of(correct[FP32], own).as_dict()
-    return measured
 
 
 def measure(
@@ -93,17 +91,16 @@ def measure(
 
     Return what :func:`measure_files` does, with name, engine and size in the dense models' entries.
     """
-    store, model = builder.store, builder.inputs.model
-    fp32 = store.folder / "dense.pth"
-    save_checkpoint(model.state_dict(), fp32)
-    _, int8 = store.int8("dense-int8", lambda: builder.quantize(model))
+    model = builder.inputs.model
+    _, int8 = builder.store.int8("dense-int8", lambda: builder.quantize(model))
     with start_fresh(
         measure_files, builder.inputs.traced.network, {INT8: int8, **files}, confirming,
         builder.batch_size, batch_sizes, seconds,
     ) as wait:  # fmt: skip
         measured = wait()
-    for name, engine, path in ((FP32, None, fp32), (INT8, builder.settings.engine, int8)):
-        facts = {"name": name, "engine": engine, "size_bytes": path.stat().st_size}
+    sizes_bytes = {FP32: saved_size_bytes(model.state_dict()), INT8: int8.stat().st_size}
+    for name, engine in ((FP32, None), (INT8, builder.settings.engine)):
+        facts = {"name": name, "engine": engine, "size_bytes": sizes_bytes[name]}
         measured[name] = facts | measured[name]
     return measured
 

@@ -27,11 +27,6 @@ class Store:
     unfinished: PartialResults  # partial results of the run
     model: nn.Module  # dense network that the others are made from
 
-    @property
-    def folder(self) -> Path:
-        """The folder of the networks."""
-        return self.unfinished.folder
-
     def precision(self, device: torch.device) -> str:
         """Return the precision to make networks in on a device: ``bf16`` or ``fp32``.
 
@@ -39,8 +34,10 @@ class Store:
         would mix networks of both. If the record is lost, a UserError is raised.
         """
         recorded = self.unfinished.get(PRECISION, {})
-        if not recorded and any(self.folder.glob("*.pth")):
-            raise UserError(f"{self.folder}: damaged; start anew with --overwrite instead")
+        if not recorded and any(self.unfinished.folder.glob("*.pth")):
+            raise UserError(
+                f"{self.unfinished.folder}: damaged; start anew with --overwrite instead"
+            )
         if device.type not in recorded:
             recorded = recorded | {device.type: choose_precision(device)}
             self.unfinished[PRECISION] = recorded
@@ -48,7 +45,7 @@ class Store:
 
     def slim(self, key: str, make: Callable[[], nn.Module]) -> tuple[nn.Module, Path]:
         """Return the FP32 network of this name, made only if it is not there, and its file."""
-        path = self.folder / f"{key}.pth"
+        path = self.unfinished.folder / f"{key}.pth"
         with contextlib.suppress(UserError):  # missing, or damaged
             return self.read_slim(path), path
         save_checkpoint(make().state_dict(), path)
@@ -63,7 +60,7 @@ class Store:
 
     def int8(self, key: str, make: Callable[[], Int8Network]) -> tuple[Int8Network, Path]:
         """Return the INT8 network of this name, made only if it is not there, and its file."""
-        path = self.folder / f"{key}{SUFFIX}"
+        path = self.unfinished.folder / f"{key}{SUFFIX}"
         with contextlib.suppress(UserError):  # missing, or damaged
             return read_int8(path), path
         save_int8(make(), path)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from common.command.cli import counted
+from common.measure.latency import speedups
 from common.report import results as report
 from common.report.story import Column, Story, Table, how_to_load
 from pipeline import GOALS
@@ -54,16 +55,12 @@ def is_open(answer: dict, max_drop: float) -> bool:
     return answer["comparison"]["ci95"][1] > max_drop
 
 
-def label(name: str, coded: bool) -> str:
+def label(entry: dict, results: dict) -> str:
     """Name a row; a network that was read from a coded file is not called dense."""
+    name = entry["name"]
     if name in GOALS:
         return name
-    return name.upper() if coded else f"dense {name.upper()}"
-
-
-def _label_column(results: dict, heading: str) -> Column:
-    coded = results["weights"]["coded"]
-    return Column(heading, lambda entry: label(entry["name"], coded))
+    return name.upper() if results["weights"]["coded"] else f"dense {name.upper()}"
 
 
 def size_of(entry: dict) -> int:
@@ -76,7 +73,7 @@ def size_table(results: dict) -> Table:
     fp32, int8 = results["models"]
     given = Column("than given", "size_ratio_given", "{:.1f}×".format)
     columns = [
-        _label_column(results, ""),
+        Column("", lambda entry: label(entry, results)),
         Column("MB", lambda entry: size_of(entry) / 1e6, "{:.2f}".format),
         Column("smaller", "size_ratio", "{:.1f}×".format),
         *([] if _given_fp32(results) else [given]),
@@ -85,7 +82,7 @@ def size_table(results: dict) -> Table:
         Column("MACs", "macs_kept", lambda share: report.percent(share, 0)),
     ]
     note = (
-        f"Smaller: than the file of {label('fp32', results['weights']['coded'])}. Points are "
+        f"Smaller: than the file of {label(fp32, results)}. Points are "
         "against FP32 on the same images. MACs: multiply-adds that are left. INT8 with all its "
         "channels is here for comparison: quantization.py writes it."
     )
@@ -103,20 +100,16 @@ def _given_fp32(results: dict) -> bool:
 
 def speed_table(results: dict) -> Table:
     """Return every file's milliseconds and speed at each batch size."""
-    columns = [_label_column(results, "ms at")]
-    for index, fp32 in enumerate(results["models"][0]["latency"]):
-
-        def show_speedup(own: dict, fp32: dict = fp32) -> str:
-            if own is fp32:  # what the others are compared with
-                return ""
-            return f"{fp32['median_ms'] / own['median_ms']:.1f}×{report.doubt(fp32, own)}"
-
-        timing = f"latency.{index}"
+    fp32, *others = results["models"] + results["answers"]
+    rows = [fp32]  # what the others are compared with
+    for own in others:
+        rows.append(own | {"as_fast": speedups(own["latency"], value=fp32["latency"])})
+    columns = [Column("ms at", lambda entry: label(entry, results))]
+    for index, timing in enumerate(fp32["latency"]):
         columns += [
-            Column(f"batch {fp32['batch_size']}", timing, report.show_median),
-            Column("as fast", timing, show_speedup),
+            Column(f"batch {timing['batch_size']}", f"latency.{index}", report.show_median),
+            Column("as fast", f"as_fast.{index}", lambda x: f"{x['value']:.1f}×{report.doubt(x)}"),
         ]
-    rows = [*results["models"], *results["answers"]]
     note = (
         "Medians of one call on a batch; as fast: as FP32 at its best (batch norms folded, weights "
         "packed once). Models took turns." + report.explain_doubt(rows)
@@ -142,7 +135,7 @@ def advise(results: dict) -> list[str]:
             smaller += f", {report.against_given(best['size_ratio_given'])}"
         parts.append(
             f"Ship {best['file']}{unproven}{why}. It is {smaller}; as fast as "
-            f"{label('int8', results['weights']['coded'])}: "
+            f"{label(results['models'][1], results)}: "
             f"{report.at_batch_sizes(best['speedup'], 'over_int8')}."
         )
     parts += [

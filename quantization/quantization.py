@@ -95,9 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     from quantization import steps
     from quantization.accuracy.budget import HeldOutEvaluator, meet_budget
     from quantization.accuracy.diagnosis import diagnose
-    from quantization.calibration import CalibrationSetup
     from quantization.coding import smallest
-    from quantization.files import artifact, onnx_export
+    from quantization.files import artifact
     from quantization.int8 import engines
     from quantization.report import plots, results, sections, story
 
@@ -110,11 +109,11 @@ def main(argv: list[str] | None = None) -> int:
         names = dict.fromkeys(itertools.chain(*named))  # each once
         settings = [engines.choose_settings(n, args.observer, args.reduce_range) for n in names]
         if args.export_onnx:
-            onnx_export.require_packages()
+            engines.require_engine("onnxruntime")
         inputs = load_inputs(args, Path(__file__).parent)
         model, dense, test = inputs.model, inputs.traced.network, inputs.test
         batch_size = inputs.fit_batch_size(args.batch_size)
-        setup = CalibrationSetup(inputs.calibration, test, batch_size)
+        setup = steps.CalibrationSetup(inputs.calibration, test, batch_size)
         source, plan = dense, None
         if args.max_drop is not None:
             held_out = inputs.load_training(

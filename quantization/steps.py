@@ -15,12 +15,11 @@ from common.measure import evaluate
 from common.measure.latency import Contender, Timing, time_interleaved
 from common.network.execution import Network
 from common.network.tracing import trace_network
-from quantization.calibration import CalibrationSetup
-from quantization.files import onnx_export
-from quantization.files.artifact import Int8Model
 from quantization.files.int8_file import SUFFIX, save_int8
-from quantization.int8 import engines
-from quantization.int8.conversion import Observation, convert
+from quantization.int8 import conversion, engines
+from quantization.int8.conversion import Observation
+from quantization.int8.engines import onnx_engines
+from quantization.int8.engines.base import Int8Model
 from quantization.int8.network import Int8Network
 from quantization.settings import Settings
 
@@ -28,6 +27,25 @@ FP32, FP32_NCHW, ONNX = "fp32", "fp32-nchw", "int8-onnx"
 SANITY_IMAGES = 100
 CHANCE_MARGIN = 0.1  # accuracy this close above chance is no training worth the name
 OVERCONFIDENCE = 0.25  # a trained network on its own kind of images stays far below this
+
+
+@dataclass(frozen=True)
+class CalibrationSetup:
+    """Images to calibrate on and images to measure on; none is among both."""
+
+    calibration: ImageSet  # training images
+    images: ImageSet  # test images, or training images where something is chosen by them
+    batch_size: int  # number of images in a batch
+
+    def observe(self, network: Network, settings: Settings) -> Observation:
+        """Observe a network's values on the calibration images."""
+        return conversion.observe(network, self.calibration, settings.observer, self.batch_size)
+
+    def predict(
+        self, model: Callable[[torch.Tensor], torch.Tensor], description: str
+    ) -> torch.Tensor:
+        """Return a model's predictions (int64, shape (N,)), made on the CPU."""
+        return evaluate.predict(model, self.images, self.batch_size, description)
 
 
 @dataclass(frozen=True)
@@ -93,8 +111,8 @@ def quantize(
             observations[choice.observer] = setup.observe(network, choice)
         observation, shared = observations[choice.observer], replace(choice, engine="")
         if shared not in networks:
-            networks[shared] = convert(observation, choice)
-        model = Int8Model(networks[shared], choice.engine)
+            networks[shared] = conversion.convert(observation, choice)
+        model = engines.runner(choice.engine, networks[shared])
         predictions = setup.predict(model, f"evaluate INT8 {choice.engine}")
         quantized.append(Quantized(observation, model, predictions, choice))
     return quantized
@@ -121,8 +139,8 @@ def export_onnx(
     network: Int8Network, expected: torch.Tensor, path: Path, setup: CalibrationSetup
 ) -> OnnxModel:
     """Write an INT8 network as ONNX and run the file; an engine ``expected`` these predictions."""
-    onnx_export.export_onnx(network, path)
-    run = onnx_export.load_onnx(path)
+    onnx_engines.export_onnx(network, path)
+    run = onnx_engines.load_onnx(path)
     predictions = setup.predict(run, "evaluate ONNX")
     agreement = float((predictions == expected).double().mean())
     return OnnxModel(path, run, predictions, agreement)

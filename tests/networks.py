@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from common.images.data import ImageSet
+from common.network.execution import Network
+from quantization.int8.network import Int8Network
 
 
 class SqueezeExcite(nn.Module):
@@ -119,3 +121,8 @@ def build(make, images: ImageSet) -> nn.Module:
         with torch.no_grad():
             model(images.normalize(images.images))
     return model.eval()
+
+
+def dequantized(int8: Int8Network) -> Network:
+    """Return an INT8 network in FP32, with its levels' weights."""
+    return Network(int8.graph, {name: layer.dense() for name, layer in int8.layers.items()})

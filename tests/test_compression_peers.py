@@ -14,7 +14,7 @@ import torch
 from test_int8_runtimes import ARGUMENTS
 from test_results_schema import SCHEMA
 
-from benchmarks import compression_peers, peers, peers_report
+from benchmarks import compression_peers, peers
 from common.measure.evaluate import predict
 from common.network.resnet import BlockShape, ResNet, ResNetShape
 from common.network.tracing import trace_network
@@ -90,8 +90,8 @@ def test_the_best_rows_are_those_within_a_point():
         row("a", 5, 0.01, 10.0), row("a", 3, 0.011, 30.0), row("a", 4, 0.0, 9.0),
         row("b", 2, -0.1), row("c", 1, 0.5, 99.0),
     ]  # fmt: skip
-    assert peers_report.best(rows) == {"a": rows[2], "b": rows[3]}
-    assert peers_report.best(rows, speed=True) == {"a": rows[0]}
+    assert compression_peers.best(rows) == {"a": rows[2], "b": rows[3]}
+    assert compression_peers.best(rows, speed=True) == {"a": rows[0]}
 
 
 def test_torch_pruning_leaves_streams_with_channels_of_zeros_alone():

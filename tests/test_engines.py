@@ -17,17 +17,16 @@ from torch import nn
 from common.command import cli
 from common.command.cli import UserError
 from common.machine import device
-from common.measure.latency import Timing
 from common.network.execution import Layer
 from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
-from quantization.int8.engines import base, calls, switch
+from quantization.int8.engines import base, torch_engine
 from quantization.int8.engines.reference import CLIPS, ReferenceRunner
 from quantization.int8.network import SAME_RANGE
 from quantization.settings import ENGINES, TORCH_ENGINES, Settings
 
-TORCH_HERE = switch.torch_engines()
+TORCH_HERE = torch_engine.torch_engines()
 HERE = engines.available_engines()
 
 
@@ -147,11 +146,11 @@ def stored(network, name, value):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_kernel_gives_the_references_levels(observations, images, name, engine, reduce_range):
     network = convert(observations[name], Settings(reduce_range=reduce_range))
-    builder = calls.CallBuilder(network, engine)
-    steps = builder._steps
+    model = torch_engine.TorchRunner(network, engine)
+    steps = model._steps
     values = exact_values(network, steps, images)
-    for call, step in zip(builder.build()[1:], steps[1:], strict=True):
-        with switch.UsingEngine(engine), torch.no_grad():
+    for call, step in zip(model._calls()[1:], steps[1:], strict=True):
+        with torch_engine.UsingEngine(engine), torch.no_grad():
             got = call.function(*[stored(network, n, values[n]) for n in call.inputs])
         kept = network.ranges.get(call.name)
         if kept is None:
@@ -164,7 +163,7 @@ def test_every_kernel_gives_the_references_levels(observations, images, name, en
         if step.operation.kind in SAME_RANGE:
             # An average may lie right between two levels. torch 2.13 then takes the even level,
             # later releases the even distance from the zero point.
-            moved = network.dense().compute(step.operation, [values[step.inputs[0]]])
+            moved = network.fp32_part().compute(step.operation, [values[step.inputs[0]]])
             distance = distance[moved % 1 != 0.5]
             assert not distance.any(), (call.name, step.operation.kind)
             continue
@@ -195,9 +194,11 @@ def test_onnx_runtime_does_not_round_logits(residual, images):
 
 
 def test_onednn_fuses_the_additions_of_one_shape(residual):
-    names = [step.name for step in calls.CallBuilder(residual, "onednn")._steps if step.added]
-    assert len(names) == 6
-    assert not any(s.added for s in calls.CallBuilder(residual, "fbgemm")._steps)
+    fused, plain = (
+        torch_engine.TorchRunner(residual, name)._steps for name in ("onednn", "fbgemm")
+    )
+    assert sum(step.added is not None for step in fused) == 6
+    assert not any(step.added for step in plain)
 
 
 @pytest.mark.parametrize("engine", HERE)
@@ -280,7 +281,7 @@ def test_threads_share_models_of_different_engines(residual, images):
 
 def test_the_engine_is_restored_even_after_a_failure():
     before = torch.backends.quantized.engine
-    with contextlib.suppress(KeyError), switch.UsingEngine(TORCH_HERE[-1]):
+    with contextlib.suppress(KeyError), torch_engine.UsingEngine(TORCH_HERE[-1]):
         assert torch.backends.quantized.engine == TORCH_HERE[-1]
         raise KeyError
     assert torch.backends.quantized.engine == before
@@ -294,7 +295,7 @@ def test_making_and_running_models_warns_of_nothing(residual, images):
 
 def test_without_torchscript_the_calls_run_from_python(residual, images, monkeypatch):
     expected = engines.runner(TORCH_HERE[0], residual)(images)
-    monkeypatch.setattr(engines.torch_engine, "CAN_TRACE", False)
+    monkeypatch.setattr(torch_engine, "CAN_TRACE", False)
     assert torch.equal(engines.runner(TORCH_HERE[0], residual)(images), expected)
 
 
@@ -317,9 +318,20 @@ def only(monkeypatch, engines_of_torch):
 def test_an_engine_that_is_not_here_is_named_with_those_that_are(monkeypatch):
     with pytest.raises(UserError, match=rf"no abacus engine .* it has: .*{TORCH_HERE[0]}"):
         engines.choose_settings("abacus")
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="openvino needs more packages: pip install onnx openvino"):
-        engines.require_engine("openvino")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_missing_packages_are_named_with_the_command_that_installs_them(engine, monkeypatch):
+    packages = engines.PACKAGES[engine]
+    for missing in (packages[:1], packages[1:], packages):
+        monkeypatch.setattr(
+            engines.importlib.util, "find_spec", lambda name, missing=missing: name not in missing
+        )
+        command = f"pip install {' '.join(missing)}$"
+        with pytest.raises(UserError, match=f"{engine} needs more packages: {command}"):
+            engines.require_engine(engine)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name in packages)
+    engines.require_engine(engine)
 
 
 @pytest.mark.parametrize("saturates", [False, True])
@@ -331,17 +343,15 @@ def test_activations_have_seven_bits_where_sums_saturate(monkeypatch, saturates)
     assert engines.choose_settings(engine, "minmax", "off") == Settings(engine, False, "minmax")
 
 
-def test_the_probe_finds_what_saturates():
-    def make_saturating(network):
-        class Saturating(ReferenceRunner):
-            def _multiply(self, step, levels):
-                exact = super()._multiply(step, levels)
-                return exact.clamp(max=200) if step.name == "dense" else exact
+@pytest.mark.parametrize("saturates", [False, True])
+def test_the_probe_finds_what_saturates(monkeypatch, saturates):
+    class Saturating(ReferenceRunner):
+        def _multiply(self, step, levels):
+            exact = super()._multiply(step, levels)
+            return exact.clamp(max=200) if saturates and step.name == "dense" else exact
 
-        return Saturating(network)
-
-    assert not engines.saturation.adds_exactly(make_saturating)
-    assert engines.saturation.adds_exactly(ReferenceRunner)
+    monkeypatch.setitem(engines.RUNNERS, "reference", Saturating)
+    assert engines.saturates.__wrapped__("reference") == saturates
 
 
 @pytest.mark.skipif(not device.has_vnni(), reason="sums of products may saturate on this CPU")
@@ -377,11 +387,3 @@ def test_where_there_is_no_fbgemm_one_line_says_what_is_used(
     only(monkeypatch, supported)
     assert engines.default_engines() == [expected]
     assert capsys.readouterr().err.count("\n") == (expected != "fbgemm")
-
-
-def test_the_fastest_engine_of_each_batch_size():
-    def timing(size, median):
-        return Timing(size, median, 0.0, 1.0, 3)
-
-    times = {"a": [timing(1, 2.0), timing(4, 1.0)], "b": [timing(1, 1.0), timing(4, 2.0)]}
-    assert engines.fastest_by_batch_size(times) == {1: "b", 4: "a"}

@@ -39,15 +39,13 @@ def saved(observation, tmp_path_factory):
 def assert_same(one, two):
     assert (one.graph, one.ranges, one.settings) == (two.graph, two.ranges, two.settings)
     assert (one.classes, one.mean, one.std) == (two.classes, two.mean, two.std)
-    for left, right, parts in (
-        (one.layers, two.layers, ("weight", "scales", "bias")),
-        (one.affine, two.affine, ("weight", "bias")),
-    ):
-        assert left.keys() == right.keys()
-        for name, layer in left.items():
-            for part in parts:
-                assert torch.equal(getattr(layer, part), getattr(right[name], part)), (name, part)
-                assert getattr(layer, part).dtype == getattr(right[name], part).dtype
+    assert one.layers.keys() == two.layers.keys()
+    for name, layer in one.layers.items():
+        for part in ("weight", "scales", "bias") if layer.is_int8 else ("weight", "bias"):
+            left, right = getattr(layer, part), getattr(two.layers[name], part)
+            assert torch.equal(left, right), (name, part)
+            assert left.dtype == right.dtype
+        assert layer.is_int8 == two.layers[name].is_int8
 
 
 def rewrite(path, change, checksum=True):

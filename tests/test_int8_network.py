@@ -9,6 +9,7 @@ from torch import nn
 
 from common.network.tracing import trace_network
 from quantization.int8.conversion import convert, observe
+from quantization.int8.engines.reference import ReferenceRunner
 from quantization.int8.fusion import fuse_activations, fuse_additions
 from quantization.int8.network import ValueRange
 from quantization.settings import Settings
@@ -101,11 +102,12 @@ def test_pooling_keeps_the_range_of_its_input():
 
 
 def test_what_runs_in_fp32_is_listed_with_the_reason():
-    assert int8(Residual()).fp32_operations() == {}
-    reasons = int8(Residual(), ("first",)).fp32_operations()
+    assert ReferenceRunner(int8(Residual())).fp32_operations == {}
+    reasons = ReferenceRunner(int8(Residual(), ("first",))).fp32_operations
     assert reasons == {"first": "kept in FP32 to hold the accuracy budget"}
     network = trace_network(make_every_kind(), (3, 12, 12))
-    found = convert(observe(network, make_images(4), "minmax", 4), Settings()).fp32_operations()
+    converted = convert(observe(network, make_images(4), "minmax", 4), Settings())
+    found = ReferenceRunner(converted).fp32_operations
     assert found == {"norm": "a batch norm that no layer precedes"}
 
 

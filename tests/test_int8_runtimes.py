@@ -9,7 +9,7 @@ import pytest
 import torch
 from cifar import normalize
 
-from benchmarks import int8_runtimes, runtimes, runtimes_report
+from benchmarks import int8_runtimes, runtimes
 from common.network.tracing import trace_network
 from quantization.int8 import engines
 from quantization.settings import TORCH_ENGINES
@@ -66,7 +66,7 @@ def test_onnx_runtime_computes_fp32_too(tiny_model, random_images, tmp_path):
     runner = runtimes.onnxruntime_fp32(network, tmp_path)
     images = normalize(random_images(5).images).contiguous()
     torch.testing.assert_close(runner.run(images), tiny_model(images), rtol=1e-4, atol=1e-4)
-    assert runtimes_report.label("onnxruntime-fp32") == "ONNX Runtime FP32"
+    assert int8_runtimes.label("onnxruntime-fp32") == "ONNX Runtime FP32"
 
 
 def test_the_device_is_no_choice(capsys):

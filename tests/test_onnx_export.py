@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from dataclasses import asdict
@@ -14,11 +13,10 @@ import torch
 from onnx import numpy_helper
 from test_engines import NETWORKS, make_images
 
-from common.command.cli import UserError
 from common.network.tracing import trace_network
-from quantization.files import onnx_export
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
+from quantization.int8.engines import onnx_engines
 from quantization.int8.network import Int8Layer
 from quantization.settings import Settings
 from runtime.decode import MEANINGS, window_means
@@ -38,7 +36,7 @@ def network():
 
 @pytest.fixture
 def exported(network, tmp_path):
-    onnx_export.export_onnx(network, tmp_path / "model.onnx")
+    onnx_engines.export_onnx(network, tmp_path / "model.onnx")
     return onnx.load(tmp_path / "model.onnx")
 
 
@@ -59,10 +57,10 @@ def constants_of(proto, kind):
 def test_onnx_runtime_answers_like_the_reference(name, fp32_layers, tmp_path):
     traced, settings = trace(name), Settings(fp32_layers=fp32_layers)
     network = convert(observe(traced, make_images(32), "minmax", 16), settings)
-    onnx_export.export_onnx(network, tmp_path / "model.onnx")
+    onnx_engines.export_onnx(network, tmp_path / "model.onnx")
     pixels = make_images(64, seed=1)
     images = pixels.normalize(pixels.images).contiguous()
-    got = onnx_export.load_onnx(tmp_path / "model.onnx")(images)
+    got = onnx_engines.load_onnx(tmp_path / "model.onnx")(images)
     expected = engines.runner("reference", network)(images)
     assert (got - expected).square().mean() < 1e-3 * expected.var()
     assert (got.argmax(1) == expected.argmax(1)).double().mean() > 0.98
@@ -73,13 +71,14 @@ def test_an_fp32_network_can_be_exported_too(name):
     network = trace(name)
     pixels = make_images(4)
     images = pixels.normalize(pixels.images).contiguous()
-    got = onnx_export.load_onnx(onnx_export.to_onnx(network))(images)
+    got = onnx_engines.load_onnx(onnx_engines.to_onnx(network))(images)
     assert torch.allclose(got, network(images), atol=1e-4)
 
 
 def test_the_file_holds_the_scales_weights_and_zero_points(network, exported):
     dequantized = constants_of(exported, "DequantizeLinear")
-    for name, layer in network.layers.items():
+    for name in network.graph.layers:
+        layer = network.layers[name]
         (bias, _, _), (levels, scales, zero_points) = dequantized[name][:2]
         assert np.array_equal(levels, layer.weight.numpy())
         assert np.array_equal(scales, layer.scales.numpy())
@@ -121,7 +120,7 @@ def test_every_kernel_reads_dequantized_values_and_is_quantized_after(exported):
 
 
 def test_the_batch_size_is_free(network):
-    run = onnx_export.load_onnx(onnx_export.to_onnx(network))
+    run = onnx_engines.load_onnx(onnx_engines.to_onnx(network))
     pixels = make_images(7)
     images = pixels.normalize(pixels.images).contiguous()
     assert run(images).shape == (7, 5)
@@ -134,7 +133,7 @@ def test_a_bias_beyond_int32_stays_fp32(network):
     bias[0] = 1e12
     layers = {**network.layers, "stem": Int8Layer(layer.weight, layer.scales, bias)}
     spoilt = type(network)(**{**vars(network), "layers": layers})
-    exported = onnx.load_from_string(onnx_export.to_onnx(spoilt))
+    exported = onnx.load_from_string(onnx_engines.to_onnx(spoilt))
     ((bias,),) = constants_of(exported, "Conv")["stem"]
     assert bias.dtype == np.float32
     assert bias[0] == np.float32(1e12)
@@ -145,18 +144,3 @@ def test_adaptive_pooling_averages_torchs_windows(old, new):
     values = torch.rand(2, old)
     expected = torch.nn.functional.adaptive_avg_pool1d(values, new)
     assert np.allclose(values.numpy() @ window_means(old, new).T, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("missing", [{"onnx"}, {"onnxruntime"}, {"onnx", "onnxruntime"}])
-def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch, missing):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in missing else find(name)
-    )
-    with pytest.raises(UserError, match="pip install onnx onnxruntime") as caught:
-        onnx_export.require_packages()
-    assert all(name in str(caught.value) for name in missing)
-
-
-def test_nothing_is_missing_here():
-    onnx_export.require_packages()

@@ -21,7 +21,7 @@ from pipeline import answers
 from pipeline.pipeline import main
 from pruning.channels.slimmer import Slimmer
 from quantization.files.artifact import load_int8
-from quantization.files.onnx_export import load_onnx
+from quantization.int8.engines.onnx_engines import load_onnx
 from runtime.decode import MAX_DIFFERENCE, check, load
 
 SCRIPT = REPOSITORY / "pipeline" / "pipeline.py"

@@ -24,7 +24,8 @@ def answer(name: str, file_bytes: int, drop: float, median_ms: float, **changed:
 def advised(*answers: dict, coded: bool = False, max_drop: float = 0.01) -> list[str]:
     return advise({
         "answers": answers, "weights": {"coded": coded, "size_bytes": 15_000},
-        "models": [{"size_bytes": 30_000}], "budget": {"max_drop": max_drop},
+        "models": [{"name": "fp32", "size_bytes": 30_000}, {"name": "int8"}],
+        "budget": {"max_drop": max_drop},
     })  # fmt: skip
 
 

@@ -18,9 +18,9 @@ from common.inputs import Inputs, load_inputs
 from common.measure.evaluate import predict
 from pruning.alone.brute_force import classify_all, pruned_copy
 from pruning.alone.scan import Scan, run_scan
-from quantization.files.artifact import Int8Model
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, observe
+from quantization.int8.engines.base import Int8Model
 
 TOLERANCE = 5  # images
 SCANNED_IMAGES = 100
@@ -56,7 +56,7 @@ def quantize(inputs: Inputs) -> Int8Model:
     engine = engines.default_engines()[0]
     settings = engines.choose_settings(engine)
     observation = observe(inputs.traced.network, inputs.calibration, settings.observer, 64)
-    model = Int8Model(convert(observation, settings), engine)
+    model = engines.runner(engine, convert(observation, settings))
     assert not model.fp32_operations
     return model
 

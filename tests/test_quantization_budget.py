@@ -10,8 +10,8 @@ from torch import nn
 from common.measure.evaluate import Accuracy, Comparison
 from common.search.budget import Verdict
 from quantization.accuracy import budget
-from quantization.calibration import CalibrationSetup
 from quantization.settings import OBSERVERS, Settings
+from quantization.steps import CalibrationSetup
 
 
 class ScriptedEvaluator:

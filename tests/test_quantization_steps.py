@@ -15,12 +15,11 @@ from common.command.cli import UserError
 from common.measure import evaluate
 from common.measure.latency import Timing
 from quantization import steps
-from quantization.calibration import CalibrationSetup
 from quantization.files import artifact
 from quantization.files.int8_file import save_int8
 from quantization.int8 import conversion, engines
 from quantization.settings import Settings
-from quantization.steps import Quantized
+from quantization.steps import CalibrationSetup, Quantized
 
 ENGINES = engines.candidate_engines()
 

@@ -13,7 +13,6 @@ from common.network.tracing import trace_network
 from common.search.budget import Verdict
 from quantization.accuracy import corrections
 from quantization.accuracy.budget import Attempt, Plan
-from quantization.files.artifact import Int8Model
 from quantization.int8 import engines
 from quantization.int8.conversion import convert as convert_network
 from quantization.int8.conversion import observe as observe_network
@@ -22,6 +21,7 @@ from quantization.report.results import (
     describe_budget,
     describe_models,
     describe_sparsity,
+    fastest_engines,
 )
 from quantization.settings import Settings
 from quantization.steps import OnnxModel, Quantized
@@ -39,7 +39,7 @@ def test_models_are_compared_on_the_same_images(tiny_model, convert, random_imag
     int8 = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 8, 0])  # 7 right: loses 6 and 7, gains 8
     onnx = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 0, 0])  # 6 right
     network = convert(Settings(ENGINE))
-    candidate = Quantized(None, Int8Model(network, ENGINE), int8, Settings(ENGINE))
+    candidate = Quantized(None, engines.runner(ENGINE, network), int8, Settings(ENGINE))
     paths = [tmp_path / name for name in ("a.safetensors", "a.onnx")]
     for size, path in zip((100, 50), paths, strict=True):
         path.write_bytes(bytes(size))
@@ -70,6 +70,14 @@ def test_models_are_compared_on_the_same_images(tiny_model, convert, random_imag
     assert exported["comparison"]["accuracy"]["drop"] == pytest.approx(0.2)
     assert len(ours["int8_operations"]) == 31
     assert ours["fp32_operations"] == []
+
+
+def test_the_fastest_engine_of_each_batch_size():
+    timings = {"a": [timing(1, 2.0), timing(4, 1.0)], "b": [timing(1, 1.0), timing(4, 2.0)]}
+    assert fastest_engines(timings) == [
+        {"batch_size": 1, "engine": "b", "noisy": False},
+        {"batch_size": 4, "engine": "a", "noisy": False},
+    ]
 
 
 @pytest.mark.parametrize(

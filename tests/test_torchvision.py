@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from check_results import check_results
+from networks import dequantized
 from PIL import Image
 from processes import run_here
 from torch import nn
@@ -21,7 +22,7 @@ from common.network.graph import FLATTEN, INPUT, Graph, Operation
 from pruning import pruning
 from quantization import quantization
 from quantization.files.int8_file import read_int8
-from quantization.files.onnx_export import load_onnx, to_onnx
+from quantization.int8.engines.onnx_engines import load_onnx, to_onnx
 from quantization.int8.engines.reference import ReferenceRunner
 from quantization.int8.network import Int8Network
 from quantization.steps import ONNX
@@ -69,7 +70,8 @@ def weights(name, data_dir, tmp_path):
 def assert_same_operations(network: Int8Network, images: ImageSet) -> None:
     """Run each operation with one input alone: ONNX Runtime rounds as the reference does."""
     names = [operation.name for operation in network.graph.operations]
-    values = network.dense().run({network.graph.input: images.normalize(images.images)}, names)
+    given = {network.graph.input: images.normalize(images.images)}
+    values = dequantized(network).run(given, names)
     steps = [step for step in network.steps()[1:] if len(step.inputs) == 1]
     for step in steps:
         (source,) = step.inputs
@@ -82,7 +84,7 @@ def assert_same_operations(network: Int8Network, images: ImageSet) -> None:
             ranges["flat"] = ranges[step.name]
         layers = {n: layer for n, layer in network.layers.items() if n == step.operation.name}
         part = replace(
-            network, graph=Graph(tuple(operations)), layers=layers, affine={}, ranges=ranges,
+            network, graph=Graph(tuple(operations)), layers=layers, ranges=ranges,
             classes=("",) * values[step.name][0].numel(),
         )  # fmt: skip
         given = ranges[source].round(values[source])

@@ -148,7 +148,7 @@ def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
         built, family = build_model(model, state), model
     blank = copy.deepcopy(built).eval().to("meta")  # torchvision's has some real tensors
     traced = trace(blank, network.graph.operations[0].attributes["shape"])
-    if set(traced.network.graph.layers) != set(network.layers) or network.affine:
+    if set(traced.network.graph.layers) != set(network.layers):
         raise UserError(f"{path}: its layers are not those of {family}")
     for name, layer in network.layers.items():
         state[f"{traced.norms.get(name, name)}.bias"] = layer.bias

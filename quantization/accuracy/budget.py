@@ -9,18 +9,15 @@ not used for calibration, by the rule of :mod:`common.search.budget`.
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from common.command import cli
-from common.images.data import ImageSet
 from common.network.execution import Network
 from common.search.budget import Budget, EvaluationSplit, Verdict
 from quantization.accuracy import corrections
 from quantization.accuracy.diagnosis import rank_layers
-from quantization.calibration import CalibrationSetup
 from quantization.int8 import engines
 from quantization.int8.conversion import Observation, convert
 from quantization.settings import OBSERVERS, Settings
+from quantization.steps import CalibrationSetup
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,10 @@ class HeldOutEvaluator:
     def judge_observed(self, observation: Observation, settings: Settings) -> Verdict:
         """Return the verdict on a network whose values were observed before."""
         run = engines.runner(settings.engine, convert(observation, settings))
-
-        def find_correct(images: ImageSet) -> torch.Tensor:
-            return replace(self.setup, images=images).predict(run, "try") == images.labels
-
-        return self._budget.judge(find_correct, stop_early=False)
+        return self._budget.judge(
+            lambda images: replace(self.setup, images=images).predict(run, "try") == images.labels,
+            stop_early=False,
+        )
 
 
 def meet_budget(evaluator: HeldOutEvaluator, network: Network, settings: Settings) -> Plan:

@@ -116,8 +116,7 @@ def next_price(codings: Sequence[Coding], wanted: float) -> float | None:
     if len(codings) > 1:
         before = codings[-2]
         exponent = math.log(last.bits / before.bits) / math.log(last.price / before.price)
-        if exponent > -SMALLEST_EXPONENT:
-            return None
-    step = math.log(wanted / last.bits) / exponent
-    largest = math.log(LARGEST_STEP)
-    return last.price * math.exp(min(max(step, -largest), largest))
+    if exponent > -SMALLEST_EXPONENT:
+        return None
+    step = (wanted / last.bits) ** (1 / exponent)
+    return last.price * min(max(step, 1 / LARGEST_STEP), LARGEST_STEP)

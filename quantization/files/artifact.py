@@ -14,50 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from common.command.cli import UserError, log
 from common.files.atomic import replace_file
-from common.images.data import ImageSet, normalize
+from common.images.data import ImageSet
 from common.machine.fresh_process import start_fresh
 from quantization.files.int8_file import read_int8, seal
 from quantization.int8 import engines
-from quantization.int8.network import Int8Network
+from quantization.int8.engines.base import Int8Model
 from runtime.decode import CHECK_MARK
 
 RELOAD_IMAGES = 64  # their logits are compared bit by bit after reloading
 CHECK_IMAGES, CHECK_SUFFIX = 16, ".check"  # what is compared on a device
-
-
-class Int8Model(nn.Module):
-    """An INT8 network on an engine: normalised images (N, 3, H, W) to logits (N, classes).
-
-    Both are float32 on the CPU. It can be copied, pickled, and called from several threads, with
-    any number of images.
-    """
-
-    def __init__(self, network: Int8Network, engine: str):
-        super().__init__()
-        self.network, self.engine = network, engine
-        self._run = engines.runner(engine, network)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the logits."""
-        return self.network.classes
-
-    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turn uint8 images (N, 3, H, W) into the model's input."""
-        return normalize(pixels, self.network.mean, self.network.std, self.network.channel_order)
-
-    @property
-    def fp32_operations(self) -> dict[str, str]:
-        """The operations that run in FP32 on this engine, each with the reason."""
-        return self._run.fp32_operations
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return logits; NaN for an image with a NaN. Of another type or shape: a UserError."""
-        return self._run(images)
 
 
 def load_int8(path: str | Path, engine: str | None = None) -> Int8Model:
@@ -74,7 +42,7 @@ def load_int8(path: str | Path, engine: str | None = None) -> Int8Model:
             "lost: quantize it again here",
             path,
         )
-    return Int8Model(network, engine)
+    return engines.runner(engine, network)
 
 
 @contextlib.contextmanager

@@ -20,8 +20,7 @@ from safetensors.numpy import save
 from common.files import entropy
 from common.files.atomic import replace_file
 from common.files.untrusted import check_file, explained
-from common.network.execution import Layer
-from common.network.graph import Graph
+from common.network.graph import AFFINE, Graph
 from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network, ValueRange
 from quantization.settings import parse_settings
 from runtime import decode
@@ -58,27 +57,17 @@ def read_int8(path: Path) -> Int8Network:
 
 def to_plain(network: Int8Network) -> decode.Network:
     """Return a network in plain numbers."""
-    weights = {
-        name: decode.Weights(
-            x.weight.numpy(), x.bias.numpy(), x.scales.numpy() if x.is_int8 else None
-        )
-        for name, x in network.layers.items()
-    } | {name: plain_weights(x) for name, x in network.affine.items()}
-    facts = {
-        "classes": list(network.classes),
-        "mean": list(network.mean),
-        "std": list(network.std),
-        "channel_order": network.channel_order,
-        "resize": network.resize,
-        "settings": asdict(network.settings),
-    }
+    weights = {n: plain_weights(x.weight, x.bias, x.scales) for n, x in network.layers.items()}
+    names = ("classes", "mean", "std", "channel_order", "resize")
+    facts = {name: getattr(network, name) for name in names}
+    facts["settings"] = asdict(network.settings)
     ranges = {name: (found.scale, found.zero_point) for name, found in network.ranges.items()}
     return decode.Network(network.graph.to_json(), weights, ranges, facts)
 
 
-def plain_weights(layer: Layer) -> decode.Weights:
-    """Return an FP32 layer in plain numbers."""
-    arrays = (np.ascontiguousarray(x.detach().numpy()) for x in (layer.weight, layer.bias))
+def plain_weights(*tensors: torch.Tensor | None) -> decode.Weights:
+    """Return a layer's weight, bias and, in INT8, scales in plain numbers."""
+    arrays = (x if x is None else np.ascontiguousarray(x.detach().numpy()) for x in tensors)
     return decode.Weights(*arrays)
 
 
@@ -139,20 +128,15 @@ def _short(values: torch.Tensor) -> np.ndarray:
 
 def _from_plain(plain: decode.Network) -> Int8Network:
     """Return the network of a file; a ValueError, TypeError or KeyError if it is none."""
-    graph, settings = Graph.from_json(plain.operations), parse_settings(plain.facts["settings"])
-    facts, layers, affine = plain.facts, {}, {}
-    for name, found in plain.weights.items():
-        weight, bias = torch.from_numpy(found.levels), torch.from_numpy(found.bias)
-        if graph[name].is_layer:
-            is_fp32 = found.scales is None
-            scales = torch.ones_like(bias) if is_fp32 else torch.from_numpy(found.scales)
-            layers[name] = Int8Layer(weight, scales, bias)
-        else:
-            affine[name] = Layer(weight, bias)
+    graph, facts = Graph.from_json(plain.operations), plain.facts
+    layers = {}
+    for name, (levels, bias, scales) in plain.weights.items():
+        scales = None if scales is None else torch.from_numpy(scales)
+        layers[name] = Int8Layer(torch.from_numpy(levels), scales, torch.from_numpy(bias))
     return Int8Network(
-        graph, layers, affine, {name: ValueRange(*x) for name, x in plain.ranges.items()},
-        tuple(facts["classes"]), tuple(facts["mean"]), tuple(facts["std"]), settings,
-        facts["channel_order"], facts["resize"],
+        graph, layers, {name: ValueRange(*x) for name, x in plain.ranges.items()},
+        tuple(facts["classes"]), tuple(facts["mean"]), tuple(facts["std"]),
+        parse_settings(facts["settings"]), facts["channel_order"], facts["resize"],
     )  # fmt: skip
 
 
@@ -163,10 +147,9 @@ def _check_that_it_runs(network: Int8Network) -> None:
     if network.shapes[network.graph.output] != (len(network.classes),):
         raise ValueError("another number of logits than of classes")
     fp32 = {name for name, layer in network.layers.items() if not layer.is_int8}
-    if fp32 != set(network.settings.fp32_layers):
+    affine = {operation.name for operation in network.graph.operations if operation.kind == AFFINE}
+    if fp32 != affine | set(network.settings.fp32_layers):
         raise ValueError("other FP32 layers than its settings name")
-    if any(x.weight.dtype != torch.float32 for x in network.affine.values()):
-        raise ValueError("an affine operation in INT8")
     if network.ranges.keys() != network.values_in_uint8():
         raise ValueError("ranges of other values than those in uint8")
     for step in network.steps():

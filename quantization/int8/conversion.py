@@ -14,7 +14,7 @@ import torch
 from common.command import cli
 from common.images.data import ImageSet
 from common.network.execution import Layer, Network
-from common.network.graph import AFFINE, Operation, evaluate
+from common.network.graph import Operation, evaluate
 from quantization.int8.fusion import fuse_activations
 from quantization.int8.network import SAME_RANGE, Int8Layer, Int8Network, ValueRange
 from quantization.int8.observers import OBSERVERS, SMALLEST_SCALE, MinMaxObserver
@@ -69,19 +69,20 @@ def convert(
     network, images = observation.network, observation.images
     graph = network.graph
     if coded is None:
-        coded = {name: quantize_layer(network.layers[name]) for name in graph.layers}
-        for name in coded.keys() & settings.fp32_layers:
-            weight, bias = network.layers[name].weight.detach(), network.layers[name].bias.detach()
-            coded[name] = Int8Layer(weight, torch.ones_like(bias), bias)
-    affine = {o.name: network.layers[o.name] for o in graph.operations if o.kind == AFFINE}
+        rounded = (name for name in graph.layers if name not in settings.fp32_layers)
+        coded = {name: quantize_layer(network.layers[name]) for name in rounded}
+    layers = {
+        name: coded.get(name) or Int8Layer(layer.weight.detach(), None, layer.bias.detach())
+        for name, layer in network.layers.items()
+    }
     int8 = Int8Network(
-        graph, coded, affine, {}, images.classes, tuple(images.mean), tuple(images.std), settings,
+        graph, layers, {}, images.classes, tuple(images.mean), tuple(images.std), settings,
         images.channel_order, images.resize,
     )  # fmt: skip
     ranges, kept = observation.ranges(settings.reduce_range), int8.values_in_uint8()
     ranges = {name: value for name, value in ranges.items() if name in kept}
     layers = {
-        name: _fit_bias(layer, ranges, graph[name].inputs[0]) for name, layer in coded.items()
+        name: _fit_bias(layer, ranges, graph[name].inputs[0]) for name, layer in layers.items()
     }
     return replace(int8, layers=layers, ranges=ranges)
 

@@ -67,3 +67,18 @@ def fuse_additions(
                 )
                 break
     return tuple(step for step in found if step is not None)
+
+
+def may_overwrite(step: FusedOperation, steps: Sequence[FusedOperation]) -> bool:
+    """Return whether a convolution may write its result over the value that it adds.
+
+    It may if no later step reads that value, nor another value that shares its memory.
+    """
+    positions = {other.name: index for index, other in enumerate(steps)}
+    readers = [other for other in steps if step.added in other.inputs]
+    sharing = (*readers, steps[positions[step.added]])
+    return (
+        all(positions[reader.name] <= positions[step.name] for reader in readers)
+        and not any(other.operation.kind in kinds.VIEWS for other in sharing)
+        and step.added not in (*step.operation.inputs, steps[0].name)
+    )

@@ -53,21 +53,22 @@ class ValueRange:
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """A convolution or linear layer, its batch norm folded."""
+    """A convolution or linear layer, its batch norm folded; or an affine operation, in FP32."""
 
-    # int8 levels, or float32 weights where the layer is kept in FP32: (O, I / groups, height,
-    # width) or (O, I).
+    # int8 levels, or float32 weights in FP32: (O, I / groups, height, width), (O, I) or (C,).
     weight: torch.Tensor
-    scales: torch.Tensor  # real value of a level in each output channel: float32, (O,); FP32: ones
+    scales: torch.Tensor | None  # real value of a level in each channel, float32, (O,); FP32: none
     bias: torch.Tensor  # real bias, float32, (O,); INT8 rounds it to a multiple of both scales
 
     @property
     def is_int8(self) -> bool:
         """Whether the layer runs in INT8."""
-        return self.weight.dtype == torch.int8
+        return self.scales is not None
 
     def dense(self) -> Layer:
         """Return the layer in float32."""
+        if self.scales is None:
+            return Layer(self.weight, self.bias)
         shape = (-1, *[1] * (self.weight.ndim - 1))
         return Layer(self.weight * self.scales.view(shape), self.bias)
 
@@ -81,8 +82,7 @@ class Int8Network:
     """A network ready to run in INT8 on any engine."""
 
     graph: Graph  # the operations; the input's attribute ``shape`` is that of an image
-    layers: Mapping[str, Int8Layer]  # convolutions and linear layers
-    affine: Mapping[str, Layer]  # FP32 weights of the affine operations
+    layers: Mapping[str, Int8Layer]  # operations with weights
     # Range of each value that is kept in uint8. Others are FP32, or are results within a fused
     # operation, which are never stored.
     ranges: Mapping[str, ValueRange]
@@ -97,8 +97,7 @@ class Int8Network:
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each operation's value for one image, without the batch dimension."""
-        weighted = {**self.layers, **self.affine}
-        return infer_shapes(self.graph, {name: x.weight.shape for name, x in weighted.items()})
+        return infer_shapes(self.graph, {name: x.weight.shape for name, x in self.layers.items()})
 
     def steps(self) -> tuple[FusedOperation, ...]:
         """Return the fused operations in execution order; the first is the input."""
@@ -106,9 +105,7 @@ class Int8Network:
 
     def is_int8(self, operation: Operation) -> bool:
         """Return whether an operation runs on integers."""
-        if operation.is_layer:
-            return self.layers[operation.name].is_int8
-        return operation.kind != kinds.AFFINE
+        return operation.name not in self.layers or self.layers[operation.name].is_int8
 
     def values_in_uint8(self) -> set[str]:
         """Return the names of the values that an integer operation gives or reads."""
@@ -118,22 +115,7 @@ class Int8Network:
                 kept.update((step.name, *step.inputs))
         return kept
 
-    def dense(self) -> Network:
-        """Return the network in FP32, with dequantized weights."""
-        layers = {name: layer.dense() for name, layer in self.layers.items()}
-        return Network(self.graph, {**layers, **self.affine})
-
     def fp32_part(self) -> Network:
         """Return the graph, with weights only for the operations that run in FP32."""
-        layers = {name: Layer(x.weight, x.bias) for name, x in self.layers.items() if not x.is_int8}
-        return Network(self.graph, {**layers, **self.affine})
-
-    def fp32_operations(self) -> dict[str, str]:
-        """Return for each operation that runs in FP32 the reason."""
-        return {
-            operation.name: "kept in FP32 to hold the accuracy budget"
-            if operation.is_layer
-            else "a batch norm that no layer precedes"
-            for operation in self.graph.operations
-            if not self.is_int8(operation)
-        }
+        in_fp32 = {name: x.dense() for name, x in self.layers.items() if not x.is_int8}
+        return Network(self.graph, in_fp32)

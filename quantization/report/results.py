@@ -14,7 +14,6 @@ from common.measure.latency import Timing, speedups
 from common.network.execution import Network
 from common.network.size import saved_size_bytes
 from quantization.accuracy.budget import Plan
-from quantization.int8.engines import fastest_by_batch_size
 from quantization.int8.network import Int8Network
 from quantization.steps import FP32, FP32_NCHW, ONNX, OnnxModel, Quantized
 
@@ -32,8 +31,10 @@ def describe_models(
     headline; ``paths`` and ``timings`` are by engine.
     """
     test, dense = inputs.test, predictions == inputs.test.labels
-    size_bytes = saved_size_bytes(inputs.model.state_dict())
-    fp32 = [_entry(name, None, size_bytes, dense, timings[name]) for name in (FP32_NCHW, FP32)]
+    fp32_bytes = saved_size_bytes(inputs.model.state_dict())
+    nchw, best = fp32 = [
+        _entry(name, None, fp32_bytes, dense, timings[name]) for name in (FP32_NCHW, FP32)
+    ]
     made = [
         ("int8", engine, paths[engine], one.predictions, timings[engine], _describe_conversion(one))
         for one, engine in ((one, one.settings.engine) for one in quantized)
@@ -43,16 +44,21 @@ def describe_models(
         made.append((ONNX, "onnxruntime", onnx.path, onnx.predictions, timings[ONNX], more))
     entries = []
     for name, engine, path, predicted, timed, more in made:
-        correct = predicted == test.labels
-        entry = _entry(name, engine, path.stat().st_size, correct, timed)
-        compared = evaluate.compare(dense, correct).as_dict()
-        entry |= _compare(entry, fp32, inputs.weights["size_bytes"], compared)
+        correct, size_bytes = predicted == test.labels, path.stat().st_size
+        entry = _entry(name, engine, size_bytes, correct, timed)
+        entry["comparison"] = {
+            "size_ratio": size_bytes / fp32_bytes,
+            "size_ratio_given": size_bytes / inputs.weights["size_bytes"],
+            "accuracy": evaluate.compare(dense, correct).as_dict(),
+            "speedup": speedups(entry["latency"], value=best["latency"]),
+        }
+        entry["speedup_over_nchw"] = speedups(entry["latency"], value=nchw["latency"])
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         entries.append(entry | {"file": path.name, "sha256": sha256} | more)
     return {
         "models": [*fp32, *entries],
         "comparison": entries[0]["comparison"],
-        "fastest": _fastest_engines({engine: timings[engine] for engine in paths}),
+        "fastest": fastest_engines({engine: timings[engine] for engine in paths}),
         "per_class": accuracy_by_class(test, predictions, quantized[0].predictions),
     }
 
@@ -70,20 +76,6 @@ def _entry(
     }
 
 
-def _compare(entry: dict, fp32: Sequence[dict], given_bytes: int, accuracy: dict) -> dict:
-    """Compare an entry with FP32's as usually written and at its best, and with the given file."""
-    nchw, best = fp32
-    return {
-        "comparison": {
-            "size_ratio": entry["size_bytes"] / best["size_bytes"],
-            "size_ratio_given": entry["size_bytes"] / given_bytes,
-            "accuracy": accuracy,
-            "speedup": speedups(entry["latency"], value=best["latency"]),
-        },
-        "speedup_over_nchw": speedups(entry["latency"], value=nchw["latency"]),
-    }
-
-
 def _describe_conversion(candidate: Quantized) -> dict:
     in_fp32 = candidate.model.fp32_operations
     names = [step.operation.name for step in candidate.model.network.steps()[1:]]
@@ -94,13 +86,15 @@ def _describe_conversion(candidate: Quantized) -> dict:
     }
 
 
-def _fastest_engines(timings: dict[str, list[Timing]]) -> list[dict]:
+def fastest_engines(timings: dict[str, list[Timing]]) -> list[dict]:
     """Return the engine with the least median latency for each batch size."""
-    noisy = {t.batch_size for entries in timings.values() for t in entries if t.is_noisy}
-    return [
-        {"batch_size": size, "engine": engine, "noisy": size in noisy}
-        for size, engine in fastest_by_batch_size(timings).items()
-    ]
+    found = []
+    for timed in zip(*timings.values(), strict=True):
+        medians_ms = [timing.median_ms for timing in timed]
+        engine = list(timings)[medians_ms.index(min(medians_ms))]
+        noisy = any(timing.is_noisy for timing in timed)
+        found.append({"batch_size": timed[0].batch_size, "engine": engine, "noisy": noisy})
+    return found
 
 
 def int8_entries(results: dict) -> list[dict]:

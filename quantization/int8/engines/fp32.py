@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from common.network.execution import Network
 from common.network.graph import CONVOLUTION, INPUT
-from quantization.int8.engines.program import Call, Program, may_overwrite
-from quantization.int8.fusion import FusedOperation, fuse_activations, fuse_additions
+from quantization.int8 import fusion
+from quantization.int8.engines.base import Call, Program
+from quantization.int8.fusion import FusedOperation
 
 # Activations that a oneDNN convolution can run: its name for them, and their parameters.
 FUSED = {
@@ -29,7 +30,6 @@ FUSED = {
     "sigmoid": ("sigmoid", []),
     "silu": ("swish", []),
 }
-Run = Callable[..., torch.Tensor]
 # From so many images on, oneDNN's convolutions with outputs of at most so many positions take 0.6
 # of the time in its blocked layout: AVX-512, 512 channels, 4 × 4 positions, batch 32 and 128.
 MANY_IMAGES, SMALL_MAP = 16, 16
@@ -49,20 +49,19 @@ def can_pack() -> bool:
 @torch.no_grad()
 def fp32_runner(network: Network) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the fastest form of an FP32 network on the CPU: maps images (N, C, H, W) to logits."""
-    shapes, steps = network.shapes, fuse_activations(network.graph, FUSED)
+    shapes, steps = network.shapes, fusion.fuse_activations(network.graph, FUSED)
     packs = can_pack()
     if packs:
-        steps = fuse_additions(
+        steps = fusion.fuse_additions(
             steps, network.graph, lambda step, added: shapes[step.name] == shapes[added]
         )
-    program = Program(
-        [
-            _packed_convolution(step, steps, network)
-            if packs and step.operation.kind == CONVOLUTION
-            else _plain_call(step, network)
-            for step in steps
-        ]
-    )
+    calls = [
+        _packed_convolution(step, steps, network)
+        if packs and step.operation.kind == CONVOLUTION
+        else _plain_call(step, network)
+        for step in steps
+    ]
+    program = Program(calls)
 
     def run(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -76,53 +75,51 @@ def _plain_call(step: FusedOperation, network: Network) -> Call:
     operation = step.operation
     if operation.kind == INPUT:
         return Call(step.name, lambda images: images, (step.name,))
-    in_place, activate = operation.name in network.overwriting, _activation(step, network)
+    in_place = operation.name in network.overwriting
 
     def run(*values: torch.Tensor) -> torch.Tensor:
-        return activate(network.compute(operation, values, in_place))
+        return _activate(network.compute(operation, values, in_place), step, network)
 
     return Call(step.name, run, step.inputs)
 
 
-def _activation(step: FusedOperation, network: Network) -> Run:
-    """Return what runs the activation that is fused into a step, if there is one."""
+def _activate(value: torch.Tensor, step: FusedOperation, network: Network) -> torch.Tensor:
+    """Run the activation that is fused into a step, if there is one."""
     if step.activation is None:
-        return lambda value: value
-    return lambda value: network.compute(network.graph[step.name], [value], in_place=True)
+        return value
+    return network.compute(network.graph[step.name], [value], in_place=True)
 
 
 def _packed_convolution(
     step: FusedOperation, steps: tuple[FusedOperation, ...], network: Network
 ) -> Call:
-    settings, layer = step.operation.attributes, network.layers[step.operation.name]
-    padding, stride, dilation = (list(settings[k]) for k in ("padding", "stride", "dilation"))
-    geometry = (padding, stride, dilation, settings["groups"])
+    operation, layer = step.operation, network.layers[step.operation.name]
+    stride, padding, dilation, groups = operation.arguments
+    geometry = (padding, stride, dilation, groups)  # in oneDNN's order
     pack = _packing(layer.weight, geometry, network.shapes[step.inputs[0]])
     bias = layer.bias.detach()
+    blocked_bias = bias.to_mkldnn()
+    convolve = torch.ops.mkldnn._convolution_pointwise.default
+    convolve_and_add = torch.ops.mkldnn._convolution_pointwise_.binary
     activation, parameters = FUSED[step.activation]
-    activate = _activation(step, network)
+    # A fused addition runs no activation but ReLU.
+    fused = activation if activation == "relu" else None
+    is_free = step.added is not None and fusion.may_overwrite(step, steps)
+    has_window = layer.weight[0, 0].numel() > 1 and groups == 1
+    is_small = has_window and math.prod(network.shapes[operation.name][1:]) <= SMALL_MAP
 
-    if step.added is None:
-        kernel = torch.ops.mkldnn._convolution_pointwise.default
+    def run(value: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:
+        weight = pack(len(value))
+        if is_small and len(value) >= MANY_IMAGES:  # in the blocked layout nothing is fused
+            sums = F.conv2d(value.to_mkldnn(), weight, blocked_bias, *operation.arguments)
+            sums = sums.to_dense().contiguous(memory_format=torch.channels_last)
+            return _activate(sums.add_(*added) if added else sums, step, network)
+        if not added:
+            return convolve(value, weight, bias, *geometry, activation, parameters, "")
+        total = added[0] if is_free else added[0].clone(memory_format=torch.channels_last)
+        convolve_and_add(total, value, weight, bias, *geometry, "add", 1.0, fused, [], "")
+        return total if fused else _activate(total, step, network)
 
-        def run(value: torch.Tensor) -> torch.Tensor:
-            return kernel(value, pack(len(value)), bias, *geometry, activation, parameters, "")
-    else:
-        kernel = torch.ops.mkldnn._convolution_pointwise_.binary
-        is_free = may_overwrite(step, steps)
-        # A fused addition runs no activation but ReLU.
-        fused = activation if activation == "relu" else None
-
-        def run(value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-            if not is_free:
-                added = added.clone(memory_format=torch.channels_last)
-            packed = pack(len(value))
-            total = kernel(added, value, packed, bias, *geometry, "add", 1.0, fused, [], "")
-            return activate(total) if fused is None else total
-
-    has_window = layer.weight[0, 0].numel() > 1 and settings["groups"] == 1
-    if has_window and math.prod(network.shapes[step.operation.name][1:]) <= SMALL_MAP:
-        run = _blocked_for_many(run, pack, bias, geometry, activate)
     return Call(step.name, run, step.inputs)
 
 
@@ -139,22 +136,3 @@ def _packing(
         return torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *geometry, [count, *shape])
 
     return pack
-
-
-def _blocked_for_many(
-    run: Run, pack: Callable[[int], torch.Tensor], bias: torch.Tensor, geometry: tuple,
-    activate: Run,
-) -> Run:  # fmt: skip
-    """Return what runs many images in oneDNN's blocked layout, where nothing is fused."""
-    padding, stride, *others = geometry
-    blocked_bias = bias.to_mkldnn()
-
-    def run_any(value: torch.Tensor, *added: torch.Tensor) -> torch.Tensor:
-        if len(value) < MANY_IMAGES:
-            return run(value, *added)
-        packed = pack(len(value))
-        sums = F.conv2d(value.to_mkldnn(), packed, blocked_bias, stride, padding, *others)
-        sums = sums.to_dense().contiguous(memory_format=torch.channels_last)
-        return activate(sums.add_(*added) if added else sums)
-
-    return run_any

@@ -1,18 +1,17 @@
 """torch's quantized kernels for operations without weights, as functions of their values alone."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 
 from common.network import graph as kinds
+from common.network.operations import compute
 from quantization.int8.fusion import FusedOperation
-from quantization.int8.network import MAX_LEVEL, Int8Network, ValueRange
+from quantization.int8.network import MAX_LEVEL, ValueRange
 
 QUANTIZED, ATEN = torch.ops.quantized, torch.ops.aten
 
 Function = Callable[..., torch.Tensor]
-
 
 # Kernels that take the range of their result. Those of activations look a level up, or compute it
 # from the real value, in one pass.
@@ -21,14 +20,11 @@ WITH_RANGE = {
     "hardswish": QUANTIZED.hardswish.default,
     "sigmoid": QUANTIZED.sigmoid.default,
 }
-# Kernels that take FP32's arguments, and any dtype.
-ON_LEVELS = {
-    kinds.MAX_POOL: ATEN.max_pool2d.default,
-    kinds.AVERAGE_POOL: ATEN.avg_pool2d.default,
-    kinds.ADAPTIVE_POOL: ATEN.adaptive_avg_pool2d.default,
-    kinds.PERMUTE: ATEN.permute.default,
-    kinds.PAD: ATEN.constant_pad_nd.default,
-}
+# Kinds of operations whose FP32 functions take levels too.
+ON_LEVELS = (
+    kinds.MAX_POOL, kinds.AVERAGE_POOL, kinds.ADAPTIVE_POOL, kinds.FLATTEN, kinds.PERMUTE,
+    kinds.SLICE, kinds.PAD,
+)  # fmt: skip
 
 
 def kernel_of(step: FusedOperation, kept: ValueRange | None, engine: str) -> Function | None:
@@ -36,12 +32,11 @@ def kernel_of(step: FusedOperation, kept: ValueRange | None, engine: str) -> Fun
 
     ``kept`` is the range of the step's value.
     """
-    operation, arguments = step.operation, step.operation.arguments
+    operation = step.operation
     if engine == "qnnpack" and operation.kind == "sigmoid":  # its kernel has one range only
         return None
     if operation.kind in ON_LEVELS:
-        kernel = ON_LEVELS[operation.kind]
-        return lambda x: kernel(x, *arguments)
+        return lambda x: compute(operation, [x], None, in_place=False)
     if operation.kind in WITH_RANGE:
         kernel = QUANTIZED.add_relu.default if step.activation else WITH_RANGE[operation.kind]
         return lambda *values: kernel(*values, kept.scale, kept.zero_point)
@@ -51,14 +46,9 @@ def kernel_of(step: FusedOperation, kept: ValueRange | None, engine: str) -> Fun
         case kinds.CONCATENATE:
             return lambda *values: QUANTIZED.cat.default(values, 1, kept.scale, kept.zero_point)
         case kinds.GLOBAL_POOL:
-            return lambda x: _global_pool(x, *arguments)
-        case kinds.FLATTEN:
-            return lambda x: ATEN.flatten.using_ints(x, 1)
+            return lambda x: _global_pool(x, operation.attributes["keep"])
         case kinds.RESHAPE:
             return lambda x: ATEN.reshape.default(x, [-1, *operation.attributes["shape"]])
-        case kinds.SLICE:
-            parts = operation.attributes["parts"]
-            return lambda x: functools.reduce(lambda y, part: ATEN.slice.Tensor(y, *part), parts, x)
     return None
 
 
@@ -70,15 +60,6 @@ def _multiply(x: torch.Tensor, y: torch.Tensor, kept: ValueRange) -> torch.Tenso
 def _global_pool(x: torch.Tensor, keeps_dimensions: bool) -> torch.Tensor:
     pooled = ATEN.adaptive_avg_pool2d.default(x, [1, 1])
     return pooled if keeps_dimensions else ATEN.flatten.using_ints(pooled, 1)
-
-
-def fp32_activations(network: Int8Network, engine: str) -> dict[str, str]:
-    """Return the activations that an engine has no integer kernel for."""
-    return {
-        step.name: "no integer kernel in torch: computed between a dequantize and a quantize"
-        for step in network.steps()
-        if step.operation.kind in kinds.ACTIVATIONS and kernel_of(step, None, engine) is None
-    }
 
 
 def store(real: torch.Tensor, kept: ValueRange | None) -> torch.Tensor:

@@ -11,13 +11,12 @@ import torch
 
 from common.network.execution import Layer
 from common.network.graph import GLOBAL_POOL, Operation
-from quantization.int8.engines.base import Runner
-from quantization.int8.engines.program import Call, Program
+from quantization.int8.engines.base import Call, Int8Model, Program
 from quantization.int8.fusion import FusedOperation
 from quantization.int8.network import CLIPS, MAX_LEVEL, SAME_RANGE, Int8Network
 
 
-class ReferenceRunner(Runner):
+class ReferenceRunner(Int8Model):
     """Runs an INT8 network in the reference's arithmetic.
 
     Values in uint8 are kept as whole numbers less their zero point, in float64; others in float32.
