@@ -25,7 +25,7 @@ from torchvision.datasets import CIFAR10
 from common.command import cli
 from common.files.output import OutputFolder
 from common.files.unfinished import PartialResults
-from common.images.download import BATCHES_FOLDER
+from common.images.cifar import BATCHES_FOLDER
 from common.network import resnet
 from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
 from common.network.resnet import ResNet, resnet18_shape

@@ -12,8 +12,8 @@ from torch import nn
 import common.inputs  # noqa: F401 - takes the true ResNet, before a test replaces it
 from common.command.cli import UserError
 from common.files.untrusted import read_untrusted
+from common.images.cifar import bundled_source
 from common.images.loading import load_images
-from common.images.sources import bundled_source
 from common.machine.workers import Workers
 from common.measure.evaluate import measure_accuracy, predict
 from common.network import resnet

@@ -16,7 +16,7 @@ from torch import nn
 from common.command.cli import REPOSITORY, UserError, log
 from common.files.atomic import replace_file
 from common.files.untrusted import MAX_UNPACKED_BYTES, read_untrusted, serialize
-from common.images.sources import ASSETS
+from common.images.cifar import ASSETS
 from common.network.entries import StateDict, Statistics, fit_tensors, shorten
 from common.network.layouts import read_layout
 from common.network.models import build_model
