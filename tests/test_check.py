@@ -17,8 +17,8 @@ from common.images.check import (
     find_mismatches,
 )
 from common.images.data import ImageSet
+from common.images.mismatch import _moments
 from common.images.normalisation import NORMALISATIONS
-from common.network.divergence import _moments
 from common.network.resnet import BlockShape, ResNet, ResNetShape
 from common.network.tracing import trace
 
