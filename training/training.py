@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
 from common.command.argument_types import fraction, image_count, positive_float, positive_int
-from common.command.image_arguments import add_image_arguments
+from common.command.input_arguments import add_image_arguments
 from training.recipe import BUNDLED_RECIPE, Recipe
 
 

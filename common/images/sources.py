@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.command.cli import UserError, log
-from common.command.image_arguments import DEFAULT_DATA_DIR
+from common.command.input_arguments import DEFAULT_DATA_DIR
 from common.images import cifar
 from common.images.cifar import BATCHES_FOLDER, CIFAR100_FOLDER
 from common.images.decoding import Sizing
