@@ -5,7 +5,6 @@ Reading ends in a network with weights that fit it, or in one line that says why
 
 import copy
 import hashlib
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,8 @@ from common.files.untrusted import MAX_UNPACKED_BYTES, read_untrusted, serialize
 from common.images.cifar import ASSETS
 from common.network.entries import StateDict, Statistics, fit_tensors, shorten
 from common.network.layouts import read_layout
-from common.network.models import build_model
+from common.network.models import build_model, narrowed
 from common.network.renaming import canonical_names
-from common.network.reshape import with_tensors
 from common.network.resnet import ResNet, ResNetShape
 from common.network.tracing import trace
 from quantization.files.int8_file import is_int8_file, read_int8
@@ -112,7 +110,7 @@ def load_network(
         tensors, expected, own = _fit_resnet(path, tensors, max_pool)
         family = expected.shape.family
     else:
-        expected, family = _narrowed(build_model(model, tensors), tensors), model
+        expected, family = narrowed(build_model(model, tensors), tensors), model
     state = fit_tensors(path, tensors, expected.state_dict(), family)
     dtypes = {str(t.dtype).split(".")[1] for t in tensors.values() if t.is_floating_point()}
     if dtypes != {"float32"}:
@@ -124,17 +122,6 @@ def load_network(
     names = [name.removesuffix(WEIGHT) for name in tensors if name.endswith(WEIGHT)]
     own_names = {n: layout.prefix + own.get(n + WEIGHT, n).removesuffix(WEIGHT) for n in names}
     return Loaded(expected.eval(), family, layout.statistics, own_names)
-
-
-def _narrowed(model: nn.Module, tensors: StateDict) -> nn.Module:
-    """Return the network as narrow as the tensors, if these are those of its slim form."""
-    blank = {}
-    for name, wide in model.state_dict().items():
-        shape = tensors[name].shape if name in tensors else wide.shape[:0]
-        if len(shape) != wide.ndim or any(map(operator.gt, shape, wide.shape)):
-            return model
-        blank[name] = wide.new_empty(shape, device="meta")
-    return with_tensors(model, blank)
 
 
 def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
@@ -157,7 +144,7 @@ def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
             epsilon = built.get_submodule(norm).eps
             state |= {f"{norm}.weight": ones, f"{norm}.running_var": ones - epsilon}
             state[f"{norm}.running_mean"] = torch.zeros_like(layer.bias)
-    built = _narrowed(built, state)
+    built = narrowed(built, state)
     built.load_state_dict(fit_tensors(path, state, built.state_dict(), family), assign=True)
     return Loaded(built.eval(), family, (network.mean, network.std))
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from common.network.execution import Layer, Network
 from common.network.graph import AFFINE, RESHAPE, Graph
-from common.network.reshape import with_tensors
+from common.network.models import with_tensors
 from common.network.tracing import Traced
 from pruning.channels.groups import ChannelGroup
 from pruning.channels.surgeon import ChannelChoice
