@@ -102,44 +102,39 @@ def load_network(
     content = read_untrusted(path)
     known = set(build_model(model, {}).state_dict()) if model else ()
     layout = read_layout(path, content, file.key, known)
-    tensors, own = layout.tensors, {}
-    count = sum(tensor.numel() for tensor in tensors.values())
+    count = sum(tensor.numel() for tensor in layout.tensors.values())
     if count * torch.float32.itemsize > MAX_UNPACKED_BYTES:  # views of few numbers can claim this
         raise UserError(f"{path}: {count:,} numbers are too many for a checkpoint")
-    if model is None:
-        tensors, expected, own = _fit_resnet(path, tensors, max_pool)
-        family = expected.shape.family
-    else:
-        expected, family = narrowed(build_model(model, tensors), tensors), model
-    state = fit_tensors(path, tensors, expected.state_dict(), family)
+    tensors, network, family, own = _build(path, layout.tensors, model, max_pool)
+    state = fit_tensors(path, tensors, network.state_dict(), family)
     dtypes = {str(t.dtype).split(".")[1] for t in tensors.values() if t.is_floating_point()}
     if dtypes != {"float32"}:
         found = " and ".join(sorted(dtypes))
         log.info("%s: %s weights, converted to float32", _name(path), found)
     for note in layout.notes:
         log.info("%s: %s", _name(path), note)
-    expected.load_state_dict(state, assign=True)
-    names = [name.removesuffix(WEIGHT) for name in tensors if name.endswith(WEIGHT)]
-    own_names = {n: layout.prefix + own.get(n + WEIGHT, n).removesuffix(WEIGHT) for n in names}
-    return Loaded(expected.eval(), family, layout.statistics, own_names)
+    network.load_state_dict(state, assign=True)
+    own_names = {
+        name.removesuffix(WEIGHT): layout.prefix + own.get(name, name).removesuffix(WEIGHT)
+        for name in tensors
+        if name.endswith(WEIGHT)
+    }
+    return Loaded(network.eval(), family, layout.statistics, own_names)
 
 
 def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
     """Return the FP32 network of an INT8 file; its batch norms do nothing but add the biases."""
     network = read_int8(path)
     state = {f"{name}.weight": layer.dense().weight for name, layer in network.layers.items()}
-    if model is None:
-        state, built, _ = _fit_resnet(path, state, max_pool)
-        family = built.shape.family
-    else:
-        built, family = build_model(model, state), model
+    state, built, family, _ = _build(path, state, model, max_pool)
     blank = copy.deepcopy(built).eval().to("meta")  # torchvision's has some real tensors
     traced = trace(blank, network.graph.operations[0].attributes["shape"])
     if set(traced.network.graph.layers) != set(network.layers) or network.affine:
         raise UserError(f"{path}: its layers are not those of {family}")
     for name, layer in network.layers.items():
-        state[f"{traced.norms.get(name, name)}.bias"] = layer.bias
-        if (norm := traced.norms.get(name)) is not None:
+        norm = traced.norms.get(name)
+        state[f"{norm or name}.bias"] = layer.bias
+        if norm is not None:
             ones = torch.ones_like(layer.bias)
             epsilon = built.get_submodule(norm).eps
             state |= {f"{norm}.weight": ones, f"{norm}.running_var": ones - epsilon}
@@ -149,26 +144,28 @@ def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
     return Loaded(built.eval(), family, (network.mean, network.std))
 
 
-def _fit_resnet(
-    path: Path, tensors: StateDict, max_pool: bool | None
-) -> tuple[StateDict, ResNet, dict[str, str]]:
-    """Return the tensors under a ResNet's names, that ResNet without weights, and their own names.
+def _build(
+    path: Path, tensors: StateDict, model: str | None, max_pool: bool | None
+) -> tuple[StateDict, nn.Module, str, dict[str, str]]:
+    """Return the tensors under a network's names, that network without weights, and its family.
 
-    The last dictionary gives for each name the checkpoint's own, where they differ.
+    The dictionary gives for each name the checkpoint's own, where they differ.
     """
+    if model is not None:
+        return tensors, narrowed(build_model(model, tensors), tensors), model, {}
     names = {} if "conv1.weight" in tensors else canonical_names(tensors) or {}
     if names:
         log.info("%s: its names are mapped, by order and shape, to conv1 … linear", _name(path))
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
     try:
         with torch.device("meta"):
-            model = ResNet(ResNetShape.of(tensors), max_pool)
+            resnet = ResNet(ResNetShape.of(tensors), max_pool)
     except ValueError as error:
         raise UserError(
             f"{path}: not a ResNet ({error}) but a network with {shorten([*tensors])}; --model "
             "says which network it is, such as --model torchvision:mobilenet_v2"
         ) from None
-    return tensors, model, {new: old for old, new in names.items()}
+    return tensors, resnet, resnet.shape.family, {new: old for old, new in names.items()}
 
 
 def _name(path: Path) -> Path | str:
