@@ -80,24 +80,21 @@ class Workers:
 ALONE = Workers(torch.device("cpu"))
 
 
-def require_one_process() -> None:
-    """Raise a UserError if ``torchrun`` started other processes: there is no work to share."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this script runs in one process: start without torchrun")
-
-
 @contextlib.contextmanager
-def join_workers(device: torch.device) -> Iterator[Workers]:
+def join_workers(device: torch.device, shared: bool = True) -> Iterator[Workers]:
     """Join the processes that ``torchrun`` started, if it did; only the first goes on logging.
 
     If ``device`` is ``cuda``, each process takes the GPU of its number.
 
     Raises:
-        UserError: The processes cannot connect, are too many for the GPUs, or one of them ended.
+        UserError: There are several and no ``shared`` work; they cannot connect, are too many for
+            the GPUs, or one of them ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Workers(device)
         return
+    if not shared:
+        raise UserError("this script runs in one process: start without torchrun")
     if device.type == "mps":
         raise UserError("an Apple GPU serves one process; start without torchrun, or --device cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
