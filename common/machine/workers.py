@@ -55,10 +55,7 @@ class Workers:
 
     def broadcast(self, value: Value | None) -> Value:
         """Return the first process's ``value``, in every process."""
-        values = [value]
-        if self.count > 1:
-            distributed.broadcast_object_list(values)
-        return values[0]
+        return self.gather(value)[0]
 
     def require_same(self, inputs: Mapping[str, object]) -> None:
         """Raise a UserError if other processes have other inputs, by names for the user."""
