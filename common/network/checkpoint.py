@@ -101,25 +101,23 @@ def load_network(
         return _load_int8(path, model, max_pool)
     content = read_untrusted(path)
     known = set(build_model(model, {}).state_dict()) if model else ()
-    layout = read_layout(path, content, file.key, known)
-    count = sum(tensor.numel() for tensor in layout.tensors.values())
+    tensors, statistics, prefix = read_layout(path, content, file.key, known)
+    count = sum(tensor.numel() for tensor in tensors.values())
     if count * torch.float32.itemsize > MAX_UNPACKED_BYTES:  # views of few numbers can claim this
         raise UserError(f"{path}: {count:,} numbers are too many for a checkpoint")
-    tensors, network, family, own = _build(path, layout.tensors, model, max_pool)
+    tensors, network, family, own = _build(path, tensors, model, max_pool)
     state = fit_tensors(path, tensors, network.state_dict(), family)
     dtypes = {str(t.dtype).split(".")[1] for t in tensors.values() if t.is_floating_point()}
     if dtypes != {"float32"}:
-        found = " and ".join(sorted(dtypes))
-        log.info("%s: %s weights, converted to float32", _name(path), found)
-    for note in layout.notes:
-        log.info("%s: %s", _name(path), note)
+        name = "the bundled weights" if path == BUNDLED_WEIGHTS else path
+        log.info("%s: %s weights, converted to float32", name, " and ".join(sorted(dtypes)))
     network.load_state_dict(state, assign=True)
     own_names = {
-        name.removesuffix(WEIGHT): layout.prefix + own.get(name, name).removesuffix(WEIGHT)
+        name.removesuffix(WEIGHT): prefix + own.get(name, name).removesuffix(WEIGHT)
         for name in tensors
         if name.endswith(WEIGHT)
     }
-    return Loaded(network.eval(), family, layout.statistics, own_names)
+    return Loaded(network.eval(), family, statistics, own_names)
 
 
 def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
@@ -155,7 +153,7 @@ def _build(
         return tensors, narrowed(build_model(model, tensors), tensors), model, {}
     names = {} if "conv1.weight" in tensors else canonical_names(tensors) or {}
     if names:
-        log.info("%s: its names are mapped, by order and shape, to conv1 … linear", _name(path))
+        log.info("%s: its names are mapped, by order and shape, to conv1 … linear", path)
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
     try:
         with torch.device("meta"):
@@ -166,10 +164,6 @@ def _build(
             "says which network it is, such as --model torchvision:mobilenet_v2"
         ) from None
     return tensors, resnet, resnet.shape.family, {new: old for old, new in names.items()}
-
-
-def _name(path: Path) -> Path | str:
-    return "the bundled weights" if path == BUNDLED_WEIGHTS else path
 
 
 def save_checkpoint(content: object, path: Path) -> None:
