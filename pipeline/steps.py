@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints.checkpoint import save_checkpoint
 from common.files.output import OutputFolder
 from common.files.unfinished import SCRIPT
 from common.images.data import ImageSet, checksum
@@ -15,7 +16,6 @@ from common.inputs import Inputs
 from common.machine.fresh_process import start_fresh
 from common.measure.evaluate import Paired, predict
 from common.measure.latency import Contender, speedups, time_interleaved
-from common.network.checkpoint import save_checkpoint
 from common.network.execution import Network
 from pipeline.answers import Found
 from pipeline.candidates import Candidate, CandidateBuilder

@@ -22,10 +22,10 @@ from processes import undisturbed
 from resnet18 import ResNet18, Widths, weight_modules
 from torch.nn.utils import prune
 
+from common.checkpoints.checkpoint import save_checkpoint
 from common.images import cifar
 from common.images.cifar import CLASSES
 from common.images.data import ImageSet
-from common.network.checkpoint import save_checkpoint
 from common.network.execution import Network
 from common.network.tracing import trace_network
 from quantization.int8 import conversion, engines

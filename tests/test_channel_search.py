@@ -13,9 +13,9 @@ from cifar import image_set, normalize
 from processes import run_here
 from resnet18 import ResNet18, Widths, weight_modules
 
+from common.checkpoints.checkpoint import load_model
 from common.command.cli import UserError
 from common.measure.evaluate import Accuracy
-from common.network.checkpoint import load_model
 from common.network.tracing import trace_network
 from common.search.budget import Verdict
 from pruning.alone.scan import Scan

@@ -9,9 +9,9 @@ import torch
 import torchvision
 from torch import nn
 
+from common.checkpoints.checkpoint import WeightsFile, load_network
+from common.checkpoints.models import build_model, with_tensors
 from common.command.cli import UserError
-from common.network.checkpoint import WeightsFile, load_network
-from common.network.models import build_model, with_tensors
 from common.network.tracing import trace_network
 from quantization.files.int8_file import save_int8
 from quantization.int8.conversion import convert, observe

@@ -23,10 +23,10 @@ from PIL import Image
 from processes import REPOSITORY
 from test_int8_file import FORGERIES, as_bytes, rewrite
 
+from common.checkpoints.checkpoint import find_weights, load_network
 from common.images.cifar import bundled_source
 from common.images.decoding import Sizing, decode_images
 from common.images.loading import load_images
-from common.network.checkpoint import find_weights, load_network
 from common.network.tracing import trace_network
 from quantization import load_int8
 from quantization.files.artifact import write_checks

@@ -65,11 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     import torch
 
+    from common.checkpoints.checkpoint import WEIGHTS_NAME
+    from common.checkpoints.resnet import ResNet, resnet18_shape
     from common.images import sources
     from common.images.data import checksum
     from common.images.loading import check_disjoint, load_images
-    from common.network.checkpoint import WEIGHTS_NAME
-    from common.network.resnet import ResNet, resnet18_shape
     from common.network.size import describe_network
     from common.network.tracing import trace_network
     from common.run import common_results, finish_run, start_run

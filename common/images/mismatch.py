@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from common.checkpoints.resnet import ResNet
 from common.images.data import ImageSet
 from common.images.normalisation import NORMALISATIONS
 from common.network.graph import CONVOLUTION
-from common.network.resnet import ResNet
 from common.network.tracing import Traced
 
 CHECK_IMAGES = 256

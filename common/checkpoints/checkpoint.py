@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.checkpoints.entries import StateDict, Statistics, fit_tensors, shorten
+from common.checkpoints.layouts import read_layout
+from common.checkpoints.models import build_model, narrowed
+from common.checkpoints.renaming import canonical_names
+from common.checkpoints.resnet import ResNet, ResNetShape
 from common.command.cli import REPOSITORY, UserError, log
 from common.files.atomic import replace_file
 from common.files.untrusted import MAX_UNPACKED_BYTES, read_untrusted, serialize
 from common.images.cifar import ASSETS
-from common.network.entries import StateDict, Statistics, fit_tensors, shorten
-from common.network.layouts import read_layout
-from common.network.models import build_model, narrowed
-from common.network.renaming import canonical_names
-from common.network.resnet import ResNet, ResNetShape
 from common.network.tracing import trace
 from quantization.files.int8_file import is_int8_file, read_int8
 
@@ -89,7 +89,7 @@ def load_network(
     """Return the network with the checkpoint's weights.
 
     Args:
-        file: Checkpoint in any layout that :mod:`common.network.layouts` reads.
+        file: Checkpoint in any layout that :mod:`common.checkpoints.layouts` reads.
         model: The network, as ``--model`` names it; by default the ResNet of the checkpoint.
         max_pool: Whether a max pool follows a ResNet's first convolution.
 

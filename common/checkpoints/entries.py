@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints.renaming import BATCH_COUNTER
 from common.command.cli import UserError, log
 from common.files.inert import Inert, object_refused
 from common.images.normalisation import Statistics
-from common.network.renaming import BATCH_COUNTER
 
 StateDict = dict[str, torch.Tensor]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints import entries
+from common.checkpoints.entries import StateDict
+from common.checkpoints.renaming import BATCH_COUNTER, shared_prefix
 from common.command.cli import UserError, log
 from common.files.inert import Inert, object_refused
 from common.images.normalisation import Statistics
-from common.network import entries
-from common.network.entries import StateDict
-from common.network.renaming import BATCH_COUNTER, shared_prefix
 
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
 AVERAGED = re.compile(r"ema|swa|averag|shadow", re.IGNORECASE)
