@@ -11,17 +11,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.checkpoints.checkpoint import WEIGHTS_NAME, find_weights, load_network
 from common.command.argument_types import AtMost
 from common.command.cli import UserError, log
 from common.files.untrusted import explained
 from common.images import check
 from common.images.data import ImageSet, checksum
-from common.images.loading import check_disjoint, load_images
+from common.images.loading import Source, check_disjoint, load_images
 from common.images.normalisation import AUTO, NORMALISATIONS
-from common.images.source import Source
 from common.images.sources import open_chosen_source
 from common.machine.workers import ALONE, Workers
-from common.network.checkpoint import WEIGHTS_NAME, find_weights, load_network
 from common.network.size import describe_network
 from common.network.tracing import Traced, trace
 

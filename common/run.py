@@ -18,7 +18,7 @@ from common.command.cli import REPOSITORY
 from common.files.atomic import replace_file
 from common.files.output import RESULTS_NAME, OutputFolder
 from common.machine import device as machine
-from common.machine.workers import Workers, join_workers, require_one_process
+from common.machine.workers import Workers, join_workers
 from common.report.page import write_page
 from common.report.results import to_json
 from common.report.story import Story
@@ -46,11 +46,9 @@ def start_run(
     Raises:
         UserError: The device, the processes or the folder cannot be used.
     """
-    if not shared:
-        require_one_process()
     machine.set_up_cpu(args.threads)
     device = machine.choose_device(args.device if "device" in args else "cpu")
-    with join_workers(device) as workers:
+    with join_workers(device, shared) as workers:
         if not workers.is_first:
             yield workers, None
             return

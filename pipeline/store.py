@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.checkpoints.checkpoint import save_checkpoint
+from common.checkpoints.models import with_tensors
 from common.command.cli import UserError
 from common.files.unfinished import PartialResults
 from common.files.untrusted import read_untrusted
-from common.network.checkpoint import save_checkpoint
-from common.network.reshape import with_tensors
 from quantization.files.int8_file import SUFFIX, read_int8, save_int8
 from quantization.int8.network import Int8Network
 from training.loop.fit import choose_precision

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 
 from common.images import data
-from common.images.cifar10 import CLASSES, MEAN, STD
+from common.images.cifar import CLASSES
 from common.images.data import ImageSet
-from common.images.source import Source, Split
+from common.images.loading import Source, Split
+from common.images.normalisation import MEAN, STD
 
 
 def image_set(images: torch.Tensor, labels: torch.Tensor, **facts: object) -> ImageSet:
@@ -19,7 +20,7 @@ def image_set(images: torch.Tensor, labels: torch.Tensor, **facts: object) -> Im
 
 def source(open_split: Callable[[str], Split], classes: tuple[str, ...] = CLASSES) -> Source:
     """Make a source of image folders."""
-    return Source("folder", "a test", open_split, classes, 32, MEAN, STD)
+    return Source("folder", "a test", open_split, classes, MEAN, STD)
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,10 @@ from processes import undisturbed
 from resnet18 import ResNet18, Widths, weight_modules
 from torch.nn.utils import prune
 
-from common.images import sources
-from common.images.cifar10 import CLASSES
+from common.checkpoints.checkpoint import save_checkpoint
+from common.images import cifar
+from common.images.cifar import CLASSES
 from common.images.data import ImageSet
-from common.network.checkpoint import save_checkpoint
 from common.network.execution import Network
 from common.network.tracing import trace_network
 from quantization.int8 import conversion, engines
@@ -72,7 +72,7 @@ def _imports_frozen() -> None:
 def _archives_opened_once() -> Iterator[None]:
     """Unpack the bundled images once in each process, which takes a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "open_archive", functools.cache(sources.open_archive))
+        patch.setattr(cifar, "open_archive", functools.cache(cifar.open_archive))
         yield
 
 

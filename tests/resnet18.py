@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from common.network.resnet import BlockShape, ResNet, ResNetShape
+from common.checkpoints.resnet import BlockShape, ResNet, ResNetShape
 
 CLASS_COUNT = 10
 BLOCKS = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1))

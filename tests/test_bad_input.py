@@ -22,13 +22,13 @@ from PIL import Image
 from processes import run_here
 from torchvision.datasets import CIFAR10
 
+from common.checkpoints import resnet
+from common.checkpoints.checkpoint import BUNDLED_WEIGHTS, load_model
+from common.checkpoints.resnet import ResNet, resnet18_shape
 from common.command import cli
 from common.files.output import OutputFolder
 from common.files.unfinished import PartialResults
-from common.images.download import BATCHES_FOLDER
-from common.network import resnet
-from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
-from common.network.resnet import ResNet, resnet18_shape
+from common.images.cifar import BATCHES_FOLDER
 from pipeline import pipeline
 from pruning import pruning
 from quantization import quantization

@@ -16,12 +16,11 @@ import pytest
 import torch
 from shared_inputs import MARKS, SHARED
 
+from common.checkpoints.checkpoint import find_weights, load_model, load_network
 from common.command.cli import REPOSITORY, UserError, set_up_messages
-from common.images.cifar10 import CLASSES
+from common.images.cifar import BUNDLED_ARCHIVES, CLASSES
 from common.images.normalisation import NORMALISATIONS
-from common.images.sources import BUNDLED_ARCHIVES
 from common.inputs import Inputs, load_inputs
-from common.network.checkpoint import find_weights, load_model, load_network
 
 WEIGHTS = SHARED / "weights" / "resnet18_cifar10.pth"
 TEST_IMAGES = 500

@@ -10,7 +10,7 @@ from networks import NETWORKS, Bottleneck, MobileNet, Vgg, build, grouped
 from resnet18 import BLOCKS, ResNet18
 from torch import nn
 
-from common.network.resnet import BlockShape, ResNet, ResNetShape
+from common.checkpoints.resnet import BlockShape, ResNet, ResNetShape
 from common.network.tracing import trace, trace_network
 from pruning.channels import groups as module
 from pruning.channels.costs import WEIGHTS, ChannelCosts

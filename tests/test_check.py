@@ -9,6 +9,7 @@ import torch
 from cifar import image_set
 from torch import nn
 
+from common.checkpoints.resnet import BlockShape, ResNet, ResNetShape
 from common.images import check
 from common.images.check import (
     Subject,
@@ -17,9 +18,8 @@ from common.images.check import (
     find_mismatches,
 )
 from common.images.data import ImageSet
+from common.images.mismatch import _moments
 from common.images.normalisation import NORMALISATIONS
-from common.network.divergence import _moments
-from common.network.resnet import BlockShape, ResNet, ResNetShape
 from common.network.tracing import trace
 
 COUNT, CLASS_COUNT = 256, 4

@@ -13,9 +13,8 @@ import torch
 from networks import dequantized
 from safetensors.torch import save_file
 
-from common.command import cli
-from common.network import checkpoint
-from common.network.checkpoint import (
+from common.checkpoints import checkpoint
+from common.checkpoints.checkpoint import (
     BUNDLED_WEIGHTS,
     WEIGHTS_NAME,
     WeightsFile,
@@ -23,7 +22,8 @@ from common.network.checkpoint import (
     load_model,
     load_network,
 )
-from common.network.layouts import NESTING_KEYS
+from common.checkpoints.layouts import NESTING_KEYS
+from common.command import cli
 from quantization.files.int8_file import save_int8
 from quantization.settings import Settings
 

@@ -15,8 +15,8 @@ from test_int8_runtimes import ARGUMENTS
 from test_results_schema import SCHEMA
 
 from benchmarks import compression_peers, peers
+from common.checkpoints.resnet import BlockShape, ResNet, ResNetShape
 from common.measure.evaluate import predict
-from common.network.resnet import BlockShape, ResNet, ResNetShape
 from common.network.tracing import trace_network
 from quantization.files.int8_file import save_int8
 

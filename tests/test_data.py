@@ -16,10 +16,9 @@ from torchvision import transforms
 from common.command.argument_types import AtMost
 from common.command.cli import UserError, set_up_messages
 from common.images import data
-from common.images.cifar10 import MEAN, STD
 from common.images.data import allocate, balanced_subset
-from common.images.loading import load_images
-from common.images.source import Source, Split
+from common.images.loading import Source, Split, load_images
+from common.images.normalisation import MEAN, STD
 
 label_arrays = arrays(np.int64, st.integers(1, 200), elements=st.integers(0, 9))
 

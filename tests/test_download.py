@@ -17,9 +17,8 @@ from torchvision.datasets import CIFAR10
 
 from common.command import cli
 from common.command.cli import UserError
-from common.images import download
-from common.images.cifar10 import CLASSES
-from common.images.download import BATCHES_FOLDER
+from common.images import cifar
+from common.images.cifar import BATCHES_FOLDER, CLASSES
 from common.images.sources import open_source
 
 
@@ -159,7 +158,7 @@ def test_a_failed_download_is_one_warning_and_leaves_nothing(
 
 @pytest.mark.parametrize("answer", [b"", http(b"half", 1000)], ids=["silent", "half-way"])
 def test_a_stalled_download_times_out(answer, archive, serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(cifar, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
     before = socket.getdefaulttimeout()
     serve(answer, stall=True)
     with pytest.raises(UserError, match="timed out"):

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.checkpoints.checkpoint import WEIGHTS_NAME
+from common.checkpoints.models import build_model
 from common.command.argument_types import AtMost
 from common.command.cli import UserError, set_up_messages
-from common.images.cifar10 import CLASSES, MEAN, STD
+from common.images.cifar import CLASSES
 from common.images.folders import folder_source
 from common.images.loading import load_images
+from common.images.normalisation import MEAN, STD
 from common.inputs import load_inputs
 from common.machine.workers import ALONE, Workers
-from common.network.checkpoint import WEIGHTS_NAME
-from common.network.models import build_model
 
 
 @pytest.fixture

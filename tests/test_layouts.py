@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 
+from common.checkpoints.checkpoint import WeightsFile, find_weights, load_network
+from common.checkpoints.models import build_model
+from common.checkpoints.resnet import BlockShape, ResNet, ResNetShape
 from common.command import cli
 from common.command.cli import UserError
-from common.network.checkpoint import WeightsFile, find_weights, load_network
-from common.network.models import build_model
-from common.network.resnet import BlockShape, ResNet, ResNetShape
 from pruning.alone.scan import choose_layers
 
 State = dict[str, torch.Tensor]

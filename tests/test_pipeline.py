@@ -14,8 +14,8 @@ from printed import read_table, shows
 from processes import REPOSITORY, run_here
 from resnet18 import Widths
 
+from common.checkpoints.checkpoint import load_model
 from common.files.output import UNFINISHED_NAME
-from common.network.checkpoint import load_model
 from common.search.trials import Range, run_trials
 from pipeline import answers
 from pipeline.pipeline import main

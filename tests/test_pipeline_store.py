@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from common.checkpoints.checkpoint import save_checkpoint
 from common.command.cli import UserError
 from common.files.unfinished import PartialResults
-from common.network.checkpoint import save_checkpoint
 from common.network.tracing import trace_network
 from pipeline import store as module
 from pipeline.store import Store

@@ -17,9 +17,9 @@ from check_results import check_results, without_times
 from printed import read_facts, read_table, shows
 from processes import REPOSITORY, Copy, run_fresh, run_here, run_together, start_together
 
+from common.checkpoints.checkpoint import load_model
 from common.files.output import OUR_ENTRIES, STAGING_PREFIX, UNFINISHED_NAME
 from common.network.cascade import Cascade
-from common.network.checkpoint import load_model
 from common.report.results import floor_percent
 from pruning.alone import scan as scan_module
 from pruning.pruning import main

@@ -10,8 +10,8 @@ from processes import run_here
 from resnet18 import weight_modules
 from test_pruning import QUICK
 
+from common.checkpoints.checkpoint import load_model
 from common.measure.evaluate import predict
-from common.network.checkpoint import load_model
 from common.network.size import describe_layers
 from common.network.tracing import trace_network
 from common.search.budget import split_test

@@ -21,9 +21,9 @@ from PIL import Image
 
 import common
 from common import run as run_module
+from common.checkpoints.checkpoint import WeightsFile
 from common.machine import device
 from common.machine.workers import ALONE
-from common.network.checkpoint import WeightsFile
 from common.report.figures import BLUE, new_figure, save_figure
 from common.report.results import (
     against_given,

@@ -60,7 +60,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path):
 
 def test_the_first_process_alone_opens_the_folder(tmp_path, monkeypatch):
     second = Workers(CPU, rank=1, count=2)
-    monkeypatch.setattr(run, "join_workers", lambda device: contextlib.nullcontext(second))
+    monkeypatch.setattr(run, "join_workers", lambda *_: contextlib.nullcontext(second))
     with run.start_run(arguments(tmp_path / "out")) as (crew, folder):
         assert crew is second
         assert folder is None

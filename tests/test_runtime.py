@@ -23,10 +23,10 @@ from PIL import Image
 from processes import REPOSITORY
 from test_int8_file import FORGERIES, as_bytes, rewrite
 
-from common.images.decoding import Sizing
+from common.checkpoints.checkpoint import find_weights, load_network
+from common.images.cifar import bundled_source
+from common.images.decoding import Sizing, decode_images
 from common.images.loading import load_images
-from common.images.sources import bundled_source
-from common.network.checkpoint import find_weights, load_network
 from common.network.tracing import trace_network
 from quantization import load_int8
 from quantization.files.artifact import write_checks
@@ -199,10 +199,11 @@ def test_photos_of_any_size_fill_the_image(size, wanted):
     assert pixels.min() == 255
 
 
-def test_photos_are_sized_as_the_test_images_were():
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 31, 3), np.uint8))
-    expected = np.asarray(Sizing(12, 12, 14).apply(photo))
-    assert np.array_equal(classify.fit(photo, 12, 12, 14), expected)
+def test_photos_are_read_as_the_test_images_were(tmp_path):
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 31, 3), np.uint8)).save(path)
+    (expected,) = decode_images([(path.name, path.read_bytes)], 1, Sizing(12, 12, 14))
+    assert np.array_equal(classify.read_image(path, 12, 12, 14), expected)
 
 
 def test_a_check_passes_for_its_own_network_alone(network, saved, copied, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from resnet18 import ResNet18
 
-from common.network.checkpoint import save_checkpoint
+from common.checkpoints.checkpoint import save_checkpoint
 from common.network.size import describe_layers, saved_size_bytes
 from common.network.tracing import trace_network
 

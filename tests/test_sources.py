@@ -12,10 +12,10 @@ from PIL import Image
 from torchvision.datasets import CIFAR100
 
 from common.command.cli import UserError, set_up_messages
-from common.images import sources
+from common.images import cifar
+from common.images.decoding import Sizing
 from common.images.loading import load_images
 from common.images.normalisation import NORMALISATIONS
-from common.images.source import SizeRequest
 from common.images.sources import open_source
 
 # --- image folders -------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_images_of_one_size_keep_it_and_larger_ones_are_normalised_as_imagenet(t
     images = load_images(open_source(tmp_path, is_given=True), "test", None, seed=0)
     assert images.shape == (3, 40, 60)
     assert (images.mean, images.std) == NORMALISATIONS["imagenet"]
-    sized = open_source(tmp_path, size=SizeRequest(32, 36), is_given=True)
+    sized = open_source(tmp_path, sizing=Sizing(32, 32, 36), is_given=True)
     assert load_images(sized, "train", None, seed=0).shape == (3, 32, 32)
 
 
@@ -137,7 +137,7 @@ def test_damaged_bundled_images_are_an_error(content, tmp_path, monkeypatch):
     archive = tmp_path / "images.tar.xz"
     if content is not None:
         archive.write_bytes(content)
-    monkeypatch.setitem(sources.BUNDLED_ARCHIVES, "test", archive)
+    monkeypatch.setitem(cifar.BUNDLED_ARCHIVES, "test", archive)
     with pytest.raises(UserError, match=r"images\.tar\.xz: bundled images are missing or damaged"):
         open_source(tmp_path, bundled=True).open_split("test")
 
@@ -149,7 +149,7 @@ def test_an_empty_folder_is_for_cifar10_whatever_lies_beside_it(tmp_path, monkey
         asked.append(folder)
         raise OSError("offline")
 
-    monkeypatch.setattr(sources, "download_cifar10", refuse)
+    monkeypatch.setattr(cifar, "download_cifar10", refuse)
     for name in ("cifar", "train", "test"):
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="could not be downloaded"):

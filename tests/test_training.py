@@ -10,14 +10,14 @@ from resnet18 import ResNet18, Widths
 from torch import nn
 
 import common.inputs  # noqa: F401 - takes the true ResNet, before a test replaces it
+from common.checkpoints import resnet
+from common.checkpoints.checkpoint import load_model, save_checkpoint
 from common.command.cli import UserError
 from common.files.untrusted import read_untrusted
+from common.images.cifar import bundled_source
 from common.images.loading import load_images
-from common.images.sources import bundled_source
 from common.machine.workers import Workers
 from common.measure.evaluate import measure_accuracy, predict
-from common.network import resnet
-from common.network.checkpoint import load_model, save_checkpoint
 from tests.check_results import check_results
 from tests.printed import read_table, shows
 from training.loop.fit import EpochSummary, TrainingState, fit, make_optimizer

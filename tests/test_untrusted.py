@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from common.checkpoints.checkpoint import load_model
+from common.checkpoints.layouts import NESTING_KEYS
 from common.command.cli import UserError
-from common.network.checkpoint import load_model
-from common.network.layouts import NESTING_KEYS
 
 BOUNDED = settings(
     max_examples=150,

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.checkpoints.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
 from common.command.cli import UserError, log
 from common.files.output import OutputFolder
 from common.files.unfinished import SCRIPT
 from common.files.untrusted import read_untrusted
 from common.images.data import ImageSet, balanced_subset, checksum
 from common.measure.evaluate import measure_accuracy, predict
-from common.network.checkpoint import WEIGHTS_NAME, WeightsFile, save_checkpoint
 from common.report import figures
 from common.report import results as report
 from common.report.results import counted, percent

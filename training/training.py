@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import arguments, cli
 from common.command.argument_types import fraction, image_count, positive_float, positive_int
-from common.command.image_arguments import add_image_arguments
+from common.command.input_arguments import add_image_arguments
 from training.recipe import BUNDLED_RECIPE, Recipe
 
 
@@ -60,11 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     started = cli.start(args.quiet)  # imports torch, so nothing that needs it is imported above
     import torch
 
+    from common.checkpoints.checkpoint import WEIGHTS_NAME
+    from common.checkpoints.resnet import ResNet, resnet18_shape
     from common.images import sources
     from common.images.data import checksum
     from common.images.loading import check_disjoint, load_images
-    from common.network.checkpoint import WEIGHTS_NAME
-    from common.network.resnet import ResNet, resnet18_shape
     from common.network.size import describe_network
     from common.network.tracing import trace_network
     from common.run import common_results, finish_run, start_run

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.checkpoints.checkpoint import BUNDLED_WEIGHTS, load_model
 from common.command import arguments, cli
 from common.command.argument_types import positive_int
 from common.files.atomic import replace_file
+from common.images.cifar import ASSETS, open_archive
 from common.images.data import balanced_subset
-from common.images.sources import ASSETS, open_archive
-from common.network.checkpoint import BUNDLED_WEIGHTS, load_model
 
 SUBSET_SEED = 0
 

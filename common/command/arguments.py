@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from common.command import argument_types as types
 from common.command.argument_types import AtMost
 from common.command.cli import WORKSPACE
-from common.command.image_arguments import add_image_arguments
+from common.command.input_arguments import add_network_arguments
 from common.images.normalisation import AUTO
 
-TEST_IMAGES, CALIBRATION_IMAGES = 2000, 512
+CALIBRATION_IMAGES = 512
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -65,29 +65,25 @@ def parse_arguments(
         similar = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.8)
         hint = f"; did you mean {similar[0]}?" if similar else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    defaults = parser.parse_args([])
+    chosen, defaults = vars(args), vars(parser.parse_args([]))
 
     def is_given(flag: str) -> bool:
         name = flag.removeprefix("--").replace("-", "_")
-        return getattr(args, name) != getattr(defaults, name)
+        return name in chosen and chosen[name] != defaults[name]
 
-    for flag, other in needed.items():
+    for flag, other in {"--resize": "--image-size", **needed}.items():
         if is_given(flag) and not is_given(other):
             parser.error(f"argument {flag}: does nothing without {other}")
-    chosen = vars(args).get
     for flag, other, idle in (
-        ("--max-pool", "--model", chosen("model") is not None),
-        ("--data-dir", "--bundled", chosen("bundled")),
-        ("--mean", "--normalize auto", chosen("normalize") == AUTO),
-        ("--std", "--normalize auto", chosen("normalize") == AUTO),
+        ("--max-pool", "--model", is_given("--model")),
+        ("--data-dir", "--bundled", args.bundled),
+        ("--mean", "--normalize auto", args.normalize == AUTO),
+        ("--std", "--normalize auto", args.normalize == AUTO),
     ):
         if idle and is_given(flag):
             parser.error(f"argument {flag}: does nothing with {other}")
-    if "image_size" in args and args.resize is not None:
-        if args.image_size is None:
-            parser.error("argument --resize: does nothing without --image-size")
-        if args.resize < args.image_size:
-            parser.error("argument --resize: smaller than --image-size")
+    if is_given("--resize") and args.resize < args.image_size:
+        parser.error("argument --resize: smaller than --image-size")
     return args
 
 
@@ -95,29 +91,7 @@ def add_shared_arguments(
     parser: argparse.ArgumentParser, script: str, with_device: bool = True
 ) -> None:
     """Add the flags of the scripts that compress a checkpoint."""
-    inputs = parser.add_argument_group("inputs")
-    inputs.add_argument(
-        "--weights", type=types.path, metavar="FILE",
-        help="checkpoint, or FILE:KEY for one of the state dicts in it; by default "
-        "resnet18_cifar10.pth in the working directory, beside the script or in the repository "
-        "root, else the bundled weights",
-    )  # fmt: skip
-    inputs.add_argument(
-        "--model", type=types.name, metavar="NAME",
-        help="network that --weights belongs to: torchvision:NAME, such as torchvision:vgg11_bn, "
-        "or FILE.py:FUNCTION, a function of your own without arguments that returns it, which is "
-        "run; by default a ResNet, recognised from the checkpoint",
-    )  # fmt: skip
-    inputs.add_argument(
-        "--max-pool", choices=("auto", "on", "off"), default="auto",
-        help="whether a max pool follows a ResNet's first convolution; auto: after one of 7×7 "
-        "pixels only",
-    )  # fmt: skip
-    add_image_arguments(inputs, test_images=TEST_IMAGES, with_auto=True)
-    inputs.add_argument(
-        "--channel-order", choices=("rgb", "bgr"), default="rgb",
-        help="bgr for networks trained on images as OpenCV reads them",
-    )  # fmt: skip
+    add_network_arguments(parser.add_argument_group("inputs"))
     running = parser.add_argument_group("running")
     running.add_argument(
         "--batch-size", type=types.batch_size, metavar="N", default=AtMost(64),

@@ -52,13 +52,9 @@ def deferred() -> Iterator[None]:
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, object], object]) -> Iterator[None]:
     """Let ``handler`` handle each of the signals that is not ignored."""
-    previous = {}
-    if threading.current_thread() is threading.main_thread():  # only this thread gets signals
-        for number in _SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not set by Python
-                previous[number] = signal.signal(number, handler)
-    try:
+    with contextlib.ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():  # only this thread gets signals
+            for number in _SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by C code
+                    undo.callback(signal.signal, number, signal.signal(number, handler))
         yield
-    finally:
-        for number, earlier in previous.items():
-            signal.signal(number, earlier)

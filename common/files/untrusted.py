@@ -6,7 +6,6 @@ import pickle
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from common.files.inert import Inert, object_refused, read_inert
 
 MAX_UNPACKED_BYTES = 1 << 32  # a VGG19 with the state of its optimizer is 1.7 GB
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # first bytes of what torch.save writes, now and earlier
-NO_CHECKPOINT = "truncated, damaged or no PyTorch checkpoint"
 
 
 def read_untrusted(path: Path) -> object:
@@ -39,9 +37,14 @@ def read_untrusted(path: Path) -> object:
             return load_file(path)
         except SafetensorError:
             raise UserError(f"{path}: truncated, damaged or no safetensors file") from None
-    if head.startswith(ZIP):
-        _check_archive(path)
-    return _unpickle(path)
+    try:
+        if head.startswith(ZIP):
+            _check_archive(path)
+        return _unpickle(path)
+    except UserError:
+        raise
+    except Exception:  # a hostile or cut file makes the readers fail in too many ways to list
+        raise UserError(f"{path}: truncated, damaged or no PyTorch checkpoint") from None
 
 
 def serialize(content: object) -> bytes:
@@ -86,38 +89,28 @@ def check_file(path: Path) -> bytes:
 
 def _unpickle(path: Path) -> object:
     """Read with torch; where it refuses Python objects or a newer pickle, without building any."""
-    try:
-        with warnings.catch_warnings():  # torch's remarks on odd pickles
-            warnings.simplefilter("ignore")
-            try:
-                with path.open("rb") as file:  # of a path torch would believe the suffix
-                    return torch.load(file, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:
-                if not re.search(r"GLOBAL \S+|Unsupported operand", str(error)):
-                    raise
-                content = read_inert(path)
-        if isinstance(content, Inert) and not content:
-            raise object_refused(path, content.name)
-        return content
-    except UserError:
-        raise
-    except Exception:  # a hostile or cut file makes torch's reader fail in too many ways to list
-        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
+    with warnings.catch_warnings():  # torch's remarks on odd pickles
+        warnings.simplefilter("ignore")
+        try:
+            with path.open("rb") as file:  # of a path torch would believe the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if not re.search(r"GLOBAL \S+|Unsupported operand", str(error)):
+                raise
+            content = read_inert(path)
+    if isinstance(content, Inert) and not content:
+        raise object_refused(path, content.name)
+    return content
 
 
 def _check_archive(path: Path) -> None:
     """Check a zip checkpoint before torch reads it: torch looks at neither sizes nor CRCs."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
-            if unpacked_bytes > MAX_UNPACKED_BYTES:
-                raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a checkpoint")
-            damaged = archive.testzip()
-            members = {name.partition("/")[2] for name in archive.namelist()}
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError):
-        raise UserError(f"{path}: {NO_CHECKPOINT}") from None
+    with zipfile.ZipFile(path) as archive:
+        unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
+        if unpacked_bytes > MAX_UNPACKED_BYTES:
+            raise UserError(f"{path}: unpacks to {unpacked_bytes:,} bytes; not a checkpoint")
+        damaged = archive.testzip()
+        members = {name.partition("/")[2] for name in archive.namelist()}
     if damaged is not None:
         raise UserError(f"{path}: damaged (checksum of {damaged} differs)")
     if "constants.pkl" in members:

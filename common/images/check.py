@@ -6,30 +6,22 @@ those of training images; what that cannot tell, their labels can. Test images a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
-from common.images.data import ImageSet
+from common.images.mismatch import (
+    CHECK_IMAGES,
+    CHUNK,
+    CLEARLY_WORSE,
+    FITS,
+    Subject,
+    better_max_pool,
+    mismatch_after_stem,
+)
 from common.images.normalisation import AUTO, NORMALISATIONS
-from common.network.divergence import divergence
-from common.network.graph import CONVOLUTION
-from common.network.resnet import ResNet
-from common.network.tracing import Traced
 
-CHECK_IMAGES = 256
 CHECK_MACS = 256 * 0.6e9  # bounds the time: what the default network takes for all of them
 MIN_IMAGES, AUTO_IMAGES = 64, 2500
-CHUNK = 32
-# Mean divergences in nats a channel. Right constants give 0.002, or 0.008 if training augmented
-# colours; ImageNet's for CIFAR-10's 0.014 to 0.027, a std of 0.25 for 0.20 0.044 to 0.057, others
-# above 0.3. JPEG images fit networks trained on original pixels worse: ImageNet's constants, with
-# which they were trained, give ResNet-20 and ResNet-56 0.045 to 0.050, CIFAR-10's 0.02. No
-# threshold tells these two apart, and it hardly matters: of 10,000 test images, ResNet-20 gets
-# 8,103 and 8,079 right with them, ResNet-56 8,320 and 8,332.
-FITS = 0.01
-CLEARLY_WORSE = 3.0
 FIRST_LOOK = 128  # images
 GOOD_ACCURACY = 0.97  # from here on no alternative is tried
 # Standard errors by which labels must speak for another order of colours; fewer where the first
@@ -38,28 +30,6 @@ STANDARD_ERRORS, STANDARD_ERRORS_AGREED = 3.0, 2.0
 CONFUSED = 0.7  # of a class's images are called by one other class's name
 MIN_OF_CLASS = 5  # images by which a class is judged
 MIN_EXCHANGED = 2  # classes; another order moves at least two, a poor network may confuse one
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is checked."""
-
-    model: nn.Module  # in eval mode, on the CPU
-    traced: Traced  # the same network, traced
-    train: ImageSet  # some training images with their labels
-
-    def first(self, count: int) -> "Subject":
-        """Return the subject with fewer images."""
-        return replace(self, train=self.train.rows(slice(count)))
-
-    def prepared(self, **changes: object) -> "Subject":
-        """Return the subject with images of another mean, std or order of channels."""
-        return replace(self, train=replace(self.train, **changes))
-
-    def normalised(self, name: str) -> "Subject":
-        """Return the subject with images normalised by known constants."""
-        mean, std = NORMALISATIONS[name]
-        return self.prepared(mean=mean, std=std)
 
 
 @torch.inference_mode()
@@ -74,7 +44,7 @@ def find_mismatches(subject: Subject) -> list[str]:
             f"the first batch norm expects images normalised otherwise: {flag} fits it, the "
             "present mean and std do not"
         )
-    if pool := _better_max_pool(subject):
+    if pool := better_max_pool(subject):
         found.append(f"the second batch norm expects other values: --max-pool {pool} fits it")
         return found  # labels would tell of nothing else
     return found + _check_labels(subject)
@@ -103,7 +73,7 @@ def best_normalisation(subject: Subject) -> str:
 
 def _better_normalisations(subject: Subject) -> list[str]:
     """Return the known constants that fit the first batch norm, if the present ones do not."""
-    present = _mismatch_after_stem(subject)
+    present = mismatch_after_stem(subject)
     if present <= FITS:
         return []
     scores = _score_normalisations(subject)
@@ -121,36 +91,7 @@ def _nearest(scores: Mapping[str, float]) -> list[str]:
 
 
 def _score_normalisations(subject: Subject) -> dict[str, float]:
-    return {name: _mismatch_after_stem(subject.normalised(name)) for name in NORMALISATIONS}
-
-
-def _mismatch_after_stem(subject: Subject) -> float:
-    """Return the mismatch at the batch norm after the first convolution; 0 without one."""
-    graph, norms = subject.traced.network.graph, subject.traced.norms
-    for name in graph.layers:
-        is_stem = graph[name].kind == CONVOLUTION and graph[name].inputs == (graph.input,)
-        if is_stem and name in norms:
-            stem, norm = map(subject.model.get_submodule, (name, norms[name]))
-            batches = subject.first(CHECK_IMAGES).train.batches(CHUNK)
-            return divergence(norm, (stem(batch) for batch, _ in batches))
-    return 0.0
-
-
-def _better_max_pool(subject: Subject) -> str | None:
-    """Return ``on`` or ``off`` if the max pool after a ResNet's 3×3 stem should be changed."""
-    model = subject.model
-    if not isinstance(model, ResNet) or model.shape.stem_kernel != 3:
-        return None
-    images = subject.first(CHECK_IMAGES // 2).train
-    scores = {
-        name: divergence(
-            model.second_norm(),
-            (model.into_second_norm(batch, pool) for batch, _ in images.batches(CHUNK)),
-        )
-        for name, pool in {"on": nn.MaxPool2d(3, 2, 1), "off": nn.Identity()}.items()
-    }
-    present, other = ("off", "on") if isinstance(model.maxpool, nn.Identity) else ("on", "off")
-    return other if scores[present] > max(FITS, CLEARLY_WORSE * scores[other]) else None
+    return {name: mismatch_after_stem(subject.normalised(name)) for name in NORMALISATIONS}
 
 
 # --- labels --------------------------------------------------------------------------------------
@@ -171,7 +112,7 @@ def _check_labels(subject: Subject) -> list[str]:
     correct = predictions == labels
     other = "bgr" if subject.train.channel_order == "rgb" else "rgb"
     reordered = subject.prepared(channel_order=other)
-    present, swapped = map(_mismatch_after_stem, (subject, reordered))
+    present, swapped = map(mismatch_after_stem, (subject, reordered))
     if not present or swapped < present:  # the first batch norm does not rule it out
         predicted = _predict(reordered)
         correct_so = predicted == labels

@@ -4,7 +4,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,21 +16,14 @@ from runtime.classify import fit
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow would also hand EPS to ghostscript
 
 
-@dataclass(frozen=True)
-class Sizing:
-    """How images are brought to one size, in pixels."""
+class Sizing(NamedTuple):
+    """How images are brought to one size, in pixels; see :func:`runtime.classify.fit`."""
 
     height: int
     width: int
     # Length to which the short side is scaled before the middle is cut out; None takes images of
     # exactly this size and no others.
     short_side: int | None = None
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        """Return the image scaled and cut, as torchvision's Resize and CenterCrop do it."""
-        if self.short_side is None:
-            return image
-        return fit(image, self.height, self.width, self.short_side)
 
 
 def decode_images(
@@ -56,7 +49,7 @@ def decode_images(
                     f"{name}: {image.width}×{image.height} pixels, where others have "
                     f"{sizing.width}×{sizing.height}; --image-size brings all to one size"
                 )
-            pixels[index] = np.asarray(sizing.apply(image)).transpose(2, 0, 1)
+            pixels[index] = np.asarray(fit(image, *sizing)).transpose(2, 0, 1)
     return pixels
 
 
@@ -64,7 +57,7 @@ def resize_pixels(pixels: np.ndarray, sizing: Sizing) -> np.ndarray:
     """Bring uint8 images of shape (N, H, W, 3) to a size; return shape (N, 3, height, width)."""
     resized = allocate((len(pixels), 3, sizing.height, sizing.width))
     for index, image in enumerate(pixels):
-        resized[index] = np.asarray(sizing.apply(Image.fromarray(image))).transpose(2, 0, 1)
+        resized[index] = np.asarray(fit(Image.fromarray(image), *sizing)).transpose(2, 0, 1)
     return resized
 
 
@@ -84,13 +77,13 @@ def _opened(name: str, read: Callable[[], bytes]) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(read()), formats=IMAGE_FORMATS) as image:
                 yield image
-    except (UserError, OSError) as error:
-        if isinstance(error, UserError) or error.filename:  # the latter: the file cannot be read
-            raise
-        if isinstance(error, UnidentifiedImageError):
-            raise UserError(f"{name}: no JPEG, PNG, BMP or WebP image") from None
-        raise UserError(f"{name}: a damaged image ({error})") from None
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: no JPEG, PNG, BMP or WebP image") from None
     except Image.DecompressionBombError:
         raise UserError(f"{name}: far too large an image") from None
     except Exception as error:  # damaged files make Pillow fail in too many ways to list
+        if isinstance(error, OSError) and error.filename:  # the file cannot be read
+            raise
         raise UserError(f"{name}: a damaged image ({error})") from None

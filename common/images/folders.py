@@ -2,40 +2,44 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.command.cli import UserError, log
-from common.images.cifar10 import IMAGE_SIZE, MEAN, STD
 from common.images.decoding import Sizing, decode_images, read_size
+from common.images.loading import Source, Split
 from common.images.normalisation import NORMALISATIONS
-from common.images.source import OWN_SIZE, SizeRequest, Source, Split
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
 STRAY = {"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"}  # systems leave them
 SIZE_SAMPLE = 100  # images of a split whose size is read
-DEFAULT_SIZE = 224
+DEFAULT_SIZE = Sizing(224, 224, 224)
+CIFAR_SIDE = 32  # side in pixels up to which images are normalised as CIFAR-10
 
 
-def has_image_folders(data_dir: Path, wanted: Callable[[Iterable[bool]], bool] = any) -> bool:
-    """Return whether a folder holds any of the splits, or all of them."""
-    return wanted(_split_folder(data_dir, split) is not None for split in SPLIT_FOLDERS)
+def find_splits(data_dir: Path) -> dict[str, Path]:
+    """Return the folder of each split, ``train`` and ``test``, that is there."""
+    found = {}
+    for split, names in SPLIT_FOLDERS.items():
+        folders = (data_dir / name for name in names)
+        if folder := next((folder for folder in folders if folder.is_dir()), None):
+            found[split] = folder
+    return found
 
 
-def folder_source(data_dir: Path, size: SizeRequest = OWN_SIZE) -> Source:
+def folder_source(data_dir: Path, sizing: Sizing | None = None) -> Source:
     """Read image folders; classes are the sorted names of the folders.
 
-    Without a request, images keep their own size if a sample of them shares one; else they are
+    Without a sizing, images keep their own size if a sample of them shares one; else they are
     brought to 224×224. Those of 32×32 pixels are normalised as CIFAR-10, others as ImageNet.
 
     Raises (here, or when a split is opened or read):
         UserError: A class is missing or empty, or a file is no 8-bit image.
     """
-    found = {split: _split_folder(data_dir, split) for split in SPLIT_FOLDERS}
-    folders = {split: folder for split, folder in found.items() if folder is not None}
+    folders = find_splits(data_dir)
     classes = {split: _class_names(folder) for split, folder in folders.items()}
     for split, other in itertools.permutations(sorted(folders), 2):  # else labels would not agree
         if missing := sorted(set(classes[other]) - set(classes[split])):
@@ -43,7 +47,7 @@ def folder_source(data_dir: Path, size: SizeRequest = OWN_SIZE) -> Source:
                             f"{folders[other].name}/")  # fmt: skip
     names = next(iter(classes.values()))
     files = {split: _list_files(folder, names) for split, folder in folders.items()}
-    sizing = _choose_sizing([paths for paths, _ in files.values()], size)
+    sizing = sizing or _find_own_size(paths for paths, _ in files.values())
 
     def open_split(split: str) -> Split:
         if split not in files:
@@ -56,15 +60,10 @@ def folder_source(data_dir: Path, size: SizeRequest = OWN_SIZE) -> Source:
 
         return Split(labels, read)
 
-    is_small = max(sizing.height, sizing.width) <= IMAGE_SIZE
-    mean, std = (MEAN, STD) if is_small else NORMALISATIONS["imagenet"]
+    is_small = max(sizing.height, sizing.width) <= CIFAR_SIDE
+    mean, std = NORMALISATIONS["cifar10" if is_small else "imagenet"]
     description = f"the image folders in {data_dir}"
     return Source("folder", description, open_split, names, mean, std, resize=sizing.short_side)
-
-
-def _split_folder(data_dir: Path, split: str) -> Path | None:
-    folders = (data_dir / name for name in SPLIT_FOLDERS[split])
-    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -99,16 +98,14 @@ def _list_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.nd
     return paths, np.asarray(labels, dtype=np.int64)
 
 
-def _choose_sizing(splits: Sequence[Sequence[Path]], size: SizeRequest) -> Sizing:
-    default = (DEFAULT_SIZE, DEFAULT_SIZE)
-    if size != OWN_SIZE:
-        return size.sizing(default)
+def _find_own_size(splits: Iterable[Sequence[Path]]) -> Sizing:
+    """Return the size that a sample of the images share; else the default."""
     sizes = set()
     for paths in splits:
         step = max(1, len(paths) // SIZE_SAMPLE)
         sizes |= {read_size(str(path), path.read_bytes) for path in paths[::step]}
     if len(sizes) == 1:
-        return size.sizing(sizes.pop())
+        return Sizing(*sizes.pop())
     log.info("images of different sizes: scaled and cut to %d×%d pixels; --image-size takes "
-             "another", *default)  # fmt: skip
-    return SizeRequest(DEFAULT_SIZE).sizing(default)
+             "another", *DEFAULT_SIZE[:2])  # fmt: skip
+    return DEFAULT_SIZE

@@ -1,6 +1,8 @@
-"""Loading of images from a source, and a check that training and test images differ."""
+"""Sources of images, the loading from them, and a check that training and test images differ."""
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,10 +10,31 @@ import torch
 from common.command.argument_types import AtMost
 from common.command.cli import UserError, counted, log
 from common.images.data import ImageSet, balanced_subset
-from common.images.source import Source
 
 UNBALANCED = 1.5  # ratio of the largest class to the smallest from which on the user is told
 MAX_SHARED = 0.9  # share of the smaller split in the other from which on both are refused
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its labels, and a reader of its pixels."""
+
+    labels: np.ndarray  # int64, (N,)
+    read: Callable[[np.ndarray], np.ndarray]  # from int64 indices (n,) to uint8 (n, 3, H, W)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place with a train and a test split; the other fields are those of its image sets."""
+
+    name: str  # ``cifar10``, ``cifar100``, ``folder`` or ``bundled``, as in results.json
+    description: str  # the place in words, for messages
+    open_split: Callable[[str], Split]  # opens ``train`` or ``test``; may raise UserError
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channel_order: str = "rgb"
+    resize: int | None = None
 
 
 def load_images(

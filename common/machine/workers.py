@@ -55,10 +55,7 @@ class Workers:
 
     def broadcast(self, value: Value | None) -> Value:
         """Return the first process's ``value``, in every process."""
-        values = [value]
-        if self.count > 1:
-            distributed.broadcast_object_list(values)
-        return values[0]
+        return self.gather(value)[0]
 
     def require_same(self, inputs: Mapping[str, object]) -> None:
         """Raise a UserError if other processes have other inputs, by names for the user."""
@@ -80,24 +77,21 @@ class Workers:
 ALONE = Workers(torch.device("cpu"))
 
 
-def require_one_process() -> None:
-    """Raise a UserError if ``torchrun`` started other processes: there is no work to share."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this script runs in one process: start without torchrun")
-
-
 @contextlib.contextmanager
-def join_workers(device: torch.device) -> Iterator[Workers]:
+def join_workers(device: torch.device, shared: bool = True) -> Iterator[Workers]:
     """Join the processes that ``torchrun`` started, if it did; only the first goes on logging.
 
     If ``device`` is ``cuda``, each process takes the GPU of its number.
 
     Raises:
-        UserError: The processes cannot connect, are too many for the GPUs, or one of them ended.
+        UserError: There are several and no ``shared`` work; they cannot connect, are too many for
+            the GPUs, or one of them ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Workers(device)
         return
+    if not shared:
+        raise UserError("this script runs in one process: start without torchrun")
     if device.type == "mps":
         raise UserError("an Apple GPU serves one process; start without torchrun, or --device cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))

@@ -83,27 +83,16 @@ class _Walk:
 
     def pieces(self, stack: _Stack, layers: Sequence[str], name: str) -> Iterator[torch.Tensor]:
         """Yield a value in the order of ``layers``; variants that it lacks take the dense one."""
-        places = {}
-        for held, tensor in stack:
-            ends = itertools.accumulate(map(self._count, held), initial=0)
-            for layer, (start, stop) in zip(held, itertools.pairwise(ends), strict=True):
-                places[layer] = tensor, start, stop
-        runs = []  # neighbours in a tensor are one piece
+        held: dict[str, torch.Tensor] = {}
+        for own, tensor in stack:
+            held |= zip(own, tensor.split([self._count(layer) for layer in own]), strict=True)
         for layer in layers:
-            if layer not in places:
-                runs.append((self.dense[name][self.rows[layer]], None, None))
-                continue
-            tensor, start, stop = places[layer]
-            if runs and runs[-1][0] is tensor and runs[-1][2] == start:
-                start = runs.pop()[1]
-            runs.append((tensor, start, stop))
-        for tensor, start, stop in runs:
-            yield tensor[start:stop]
+            yield held[layer] if layer in held else self.dense[name][self.rows[layer]]
 
     def _run_joined(
         self, operation: Operation, inputs: Sequence[_Stack]
     ) -> tuple[list[str], torch.Tensor]:
-        carried = [[layer for layers, _ in stack for layer in layers] for stack in inputs]
+        carried = [_layers_in(stack) for stack in inputs]
         together = list(dict.fromkeys(itertools.chain(*carried)))
         dtype = next(stack[0][1].dtype for stack in inputs if stack)
         joined = []
@@ -130,18 +119,15 @@ class _Walk:
 
     def _add(self, first: _Stack, first_name: str, second: _Stack, second_name: str) -> _Stack:
         """Add the second operand to the first one, in the memory of the first."""
-        for layers, tensor in first:
-            start = 0
-            for piece in self.pieces(second, layers, second_name):
-                tensor[start : start + len(piece)].add_(piece.to(tensor.dtype))
-                start += len(piece)
-        carried = {layer for layers, _ in first for layer in layers}
-        added = []
-        for layer in (layer for layers, _ in second for layer in layers if layer not in carried):
-            (piece,) = self.pieces(second, [layer], second_name)
+        carried, found = _layers_in(first), list(first)
+        added = self.pieces(second, carried, second_name)
+        for x, y in zip(self.pieces(first, carried, first_name), added, strict=True):
+            x.add_(y.to(x.dtype))
+        others = [layer for layer in _layers_in(second) if layer not in carried]
+        for layer, y in zip(others, self.pieces(second, others, second_name), strict=True):
             dense = self.dense[first_name][self.rows[layer]]
-            added.append(([layer], dense.to(piece.dtype) + piece))
-        return [*first, *added]
+            found.append(([layer], dense.to(y.dtype) + y))
+        return found
 
     def _start(self, operation: Operation) -> torch.Tensor:
         inputs = [self.dense[name][self.rows[operation.name]] for name in operation.inputs]
@@ -153,3 +139,7 @@ class _Walk:
     def _count(self, layer: str) -> int:
         rows = self.rows[layer]
         return len(rows) if isinstance(rows, torch.Tensor) else len(next(iter(self.dense.values())))
+
+
+def _layers_in(stack: _Stack) -> list[str]:
+    return [layer for layers, _ in stack for layer in layers]

@@ -10,9 +10,7 @@ from torch import nn
 @contextlib.contextmanager
 def hooked(layers: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
     """Have ``hook`` called with name, layer, inputs and output whenever a layer has run."""
-    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
-    try:
+    with contextlib.ExitStack() as handles:
+        for name, layer in layers.items():
+            handles.enter_context(layer.register_forward_hook(partial(hook, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from common.command.cli import UserError
 from common.files.untrusted import explained
 from common.network.execution import Network
 from common.network.graph import ADD, Graph, Operation
 from common.network.recording import Recorder
-from common.network.views import ViewsAsReshapes
 
 
 @dataclass(frozen=True)
@@ -115,3 +115,33 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         has_weights = isinstance(module, _BatchNorm) or next(module.parameters(), None) is not None
         return has_weights and super().is_leaf_module(module, qualified_name)
+
+
+class ViewsAsReshapes(TorchFunctionMode):
+    """``view`` copies values that lie otherwise in memory, which it would refuse.
+
+    Convolutions keep their input's layout, or take that of their weight; channels_last is faster.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        takes_sizes = not kwargs and not any(isinstance(value, torch.dtype) for value in args)
+        if function is torch.Tensor.view and takes_sizes:
+            function = torch.Tensor.reshape
+        return function(*args, **(kwargs or {}))
+
+
+def with_reshapes(network: nn.Module) -> nn.Module:
+    """Let a network run on images in any layout, though it uses ``view``, as many do."""
+    kind = type(network)
+    if isinstance(network, torch.jit.ScriptModule):  # cannot be traced, which is told later
+        return network
+
+    @functools.wraps(kind.forward)
+    def forward(self, *args, **kwargs):
+        if any(isinstance(argument, fx.Proxy) for argument in args):  # traced
+            return kind.forward(self, *args, **kwargs)
+        with ViewsAsReshapes():
+            return kind.forward(self, *args, **kwargs)
+
+    network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return network

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from common.checkpoints.models import with_tensors
 from common.network.execution import Layer, Network
 from common.network.graph import AFFINE, RESHAPE, Graph
-from common.network.reshape import with_tensors
 from common.network.tracing import Traced
 from pruning.channels.groups import ChannelGroup
 from pruning.channels.surgeon import ChannelChoice

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from common.network.resnet import shape_of
+from common.checkpoints.resnet import shape_of
 
 BATCH_COUNTER = "num_batches_tracked"  # a batch norm's, which nothing here needs
 Pair = tuple[str, str]  # the names of a convolution and of its batch norm

@@ -1,4 +1,4 @@
-"""The flags that say where images come from, and how they are prepared; without torch."""
+"""The flags that say what a script works on: a network and images; without torch."""
 
 import argparse
 
@@ -8,6 +8,33 @@ from common.command.cli import WORKSPACE
 from common.images.normalisation import AUTO, NORMALISATIONS
 
 DEFAULT_DATA_DIR = WORKSPACE / "data"
+TEST_IMAGES = 2000
+
+
+def add_network_arguments(inputs: argparse._ArgumentGroup) -> None:
+    """Add the flags that name a checkpoint and the images that its network is for."""
+    inputs.add_argument(
+        "--weights", type=types.path, metavar="FILE",
+        help="checkpoint, or FILE:KEY for one of the state dicts in it; by default "
+        "resnet18_cifar10.pth in the working directory, beside the script or in the repository "
+        "root, else the bundled weights",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--model", type=types.name, metavar="NAME",
+        help="network that --weights belongs to: torchvision:NAME, such as torchvision:vgg11_bn, "
+        "or FILE.py:FUNCTION, a function of your own without arguments that returns it, which is "
+        "run; by default a ResNet, recognised from the checkpoint",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--max-pool", choices=("auto", "on", "off"), default="auto",
+        help="whether a max pool follows a ResNet's first convolution; auto: after one of 7×7 "
+        "pixels only",
+    )  # fmt: skip
+    add_image_arguments(inputs, TEST_IMAGES, with_auto=True)
+    inputs.add_argument(
+        "--channel-order", choices=("rgb", "bgr"), default="rgb",
+        help="bgr for networks trained on images as OpenCV reads them",
+    )  # fmt: skip
 
 
 def add_image_arguments(

@@ -145,14 +145,6 @@ class ResNet(nn.Module):
             x = getattr(self, f"layer{index + 1}")(x)
         return getattr(self, self.shape.head)(torch.flatten(self.avgpool(x), 1))
 
-    def second_norm(self) -> nn.BatchNorm2d:
-        """Return the first block's first batch norm."""
-        return self.layer1[0].bn1
-
-    def into_second_norm(self, x: torch.Tensor, pool: nn.Module) -> torch.Tensor:
-        """Return what the second batch norm reads if ``pool`` follows the stem."""
-        return self.layer1[0].conv1(pool(self.relu(self.bn1(self.conv1(x)))))
-
 
 def _read_stages(
     state: Mapping[str, torch.Tensor], channels: int, shortcut: str

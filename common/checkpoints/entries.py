@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints.renaming import BATCH_COUNTER
 from common.command.cli import UserError, log
 from common.files.inert import Inert, object_refused
 from common.images.normalisation import Statistics
-from common.network.renaming import BATCH_COUNTER
 
 StateDict = dict[str, torch.Tensor]
 
@@ -55,7 +55,7 @@ def check_entries(path: Path, content: Mapping) -> StateDict:
     return dict(content)
 
 
-def drop_counters(path: Path, entries: Mapping[str, object], notes: list[str]) -> StateDict:
+def drop_counters(path: Path, entries: Mapping[str, object]) -> StateDict:
     """Drop counters that say nothing about the function, and the names of wrappers."""
     tensors: StateDict = {}
     for name, value in entries.items():
@@ -65,9 +65,9 @@ def drop_counters(path: Path, entries: Mapping[str, object], notes: list[str]) -
         if not _is_counter(name):
             tensors[plain] = value.detach()
     if dropped := dict.fromkeys(name.rpartition(".")[2] for name in entries if _is_counter(name)):
-        notes.append(f"{', '.join(dropped)} passed over")
+        log.info("%s: %s passed over", path, ", ".join(dropped))
     if wrappers := {found[1] for name in entries if (found := WRAPPERS.search(name))}:
-        notes.append(f"{' and '.join(sorted(wrappers))} taken out of the names")
+        log.info("%s: %s taken out of the names", path, " and ".join(sorted(wrappers)))
     return tensors
 
 
@@ -75,13 +75,13 @@ def _is_counter(name: str) -> bool:
     return name.rpartition(".")[2] in COUNTERS
 
 
-def apply_masks(tensors: StateDict, notes: list[str]) -> StateDict:
+def apply_masks(path: Path, tensors: StateDict) -> StateDict:
     """Multiply the ``weight_orig`` and ``weight_mask`` of torch.nn.utils.prune."""
     names = [n.removesuffix("_mask") for n in tensors if n.endswith("_mask")]
     names = [n for n in names if f"{n}_orig" in tensors]
     if not names or any(tensors[f"{n}_orig"].shape != tensors[f"{n}_mask"].shape for n in names):
         return tensors
-    notes.append("pruning masks are applied")
+    log.info("%s: pruning masks are applied", path)
     renamed = {f"{name}_orig": name for name in names} | {f"{name}_mask": None for name in names}
     masked = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
     del masked[None]

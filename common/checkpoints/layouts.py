@@ -3,17 +3,16 @@
 import itertools
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from common.checkpoints import entries
+from common.checkpoints.entries import StateDict
+from common.checkpoints.renaming import BATCH_COUNTER, shared_prefix
 from common.command.cli import UserError, log
 from common.files.inert import Inert, object_refused
 from common.images.normalisation import Statistics
-from common.network import entries
-from common.network.entries import StateDict
-from common.network.renaming import BATCH_COUNTER, shared_prefix
 
 NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net")
 AVERAGED = re.compile(r"ema|swa|averag|shadow", re.IGNORECASE)
@@ -21,40 +20,30 @@ NAMED = "save the network's state_dict(), inside average_parameters() with torch
 SMALLEST_NETWORK = 4  # tensors; fewer that are alike may be layers of one network
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A state dict, taken out of a checkpoint."""
-
-    tensors: StateDict  # names are those of the network's class
-    statistics: Statistics | None  # mean and std, if the checkpoint holds them
-    notes: tuple[str, ...]  # what was passed over or changed, for the user
-    prefix: str  # prefix that was taken off all names
-
-
 def read_layout(
     path: Path, content: object, key: str | None = None, expected: Collection[str] = ()
-) -> Layout:
+) -> tuple[StateDict, Statistics | None, str]:
     """Find the state dict in a file's content, and take off what wrappers added.
 
     ``key`` is that of the state dict to take, such as ``model.ema``; ``expected`` are the names of
-    the network's own tensors, if they are known.
+    the network's own tensors, if they are known. Return the tensors under the names of the
+    network's class, mean and std if the checkpoint holds them, and the prefix that was taken off
+    all names.
 
     Raises:
         UserError: There is no state dict, or several and no choice among them.
     """
-    notes: list[str] = []
     chosen = entries.check_entries(path, _choose_entry(path, content, key))
-    whole = entries.apply_masks(entries.drop_counters(path, chosen, notes), notes)
+    whole = entries.apply_masks(path, entries.drop_counters(path, chosen))
     tensors, statistics = entries.take_statistics(whole)
     for some, found in ((whole, None), (tensors, statistics)):
         if (prefix := _prefix_before(some, expected)) is not None:
-            return Layout(_strip(some, prefix, notes), found, tuple(notes), prefix)
-    tensors = _leave_out_others(tensors, notes)
+            return _strip(path, some, prefix), found, prefix
+    tensors = _leave_out_others(path, tensors)
     if (prefix := _prefix_before(tensors, expected)) is not None:
-        return Layout(_strip(tensors, prefix, notes), statistics, tuple(notes), prefix)
+        return _strip(path, tensors, prefix), statistics, prefix
     prefix = shared_prefix(tensors)
-    tensors = _choose_network(path, _strip(tensors, prefix, notes), key, notes)
-    return Layout(tensors, statistics, tuple(notes), prefix)
+    return _choose_network(path, _strip(path, tensors, prefix), key), statistics, prefix
 
 
 def _choose_entry(path: Path, content: object, key: str | None) -> Mapping:
@@ -148,18 +137,20 @@ def _prefer(path: Path, found: Mapping[str, Mapping]) -> str:
     return choice
 
 
-def _strip(tensors: StateDict, prefix: str, notes: list[str]) -> StateDict:
+def _strip(path: Path, tensors: StateDict, prefix: str) -> StateDict:
     if prefix:
-        notes.append(f"the prefix {prefix} of all names is taken off")
+        log.info("%s: the prefix %s of all names is taken off", path, prefix)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _leave_out_others(tensors: StateDict, notes: list[str]) -> StateDict:
+def _leave_out_others(path: Path, tensors: StateDict) -> StateDict:
     """Leave out what lies beside the prefix of all layers, such as the class weights of a loss."""
     prefix = shared_prefix(name for name, tensor in tensors.items() if tensor.ndim >= 2)
     if others := [name for name in tensors if not name.startswith(prefix)]:
-        named = entries.shorten(others)
-        notes.append(f"{named} passed over: all layers' names begin with {prefix}")
+        log.info(
+            "%s: %s passed over: all layers' names begin with %s",
+            path, entries.shorten(others), prefix,
+        )  # fmt: skip
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -172,21 +163,24 @@ def _prefix_before(names: Collection[str], expected: Collection[str]) -> str | N
     return next((p for p in parts if {name.removeprefix(p) for name in own} == wanted), None)
 
 
-def _choose_network(path: Path, tensors: StateDict, key: str | None, notes: list[str]) -> StateDict:
+def _choose_network(path: Path, tensors: StateDict, key: str | None) -> StateDict:
     """Take one of several networks of the same names and shapes that one state dict holds."""
     groups: dict[str, StateDict] = {}
     for name, tensor in tensors.items():
         groups.setdefault(name.partition(".")[0], {})[name] = tensor
-    groups = {k: g for k, g in groups.items() if any(t.ndim >= 2 for t in g.values())}
-    networks = {prefix: _strip(group, prefix, [])
-                for group in groups.values() for prefix in [shared_prefix(group)]}  # fmt: skip
+    networks: dict[str, StateDict] = {}
+    for group in groups.values():
+        if any(tensor.ndim >= 2 for tensor in group.values()):
+            prefix = shared_prefix(group)
+            networks[prefix] = {name.removeprefix(prefix): t for name, t in group.items()}
     shapes = [{name: t.shape for name, t in network.items()} for network in networks.values()]
     is_several = len(networks) > 1 and all(networks) and len(shapes[0]) > SMALLEST_NETWORK
     if not is_several or any(own != shapes[0] for own in shapes):
         return tensors
     first = next(iter(networks.values()))
     if all(torch.equal(n[name], first[name]) for n in networks.values() for name in first):
-        notes.append(f"the same network is there {len(networks)} times: {', '.join(networks)}")
+        names = ", ".join(networks)
+        log.info("%s: the same network is there %d times: %s", path, len(networks), names)
         return first
     by_key = {prefix.removesuffix("."): network for prefix, network in networks.items()}
     return by_key[key if key in by_key else _prefer(path, by_key)]

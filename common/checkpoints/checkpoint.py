@@ -5,7 +5,6 @@ Reading ends in a network with weights that fit it, or in one line that says why
 
 import copy
 import hashlib
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +12,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.checkpoints.entries import StateDict, Statistics, fit_tensors, shorten
+from common.checkpoints.layouts import read_layout
+from common.checkpoints.models import build_model, narrowed
+from common.checkpoints.renaming import canonical_names
+from common.checkpoints.resnet import ResNet, ResNetShape
 from common.command.cli import REPOSITORY, UserError, log
 from common.files.atomic import replace_file
 from common.files.untrusted import MAX_UNPACKED_BYTES, read_untrusted, serialize
-from common.images.sources import ASSETS
-from common.network.entries import StateDict, Statistics, fit_tensors, shorten
-from common.network.layouts import read_layout
-from common.network.models import build_model
-from common.network.renaming import canonical_names
-from common.network.reshape import with_tensors
-from common.network.resnet import ResNet, ResNetShape
+from common.images.cifar import ASSETS
 from common.network.tracing import trace
 from quantization.files.int8_file import is_int8_file, read_int8
 
@@ -91,7 +89,7 @@ def load_network(
     """Return the network with the checkpoint's weights.
 
     Args:
-        file: Checkpoint in any layout that :mod:`common.network.layouts` reads.
+        file: Checkpoint in any layout that :mod:`common.checkpoints.layouts` reads.
         model: The network, as ``--model`` names it; by default the ResNet of the checkpoint.
         max_pool: Whether a max pool follows a ResNet's first convolution.
 
@@ -103,89 +101,69 @@ def load_network(
         return _load_int8(path, model, max_pool)
     content = read_untrusted(path)
     known = set(build_model(model, {}).state_dict()) if model else ()
-    layout = read_layout(path, content, file.key, known)
-    tensors, own = layout.tensors, {}
+    tensors, statistics, prefix = read_layout(path, content, file.key, known)
     count = sum(tensor.numel() for tensor in tensors.values())
     if count * torch.float32.itemsize > MAX_UNPACKED_BYTES:  # views of few numbers can claim this
         raise UserError(f"{path}: {count:,} numbers are too many for a checkpoint")
-    if model is None:
-        tensors, expected, own = _fit_resnet(path, tensors, max_pool)
-        family = expected.shape.family
-    else:
-        expected, family = _narrowed(build_model(model, tensors), tensors), model
-    state = fit_tensors(path, tensors, expected.state_dict(), family)
+    tensors, network, family, own = _build(path, tensors, model, max_pool)
+    state = fit_tensors(path, tensors, network.state_dict(), family)
     dtypes = {str(t.dtype).split(".")[1] for t in tensors.values() if t.is_floating_point()}
     if dtypes != {"float32"}:
-        found = " and ".join(sorted(dtypes))
-        log.info("%s: %s weights, converted to float32", _name(path), found)
-    for note in layout.notes:
-        log.info("%s: %s", _name(path), note)
-    expected.load_state_dict(state, assign=True)
-    names = [name.removesuffix(WEIGHT) for name in tensors if name.endswith(WEIGHT)]
-    own_names = {n: layout.prefix + own.get(n + WEIGHT, n).removesuffix(WEIGHT) for n in names}
-    return Loaded(expected.eval(), family, layout.statistics, own_names)
-
-
-def _narrowed(model: nn.Module, tensors: StateDict) -> nn.Module:
-    """Return the network as narrow as the tensors, if these are those of its slim form."""
-    blank = {}
-    for name, wide in model.state_dict().items():
-        shape = tensors[name].shape if name in tensors else wide.shape[:0]
-        if len(shape) != wide.ndim or any(map(operator.gt, shape, wide.shape)):
-            return model
-        blank[name] = wide.new_empty(shape, device="meta")
-    return with_tensors(model, blank)
+        name = "the bundled weights" if path == BUNDLED_WEIGHTS else path
+        log.info("%s: %s weights, converted to float32", name, " and ".join(sorted(dtypes)))
+    network.load_state_dict(state, assign=True)
+    own_names = {
+        name.removesuffix(WEIGHT): prefix + own.get(name, name).removesuffix(WEIGHT)
+        for name in tensors
+        if name.endswith(WEIGHT)
+    }
+    return Loaded(network.eval(), family, statistics, own_names)
 
 
 def _load_int8(path: Path, model: str | None, max_pool: bool | None) -> Loaded:
     """Return the FP32 network of an INT8 file; its batch norms do nothing but add the biases."""
     network = read_int8(path)
     state = {f"{name}.weight": layer.dense().weight for name, layer in network.layers.items()}
-    if model is None:
-        state, built, _ = _fit_resnet(path, state, max_pool)
-        family = built.shape.family
-    else:
-        built, family = build_model(model, state), model
+    state, built, family, _ = _build(path, state, model, max_pool)
     blank = copy.deepcopy(built).eval().to("meta")  # torchvision's has some real tensors
     traced = trace(blank, network.graph.operations[0].attributes["shape"])
     if set(traced.network.graph.layers) != set(network.layers):
         raise UserError(f"{path}: its layers are not those of {family}")
     for name, layer in network.layers.items():
-        state[f"{traced.norms.get(name, name)}.bias"] = layer.bias
-        if (norm := traced.norms.get(name)) is not None:
+        norm = traced.norms.get(name)
+        state[f"{norm or name}.bias"] = layer.bias
+        if norm is not None:
             ones = torch.ones_like(layer.bias)
             epsilon = built.get_submodule(norm).eps
             state |= {f"{norm}.weight": ones, f"{norm}.running_var": ones - epsilon}
             state[f"{norm}.running_mean"] = torch.zeros_like(layer.bias)
-    built = _narrowed(built, state)
+    built = narrowed(built, state)
     built.load_state_dict(fit_tensors(path, state, built.state_dict(), family), assign=True)
     return Loaded(built.eval(), family, (network.mean, network.std))
 
 
-def _fit_resnet(
-    path: Path, tensors: StateDict, max_pool: bool | None
-) -> tuple[StateDict, ResNet, dict[str, str]]:
-    """Return the tensors under a ResNet's names, that ResNet without weights, and their own names.
+def _build(
+    path: Path, tensors: StateDict, model: str | None, max_pool: bool | None
+) -> tuple[StateDict, nn.Module, str, dict[str, str]]:
+    """Return the tensors under a network's names, that network without weights, and its family.
 
-    The last dictionary gives for each name the checkpoint's own, where they differ.
+    The dictionary gives for each name the checkpoint's own, where they differ.
     """
+    if model is not None:
+        return tensors, narrowed(build_model(model, tensors), tensors), model, {}
     names = {} if "conv1.weight" in tensors else canonical_names(tensors) or {}
     if names:
-        log.info("%s: its names are mapped, by order and shape, to conv1 … linear", _name(path))
+        log.info("%s: its names are mapped, by order and shape, to conv1 … linear", path)
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
     try:
         with torch.device("meta"):
-            model = ResNet(ResNetShape.of(tensors), max_pool)
+            resnet = ResNet(ResNetShape.of(tensors), max_pool)
     except ValueError as error:
         raise UserError(
             f"{path}: not a ResNet ({error}) but a network with {shorten([*tensors])}; --model "
             "says which network it is, such as --model torchvision:mobilenet_v2"
         ) from None
-    return tensors, model, {new: old for old, new in names.items()}
-
-
-def _name(path: Path) -> Path | str:
-    return "the bundled weights" if path == BUNDLED_WEIGHTS else path
+    return tensors, resnet, resnet.shape.family, {new: old for old, new in names.items()}
 
 
 def save_checkpoint(content: object, path: Path) -> None:
