@@ -18,14 +18,14 @@ from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.execution import Network
+from common.network.targets import Targets
 from common.network.tracing import trace_network
 from common.search.budget import Budget, standard_error
 from common.search.trials import Trial
 from pipeline.store import Store
 from pruning.channels.costs import MACS
 from pruning.channels.slimmer import Slimmer
-from quantization.coding.encoder import encode
-from quantization.coding.targets import Original, Targets, record_targets
+from quantization.coding.encoder import Original, coding_targets, encode
 from quantization.files.artifact import Int8Model
 from quantization.int8.conversion import convert, convert_coded, observe
 from quantization.int8.network import Int8Network
@@ -103,7 +103,7 @@ class CandidateBuilder:
             if base.trained:  # its channels are others by now
                 channels = dict.fromkeys(channels)
             original = Original(inputs.traced.network, channels)
-            return slim, record_targets(slim, inputs.calibration, inputs.seed, original)
+            return slim, coding_targets(slim, inputs.calibration, inputs.seed, original)
 
         def code(price: float) -> Int8Network:
             slim, targets = prepare()

@@ -14,15 +14,14 @@ from common.network.tracing import trace_network
 from pruning.channels.groups import find_groups
 from pruning.channels.slimming import channels_given, slim_network
 from pruning.channels.surgeon import ChannelChoice, columns_of
-from quantization.coding import encoder, targets
+from quantization.coding import encoder
 from quantization.coding import levels as levels_module
-from quantization.coding.encoder import layers_on_the_image
+from quantization.coding.encoder import Original, coding_targets, layers_on_the_image
 from quantization.coding.levels import choose_levels
-from quantization.coding.targets import Original, record_targets
 
 
 def encode(network, images, price, original=None):
-    return encoder.encode(network, record_targets(network, images, original=original), price)
+    return encoder.encode(network, coding_targets(network, images, original=original), price)
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def test_a_level_is_the_cheapest_of_zero_and_the_two_nearest():
 
 @pytest.fixture
 def few_positions(monkeypatch):
-    monkeypatch.setattr(targets, "POSITIONS", 4)
+    monkeypatch.setattr(encoder, "POSITIONS", 4)
 
 
 def coded(network, layers):

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.images.data import ImageSet
 from common.network.tracing import Traced
-from common.network.walk import images_in_memory
+from common.network.walk import mirrored_pairs
 from common.search.trials import Range
 from pruning.channels.allocation import CURVE_IMAGES, Curves, measure_curves
 from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts, Widths
@@ -154,6 +154,4 @@ class Slimmer:
     @functools.cached_property
     def _pairs(self) -> ImageSet:
         """The images and their mirror images, or as many as fit in memory."""
-        pairs = self.images.with_mirrored()
-        count = images_in_memory(len(pairs), [self.traced.network], self.dtype.itemsize)
-        return pairs.rows(slice(count))
+        return mirrored_pairs(self.images, [self.traced.network], self.dtype.itemsize)
