@@ -6,6 +6,7 @@ it will run, on the images that choose.
 
 import copy
 import functools
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,8 @@ class CandidateBuilder:
 
         If ``trained``, the network then learns to answer as the dense one does.
         """
-        key = f"{unit}-{share:.4f}"
+        widths = self.slimmer.widths(share, unit)
+        key = f"slim-{zlib.crc32(repr(sorted(widths.items())).encode()):08x}"
         slim, path = self.store.slim(key, lambda: self.slimmer.slim(share, unit))
         if trained:
             key += TRAINED

@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import NETWORKS, build
 
-from common.network import walk
+from common.network import targets, walk
 from common.network.execution import Layer
 from common.network.graph import ADD
 from common.network.tracing import trace_network
@@ -205,7 +205,7 @@ def test_fewer_images_are_used_where_memory_is_short(random_images, few_position
     network = trace_network(build(NETWORKS[0], images), images.shape)
     used = []
     monkeypatch.setattr(
-        encoder,
+        targets,
         "Walk",
         lambda n, batches, *a: used.append(sum(map(len, batches))) or walk.Walk(n, batches, *a),
     )

@@ -4,8 +4,7 @@ The coder and the repair of slim networks both fit one layer after the other to 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,7 +31,7 @@ class Targets:
     # By layer and batch, the outputs there, or the sums that the layer completes: (rows, O).
     outputs: Mapping[str, Sequence[torch.Tensor]]
     # Indices (int64) of the outputs that a layer still has, for each that lost some; None for all.
-    channels: Mapping[str, torch.Tensor | None] = MappingProxyType({})
+    channels: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
 
     def walk(
         self, network: Network, dtype: torch.dtype, storage: torch.dtype | None = None
@@ -59,13 +58,14 @@ class Targets:
 @torch.no_grad()
 def record_targets(
     network: Network, fitted: Network, images: ImageSet, batch_size: int, positions: Positions,
-    storage: torch.dtype, note: Note | None = None,
+    storage: torch.dtype | None = None, note: Note | None = None,
 ) -> Targets:  # fmt: skip
     """Run a dense network, and keep what layers give at some positions.
 
     ``positions`` are those of the layers to fit; ``fitted`` is the network that they will be in,
     for in which order it adds decides which layer completes a sum. The outputs are kept in the
-    precision ``storage``. ``note`` is called with each of these layers as it runs.
+    precision ``storage``, by default as they are. ``note`` is called with each of these layers as
+    it runs.
     """
     graph, dtype = network.graph, next(iter(network.layers.values())).weight.dtype
     giving = {sampling.completed_sum(fitted, name)[0]: name for name in positions}
@@ -79,7 +79,8 @@ def record_targets(
             note(operation, inputs[0], positions[name][batch], batch * batch_size)
         if (layer := giving.get(name)) is not None:
             places = positions[layer][len(outputs[layer])]
-            outputs[layer].append(sampling.outputs_at(value, places).to(storage))
+            found = sampling.outputs_at(value, places)
+            outputs[layer].append(found.to(storage or value.dtype))
         return value
 
     for pixels in cli.progress(images.images.split(batch_size), "dense network"):

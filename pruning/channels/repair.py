@@ -70,7 +70,7 @@ def measure_dense(
             sums[operation.name].add(rows)
 
     places = _draw_positions(exact, groups, images, positions, seed)
-    targets = record_targets(network, exact, images, BATCH_SIZE, places, dtype, note)
+    targets = record_targets(network, exact, images, BATCH_SIZE, places, note=note)
     choices = {}
     for name, group in cli.progress(groups.items(), "choose channels"):
         moments = {reader: sums.pop(reader).moments() for reader in group.readers}
