@@ -17,9 +17,7 @@ from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.channels.costs import MACS, WEIGHTS
 from pruning.channels.slimmer import CODING_EXPONENT, STRIDE
 
-# Prices of a bit; of the bundled weights one point allows about as much of each goal.
-FIRST_PRICE = {"size": 0.028, "both": 0.018}
-LEAST_PRICE, MOST_PRICE = 0.001, 0.5
+LEAST_PRICE, MOST_PRICE = 0.001, 5.0  # of a bit
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
 # of the multiply-adds, shares smaller by so much than without it. After two epochs of 50,000 images
 # 1.12 has passed and failed, 1.25 just failed.
@@ -123,7 +121,8 @@ def _search_slim(builder: CandidateBuilder, goal: str, unit: str, where: Range) 
 
 def _search_coded(builder: CandidateBuilder, goal: str, base: Candidate) -> list[Candidate]:
     """Look for the dearest bits that leave the network within the budget."""
-    where = Range(FIRST_PRICE[goal], LEAST_PRICE, MOST_PRICE, resolution=1.06, trials=4)
+    first = min(max(builder.first_price(base), LEAST_PRICE), MOST_PRICE)
+    where = Range(first, LEAST_PRICE, MOST_PRICE, resolution=1.06, trials=4)
     return _try_all(goal, builder.coder(goal, base), where)
 
 

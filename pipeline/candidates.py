@@ -25,8 +25,8 @@ from common.search.budget import Budget, standard_error
 from common.search.trials import Trial
 from pipeline.store import Store
 from pruning.channels.costs import MACS
-from pruning.channels.slimmer import Slimmer
-from quantization.coding.encoder import Original, coding_targets, encode
+from pruning.channels.slimmer import CODED_NATS, Slimmer
+from quantization.coding.encoder import Original, coding_targets, encode, estimate_price
 from quantization.files.artifact import Int8Model
 from quantization.int8.conversion import convert, convert_coded, observe
 from quantization.int8.network import Int8Network
@@ -34,6 +34,7 @@ from quantization.settings import Settings
 from training.loop.distillation import Training, distill
 
 RANGE_IMAGES = 512  # of the calibration images: those that set INT8's ranges
+PRICE_IMAGES = 256  # of those that choose: they say, without labels, where the search begins
 TRAINED = "-trained"  # ends the name of what was
 
 
@@ -93,6 +94,13 @@ class CandidateBuilder:
         coded, coded_path = self.store.int8(f"{key}-int8", lambda: self.quantize(slim))
         macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
         return self._judge(Candidate(1 / share, None, goal, coded_path, path, macs, trained), coded)
+
+    def first_price(self, base: Candidate) -> float:
+        """Return the price of a bit at which a slim network, once coded, may just pass."""
+        images = self.budget.choosing.images.rows(slice(PRICE_IMAGES))
+        slim = trace_network(self.store.read_slim(base.slim_path), images.shape)
+        nats = CODED_NATS * self.budget.max_drop
+        return estimate_price(slim, self.inputs.traced.network, images, nats)
 
     def coder(self, goal: str, base: Candidate) -> Callable[[float], Candidate]:
         """Return what codes the slim network of a candidate at a price of a bit, and judges it."""

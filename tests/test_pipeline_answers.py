@@ -84,6 +84,9 @@ class FakeBuilder:
         self.made.append(made)
         return made
 
+    def first_price(self, base):
+        return 0.028
+
     def coder(self, goal, base):
         def attempt(price):
             made = candidate(goal, price, spare=0.025 - price, trained=base.trained)
