@@ -11,19 +11,13 @@ from dataclasses import dataclass
 
 from common.command import cli
 from common.command.cli import counted
-from common.search.trials import Range, Spare, nearest, run_trials, strongest
+from common.search.trials import Range, nearest, run_trials, strongest
 from pipeline import GOALS
 from pipeline.candidates import Candidate, CandidateBuilder
 from pruning.channels.costs import MACS, WEIGHTS
-from pruning.channels.slimmer import STRIDE
+from pruning.channels.slimmer import CODING_EXPONENT, STRIDE
 
-# Prices of a bit; of the bundled weights one point allows about as much of each goal.
-FIRST_PRICE = {"size": 0.028, "both": 0.018}
-LEAST_PRICE, MOST_PRICE = 0.001, 0.5
-# Share of the budget that a fast network may use on the images that choose if it is coded for both;
-# a trained one may have used more, for nothing else is as fast. On the bundled network, a base that
-# had lost 0.38 of one point took a file two thirds larger than the smallest.
-BOTH_SHARE, TRAINED_SHARE = 0.35, 0.65
+LEAST_PRICE, MOST_PRICE = 0.001, 5.0  # of a bit
 # Training takes the longest, so it is tried where it is likely to end, and weaker if that fails:
 # of the multiply-adds, shares smaller by so much than without it. After two epochs of 50,000 images
 # 1.12 has passed and failed, 1.25 just failed.
@@ -96,24 +90,28 @@ def _find_speed(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) ->
 def _find_both(builder: CandidateBuilder, tried: dict[str, list[Candidate]]) -> None:
     if "speed" not in tried:
         _find_speed(builder, tried)
-    trained = [candidate for candidate in tried["speed"] if candidate.trained]
-    base = strongest(trained, _room(builder, TRAINED_SHARE)) or strongest(
-        tried["speed"], _room(builder, BOTH_SHARE)
-    )
-    if base is None:  # one that is wider than any so far
-        widest = max(1 / candidate.strength for candidate in tried["speed"])
-        base = builder.try_slim("speed", min(widest * STRIDE, (widest + 1) / 2))
-        tried["speed"].append(base)
+    base = _best_to_code(builder, tried["speed"])
+    untrained = [candidate for candidate in tried["speed"] if not candidate.trained]
+    widest = min(untrained, key=lambda candidate: candidate.strength)
+    if base in (None, widest):  # a wider one may be better still
+        share = 1 / widest.strength
+        tried["speed"].append(builder.try_slim("speed", min(share * STRIDE, (share + 1) / 2)))
+        base = _best_to_code(builder, tried["speed"]) or tried["speed"][-1]
     tried["both"] = _search_coded(builder, "both", base)
 
 
-def _room(builder: CandidateBuilder, share: float) -> Spare:
-    """Return what tells how much of a ``share`` of the budget a candidate leaves.
+def _best_to_code(builder: CandidateBuilder, fast: Sequence[Candidate]) -> Candidate | None:
+    """Return the network within the budget that promises the least product of time and bytes.
 
-    It fails, too, where it is not within the whole budget with an error to spare.
+    Coding uses up the budget that a network leaves, and its file grows as less is left: as the
+    inverse of the power by which divergence grows as a file shrinks.
     """
-    allowed = share * builder.budget.max_drop
-    return lambda candidate: min(candidate.spare, allowed - candidate.verdict.comparison.drop)
+
+    def product(candidate: Candidate) -> float:
+        left = builder.budget.max_drop - candidate.verdict.comparison.drop
+        return candidate.macs * candidate.file_bytes * left ** (-1 / CODING_EXPONENT)
+
+    return min((one for one in fast if one.verdict.passes), key=product, default=None)
 
 
 def _search_slim(builder: CandidateBuilder, goal: str, unit: str, where: Range) -> list[Candidate]:
@@ -123,7 +121,8 @@ def _search_slim(builder: CandidateBuilder, goal: str, unit: str, where: Range) 
 
 def _search_coded(builder: CandidateBuilder, goal: str, base: Candidate) -> list[Candidate]:
     """Look for the dearest bits that leave the network within the budget."""
-    where = Range(FIRST_PRICE[goal], LEAST_PRICE, MOST_PRICE, resolution=1.06, trials=4)
+    first = min(max(builder.first_price(base), LEAST_PRICE), MOST_PRICE)
+    where = Range(first, LEAST_PRICE, MOST_PRICE, resolution=1.06, trials=4)
     return _try_all(goal, builder.coder(goal, base), where)
 
 

@@ -6,6 +6,7 @@ it will run, on the images that choose.
 
 import copy
 import functools
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +19,14 @@ from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.execution import Network
+from common.network.targets import Targets
 from common.network.tracing import trace_network
 from common.search.budget import Budget, standard_error
 from common.search.trials import Trial
 from pipeline.store import Store
 from pruning.channels.costs import MACS
-from pruning.channels.slimmer import Slimmer
-from quantization.coding.encoder import encode
-from quantization.coding.targets import Original, Targets, record_targets
+from pruning.channels.slimmer import CODED_NATS, Slimmer
+from quantization.coding.encoder import Original, coding_targets, encode, estimate_price
 from quantization.int8 import engines
 from quantization.int8.conversion import convert, convert_coded, observe
 from quantization.int8.network import Int8Network
@@ -33,6 +34,7 @@ from quantization.settings import Settings
 from training.loop.distillation import Training, distill
 
 RANGE_IMAGES = 512  # of the calibration images: those that set INT8's ranges
+PRICE_IMAGES = 256  # of those that choose: they say, without labels, where the search begins
 TRAINED = "-trained"  # ends the name of what was
 
 
@@ -83,7 +85,8 @@ class CandidateBuilder:
 
         If ``trained``, the network then learns to answer as the dense one does.
         """
-        key = f"{unit}-{share:.4f}"
+        widths = self.slimmer.widths(share, unit)
+        key = f"slim-{zlib.crc32(repr(sorted(widths.items())).encode()):08x}"
         slim, path = self.store.slim(key, lambda: self.slimmer.slim(share, unit))
         if trained:
             key += TRAINED
@@ -91,6 +94,13 @@ class CandidateBuilder:
         coded, coded_path = self.store.int8(f"{key}-int8", lambda: self.quantize(slim))
         macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
         return self._judge(Candidate(1 / share, None, goal, coded_path, path, macs, trained), coded)
+
+    def first_price(self, base: Candidate) -> float:
+        """Return the price of a bit at which a slim network, once coded, may just pass."""
+        images = self.budget.choosing.images.rows(slice(PRICE_IMAGES))
+        slim = trace_network(self.store.read_slim(base.slim_path), images.shape)
+        nats = CODED_NATS * self.budget.max_drop
+        return estimate_price(slim, self.inputs.traced.network, images, nats)
 
     def coder(self, goal: str, base: Candidate) -> Callable[[float], Candidate]:
         """Return what codes the slim network of a candidate at a price of a bit, and judges it."""
@@ -103,7 +113,7 @@ class CandidateBuilder:
             if base.trained:  # its channels are others by now
                 channels = dict.fromkeys(channels)
             original = Original(inputs.traced.network, channels)
-            return slim, record_targets(slim, inputs.calibration, inputs.seed, original)
+            return slim, coding_targets(slim, inputs.calibration, inputs.seed, original)
 
         def code(price: float) -> Int8Network:
             slim, targets = prepare()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoints.checkpoint import save_checkpoint
 from common.files.output import OutputFolder
 from common.files.unfinished import SCRIPT
 from common.images.data import ImageSet, checksum

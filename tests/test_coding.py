@@ -7,22 +7,21 @@ import pytest
 import torch
 from networks import NETWORKS, build
 
-from common.network import walk
+from common.network import targets, walk
 from common.network.execution import Layer
 from common.network.graph import ADD
 from common.network.tracing import trace_network
 from pruning.channels.groups import find_groups
 from pruning.channels.slimming import channels_given, slim_network
 from pruning.channels.surgeon import ChannelChoice, columns_of
-from quantization.coding import encoder, targets
+from quantization.coding import encoder
 from quantization.coding import levels as levels_module
-from quantization.coding.encoder import layers_on_the_image
+from quantization.coding.encoder import Original, coding_targets, layers_on_the_image
 from quantization.coding.levels import choose_levels
-from quantization.coding.targets import Original, record_targets
 
 
 def encode(network, images, price, original=None):
-    return encoder.encode(network, record_targets(network, images, original=original), price)
+    return encoder.encode(network, coding_targets(network, images, original=original), price)
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def test_a_level_is_the_cheapest_of_zero_and_the_two_nearest():
 
 @pytest.fixture
 def few_positions(monkeypatch):
-    monkeypatch.setattr(targets, "POSITIONS", 4)
+    monkeypatch.setattr(encoder, "POSITIONS", 4)
 
 
 def coded(network, layers):
@@ -206,7 +205,7 @@ def test_fewer_images_are_used_where_memory_is_short(random_images, few_position
     network = trace_network(build(NETWORKS[0], images), images.shape)
     used = []
     monkeypatch.setattr(
-        encoder,
+        targets,
         "Walk",
         lambda n, batches, *a: used.append(sum(map(len, batches))) or walk.Walk(n, batches, *a),
     )
@@ -306,3 +305,30 @@ def test_layers_of_zeros_and_dead_channels_are_coded(tiny_model, random_images, 
         layers = encode(network, images, price)
         assert not layers["layer3.1.conv1"].weight.any()
         assert error_of(network, layers, images) < 0.2
+
+
+@torch.inference_mode()
+def test_the_estimated_price_follows_the_network_and_what_is_left(random_images):
+    images = random_images(64)
+    dense = trace_network(build(NETWORKS[0], images), images.shape)
+    price = encoder.estimate_price(dense, dense, images, 0.01)
+    assert encoder.estimate_price(dense, dense, images, 0.02) == pytest.approx(2 * price)
+    # Noise counts as a share of the logits' variance: half the logits, about a quarter of the nats.
+    name = dense.graph.output
+    last = dense.layers[name]
+    calm = dense.with_layers({name: Layer(last.weight / 2, last.bias / 2)})
+    assert 2.5 < encoder.estimate_price(calm, calm, images, 0.01) / price < 6
+    already = error_nats(calm, dense, images)
+    assert encoder.estimate_price(calm, dense, images, 2 * already) == pytest.approx(
+        encoder.estimate_price(calm, calm, images, already), rel=1e-3
+    )
+    least = encoder.estimate_price(calm, dense, images, already / 2)
+    assert least == pytest.approx(
+        encoder.estimate_price(calm, calm, images, encoder.LEAST_SHARE * already / 2), rel=1e-3
+    )
+
+
+def error_nats(network, dense, images):
+    pixels = images.normalize(images.images)
+    given, wanted = (n(pixels).double().log_softmax(1) for n in (network, dense))
+    return float((wanted.exp() * (wanted - given)).sum(1).mean())

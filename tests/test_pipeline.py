@@ -167,7 +167,6 @@ def test_page_tells_the_same(finished):
 
 def test_trained_networks_are_slimmer_and_are_coded_too(tiny_weights, tmp_path, monkeypatch):
     """Not asked for both: speed's networks are trained, and coded for size."""
-    monkeypatch.setattr(answers, "TRAINED_SHARE", 1.0)  # what passes may be coded
     wide = Range(start=1 / 0.8, least=1 / 0.8, most=1 / 0.8, trials=1)
     monkeypatch.setattr(Slimmer, "search_range", lambda *_: wide)
     process = run_here(

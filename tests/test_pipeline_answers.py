@@ -11,8 +11,8 @@ import pytest
 from common.measure.evaluate import Accuracy, Comparison
 from common.search.budget import Verdict
 from common.search.trials import Range
-from pipeline import GOALS, answers
-from pipeline.answers import _room, choose_best, find_answers
+from pipeline import GOALS
+from pipeline.answers import _best_to_code, choose_best, find_answers
 from pipeline.candidates import Candidate
 from pruning.channels.slimmer import STRIDE
 
@@ -79,9 +79,13 @@ class FakeBuilder:
 
     def try_slim(self, goal, share, unit="macs", trained=False):
         spare = share - self.passes_from + 0.1 * trained
-        made = candidate(goal, 1 / share, spare=spare, macs=round(1000 * share), trained=trained)
+        macs = round(1000 * share)
+        made = candidate(goal, 1 / share, MAX_DROP / 2 - spare / 100, spare, macs, trained=trained)
         self.made.append(made)
         return made
+
+    def first_price(self, base):
+        return 0.028
 
     def coder(self, goal, base):
         def attempt(price):
@@ -113,18 +117,24 @@ def test_no_network_narrower_than_possible_is_trained():
     assert [one.strength for one in found.tried if one.trained] == [4.0]
 
 
-@pytest.mark.parametrize(
-    ("drop", "spare", "left"),
-    [(0.004, 0.003, 0.001), (0.001, 0.0005, 0.0005), (0.001, -0.002, -0.002)],
-)
-def test_what_is_coded_leaves_room_in_its_share_and_in_the_whole_budget(drop, spare, left):
-    room = _room(FakeBuilder(0.5), 0.5)
-    assert room(candidate(drop=drop, spare=spare)) == pytest.approx(left)
+def best_to_code(*fast):
+    return _best_to_code(FakeBuilder(0.5), fast)
 
 
-def test_what_is_coded_for_both_is_one_stride_wider_where_no_base_leaves_room(monkeypatch):
-    monkeypatch.setattr(answers, "BOTH_SHARE", -1.0)
-    builder = FakeBuilder(0.5)
+def test_what_is_coded_promises_the_least_product_of_time_and_bytes():
+    half_used = candidate(drop=0.005, macs=100, file_bytes=1000)
+    # With half of the budget left, a file is 2 ** (1 / 1.6) = 1.54 times as large.
+    assert best_to_code(half_used, slow := candidate(macs=153)) is slow
+    assert best_to_code(half_used, candidate(macs=155)) is half_used
+    assert best_to_code(half_used, large := candidate(file_bytes=1530)) is large
+    assert best_to_code(half_used, candidate(file_bytes=1550)) is half_used
+    assert best_to_code(half_used, candidate(macs=1, spare=-0.001)) is half_used
+    assert best_to_code(candidate(spare=-0.001)) is None
+
+
+@pytest.mark.parametrize("passes_from", [0.6, 0.98])
+def test_where_the_widest_network_is_the_best_to_code_a_wider_one_is_tried(passes_from):
+    builder = FakeBuilder(passes_from)
     find_answers(builder, ["both"])
     speed = [1 / one.strength for one in builder.made if one.goal == "speed"]
     assert speed[-1] == pytest.approx(min(max(speed[:-1]) * STRIDE, (max(speed[:-1]) + 1) / 2))

@@ -8,7 +8,7 @@ from networks import NETWORKS, build
 
 from common.network import walk as module
 from common.network.tracing import trace_network
-from common.network.walk import Walk, images_in_memory, peak_bytes_per_image
+from common.network.walk import Walk, mirrored_pairs, peak_bytes_per_image
 
 
 @pytest.mark.parametrize("make", NETWORKS)
@@ -56,15 +56,18 @@ def test_a_walk_takes_the_memory_that_is_foretold(random_images, make):
 
 
 def test_no_more_images_walk_than_memory_allows(random_images, monkeypatch, caplog):
-    images = random_images(4)
+    images = random_images(20)
     network = trace_network(build(NETWORKS[0], images), images.shape)
     caplog.set_level("INFO")
-    assert images_in_memory(500, [network, network], 4) == 500
+    pairs = mirrored_pairs(images, [network, network], 4).images
+    assert torch.equal(pairs[::2], images.images)
+    assert torch.equal(pairs[1::2], images.images.flip(3))
     assert not caplog.records
     peak = peak_bytes_per_image(network, 4)
     monkeypatch.setattr(module, "MEMORY_BYTES", 30 * peak)
-    assert images_in_memory(500, [network, network], 4) == 15
-    assert "15 of 500 images are used, mirror images among them" in caplog.text
-    assert images_in_memory(500, [network], 2) == 60
+    assert torch.equal(mirrored_pairs(images, [network, network], 4).images, pairs[:15])
+    assert "15 of 40 images are used, mirror images among them" in caplog.text
+    monkeypatch.setattr(module, "MEMORY_BYTES", 5 * peak)
+    assert len(mirrored_pairs(images, [network], 2)) == 10
     monkeypatch.setattr(module, "MEMORY_BYTES", 1)
-    assert images_in_memory(500, [network], 2) == 1
+    assert len(mirrored_pairs(images, [network], 2)) == 1

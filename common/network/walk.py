@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from common.command.cli import log
+from common.images.data import ImageSet
 from common.network.execution import Layer, Network
 from common.network.graph import Graph
 
@@ -54,15 +55,22 @@ class Walk:
         self._values[name] = found
 
 
-def images_in_memory(count: int, networks: Sequence[Network], bytes_per_number: int) -> int:
-    """Return how many of ``count`` images :data:`MEMORY_BYTES` allow to walk through networks."""
+def mirrored_pairs(
+    images: ImageSet, networks: Sequence[Network], bytes_per_number: int
+) -> ImageSet:
+    """Return images, each followed by its mirror image, as far as :data:`MEMORY_BYTES` allow.
+
+    So many may walk through the networks at the same time, a number taking so many bytes.
+    """
+    pairs = images.with_mirrored()
     peak = sum(peak_bytes_per_image(network, bytes_per_number) for network in networks)
-    fitting = max(1, min(count, MEMORY_BYTES // peak))
-    if fitting < count:
+    fitting = max(1, min(len(pairs), MEMORY_BYTES // peak))
+    if fitting < len(pairs):
         log.info(
-            "%d of %d images are used, mirror images among them, to save memory", fitting, count
-        )
-    return fitting
+            "%d of %d images are used, mirror images among them, to save memory",
+            fitting, len(pairs),
+        )  # fmt: skip
+    return pairs.rows(slice(fitting))
 
 
 def peak_bytes_per_image(network: Network, bytes_per_number: int) -> int:

@@ -6,7 +6,6 @@ through these two would use up the budget.
 """
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -31,8 +30,6 @@ class Trial:
 
 
 T = TypeVar("T", bound=Trial)
-Spare = Callable[[T], float]  # budget that a trial leaves
-of_budget: Spare = operator.attrgetter("spare")
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,11 @@ def next_strength(trials: Sequence[T], where: Range) -> float | None:
     return failing.strength / math.exp(min(max(share * bracket, margin), bracket - margin))
 
 
-def strongest(trials: Sequence[T], spare: Spare = of_budget) -> T | None:
+def strongest(trials: Sequence[T]) -> T | None:
     """Return the strongest trial that passes; None where none does."""
-    return max((t for t in trials if spare(t) >= 0), key=lambda t: t.strength, default=None)
+    return max((t for t in trials if t.spare >= 0), key=lambda t: t.strength, default=None)
 
 
 def nearest(trials: Sequence[T]) -> T:
     """Return the trial that is least over the budget: the best that there is where none passes."""
-    return max(trials, key=of_budget)
+    return max(trials, key=lambda trial: trial.spare)

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.images.data import ImageSet
 from common.network.tracing import Traced
-from common.network.walk import images_in_memory
+from common.network.walk import mirrored_pairs
 from common.search.trials import Range
 from pruning.channels.allocation import CURVE_IMAGES, Curves, measure_curves
 from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts, Widths
@@ -44,9 +44,13 @@ class Slimmer:
     seed: int  # seed of the positions that are looked at
     dtype: torch.dtype  # precision to run in
 
+    def widths(self, share: float, unit: str = MACS) -> Widths:
+        """Return the best widths of the network in which ``share`` of the ``unit`` is left."""
+        return self.costs.choose(self._curves_for(unit), share, unit)
+
     def slim(self, share: float, unit: str = MACS) -> nn.Module:
         """Return the network in which ``share`` of the ``unit`` is left, repaired."""
-        return repair(self._dense, self.costs.choose(self._curves_for(unit), share, unit))
+        return repair(self._dense, self.widths(share, unit))
 
     def search_range(self, unit: str, max_drop: float) -> Range:
         """Return where to look for how many times fewer of the ``unit`` a network may have.
@@ -79,7 +83,7 @@ class Slimmer:
         curves, found, least = self._curves_for(unit), [], self.costs.least_share(unit)
         share = max(WIDEST_SHARE, least)
         while share >= least:
-            widths = self.costs.choose(curves, share, unit)
+            widths = self.widths(share, unit)
             lost = sum(curves[name][width] for name, width in widths.items())
             found.append((share, lost))
             share /= SHARE_STEP
@@ -154,6 +158,4 @@ class Slimmer:
     @functools.cached_property
     def _pairs(self) -> ImageSet:
         """The images and their mirror images, or as many as fit in memory."""
-        pairs = self.images.with_mirrored()
-        count = images_in_memory(len(pairs), [self.traced.network], self.dtype.itemsize)
-        return pairs.rows(slice(count))
+        return mirrored_pairs(self.images, [self.traced.network], self.dtype.itemsize)

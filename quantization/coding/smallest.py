@@ -17,8 +17,7 @@ from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import Paired, predict
 from common.network.size import saved_size_bytes
-from quantization.coding.encoder import encode
-from quantization.coding.targets import record_targets
+from quantization.coding.encoder import coding_targets, encode
 from quantization.files.artifact import load_int8
 from quantization.files.int8_file import save_int8
 from quantization.int8.conversion import convert_coded
@@ -55,7 +54,7 @@ def write_smallest(
     settings = replace(settings, fp32_layers=())
     weights = sum(dense.layers[name].weight.numel() for name in dense.graph.layers)
 
-    targets = record_targets(dense, images, inputs.seed)
+    targets = coding_targets(dense, images, inputs.seed)
 
     def code(price: float) -> Coding:
         layers = encode(dense, targets, price)
