@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from common.command import cli
+from common.fitting.targets import Targets
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.execution import Network
-from common.network.targets import Targets
 from common.network.tracing import trace_network
 from common.search.budget import Budget, standard_error
 from common.search.trials import Trial

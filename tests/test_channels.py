@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from networks import NETWORKS, build
 from resnet18 import ResNet18, Widths
 
+from common.fitting.regression import MomentSums
 from common.network.execution import Layer
-from common.network.regression import MomentSums
 from common.network.tracing import trace
 from pruning.channels import repair as repair_module
 from pruning.channels.allocation import as_curve, choose_widths, measure_curves, width_grid

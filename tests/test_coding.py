@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import NETWORKS, build
 
-from common.network import targets, walk
+from common.fitting import targets, walk
 from common.network.execution import Layer
 from common.network.graph import ADD
 from common.network.tracing import trace_network

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.network import regression
+from common.fitting import regression
+from common.fitting.regression import MomentSums, measure_moments
+from common.fitting.sampling import Samples, outputs_of
 from common.network.execution import Layer
-from common.network.regression import MomentSums, measure_moments
-from common.network.sampling import Samples, outputs_of
 
 
 @pytest.fixture

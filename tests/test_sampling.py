@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from networks import Bottleneck, MobileNet, build
 
-from common.network import sampling
-from common.network.execution import Layer
-from common.network.graph import CONVOLUTION, LINEAR, Operation
-from common.network.sampling import (
+from common.fitting import sampling
+from common.fitting.sampling import (
     Samples,
     active_range,
     completed_sum,
@@ -18,6 +16,8 @@ from common.network.sampling import (
     inputs_at,
     outputs_at,
 )
+from common.network.execution import Layer
+from common.network.graph import CONVOLUTION, LINEAR, Operation
 from common.network.tracing import trace_network
 
 CONVOLUTIONS = [

@@ -9,7 +9,7 @@ import torch
 from networks import NETWORKS, build
 from resnet18 import BLOCKS, ResNet18, Widths
 
-from common.network import walk
+from common.fitting import walk
 from common.network.tracing import trace, trace_network
 from pruning.channels import slimmer as module
 from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts

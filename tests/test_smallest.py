@@ -7,7 +7,7 @@ import pytest
 from common.inputs import Inputs
 from common.measure.evaluate import predict
 from common.network.size import saved_size_bytes
-from quantization.coding import smallest, targets
+from quantization.coding import encoder, smallest
 from quantization.files.artifact import load_int8
 from quantization.int8 import engines
 from quantization.report.sections import describe_coding
@@ -17,7 +17,7 @@ ENGINE = engines.candidate_engines()[0]
 
 
 def test_what_is_read_back_is_what_is_measured(tiny_model, random_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "POSITIONS", 4)
+    monkeypatch.setattr(encoder, "POSITIONS", 4)
     images, test = random_images(32), random_images(40, seed=1)
     fp32 = predict(tiny_model, test)
     inputs = Inputs({"size_bytes": 2 * 10**6}, tiny_model, None, 0, test, images)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from networks import NETWORKS, build
 
-from common.network import walk as module
+from common.fitting import walk as module
+from common.fitting.walk import Walk, mirrored_pairs, peak_bytes_per_image
 from common.network.tracing import trace_network
-from common.network.walk import Walk, mirrored_pairs, peak_bytes_per_image
 
 
 @pytest.mark.parametrize("make", NETWORKS)

@@ -9,9 +9,9 @@ is removed on all sides, and nothing else in the network changes.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from common.fitting.regression import MAX_COLUMNS
 from common.network import graph as kinds
 from common.network.execution import Network
-from common.network.regression import MAX_COLUMNS
 
 CHANNELWISE = (*kinds.ACTIVATIONS, *kinds.POOLS, kinds.AFFINE, kinds.FLATTEN)
 

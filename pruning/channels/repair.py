@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from common.command import cli
+from common.fitting import regression, sampling
+from common.fitting.targets import Targets, record_targets
 from common.images.data import ImageSet
-from common.network import regression, sampling
 from common.network.execution import Network
 from common.network.graph import Operation
-from common.network.targets import Targets, record_targets
 from common.network.tracing import Traced
 from pruning.channels.groups import ChannelGroup
 from pruning.channels.slimming import channels_given, slim_module, slim_network

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from common.fitting.walk import mirrored_pairs
 from common.images.data import ImageSet
 from common.network.tracing import Traced
-from common.network.walk import mirrored_pairs
 from common.search.trials import Range
 from pruning.channels.allocation import CURVE_IMAGES, Curves, measure_curves
 from pruning.channels.costs import MACS, WEIGHTS, ChannelCosts, Widths

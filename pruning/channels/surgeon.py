@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common.fitting.regression import SMALLEST_SPREAD, Moments, with_ridge
 from common.network.execution import Layer
-from common.network.regression import SMALLEST_SPREAD, Moments, with_ridge
 
 # Ridge as a share of the mean square of the inputs: few images leave some directions unknown.
 DAMPING = 0.01

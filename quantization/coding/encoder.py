@@ -20,12 +20,12 @@ import torch.nn.functional as F
 
 from common.command import cli
 from common.command.cli import UserError
+from common.fitting import regression, sampling
+from common.fitting.targets import Targets, record_targets
+from common.fitting.walk import mirrored_pairs
 from common.images.data import ImageSet
-from common.network import regression, sampling
 from common.network.execution import Layer, Network
 from common.network.graph import Graph, Operation, evaluate
-from common.network.targets import Targets, record_targets
-from common.network.walk import mirrored_pairs
 from quantization.coding.levels import TOO_LARGE, fit_and_choose, repair_ridge
 from quantization.int8.network import Int8Layer
 

@@ -19,8 +19,8 @@ import torch
 
 from common.command.cli import UserError
 from common.files.entropy import fit_logistic
+from common.fitting.regression import Moments, with_ridge
 from common.network.execution import Layer
-from common.network.regression import Moments, with_ridge
 from runtime.decode import neighbours
 
 MAX_LEVEL = 127

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from common.fitting.sampling import Samples, grouped, outputs_of
 from common.network.execution import Layer
-from common.network.sampling import Samples, grouped, outputs_of
 
 MAX_COLUMNS = 10_000  # a regression of more inputs would take gigabytes
 ROUNDING = 1e-6  # variance that rounding gives constant outputs, relative to their square
@@ -71,7 +71,7 @@ def measure_moments(
     """Return a layer's moments, towards outputs that are relaxed if an activation follows.
 
     ``draw`` yields the samples, the same each time; ``ridge`` returns the ridge (groups,) for
-    moments; ``active`` is the range of :func:`common.network.sampling.active_range`.
+    moments; ``active`` is the range of :func:`common.fitting.sampling.active_range`.
     """
     sums = MomentSums(layer, groups)
     for samples in draw():

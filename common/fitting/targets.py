@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from common.command import cli
+from common.fitting import sampling
+from common.fitting.walk import Walk
 from common.images.data import ImageSet
-from common.network import sampling
 from common.network.execution import Network
 from common.network.graph import Operation, evaluate
-from common.network.walk import Walk
 
 # By layer and batch, positions of its outputs, (n, P); None for a linear layer's.
 Positions = Mapping[str, Sequence[torch.Tensor | None]]
