@@ -133,6 +133,6 @@ def finish_run(
     if args.report:
         write_page(story, results, folder)
     text = to_json(results)
-    replace_file(folder.file(RESULTS_NAME), lambda file: file.write(text.encode()))
+    replace_file(folder.file(RESULTS_NAME), text.encode())
     folder.commit()
     print(text if args.json else story.text(args.output_dir), end="")

@@ -112,7 +112,7 @@ def write_model(
         serialize({name: t.cpu().contiguous() for name, t in model.state_dict().items()})
         for model in (scan.model, pruned)
     )
-    replace_file(path, lambda file: file.write(content))
+    replace_file(path, content)
     read, images = read_untrusted(path), split.images
     if any(not torch.equal(t.cpu(), read[name]) for name, t in pruned.state_dict().items()):
         raise AssertionError(f"{path.name} gives back other tensors than were saved")

@@ -333,7 +333,7 @@ def test_a_disk_that_fills_up_keeps_earlier_results(tmp_path, full_disk):
     def fill() -> None:
         with OutputFolder(tmp_path, overwrite=True) as folder:
             folder.file("model.pth").write_text("2")
-            replace_file(folder.file(RESULTS_NAME), lambda file: file.write(bytes(10_000)))
+            replace_file(folder.file(RESULTS_NAME), bytes(10_000))
             folder.commit()
 
     with full_disk(), pytest.raises(OSError, match="too large") as full:

@@ -13,13 +13,12 @@ import sys
 import tarfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.checkpoints.checkpoint import BUNDLED_WEIGHTS, load_model
 from common.command import arguments, cli
 from common.command.argument_types import positive_int
 from common.files.atomic import replace_file
+from common.files.untrusted import serialize
 from common.images.cifar import ASSETS, open_archive
 from common.images.data import balanced_subset
 
@@ -38,7 +37,7 @@ def pack_images(archive: Path, count: int) -> Path:
             tar.addfile(entry, io.BytesIO(content))
     path = ASSETS / archive.name.replace(".tar.xz", f"_{count}.tar.xz")
     compressed = lzma.compress(packed.getvalue(), preset=9 | lzma.PRESET_EXTREME)
-    replace_file(path, lambda file: file.write(compressed))
+    replace_file(path, compressed)
     return path
 
 
@@ -46,7 +45,7 @@ def pack_weights(checkpoint: Path) -> Path:
     """Write ``checkpoint``'s weights as the bundled ones."""
     state = load_model(checkpoint).state_dict()
     half = {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
-    replace_file(BUNDLED_WEIGHTS, lambda file: torch.save(half, file))
+    replace_file(BUNDLED_WEIGHTS, serialize(half))
     return BUNDLED_WEIGHTS
 
 

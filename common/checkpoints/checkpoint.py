@@ -171,4 +171,4 @@ def save_checkpoint(content: object, path: Path) -> None:
 
     It is serialized in memory first: on a full disk, torch's own writer ends in an internal error.
     """
-    replace_file(path, lambda file: file.write(serialize(content)))
+    replace_file(path, serialize(content))

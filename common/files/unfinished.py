@@ -113,7 +113,7 @@ class PartialResults(UserDict[str, dict]):
 
 def _write(path: Path, value: object) -> None:
     text = json.dumps(value).encode()
-    replace_file(path, lambda file: file.write(_crc(text) + b" " + text))
+    replace_file(path, _crc(text) + b" " + text)
 
 
 def _read(path: Path) -> object:

@@ -22,7 +22,7 @@ def write_page(story: Story, results: dict, folder: OutputFolder) -> None:
     results["artifacts"]["report"] = REPORT_NAME
     plots = {name: folder.file(name).read_bytes() for name in results["artifacts"]["plots"]}
     page = render(story, results, plots)
-    replace_file(folder.file(REPORT_NAME), lambda file: file.write(page.encode()))
+    replace_file(folder.file(REPORT_NAME), page.encode())
 
 
 def render(story: Story, results: Mapping[str, object], plots: Mapping[str, bytes]) -> str:

@@ -81,6 +81,4 @@ def write_checks(
         model = load_int8(path, engine)
         logits = model(model.normalize(pixels))
         content = seal({"pixels": pixels.numpy(), "logits": logits.numpy()}, CHECK_MARK)
-        replace_file(
-            file(f"{path.stem}{CHECK_SUFFIX}"), lambda f, content=content: f.write(content)
-        )
+        replace_file(file(f"{path.stem}{CHECK_SUFFIX}"), content)

@@ -31,7 +31,7 @@ SUFFIX = ".safetensors"
 def save_int8(network: Int8Network, path: Path) -> int:
     """Write a network whole or not at all; return the file's size in bytes."""
     content = seal(_tensors(network), decode.MARK)
-    replace_file(path, lambda file: file.write(content))
+    replace_file(path, content)
     return len(content)
 
 

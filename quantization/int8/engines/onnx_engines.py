@@ -22,7 +22,7 @@ def export_onnx(network: Int8Network | Network, path: Path) -> None:
     network are JSON: ``classes``, ``mean``, ``std`` and more.
     """
     content = to_onnx(network)
-    replace_file(path, lambda file: file.write(content))
+    replace_file(path, content)
 
 
 def to_onnx(network: Int8Network | Network) -> bytes:
