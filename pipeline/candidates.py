@@ -34,7 +34,7 @@ from quantization.settings import Settings
 from training.loop.distillation import Training, distill
 
 RANGE_IMAGES = 512  # of the calibration images: those that set INT8's ranges
-PRICE_IMAGES = 256  # of those that choose: they say, without labels, where the search begins
+PRICE_IMAGES = 512  # of those that choose: they say, without labels, where the search begins
 TRAINED = "-trained"  # ends the name of what was
 
 

@@ -32,7 +32,7 @@ from quantization.int8.network import Int8Layer
 BATCH_SIZE = 50
 POSITIONS = 8  # random positions of each image's outputs that a layer is coded on
 # Coded networks diverge by 1.2 to 4.4 times as much as ones with noise: MobileNetV2, ResNet18.
-NOISE_RATIO = 4.0
+NOISE_RATIO = 3.0
 TRIED_PRICE = 0.02  # price of a bit that the noise stands for
 LEAST_SHARE = 0.2  # of the divergence that may be, which coding gets in any case
 
