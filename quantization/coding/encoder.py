@@ -31,10 +31,10 @@ from quantization.int8.network import Int8Layer
 
 BATCH_SIZE = 50
 POSITIONS = 8  # random positions of each image's outputs that a layer is coded on
-# Coded networks diverge by 1.2 to 4.4 times as much as ones with noise: MobileNetV2, ResNet18.
+# Divergence of a coded network over that with noise: 1.2 to 4.4, for MobileNetV2 and ResNet18.
 NOISE_RATIO = 3.0
-TRIED_PRICE = 0.02  # price of a bit that the noise stands for
-LEAST_SHARE = 0.2  # of the divergence that may be, which coding gets in any case
+TRIED_PRICE = 0.02  # price of a bit whose errors the noise stands for
+LEAST_SHARE = 0.2  # share of the allowed divergence that coding gets in any case
 
 # A layer's error counts as a share of its outputs' variance. One more bit for every weight of a
 # layer may cost ``price * size ** SIZE_POWER``, so one bit the price times one power less.
