@@ -200,6 +200,24 @@ def test_a_layer_of_very_many_inputs_is_coded_in_parts(random_images, few_positi
     assert error_of(network, encode(network, images, price=1e-6), images) < 0.05
 
 
+def test_a_bit_costs_twice_as_much_where_there_are_a_quarter_of_the_weights(
+    network, random_images, few_positions, monkeypatch
+):
+    prices, choose = {}, encoder.fit_and_choose
+    monkeypatch.setattr(
+        encoder,
+        "fit_and_choose",
+        lambda some, moments, price, *rest: (
+            prices.update({some.weight.numel(): price}) or choose(some, moments, price, *rest)
+        ),
+    )
+    encode(network, random_images(16), price=0.3)
+    found = {weights: price for weights, price in prices.items() if price}
+    assert len(found) > 1
+    for weights, price in found.items():
+        assert price == pytest.approx(0.3e-6 * (1e6 / weights) ** 0.5)
+
+
 def test_fewer_images_are_used_where_memory_is_short(random_images, few_positions, monkeypatch):
     images = random_images(32)
     network = trace_network(build(NETWORKS[0], images), images.shape)
