@@ -121,9 +121,10 @@ def _search_slim(builder: CandidateBuilder, goal: str, unit: str, where: Range) 
 
 def _search_coded(builder: CandidateBuilder, goal: str, base: Candidate) -> list[Candidate]:
     """Look for the dearest bits that leave the network within the budget."""
-    first = min(max(builder.first_price(base), LEAST_PRICE), MOST_PRICE)
+    first, attempt = builder.coder(goal, base)
+    first = min(max(first, LEAST_PRICE), MOST_PRICE)
     where = Range(first, LEAST_PRICE, MOST_PRICE, resolution=1.06, trials=4)
-    return _try_all(goal, builder.coder(goal, base), where)
+    return _try_all(goal, attempt, where)
 
 
 def _try_all(goal: str, attempt: Callable[[float], Candidate], where: Range) -> list[Candidate]:

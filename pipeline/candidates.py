@@ -19,7 +19,6 @@ from common.fitting.targets import Targets
 from common.images.data import ImageSet
 from common.inputs import Inputs
 from common.measure.evaluate import predict
-from common.network.execution import Network
 from common.network.tracing import trace_network
 from common.search.budget import Budget, standard_error
 from common.search.trials import Trial
@@ -95,29 +94,25 @@ class CandidateBuilder:
         macs = sum(trace_network(slim, self.inputs.calibration.shape).macs.values())
         return self._judge(Candidate(1 / share, None, goal, coded_path, path, macs, trained), coded)
 
-    def first_price(self, base: Candidate) -> float:
-        """Return the price of a bit at which a slim network, once coded, may just pass."""
-        images = self.budget.choosing.images.rows(slice(PRICE_IMAGES))
-        slim = trace_network(self.store.read_slim(base.slim_path), images.shape)
-        nats = CODED_NATS * self.budget.max_drop
-        return estimate_price(slim, self.inputs.traced.network, images, nats)
+    def coder(self, goal: str, base: Candidate) -> tuple[float, Callable[[float], Candidate]]:
+        """Return the price of a bit at which a candidate's slim network, once coded, may just pass.
 
-    def coder(self, goal: str, base: Candidate) -> Callable[[float], Candidate]:
-        """Return what codes the slim network of a candidate at a price of a bit, and judges it."""
+        Beside it is returned what codes that network at a price, and judges it.
+        """
+        inputs, model = self.inputs, self.store.read_slim(base.slim_path)
+        dense, slim = inputs.traced.network, trace_network(model, inputs.calibration.shape)
+        looked_at = self.budget.choosing.images.rows(slice(PRICE_IMAGES))
+        first = estimate_price(slim, dense, looked_at, CODED_NATS * self.budget.max_drop)
 
         @functools.cache  # the targets are the same at every price
-        def prepare() -> tuple[Network, Targets]:
-            inputs, model = self.inputs, self.store.read_slim(base.slim_path)
-            slim = trace_network(model, inputs.calibration.shape)
+        def targets() -> Targets:
             channels = self.slimmer.channels_of(model)
             if base.trained:  # its channels are others by now
                 channels = dict.fromkeys(channels)
-            original = Original(inputs.traced.network, channels)
-            return slim, coding_targets(slim, inputs.calibration, inputs.seed, original)
+            return coding_targets(slim, inputs.calibration, inputs.seed, Original(dense, channels))
 
         def code(price: float) -> Int8Network:
-            slim, targets = prepare()
-            layers = encode(slim, targets, price)
+            layers = encode(slim, targets(), price)
             return convert_coded(slim, layers, self._range_images, self.settings, self.batch_size)
 
         def attempt(price: float) -> Candidate:
@@ -125,7 +120,7 @@ class CandidateBuilder:
             coded, path = self.store.int8(key, lambda: code(price))
             return self._judge(replace(base, strength=price, goal=goal, path=path), coded)
 
-        return attempt
+        return first, attempt
 
     def _judge(self, candidate: Candidate, coded: Int8Network) -> Candidate:
         """Return a candidate with the verdict on its INT8 network."""

@@ -84,16 +84,13 @@ class FakeBuilder:
         self.made.append(made)
         return made
 
-    def first_price(self, base):
-        return 0.028
-
     def coder(self, goal, base):
         def attempt(price):
             made = candidate(goal, price, spare=0.025 - price, trained=base.trained)
             self.made.append(made)
             return made
 
-        return attempt
+        return 0.028, attempt
 
 
 @pytest.mark.parametrize("training", [None, "epochs"])
